@@ -1,0 +1,198 @@
+"""Preflight's one entry point: flags -> config -> one mode -> exit code. No logic of its own.
+
+Only this module imports lazily, so that `--help` and mistakes in flags answer before torch loads.
+"""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import os
+import sys
+from pathlib import Path
+from typing import Any, NoReturn
+
+from config import (
+    GROUPS,
+    MODEL_PRESETS,
+    ExitCode,
+    Option,
+    PreflightError,
+    RunConfig,
+    build_config,
+    build_options,
+)
+
+MODES = {
+    "train": "prepare the text where needed, then train",
+    "generate": "write text from a checkpoint",
+}
+EPILOG = """\
+examples:
+  python main.py --train --text-file my.txt
+  python main.py --generate --prompts "Once upon a time"
+exit codes: 0 done, 2 flags, 3 text or prompts, 4 data folder, 5 checkpoint, 6 storage, 7 locked,
+  8 out of memory, 9 diverged, 10 lost worker, 70 internal error, 130/143 stopped after saving"""
+
+
+class _Parser(argparse.ArgumentParser):
+    """argparse that raises instead of leaving, so that every mistake is told in one way."""
+
+    def error(self, message: str) -> NoReturn:
+        raise PreflightError(ExitCode.FLAGS, message, "see: python main.py --help")
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The command line, generated from the settings in `config`."""
+    parser = _Parser(
+        prog="main.py",
+        description="Train GPT language models from your own text, and write with them.",
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    modes = parser.add_argument_group("mode (exactly one)")
+    for mode, text in MODES.items():
+        modes.add_argument(f"--{mode}", action="store_true", help=text)
+    groups = {
+        name: parser.add_argument_group(name, (cls.__doc__ or "").splitlines()[0])
+        for name, cls in GROUPS.items()
+    }
+    for option in build_options().values():
+        groups[option.group].add_argument(option.flag, **_argument_of(option))
+    return parser
+
+
+def _argument_of(option: Option) -> dict[str, Any]:
+    """argparse's view of an option. Values stay text: `config` judges all of them together."""
+    default = option.default
+    shown = "" if default in (None, (), "") else f" (default {default})"
+    if option.name == "model_size":
+        sizes = ", ".join(f"{n} {p.n_layers}L-{p.n_embeddings}H" for n, p in MODEL_PRESETS.items())
+        shown = f": {sizes}, or custom{shown}"
+    arguments: dict[str, Any] = {
+        "help": option.metadata["help"] + shown,
+        "dest": option.name,
+        "default": argparse.SUPPRESS,
+    }
+    if option.kind is bool:
+        return arguments | {"action": argparse.BooleanOptionalAction}
+    choices = option.metadata["choices"]
+    metavar = "{" + ",".join(choices) + "}" if choices else option.metadata["metavar"]
+    arguments["metavar"] = metavar or {int: "N", float: "X", str: "NAME"}[option.kind]
+    return arguments | ({"nargs": "+", "action": "extend"} if option.many else {})
+
+
+def parse_command_line(argv: list[str]) -> tuple[str, RunConfig]:
+    """The mode and the configuration asked for.
+
+    Raises:
+        PreflightError: code FLAGS, naming every mistake found.
+    """
+    parser = build_parser()
+    parsed, rest = parser.parse_known_args(argv)
+    given = vars(parsed)
+    chosen = [mode for mode in MODES if given.pop(mode)]
+    faults = [_explain_unknown(word, parser) for word in rest if word.startswith("-")]
+    faults += [f"{word!r} belongs to no flag" for word in rest if not word.startswith("-")][:1]
+    if len(chosen) != 1:
+        names = ", ".join(f"--{mode}" for mode in MODES)
+        found = " and ".join(f"--{mode}" for mode in chosen) or "none"
+        faults.append(f"give exactly one mode of {names} (found {found})")
+    sources = dict.fromkeys(given, "the command line")
+    values = dict(given)
+    try:
+        if isinstance(given.get("config"), str):
+            values, sources = _merge_config_file(given["config"], given, sources)
+        config = build_config(values, sources)
+    except PreflightError as error:
+        raise PreflightError(ExitCode.FLAGS, *faults, *error.lines) from None
+    if faults:
+        raise PreflightError(ExitCode.FLAGS, *faults)
+    return chosen[0], config
+
+
+def _explain_unknown(word: str, parser: argparse.ArgumentParser) -> str:
+    flag = word.split("=")[0]
+    known = [s for action in parser._actions for s in action.option_strings]
+    near = difflib.get_close_matches(flag.replace("_", "-"), known, n=1, cutoff=0.6)
+    return f"unknown flag {flag[:60]!r}" + (f", did you mean {near[0]}?" if near else "")
+
+
+def _merge_config_file(
+    path: str, given: dict[str, Any], sources: dict[str, str]
+) -> tuple[dict[str, Any], dict[str, str]]:
+    """Values of the file, overridden by those of the command line."""
+    from storage import read_json
+
+    try:
+        content = read_json(Path(path))
+    except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise PreflightError(ExitCode.FLAGS, f"--config {path}: {reason}") from None
+    if not isinstance(content, dict):
+        raise PreflightError(ExitCode.FLAGS, f"--config {path}: not a JSON object of flags")
+    known = set(build_options()) - {"config"}
+    from_file = {key.lstrip("-").replace("-", "_"): value for key, value in content.items()}
+    unknown = sorted(set(from_file) - known)
+    if unknown:
+        near = difflib.get_close_matches(unknown[0], known, n=1)
+        hint = f", did you mean {near[0]!r}?" if near else ""
+        raise PreflightError(ExitCode.FLAGS, f"--config {path}: unknown key {unknown[0]!r}{hint}")
+    return from_file | given, dict.fromkeys(from_file, path) | sources
+
+
+def run_mode(mode: str, config: RunConfig) -> int:
+    """Run one mode; its modules, and with them torch, are loaded here."""
+    if mode == "train":
+        from trainer import run_training
+
+        return run_training(config)
+    from generate import run_generation
+
+    return run_generation(config)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command line and return its exit code."""
+    output_dir = "."
+    try:
+        mode, config = parse_command_line(sys.argv[1:] if argv is None else argv)
+        output_dir = config.control.output_dir
+        return run_mode(mode, config)
+    except PreflightError as error:
+        sys.stderr.write("\n".join(f"preflight: {line}" for line in error.lines) + "\n")
+        return int(error.code)
+    except KeyboardInterrupt:
+        sys.stderr.write("preflight: stopped\n")
+        return int(ExitCode.SIGINT)
+    except BrokenPipeError:
+        # The reader of our output left; point stdout elsewhere so that exit does not fail too.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return int(ExitCode.SIGPIPE)
+    except MemoryError:
+        sys.stderr.write("preflight: this machine's memory is used up; "
+                         "lower --batch-size, --context-length or --model-size\n")
+        return int(ExitCode.OUT_OF_MEMORY)
+    except Exception as error:  # the last resort: a fault of ours, kept whole in a file
+        return _report_internal_error(error, output_dir)
+
+
+def _report_internal_error(error: Exception, output_dir: str) -> int:
+    import traceback
+
+    text = "".join(traceback.format_exception(error))
+    for folder in (Path(output_dir), Path.cwd()):
+        try:
+            path = folder / "crash.log"
+            path.write_text(text, encoding="utf-8")
+        except OSError:
+            continue
+        sys.stderr.write(f"preflight: internal error, {type(error).__name__}; details in {path}\n")
+        return int(ExitCode.INTERNAL)
+    sys.stderr.write(f"preflight: internal error; no place for a crash log\n{text}")
+    return int(ExitCode.INTERNAL)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,339 @@
+"""Durable files: publish, verify, lock, and read JSON that may be damaged or hostile.
+
+Everything this project writes and later relies on goes through `publish_file` or
+`publish_folder`: a temporary name in the same folder, fsync, rename, fsync of the folder. A reader
+therefore finds the old content or the new, whatever happens in between.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import hashlib
+import json
+import math
+import os
+import shutil
+import socket
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import IO, Any
+
+import filelock  # comes with torch; the same locks on Linux, macOS and Windows
+
+from config import ExitCode, PreflightError
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
+
+MAX_JSON_BYTES = 16 * 2**20
+TEMPORARY_PREFIX = ".tmp-"
+LOCK_NAME = ".lock"
+_BLOCK_BYTES = 4 * 2**20
+# What a failing or full disk raises, as opposed to a wrong path.
+_STORAGE_ERRNOS = {
+    errno.ENOSPC, errno.EIO, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM,
+    errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG, errno.EMFILE, errno.ENFILE,
+    errno.ENXIO, errno.ENODEV, errno.ESTALE, errno.ELOOP, errno.EBUSY, errno.EEXIST,
+    errno.ENOTEMPTY,
+}
+
+
+def storage_error(path: Path, error: OSError, needed_bytes: int = 0) -> PreflightError:
+    """The user's message for a failed write: what, where, how many bytes are missing."""
+    lines = [f"cannot write {path}: {error.strerror or error}"]
+    if needed_bytes and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        with contextlib.suppress(OSError):
+            free = free_bytes(path)
+            missing = max(needed_bytes - free, 1)
+            lines.append(f"{format_bytes(needed_bytes)} needed, {format_bytes(free)} free, "
+                         f"{missing:,} bytes missing")
+    lines.append("what was there before is unchanged; free space or choose another folder, "
+                 "then run the same command again")
+    return PreflightError(ExitCode.STORAGE, *lines)
+
+
+def format_bytes(count: float) -> str:
+    """A byte count for people, in powers of 1024: ``1.5 GiB``."""
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if abs(count) < 1024:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1024
+    return f"{count:.1f} TiB"
+
+
+def free_bytes(path: Path) -> int:
+    """Bytes that can still be written at `path`, or at its nearest existing parent."""
+    place = path.absolute()
+    while not place.exists() and place != place.parent:
+        place = place.parent
+    return shutil.disk_usage(place).free
+
+
+def fsync_folder(folder: Path) -> None:
+    """Make names in `folder` durable. Windows has no such call; its renames are journaled."""
+    if os.name == "nt":
+        return
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def fsync_file(path: Path) -> None:
+    """Make a closed file's content durable."""
+    with open(path, "rb+") as file:
+        os.fsync(file.fileno())
+
+
+def make_folder(folder: Path) -> None:
+    """`folder` with its parents, each made durable in its own parent.
+
+    Raises:
+        PreflightError: code STORAGE.
+    """
+    if folder.is_dir():
+        return
+    try:
+        make_folder(folder.parent)
+        folder.mkdir(exist_ok=True)
+        fsync_folder(folder.parent)
+    except OSError as error:
+        raise storage_error(folder, error) from error
+
+
+@contextlib.contextmanager
+def publish_file(path: Path, size_bytes: int = 0) -> Iterator[IO[bytes]]:
+    """Open a file to write that appears at `path`, whole and durable, or not at all.
+
+    Args:
+        path: where it appears; an older file there is replaced in one step.
+        size_bytes: its size where it is known, so that a full disk shows before the first write.
+
+    Raises:
+        PreflightError: code STORAGE, when the disk is full, failing or read-only.
+    """
+    temporary = path.with_name(f"{TEMPORARY_PREFIX}{path.name}")
+    try:
+        with open(temporary, "wb") as file:
+            _reserve(file, size_bytes)
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+        fsync_folder(path.parent)
+    except BaseException as error:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+        if isinstance(error, OSError) and error.errno in _STORAGE_ERRNOS:
+            raise storage_error(path, error, size_bytes) from error
+        raise
+
+
+def _reserve(file: IO[bytes], size_bytes: int) -> None:
+    """Claim the space first: a full disk then fails here, with nothing half written."""
+    if size_bytes and hasattr(os, "posix_fallocate"):
+        try:
+            os.posix_fallocate(file.fileno(), 0, size_bytes)
+        except OSError as error:
+            # Some file systems lack the call; the write below then finds out.
+            if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS):
+                raise
+
+
+@contextlib.contextmanager
+def publish_folder(folder: Path) -> Iterator[Path]:
+    """A temporary folder to fill, which becomes `folder` in one rename when the block ends.
+
+    Every file in it is fsynced first. `folder` must not exist.
+
+    Raises:
+        PreflightError: code STORAGE, when the disk is full, failing or read-only.
+    """
+    temporary = folder.with_name(f"{TEMPORARY_PREFIX}{folder.name}")
+    try:
+        remove_tree(temporary)
+        temporary.mkdir()
+        yield temporary
+        for path in sorted(temporary.rglob("*")):
+            if path.is_file():
+                fsync_file(path)
+            else:
+                fsync_folder(path)
+        fsync_folder(temporary)
+        os.rename(temporary, folder)
+        fsync_folder(folder.parent)
+    except BaseException as error:
+        with contextlib.suppress(OSError):
+            remove_tree(temporary)
+        if isinstance(error, OSError) and error.errno in _STORAGE_ERRNOS:
+            raise storage_error(folder, error) from error
+        raise
+
+
+def remove_tree(path: Path) -> None:
+    """Delete a folder or a file if it is there; a symbolic link is unlinked, never followed."""
+    if path.is_symlink() or path.is_file():
+        path.unlink()
+    elif path.exists():
+        shutil.rmtree(path)
+
+
+def retire_folder(folder: Path) -> None:
+    """Delete a folder so that a cut never leaves it half there under its own name."""
+    doomed = folder.with_name(f"{TEMPORARY_PREFIX}retired-{folder.name}")
+    remove_tree(doomed)
+    os.rename(folder, doomed)
+    remove_tree(doomed)
+    fsync_folder(folder.parent)
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Delete what a killed writer left; call it under the folder's exclusive lock."""
+    for path in folder.glob(f"{TEMPORARY_PREFIX}*"):
+        remove_tree(path)
+
+
+def hash_file(path: Path) -> str:
+    """SHA-256 of a file's content, in hexadecimal."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Publish `content` as readable JSON."""
+    with publish_file(path) as file:
+        file.write(json.dumps(content, indent=2, allow_nan=False).encode() + b"\n")
+
+
+def read_json(path: Path) -> Any:
+    """Read a JSON file strictly.
+
+    Raises:
+        OSError: it cannot be read.
+        ValueError: it is over 16 MiB, not UTF-8, not JSON, too deep, names a key twice, or
+            holds a number that is not finite.
+    """
+    with open(path, "rb") as file:
+        raw = file.read(MAX_JSON_BYTES + 1)
+    if len(raw) > MAX_JSON_BYTES:
+        raise ValueError(f"larger than {format_bytes(MAX_JSON_BYTES)}")
+    try:
+        return json.loads(
+            raw.decode("utf-8"),
+            object_pairs_hook=_unique_keys,
+            parse_constant=_refuse_constant,
+            parse_float=_finite_float,
+        )
+    except UnicodeDecodeError as error:
+        raise ValueError(f"not UTF-8 at byte {error.start}") from None
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
+
+
+def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    result = dict(pairs)
+    if len(result) != len(pairs):
+        raise ValueError("a key is given twice")
+    return result
+
+
+def _refuse_constant(word: str) -> float:
+    raise ValueError(f"{word} is not a number")
+
+
+def _finite_float(word: str) -> float:
+    value = float(word)
+    if not math.isfinite(value):
+        raise ValueError(f"{word} is too large")
+    return value
+
+
+def check_writable(folder: Path) -> None:
+    """Write, fsync, rename and delete a small file in `folder`, which is made if it is missing.
+
+    Raises:
+        PreflightError: code STORAGE.
+    """
+    make_folder(folder)
+    probe = folder / ".probe"
+    with publish_file(probe) as file:
+        file.write(b"probe")
+    probe.unlink()
+
+
+class FolderLock:
+    """A lock on a folder, held until released or until the process ends, however it ends.
+
+    Writers take it exclusively, readers share it. The kernel frees it on SIGKILL, so there are no
+    stale locks; the text in the lock file only informs.
+
+    Raises:
+        PreflightError: code LOCKED at once when another process holds it, naming that process;
+            code STORAGE when the lock file cannot be made.
+    """
+
+    def __init__(self, folder: Path, *, shared: bool = False) -> None:
+        self._path = folder / LOCK_NAME
+        self._shared_descriptor = -1
+        self._lock = filelock.FileLock(self._path, timeout=0)
+        try:
+            if shared and fcntl is not None:
+                self._shared_descriptor = _open_shared(self._path)
+            else:  # without flock a reader locks like a writer: stricter, never wrong
+                self._lock.acquire()
+        except (filelock.Timeout, BlockingIOError):
+            raise PreflightError(
+                ExitCode.LOCKED,
+                f"{folder} is in use by another run ({self._read_owner()})",
+                "wait until it ends, stop it, or choose another folder",
+            ) from None
+        except OSError as error:
+            raise storage_error(self._path, error) from error
+        if not shared:
+            with contextlib.suppress(OSError):  # informative only
+                started = time.strftime("%Y-%m-%d %H:%M:%S")
+                self._path.write_text(
+                    f"pid {os.getpid()} on {socket.gethostname()} since {started}\n",
+                    encoding="utf-8",
+                )
+
+    def _read_owner(self) -> str:
+        try:
+            with open(self._path, "rb") as file:
+                text = file.read(200).decode("utf-8", "replace")
+        except OSError:
+            text = ""
+        return "".join(c for c in text if c.isprintable()) or "a reader"
+
+    def release(self) -> None:
+        """Let others in."""
+        if self._shared_descriptor >= 0:
+            os.close(self._shared_descriptor)
+            self._shared_descriptor = -1
+        self._lock.release()
+
+    def __enter__(self) -> FolderLock:
+        return self
+
+    def __exit__(self, *unused: object) -> None:
+        self.release()
+
+
+def _open_shared(path: Path) -> int:
+    """A descriptor that holds a shared flock on `path`; BlockingIOError while a writer has it."""
+    while True:
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            # A writer that left may have unlinked the file that we opened: then look again.
+            if os.path.exists(path) and os.path.samestat(os.stat(path), os.fstat(descriptor)):
+                return descriptor
+        except BaseException:
+            os.close(descriptor)
+            raise
+        os.close(descriptor)
