@@ -1,0 +1,324 @@
+"""`DecoderOnlyTransformer`: GPT-2's architecture, its loss, its KV cache and its own arithmetic.
+
+Shapes: B sequences, T tokens in each, C width, H heads, D = C / H width of a head, V vocabulary,
+S capacity of the cache, N = B * T rows of the loss.
+
+Source: Radford et al. 2019, "Language Models are Unsupervised Multitask Learners", section 2.3:
+learned positions, layer normalisation before each part, GELU, tied embeddings.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from config import ModelConfig
+
+ACTIVATION_FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "gelu": F.gelu,
+    "gelu_tanh": partial(F.gelu, approximate="tanh"),
+    "relu": F.relu,
+    "silu": F.silu,
+}
+# Rows of logits held at once by the loss. On the CPU a block of logits should stay near the
+# cache; on CUDA the products want enough rows to fill the card (measured, benchmarks/LOG.md).
+LOSS_ROWS_CPU = 128
+LOSS_ROWS_CUDA = 2048
+# Tensor cores want every dimension to be a multiple of this; 50,257 is odd.
+CUDA_VOCAB_MULTIPLE = 64
+
+
+class KVCache:
+    """Keys and values of the tokens read so far, allocated once; a row per sequence.
+
+    `lengths` (B,) counts the tokens of each row. Rows may differ in length.
+    """
+
+    def __init__(
+        self, config: ModelConfig, batch_size: int, device: torch.device, dtype: torch.dtype
+    ) -> None:
+        head_width = config.n_embeddings // config.n_heads
+        shape = (batch_size, config.n_heads, config.context_length, head_width)  # B H S D
+        self.layers = [
+            (torch.zeros(shape, device=device, dtype=dtype),
+             torch.zeros(shape, device=device, dtype=dtype))
+            for _ in range(config.n_layers)
+        ]
+        self.lengths = torch.zeros(batch_size, dtype=torch.long, device=device)
+
+
+class _CacheStep:
+    """One pass through the cache: which rows and places are written, what they may look at."""
+
+    def __init__(self, cache: KVCache, rows: Tensor, n_tokens: int, used: int) -> None:
+        self.cache = cache
+        self.rows = rows  # B
+        self.positions = cache.lengths[rows, None] + torch.arange(n_tokens, device=rows.device)
+        self.used = used  # places in use after this pass, in the longest row
+        places = torch.arange(used, device=rows.device)
+        self.mask = (places <= self.positions[:, :, None])[:, None]  # B 1 T used
+
+    def append(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        """Write the new keys and values (B H T D); return all of the rows' (B H used D)."""
+        keys, values = self.cache.layers[layer]
+        # Two index tensors around a slice put the slice last: hence B T H D on the right.
+        keys[self.rows[:, None], :, self.positions] = key.transpose(1, 2)
+        values[self.rows[:, None], :, self.positions] = value.transpose(1, 2)
+        if len(self.rows) == len(keys):
+            return keys[:, :, : self.used], values[:, :, : self.used]
+        return keys[self.rows, :, : self.used], values[self.rows, :, : self.used]
+
+
+class Attention(nn.Module):
+    """Causal self-attention over all heads at once."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.n_heads = config.n_heads
+        self.dropout = config.dropout
+        self.qkv = nn.Linear(config.n_embeddings, 3 * config.n_embeddings)
+        self.projection = nn.Linear(config.n_embeddings, config.n_embeddings)
+
+    def forward(self, x: Tensor, layer: int, step: _CacheStep | None) -> Tensor:
+        """(B T C) -> (B T C); with a cache step, over the cached tokens as well."""
+        B, T, C = x.shape
+        q, k, v = (
+            part.view(B, T, self.n_heads, C // self.n_heads).transpose(1, 2)  # B H T D
+            for part in self.qkv(x).split(C, dim=2)
+        )
+        if step is None:
+            dropout = self.dropout if self.training else 0.0
+            mixed = F.scaled_dot_product_attention(q, k, v, is_causal=True, dropout_p=dropout)
+        else:
+            k, v = step.append(layer, k, v)
+            mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=step.mask)
+        return self.projection(mixed.transpose(1, 2).reshape(B, T, C))
+
+
+class FeedForward(nn.Module):
+    """Two linear maps with an activation between them, applied to each token."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.expand = nn.Linear(config.n_embeddings, config.ffn_hid_dim)
+        self.activation = ACTIVATION_FUNCTIONS[config.activation]
+        self.contract = nn.Linear(config.ffn_hid_dim, config.n_embeddings)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B T C) -> (B T C)."""
+        return self.contract(self.activation(self.expand(x)))
+
+
+class Block(nn.Module):
+    """Attention, then the feed-forward part, each on a normalised input and added back."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.attention_norm = nn.LayerNorm(config.n_embeddings)
+        self.attention = Attention(config)
+        self.feed_forward_norm = nn.LayerNorm(config.n_embeddings)
+        self.feed_forward = FeedForward(config)
+        self.dropout = nn.Dropout(config.dropout)
+
+    def forward(self, x: Tensor, layer: int, step: _CacheStep | None = None) -> Tensor:
+        """(B T C) -> (B T C)."""
+        x = x + self.dropout(self.attention(self.attention_norm(x), layer, step))
+        return x + self.dropout(self.feed_forward(self.feed_forward_norm(x)))
+
+
+class DecoderOnlyTransformer(nn.Module):
+    """A GPT: tokens in, logits or the loss out.
+
+    Args:
+        config: the architecture.
+        gradient_checkpointing: recompute each block in the backward pass (Chen et al. 2016,
+            arXiv:1604.06174); a block then keeps its input alone.
+    """
+
+    def __init__(self, config: ModelConfig, *, gradient_checkpointing: bool = False) -> None:
+        super().__init__()
+        self.config = config
+        self.gradient_checkpointing = gradient_checkpointing
+        self.token_embedding = nn.Embedding(config.vocab_size, config.n_embeddings)
+        self.position_embedding = nn.Embedding(config.context_length, config.n_embeddings)
+        self.dropout = nn.Dropout(config.dropout)
+        self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layers))
+        self.final_norm = nn.LayerNorm(config.n_embeddings)
+        self._initialise()
+
+    def _initialise(self) -> None:
+        """GPT-2's initialisation: N(0, 0.02), and the maps back into the residual stream scaled
+        down by the square root of their number, so that the stream's variance stays near one.
+        """
+        residual_std = 0.02 / math.sqrt(2 * self.config.n_layers)
+        for name, parameter in self.named_parameters():
+            if parameter.dim() < 2:
+                nn.init.constant_(parameter, 1.0 if name.endswith("norm.weight") else 0.0)
+            else:
+                back = name.endswith(("attention.projection.weight", "contract.weight"))
+                nn.init.normal_(parameter, std=residual_std if back else 0.02)
+
+    def forward(self, tokens: Tensor, targets: Tensor | None = None) -> Tensor:
+        """Logits (B T V), or the mean cross-entropy (scalar, fp32) when `targets` are given.
+
+        Args:
+            tokens: ids (B T), T at most the context length.
+            targets: the ids that follow (B T).
+
+        Raises:
+            ValueError: T is longer than the context.
+        """
+        positions = torch.arange(self._checked_length(tokens), device=tokens.device)
+        x = self.dropout(self.token_embedding(tokens) + self.position_embedding(positions))
+        for layer, block in enumerate(self.blocks):
+            if self.gradient_checkpointing and torch.is_grad_enabled():
+                # Without dropout there is no randomness to replay.
+                x = checkpoint(block, x, layer, use_reentrant=False,
+                               preserve_rng_state=self.config.dropout > 0)
+            else:
+                x = block(x, layer)
+        x = self.final_norm(x)
+        weight = self.token_embedding.weight
+        if targets is None:
+            return F.linear(x, weight)
+        return linear_cross_entropy(x.flatten(0, 1), weight, targets.flatten())
+
+    def read(self, tokens: Tensor, cache: KVCache, rows: Tensor, lengths: Tensor) -> Tensor:
+        """Read tokens on top of what `cache` holds; logits (B V) after each row's last one.
+
+        Args:
+            tokens: ids (B T), row i padded on the right to T from its `lengths[i]` tokens. The
+                padding's keys are overwritten by the tokens to come, and no token looks at them.
+            cache: read and extended; `cache.lengths` grows by `lengths`.
+            rows: the cache rows (B,) that these sequences are in.
+            lengths: tokens (B,) in each row of `tokens`.
+
+        Raises:
+            ValueError: a row would grow longer than the context.
+        """
+        T = self._checked_length(tokens)
+        used = int(cache.lengths[rows].max()) + T
+        if used > self.config.context_length:
+            raise ValueError(
+                f"{used} tokens are longer than the context of {self.config.context_length}"
+            )
+        step = _CacheStep(cache, rows, T, used)
+        x = self.token_embedding(tokens) + self.position_embedding(step.positions)
+        for layer, block in enumerate(self.blocks):
+            x = block(x, layer, step)
+        cache.lengths[rows] += lengths
+        last = x[torch.arange(len(rows), device=x.device), lengths - 1]  # B C
+        return F.linear(self.final_norm(last), self.token_embedding.weight)
+
+    def _checked_length(self, tokens: Tensor) -> int:
+        length = tokens.shape[1]
+        if length > self.config.context_length:
+            raise ValueError(
+                f"{length} tokens are longer than the context of {self.config.context_length}"
+            )
+        return length
+
+
+def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+    """Mean cross-entropy of ``hidden @ weight.T`` against `targets`, never holding all logits.
+
+    Args:
+        hidden: rows (N C), of which logits are made a few at a time.
+        weight: the tied embedding (V C).
+        targets: ids (N,).
+
+    Returns:
+        A scalar in fp32. Its gradients are computed in the same pass, while the logits are at
+        hand, so that nothing is computed twice (Hsu et al. 2024, arXiv:2410.10989, section 3.2).
+    """
+    device = hidden.device.type
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
+    with torch.autocast(device, enabled=False):
+        hidden, weight = hidden.to(dtype), weight.to(dtype)
+        padding = -len(weight) % CUDA_VOCAB_MULTIPLE if device == "cuda" else 0
+        if padding:
+            weight = F.pad(weight, (0, 0, 0, padding))
+        if torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad):
+            return _LinearCrossEntropy.apply(hidden, weight, targets, padding)
+        total = hidden.new_zeros((), dtype=torch.float32)
+        for rows in _loss_chunks(hidden):
+            log_p = _log_probabilities(hidden[rows], weight, padding)
+            total -= log_p.gather(1, targets[rows, None]).sum()
+        return total / len(hidden)
+
+
+def _loss_chunks(hidden: Tensor) -> list[slice]:
+    rows = LOSS_ROWS_CPU if hidden.device.type == "cpu" else LOSS_ROWS_CUDA
+    return [slice(start, start + rows) for start in range(0, len(hidden), rows)]
+
+
+def _log_probabilities(hidden: Tensor, weight: Tensor, padding: int) -> Tensor:
+    """Log-softmax in fp32 of one chunk's logits; padded ids have probability zero."""
+    logits = hidden @ weight.T
+    if padding:
+        logits[:, -padding:] = -math.inf
+    return torch.log_softmax(logits, dim=1, dtype=torch.float32)
+
+
+class _LinearCrossEntropy(torch.autograd.Function):
+    """Loss and gradients of `linear_cross_entropy`, chunk by chunk."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, padding: int) -> Tensor:
+        total = hidden.new_zeros((), dtype=torch.float32)
+        grad_hidden = torch.empty_like(hidden)
+        # Summed over chunks in fp32: in bf16 the later chunks would be rounded away.
+        grad_weight = torch.zeros_like(weight, dtype=torch.float32)
+        for rows in _loss_chunks(hidden):
+            log_p = _log_probabilities(hidden[rows], weight, padding)
+            target = targets[rows, None]
+            total -= log_p.gather(1, target).sum()
+            # d loss / d logits = softmax - one-hot. The division by N waits for the backward
+            # pass, where a gradient scaler's factor comes in: in fp16 it would underflow here.
+            grad = log_p.exp_()
+            grad.scatter_add_(1, target, grad.new_full((), -1.0).expand(target.shape))
+            grad = grad.to(hidden.dtype)
+            torch.mm(grad, weight, out=grad_hidden[rows])
+            if weight.dtype == torch.float32:
+                grad_weight.addmm_(grad.T, hidden[rows])
+            else:
+                grad_weight += grad.T @ hidden[rows]
+        ctx.save_for_backward(grad_hidden, grad_weight)
+        return total / len(hidden)
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, Tensor, None, None]:
+        grad_hidden, grad_weight = ctx.saved_tensors
+        scale = grad_outputs[0] / len(grad_hidden)
+        # In place: the embedding's gradient is the largest tensor there is.
+        return grad_hidden.mul_(scale), grad_weight.mul_(scale), None, None
+
+
+def count_parameters(config: ModelConfig) -> int:
+    """Parameters of the model, the tied embedding counted once."""
+    C, hidden = config.n_embeddings, config.ffn_hid_dim
+    norms = 4 * C
+    attention = 3 * C * C + 3 * C + C * C + C
+    feed_forward = 2 * C * hidden + hidden + C
+    embeddings = (config.vocab_size + config.context_length) * C
+    return embeddings + config.n_layers * (norms + attention + feed_forward) + 2 * C
+
+
+def estimate_flops_per_token(config: ModelConfig, *, training: bool = True) -> int:
+    """Floating-point operations per token at full context; 6N + 12 L C T in training.
+
+    N counts the weights that take part in products (the tied embedding once, as the head;
+    positions, norms and biases not). Source: Chowdhery et al. 2022 (PaLM), appendix B. The
+    attention term counts the whole square, as that paper does; a causal kernel does half of it.
+    """
+    C = config.n_embeddings
+    weights = config.vocab_size * C + config.n_layers * (4 * C * C + 2 * C * config.ffn_hid_dim)
+    attention = 2 * config.n_layers * C * config.context_length
+    return (6 if training else 2) * (weights + attention)
