@@ -248,6 +248,9 @@ class ControlSettings:
     checkpoint_every: int | None = _option(
         None, "steps between checkpoints; unset: a tenth of the run", lower=1, upper=_MAX_COUNT
     )
+    checkpoint_minutes: float = _option(
+        10.0, "minutes after which a checkpoint is written in any case", above=0, upper=1e6
+    )
     eval_every: int | None = _option(
         None, "steps between evaluations; unset: with every checkpoint", lower=1,
         upper=_MAX_COUNT,
@@ -262,6 +265,9 @@ class ControlSettings:
         None, "checkpoint to continue from (the folder or a file in it)", metavar="PATH"
     )
     auto_resume: bool = _option(True, "continue from the newest checkpoint in --output-dir")
+    allow_batch_change: bool = _option(
+        False, "continue a checkpoint with another number of tokens per step"
+    )
 
 
 @dataclass(frozen=True)

@@ -145,7 +145,7 @@ def _merge_config_file(
 def run_mode(mode: str, config: RunConfig) -> int:
     """Run one mode; its modules, and with them torch, are loaded here."""
     if mode == "train":
-        from trainer import run_training
+        from training_run import run_training
 
         return run_training(config)
     from generate import run_generation

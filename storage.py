@@ -15,6 +15,7 @@ import math
 import os
 import shutil
 import socket
+import stat
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -120,7 +121,7 @@ def publish_file(path: Path, size_bytes: int = 0) -> Iterator[IO[bytes]]:
     temporary = path.with_name(f"{TEMPORARY_PREFIX}{path.name}")
     try:
         with open(temporary, "wb") as file:
-            _reserve(file, size_bytes)
+            reserve_bytes(file, size_bytes)
             yield file
             file.flush()
             os.fsync(file.fileno())
@@ -134,8 +135,12 @@ def publish_file(path: Path, size_bytes: int = 0) -> Iterator[IO[bytes]]:
         raise
 
 
-def _reserve(file: IO[bytes], size_bytes: int) -> None:
-    """Claim the space first: a full disk then fails here, with nothing half written."""
+def reserve_bytes(file: IO[bytes], size_bytes: int) -> None:
+    """Claim the space first: a full disk then fails here, with nothing half written.
+
+    Raises:
+        OSError: there is no room.
+    """
     if size_bytes and hasattr(os, "posix_fallocate"):
         try:
             os.posix_fallocate(file.fileno(), 0, size_bytes)
@@ -146,10 +151,11 @@ def _reserve(file: IO[bytes], size_bytes: int) -> None:
 
 
 @contextlib.contextmanager
-def publish_folder(folder: Path) -> Iterator[Path]:
+def publish_folder(folder: Path, size_bytes: int = 0) -> Iterator[Path]:
     """A temporary folder to fill, which becomes `folder` in one rename when the block ends.
 
-    Every file in it is fsynced first. `folder` must not exist.
+    Every file in it is fsynced first. `folder` must not exist. `size_bytes`, where it is known,
+    lets the message about a full disk say how much is missing.
 
     Raises:
         PreflightError: code STORAGE, when the disk is full, failing or read-only.
@@ -171,7 +177,7 @@ def publish_folder(folder: Path) -> Iterator[Path]:
         with contextlib.suppress(OSError):
             remove_tree(temporary)
         if isinstance(error, OSError) and error.errno in _STORAGE_ERRNOS:
-            raise storage_error(folder, error) from error
+            raise storage_error(folder, error, size_bytes) from error
         raise
 
 
@@ -184,18 +190,60 @@ def remove_tree(path: Path) -> None:
 
 
 def retire_folder(folder: Path) -> None:
-    """Delete a folder so that a cut never leaves it half there under its own name."""
+    """Delete a folder so that a cut never leaves it half there under its own name.
+
+    Raises:
+        PreflightError: code STORAGE.
+    """
     doomed = folder.with_name(f"{TEMPORARY_PREFIX}retired-{folder.name}")
-    remove_tree(doomed)
-    os.rename(folder, doomed)
-    remove_tree(doomed)
-    fsync_folder(folder.parent)
+    try:
+        remove_tree(doomed)
+        os.rename(folder, doomed)
+        fsync_folder(folder.parent)  # before the first file goes: a power cut must not mix them
+        remove_tree(doomed)
+    except OSError as error:
+        raise _removal_error(folder, error) from error
 
 
 def remove_leftovers(folder: Path) -> None:
-    """Delete what a killed writer left; call it under the folder's exclusive lock."""
+    """Delete what a killed writer left; call it under the folder's exclusive lock.
+
+    Raises:
+        PreflightError: code STORAGE.
+    """
     for path in folder.glob(f"{TEMPORARY_PREFIX}*"):
-        remove_tree(path)
+        try:
+            remove_tree(path)
+        except OSError as error:
+            raise _removal_error(path, error) from error
+
+
+def _removal_error(path: Path, error: OSError) -> PreflightError:
+    return PreflightError(
+        ExitCode.STORAGE, f"cannot delete {path}: {error.strerror or error}",
+        "delete it by hand or mend its permissions, then run the same command again",
+    )
+
+
+def open_regular(path: Path) -> IO[bytes]:
+    """Open an existing plain file to read; never a symbolic link, a pipe or a device.
+
+    Raises:
+        OSError: there is none, it is something else, or it cannot be read.
+    """
+    flags = os.O_RDONLY
+    for name in ("O_NOFOLLOW", "O_NONBLOCK", "O_CLOEXEC", "O_BINARY"):  # Windows lacks some
+        flags |= getattr(os, name, 0)
+    try:
+        descriptor = os.open(path, flags)
+    except OSError as error:
+        if error.errno == errno.ELOOP:
+            raise OSError(errno.ELOOP, "a symbolic link, which is not followed") from None
+        raise
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise OSError(errno.EINVAL, "not a plain file")
+    return os.fdopen(descriptor, "rb")
 
 
 def hash_file(path: Path) -> str:
@@ -219,7 +267,15 @@ def read_json(path: Path) -> Any:
             holds a number that is not finite.
     """
     with open(path, "rb") as file:
-        raw = file.read(MAX_JSON_BYTES + 1)
+        return parse_json(file.read(MAX_JSON_BYTES + 1))
+
+
+def parse_json(raw: bytes) -> Any:
+    """JSON read strictly; see `read_json`.
+
+    Raises:
+        ValueError: as `read_json`.
+    """
     if len(raw) > MAX_JSON_BYTES:
         raise ValueError(f"larger than {format_bytes(MAX_JSON_BYTES)}")
     try:

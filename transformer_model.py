@@ -35,45 +35,96 @@ LOSS_ROWS_CUDA = 2048
 CUDA_VOCAB_MULTIPLE = 64
 
 
+def loss_layout(device_type: str) -> tuple[int, int]:
+    """Rows of logits held at once, and what the vocabulary is padded to a multiple of."""
+    if device_type == "cuda":
+        return LOSS_ROWS_CUDA, CUDA_VOCAB_MULTIPLE
+    return (LOSS_ROWS_CPU if device_type == "cpu" else LOSS_ROWS_CUDA), 1
+
+
 class KVCache:
     """Keys and values of the tokens read so far, allocated once; a row per sequence.
 
-    `lengths` (B,) counts the tokens of each row. Rows may differ in length.
+    `lengths` counts the tokens of each row. It is kept on the host, where it is known anyway: a
+    step then never waits for the device.
+
+    Args:
+        config: the model's architecture.
+        batch_size: rows.
+        device: where the model is.
+        dtype: the model's.
+        capacity: tokens that a row can hold, at most the context length (the default).
     """
 
     def __init__(
-        self, config: ModelConfig, batch_size: int, device: torch.device, dtype: torch.dtype
+        self, config: ModelConfig, batch_size: int, device: torch.device, dtype: torch.dtype,
+        capacity: int | None = None,
     ) -> None:
+        self.capacity = min(capacity or config.context_length, config.context_length)
         head_width = config.n_embeddings // config.n_heads
-        shape = (batch_size, config.n_heads, config.context_length, head_width)  # B H S D
+        shape = (batch_size, config.n_heads, self.capacity, head_width)  # B H S D
+        # Zeros, not garbage: a hidden value is multiplied by zero, and 0 * NaN is NaN.
         self.layers = [
             (torch.zeros(shape, device=device, dtype=dtype),
              torch.zeros(shape, device=device, dtype=dtype))
             for _ in range(config.n_layers)
         ]
-        self.lengths = torch.zeros(batch_size, dtype=torch.long, device=device)
+        self.lengths = [0] * batch_size
+
+    def keep_rows(self, rows: list[int]) -> None:
+        """Drop every row but these, which move up in the order given."""
+        self.layers = [(keys[rows], values[rows]) for keys, values in self.layers]
+        self.lengths = [self.lengths[row] for row in rows]
 
 
-class _CacheStep:
-    """One pass through the cache: which rows and places are written, what they may look at."""
+class _FillStep:
+    """Whole windows are read into rows that start anew: causal, nothing earlier to look at."""
 
-    def __init__(self, cache: KVCache, rows: Tensor, n_tokens: int, used: int) -> None:
-        self.cache = cache
-        self.rows = rows  # B
-        self.positions = cache.lengths[rows, None] + torch.arange(n_tokens, device=rows.device)
-        self.used = used  # places in use after this pass, in the longest row
-        places = torch.arange(used, device=rows.device)
-        self.mask = (places <= self.positions[:, :, None])[:, None]  # B 1 T used
+    mask = None
+    is_causal = True
+
+    def __init__(self, cache: KVCache, rows: list[int], n_tokens: int) -> None:
+        self.layers = cache.layers
+        self.n_tokens = n_tokens
+        all_rows = list(range(len(cache.lengths)))
+        self.rows: slice | list[int] = slice(None) if rows == all_rows else rows
 
     def append(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-        """Write the new keys and values (B H T D); return all of the rows' (B H used D)."""
-        keys, values = self.cache.layers[layer]
-        # Two index tensors around a slice put the slice last: hence B T H D on the right.
-        keys[self.rows[:, None], :, self.positions] = key.transpose(1, 2)
-        values[self.rows[:, None], :, self.positions] = value.transpose(1, 2)
-        if len(self.rows) == len(keys):
-            return keys[:, :, : self.used], values[:, :, : self.used]
-        return keys[self.rows, :, : self.used], values[self.rows, :, : self.used]
+        """Write the new keys and values (B H T D); return what there is to look at."""
+        keys, values = self.layers[layer]
+        keys[self.rows, :, : self.n_tokens] = key
+        values[self.rows, :, : self.n_tokens] = value
+        return key, value
+
+
+class _ReadStep:
+    """One token more in every row; it looks at all of its row."""
+
+    is_causal = False
+
+    def __init__(self, cache: KVCache, device: torch.device) -> None:
+        self.layers = cache.layers
+        self.used = max(cache.lengths) + 1  # places in use after this step, in the longest row
+        self.mask: Tensor | None = None
+        if min(cache.lengths) == self.used - 1:  # rows of one length need no mask
+            self.positions = torch.full((len(cache.lengths),), self.used - 1, device=device)
+            return
+        self.positions = torch.tensor(cache.lengths, device=device)  # B
+        self.rows = torch.arange(len(cache.lengths), device=device)  # B
+        places = torch.arange(self.used, device=device)
+        self.mask = (places <= self.positions[:, None])[:, None, None]  # B 1 1 used
+
+    def append(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        """Write the new keys and values (B H 1 D); return all of them (B H used D)."""
+        keys, values = self.layers[layer]
+        if self.mask is None:
+            keys[:, :, self.used - 1] = key[:, :, 0]
+            values[:, :, self.used - 1] = value[:, :, 0]
+        else:
+            # Two index tensors around a slice put the slice last: B H D.
+            keys[self.rows, :, self.positions] = key[:, :, 0]
+            values[self.rows, :, self.positions] = value[:, :, 0]
+        return keys[:, :, : self.used], values[:, :, : self.used]
 
 
 class Attention(nn.Module):
@@ -86,7 +137,7 @@ class Attention(nn.Module):
         self.qkv = nn.Linear(config.n_embeddings, 3 * config.n_embeddings)
         self.projection = nn.Linear(config.n_embeddings, config.n_embeddings)
 
-    def forward(self, x: Tensor, layer: int, step: _CacheStep | None) -> Tensor:
+    def forward(self, x: Tensor, layer: int, step: _FillStep | _ReadStep | None) -> Tensor:
         """(B T C) -> (B T C); with a cache step, over the cached tokens as well."""
         B, T, C = x.shape
         q, k, v = (
@@ -98,7 +149,9 @@ class Attention(nn.Module):
             mixed = F.scaled_dot_product_attention(q, k, v, is_causal=True, dropout_p=dropout)
         else:
             k, v = step.append(layer, k, v)
-            mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=step.mask)
+            mixed = F.scaled_dot_product_attention(
+                q, k, v, attn_mask=step.mask, is_causal=step.is_causal
+            )
         return self.projection(mixed.transpose(1, 2).reshape(B, T, C))
 
 
@@ -127,7 +180,9 @@ class Block(nn.Module):
         self.feed_forward = FeedForward(config)
         self.dropout = nn.Dropout(config.dropout)
 
-    def forward(self, x: Tensor, layer: int, step: _CacheStep | None = None) -> Tensor:
+    def forward(
+        self, x: Tensor, layer: int, step: _FillStep | _ReadStep | None = None
+    ) -> Tensor:
         """(B T C) -> (B T C)."""
         x = x + self.dropout(self.attention(self.attention_norm(x), layer, step))
         return x + self.dropout(self.feed_forward(self.feed_forward_norm(x)))
@@ -190,32 +245,53 @@ class DecoderOnlyTransformer(nn.Module):
             return F.linear(x, weight)
         return linear_cross_entropy(x.flatten(0, 1), weight, targets.flatten())
 
-    def read(self, tokens: Tensor, cache: KVCache, rows: Tensor, lengths: Tensor) -> Tensor:
-        """Read tokens on top of what `cache` holds; logits (B V) after each row's last one.
+    def fill(
+        self, tokens: Tensor, cache: KVCache, rows: list[int], lengths: list[int]
+    ) -> None:
+        """Read tokens into rows of `cache`, in place of what they held.
 
         Args:
             tokens: ids (B T), row i padded on the right to T from its `lengths[i]` tokens. The
                 padding's keys are overwritten by the tokens to come, and no token looks at them.
-            cache: read and extended; `cache.lengths` grows by `lengths`.
-            rows: the cache rows (B,) that these sequences are in.
-            lengths: tokens (B,) in each row of `tokens`.
+            cache: B of its rows are replaced.
+            rows: which.
+            lengths: tokens in each row of `tokens`.
 
         Raises:
-            ValueError: a row would grow longer than the context.
+            ValueError: T is more than the cache holds.
         """
-        T = self._checked_length(tokens)
-        used = int(cache.lengths[rows].max()) + T
-        if used > self.config.context_length:
-            raise ValueError(
-                f"{used} tokens are longer than the context of {self.config.context_length}"
-            )
-        step = _CacheStep(cache, rows, T, used)
+        T = tokens.shape[1]
+        self._check_capacity(T, cache)
+        positions = torch.arange(T, device=tokens.device)
+        x = self.token_embedding(tokens) + self.position_embedding(positions)
+        step = _FillStep(cache, rows, T)
+        for layer, block in enumerate(self.blocks if T else ()):
+            x = block(x, layer, step)
+        for row, length in zip(rows, lengths, strict=True):
+            cache.lengths[row] = length
+
+    def read(self, tokens: Tensor, cache: KVCache) -> Tensor:
+        """Read one token more in every row of `cache`; logits (B V) of what follows it.
+
+        Args:
+            tokens: ids (B,).
+            cache: read and extended by one token in each row. Rows may differ in length.
+
+        Raises:
+            ValueError: a row is full.
+        """
+        self._check_capacity(max(cache.lengths) + 1, cache)
+        step = _ReadStep(cache, tokens.device)
         x = self.token_embedding(tokens) + self.position_embedding(step.positions)
+        x = x[:, None]  # B 1 C
         for layer, block in enumerate(self.blocks):
             x = block(x, layer, step)
-        cache.lengths[rows] += lengths
-        last = x[torch.arange(len(rows), device=x.device), lengths - 1]  # B C
-        return F.linear(self.final_norm(last), self.token_embedding.weight)
+        cache.lengths = [length + 1 for length in cache.lengths]
+        return F.linear(self.final_norm(x[:, 0]), self.token_embedding.weight)
+
+    def _check_capacity(self, n_tokens: int, cache: KVCache) -> None:
+        if n_tokens > cache.capacity:
+            raise ValueError(f"{n_tokens} tokens are more than the cache's {cache.capacity}")
 
     def _checked_length(self, tokens: Tensor) -> int:
         length = tokens.shape[1]
@@ -242,7 +318,7 @@ def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor) -> Ten
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
     with torch.autocast(device, enabled=False):
         hidden, weight = hidden.to(dtype), weight.to(dtype)
-        padding = -len(weight) % CUDA_VOCAB_MULTIPLE if device == "cuda" else 0
+        padding = -len(weight) % loss_layout(device)[1]
         if padding:
             weight = F.pad(weight, (0, 0, 0, padding))
         if torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad):
@@ -255,7 +331,7 @@ def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor) -> Ten
 
 
 def _loss_chunks(hidden: Tensor) -> list[slice]:
-    rows = LOSS_ROWS_CPU if hidden.device.type == "cpu" else LOSS_ROWS_CUDA
+    rows, _ = loss_layout(hidden.device.type)
     return [slice(start, start + rows) for start in range(0, len(hidden), rows)]
 
 

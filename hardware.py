@@ -1,0 +1,187 @@
+"""Well-known graphics cards: memory, arithmetic rates and bandwidth, as their vendors state them.
+
+Rates are dense (half of what a sheet gives "with sparsity"), at boost clock, with products summed
+in fp32. The last point matters on GeForce cards of the 20 to 50 series, whose tensor cores run at
+half rate when they sum in fp32, which is what training does. A real run reaches a share of these.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+from dataclasses import dataclass
+
+from config import ExitCode, PreflightError
+
+# What CUDA reports is below the name on the box: the driver keeps a little, and error correction
+# in GDDR memory keeps a sixteenth. Both rounded so as not to promise too much.
+_USABLE, _USABLE_WITH_GDDR_ECC = 0.98, 0.92
+
+
+@dataclass(frozen=True)
+class Card:
+    """One card. Rates in TFLOP/s; ``None`` where the hardware lacks that format.
+
+    Attributes:
+        name: as people write it; ``find_card`` takes it in any spelling.
+        memory_gib: nominal size.
+        bf16_tflops: bf16 products (tensor cores).
+        fp16_tflops: fp16 products (tensor cores).
+        tf32_tflops: fp32 products rounded to TF32 (tensor cores).
+        fp32_tflops: fp32 without tensor cores.
+        bandwidth_gb_per_second: of the card's memory, in 10^9 bytes.
+        source: the vendor document.
+        gddr_ecc: error correction takes a share of the memory, on by default.
+    """
+
+    name: str
+    memory_gib: float
+    bf16_tflops: float | None
+    fp16_tflops: float
+    tf32_tflops: float | None
+    fp32_tflops: float
+    bandwidth_gb_per_second: float
+    source: str
+    gddr_ecc: bool = False
+
+    @property
+    def usable_bytes(self) -> int:
+        """What programs can have of the memory: the nominal size less 2 % or, with ECC, 8 %."""
+        share = _USABLE_WITH_GDDR_ECC if self.gddr_ecc else _USABLE
+        return int(self.memory_gib * share * 2**30)
+
+    def rate_tflops(self, dtype_name: str) -> float:
+        """Rate of matrix products for ``float32`` (TF32 where there is one), ``float16`` or
+        ``bfloat16``; bf16 on a card without it counts at fp32's rate (emulated).
+        """
+        if dtype_name == "float16":
+            return self.fp16_tflops
+        if dtype_name == "bfloat16":
+            return self.bf16_tflops or self.fp32_tflops
+        return self.tf32_tflops or self.fp32_tflops
+
+
+_TURING = "NVIDIA Turing GPU Architecture white paper"
+_GA102 = "NVIDIA Ampere GA102 GPU Architecture white paper"
+_ADA = "NVIDIA Ada GPU Architecture white paper"
+_RTX_BLACKWELL = "NVIDIA RTX Blackwell GPU Architecture white paper"
+_V100, _T4 = "NVIDIA V100 data sheet", "NVIDIA T4 data sheet"
+_A100, _H100 = "NVIDIA A100 data sheet", "NVIDIA H100 data sheet"
+
+# name, GiB, bf16, fp16, tf32, fp32, GB/s, source, GDDR with ECC
+CARDS = (
+    Card("RTX 2080 Ti", 11, None, 53.8, None, 13.4, 616, _TURING),
+    Card("RTX 3060 12GB", 12, 25.5, 25.5, 12.7, 12.7, 360, _ADA),
+    Card("RTX 3070", 8, 40.6, 40.6, 20.3, 20.3, 448, _GA102),
+    Card("RTX 3080 10GB", 10, 59.5, 59.5, 29.8, 29.8, 760, _GA102),
+    Card("RTX 3090", 24, 71.0, 71.0, 35.6, 35.6, 936, _GA102),
+    Card("RTX 4060", 8, 30.2, 30.2, 15.1, 15.1, 272, _ADA),
+    Card("RTX 4060 Ti 8GB", 8, 44.1, 44.1, 22.1, 22.1, 288, _ADA),
+    Card("RTX 4060 Ti 16GB", 16, 44.1, 44.1, 22.1, 22.1, 288, _ADA),
+    Card("RTX 4070", 12, 58.3, 58.3, 29.1, 29.1, 504, _ADA),
+    Card("RTX 4070 Ti", 12, 80.2, 80.2, 40.1, 40.1, 504, _ADA),
+    Card("RTX 4080", 16, 97.5, 97.5, 48.7, 48.7, 717, _ADA),
+    Card("RTX 4090", 24, 165.2, 165.2, 82.6, 82.6, 1008, _ADA),
+    Card("RTX 5070", 12, 61.7, 61.7, 30.9, 30.9, 672, _RTX_BLACKWELL),
+    Card("RTX 5070 Ti", 16, 87.9, 87.9, 43.9, 43.9, 896, _RTX_BLACKWELL),
+    Card("RTX 5080", 16, 112.6, 112.6, 56.3, 56.3, 960, _RTX_BLACKWELL),
+    Card("RTX 5090", 32, 209.5, 209.5, 104.8, 104.8, 1792, _RTX_BLACKWELL),
+    Card("T4", 16, None, 65.0, None, 8.1, 320, _T4, True),
+    Card("V100 PCIe 16GB", 16, None, 112.0, None, 14.0, 900, _V100),
+    Card("V100 SXM2 16GB", 16, None, 125.0, None, 15.7, 900, _V100),
+    Card("V100 PCIe 32GB", 32, None, 112.0, None, 14.0, 900, _V100),
+    Card("V100 SXM2 32GB", 32, None, 125.0, None, 15.7, 900, _V100),
+    Card("A10", 24, 125.0, 125.0, 62.5, 31.2, 600, "NVIDIA A10 data sheet", True),
+    Card("A10G", 24, 70.0, 70.0, 35.0, 35.0, 600, "NVIDIA A10G data sheet", True),
+    Card("A40", 48, 149.7, 149.7, 74.8, 37.4, 696, "NVIDIA A40 data sheet", True),
+    Card("A100 PCIe 40GB", 40, 312.0, 312.0, 156.0, 19.5, 1555, _A100),
+    Card("A100 SXM 40GB", 40, 312.0, 312.0, 156.0, 19.5, 1555, _A100),
+    Card("A100 PCIe 80GB", 80, 312.0, 312.0, 156.0, 19.5, 1935, _A100),
+    Card("A100 SXM 80GB", 80, 312.0, 312.0, 156.0, 19.5, 2039, _A100),
+    Card("L4", 24, 121.0, 121.0, 60.0, 30.3, 300, "NVIDIA L4 data sheet", True),
+    Card("L40", 48, 181.0, 181.0, 90.5, 90.5, 864, "NVIDIA L40 data sheet", True),
+    Card("L40S", 48, 362.0, 362.0, 183.0, 91.6, 864, "NVIDIA L40S data sheet", True),
+    Card("RTX A6000", 48, 154.8, 154.8, 77.4, 38.7, 768, _GA102),
+    Card("RTX 6000 Ada", 48, 364.2, 364.2, 182.1, 91.1, 960, "NVIDIA RTX 6000 Ada data sheet"),
+    Card("H100 PCIe 80GB", 80, 756.0, 756.0, 378.0, 51.0, 2000, _H100),
+    Card("H100 NVL 94GB", 94, 835.0, 835.0, 417.0, 60.0, 3900, _H100),
+    Card("H100 SXM 80GB", 80, 989.0, 989.0, 494.0, 67.0, 3350, _H100),
+    Card("H200 SXM 141GB", 141, 989.0, 989.0, 494.0, 67.0, 4800, "NVIDIA H200 data sheet"),
+    Card("GH200 96GB", 96, 990.0, 990.0, 494.0, 67.0, 4000, "NVIDIA GH200 data sheet"),
+    Card("GH200 144GB", 144, 990.0, 990.0, 494.0, 67.0, 4900, "NVIDIA GH200 data sheet"),
+    Card("B200", 180, 2250.0, 2250.0, 1125.0, 75.0, 7700, "NVIDIA HGX B200 data sheet"),
+)
+# Words of a name that say nothing: makers, and what a driver adds.
+_NOISE = {"nvidia", "geforce", "tesla", "quadro", "gpu", "graphics", "generation", "hbm2", "hbm2e",
+          "hbm3", "hbm3e", "tensor", "core"}
+# Driver names whose words are not ours: "A100-SXM4-80GB", "NVIDIA H100 80GB HBM3" (the SXM one).
+_SAME = {"sxm2": "sxm", "sxm3": "sxm", "sxm4": "sxm", "sxm5": "sxm", "sxm6": "sxm"}
+
+
+def _words(name: str) -> frozenset[str]:
+    """A name's telling words: lower case, sizes as ``24gb``, ``rtx4090ti`` taken apart."""
+    text = re.sub(r"(\d+)\s*(?:gib|gb)\b", r"\1gb ", name.lower())
+    text = re.sub(r"\b(?:rtx|gtx)[\s_-]*(?=[a\d])", "rtx ", text)
+    text = re.sub(r"(?<=\d)[\s_-]*(ti|super)\b", r" \1", text)
+    parts = (word for word in re.split(r"[^a-z0-9]+", text) if word)
+    return frozenset(_SAME.get(word, word) for word in parts if word not in _NOISE)
+
+
+def find_card(name: str) -> Card:
+    """The card of that name, whatever its case and punctuation; a size picks among variants.
+
+    Without a size or a form, the smallest of the fitting cards (the careful answer).
+
+    Raises:
+        PreflightError: code FLAGS, with the nearest names.
+    """
+    asked = _words(name)
+    optional = {"rtx"}
+    fitting = [
+        card for card in CARDS
+        if asked and asked - optional <= _words(card.name)
+        and _model(_words(card.name)) <= asked | optional
+    ]
+    if fitting:
+        return min(fitting, key=lambda card: (card.memory_gib, card.rate_tflops("float16")))
+    keys = {" ".join(sorted(_words(card.name))): card.name for card in CARDS}
+    near = difflib.get_close_matches(" ".join(sorted(asked)), keys, n=4, cutoff=0.4)
+    known = ", ".join(keys[key] for key in near) or ", ".join(card.name for card in CARDS)
+    raise PreflightError(
+        ExitCode.FLAGS, f"--target-gpu {name[:60]!r} is not in the table of cards",
+        f"near it: {known}" if near else f"known: {known}",
+        "or give its memory in GiB: --gpu-memory 24",
+    )
+
+
+def _model(words: frozenset[str]) -> frozenset[str]:
+    """The words that make a card what it is, without size and form."""
+    return frozenset(w for w in words if not re.fullmatch(r"\d+gb|sxm|pcie", w))
+
+
+def match_device(device_name: str, memory_bytes: int | None = None) -> Card | None:
+    """The card that a driver's name stands for, or ``None`` for one that is not in the table.
+
+    Args:
+        device_name: ``torch.cuda.get_device_properties(...).name``.
+        memory_bytes: its ``total_memory``, which tells 16 from 32 GB where the name does not.
+    """
+    found = _words(device_name)
+    sized = {word for word in found if re.fullmatch(r"\d+gb", word)}
+    fitting = [
+        card for card in CARDS
+        if _model(_words(card.name)) == _model(found) and (not sized or sized <= _words(card.name)
+                                                           or not _sizes(card))
+    ]
+    forms = found & {"sxm", "pcie"}
+    # "NVIDIA H100 80GB HBM3" names no form; those with one say PCIe or NVL.
+    preferred = forms or {"sxm"}
+    fitting = [c for c in fitting if preferred & _words(c.name)] or fitting
+    if memory_bytes is not None:
+        gib = memory_bytes / 2**30
+        fitting = [c for c in fitting if 0.88 * c.memory_gib <= gib <= 1.02 * c.memory_gib]
+    return fitting[0] if fitting else None
+
+
+def _sizes(card: Card) -> bool:
+    return any(re.fullmatch(r"\d+gb", word) for word in _words(card.name))

@@ -1,0 +1,153 @@
+"""What a run tells: `metrics.jsonl`, the loss curve, and the lines or the bar on the screen."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")  # no display is needed, or looked for
+from matplotlib.figure import Figure
+
+from storage import publish_file
+
+METRICS_NAME = "metrics.jsonl"
+CURVE_NAME = "loss_curve.png"
+Row = dict[str, Any]
+
+
+class MetricsLog:
+    """An append-only file of one JSON object a line: ``step``, ``eval``, ``sample``, ``resume``.
+
+    A line is written by one call, so that a kill leaves at most a torn last line, which
+    `trim` removes. A full disk is told once; training goes on, and so does logging when space
+    returns.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._warned = False
+
+    def trim(self, last_step: int) -> None:
+        """Keep the rows up to the `step` row of `last_step`: what a resumed run will not redo."""
+        kept = []
+        for row in read_metrics(self.path):
+            step = row.get("step", 0)
+            if step > last_step or (step == last_step and row.get("event") != "step"):
+                continue
+            kept.append(json.dumps(row))
+        with publish_file(self.path) as file:
+            file.write("".join(line + "\n" for line in kept).encode())
+
+    def append(self, row: Row) -> None:
+        """Add one row; numbers that are not finite become null, as JSON has none."""
+        finite = {
+            key: None if isinstance(value, float) and not math.isfinite(value) else value
+            for key, value in row.items()
+        }
+        line = json.dumps(finite).encode() + b"\n"
+        try:
+            descriptor = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+            try:
+                before = os.fstat(descriptor).st_size
+                if os.write(descriptor, line) < len(line):
+                    os.ftruncate(descriptor, before)  # a torn line would spoil the file
+                    raise OSError("disk full")
+            finally:
+                os.close(descriptor)
+        except OSError as error:
+            if not self._warned:
+                sys.stderr.write(f"warning: {self.path}: {error}; training goes on\n")
+            self._warned = True
+        else:
+            self._warned = False
+
+
+def read_metrics(path: Path) -> list[Row]:
+    """All whole rows of a metrics file; a torn last line and foreign lines are left out."""
+    rows = []
+    try:
+        lines = path.read_bytes().split(b"\n")
+    except FileNotFoundError:
+        return []
+    for line in lines:
+        try:
+            row = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(row, dict) and isinstance(row.get("step", 0), int):
+            rows.append(row)
+    return rows
+
+
+def save_loss_curve(path: Path, rows: list[Row], title: str) -> None:
+    """Draw training and validation loss over the tokens read, with the learning rate below.
+
+    Raises:
+        PreflightError: code STORAGE, when it cannot be written.
+    """
+    steps = [row for row in rows if row.get("event") == "step" and row.get("loss") is not None]
+    evals = [row for row in rows if row.get("event") == "eval" and row.get("val_loss") is not None]
+    if not steps:
+        return
+    figure = Figure(figsize=(9, 5.5), dpi=130, layout="constrained")
+    grid = figure.add_gridspec(2, 1, height_ratios=[4, 1])
+    top = figure.add_subplot(grid[0])
+    bottom = figure.add_subplot(grid[1], sharex=top)
+    tokens = [row["tokens"] for row in steps]
+    losses = [row["loss"] for row in steps]
+    top.plot(tokens, losses, color="#9db4d3", linewidth=0.7, label="training, each step")
+    top.plot(tokens, _smooth(losses), color="#1f4e8c", linewidth=1.8, label="training, smoothed")
+    if evals:
+        places, values = [r["tokens"] for r in evals], [r["val_loss"] for r in evals]
+        top.plot(places, values, "o-", color="#c8501e", markersize=4, label="validation")
+        lowest = min(range(len(values)), key=values.__getitem__)
+        top.annotate(
+            f"best {values[lowest]:.3f}\nperplexity {math.exp(min(values[lowest], 50)):,.1f}",
+            (places[lowest], values[lowest]), xytext=(0, 28), textcoords="offset points",
+            ha="center", color="#c8501e", fontsize=9, arrowprops={"arrowstyle": "-", "lw": 0.7},
+        )
+    top.set_ylabel("loss (nats per token)")
+    top.set_title(title, loc="left", fontsize=11)
+    top.legend(frameon=False)
+    top.grid(alpha=0.25)
+    top.tick_params(labelbottom=False)
+    bottom.plot(tokens, [row["learning_rate"] for row in steps], color="#5b7f4d")
+    bottom.set_ylabel("rate")
+    bottom.set_xlabel("tokens read")
+    bottom.grid(alpha=0.25)
+    bottom.xaxis.set_major_formatter(lambda value, _: _format_count(value))
+    with publish_file(path) as file:
+        figure.savefig(file, format="png")
+
+
+def _smooth(values: list[float]) -> list[float]:
+    """Exponential average over a fiftieth of the run, corrected for its start."""
+    keep = 1 - 1 / max(2, len(values) / 50)
+    total = weight = 0.0
+    result = []
+    for value in values:
+        total = keep * total + value
+        weight = keep * weight + 1
+        result.append(total / weight)
+    return result
+
+
+def _format_count(value: float) -> str:
+    for limit, unit in ((1e9, "B"), (1e6, "M"), (1e3, "K")):
+        if abs(value) >= limit:
+            return f"{value / limit:g}{unit}"
+    return f"{value:g}"
+
+
+def format_seconds(seconds: float) -> str:
+    """A duration for people: ``48 s``, ``12 min``, ``3 h 05 min``."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    minutes = round(seconds / 60)
+    return f"{minutes} min" if minutes < 90 else f"{minutes // 60} h {minutes % 60:02d} min"

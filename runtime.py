@@ -1,0 +1,175 @@
+"""The machine a run is on: device, precision, compilation, memory. Decided once, then printed."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import shutil
+import sys
+from dataclasses import dataclass
+
+import psutil
+import torch
+
+from config import ExitCode, PreflightError, SystemSettings
+
+try:
+    import resource
+except ImportError:  # Windows
+    resource = None  # type: ignore[assignment]
+
+# A compilation takes about a minute; below this many steps it is not earned back.
+MIN_STEPS_TO_COMPILE = 300
+
+
+@dataclass(frozen=True)
+class Runtime:
+    """What was chosen for this machine, and why.
+
+    Attributes:
+        device: where the model lives.
+        dtype: what the matrix products compute in; the weights are kept in fp32 for training.
+        compile_model: whether the training step goes through torch.compile.
+        notes: one line per choice, for the log.
+    """
+
+    device: torch.device
+    dtype: torch.dtype
+    compile_model: bool
+    notes: tuple[str, ...]
+
+    @property
+    def needs_scaler(self) -> bool:
+        """fp16 gradients underflow without a scaler (Micikevicius et al. 2018, section 3.2)."""
+        return self.dtype == torch.float16
+
+    def autocast(self) -> contextlib.AbstractContextManager:
+        """Mixed precision for a forward pass; nothing in fp32."""
+        if self.dtype == torch.float32:
+            return contextlib.nullcontext()
+        return torch.autocast(self.device.type, dtype=self.dtype)
+
+    def synchronize(self) -> None:
+        """Wait for the device, so that a clock read afterwards is true."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        elif self.device.type == "mps":
+            torch.mps.synchronize()
+
+    def peak_memory_bytes(self) -> int:
+        """Most memory in use so far: allocated on CUDA, resident in the process elsewhere."""
+        if self.device.type == "cuda":
+            return torch.cuda.max_memory_allocated(self.device)
+        if resource is None:
+            return psutil.Process().memory_info().peak_wset
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        return peak if sys.platform == "darwin" else peak * 1024
+
+
+def build_runtime(settings: SystemSettings, planned_steps: int | None = None) -> Runtime:
+    """Choose device, precision and compilation for what is unset.
+
+    Args:
+        settings: the system flags.
+        planned_steps: updates to come; ``None`` where nothing is trained.
+
+    Raises:
+        PreflightError: code FLAGS, when the device asked for is not there.
+    """
+    device = _choose_device(settings.device)
+    dtype, why_dtype = _choose_dtype(device, settings.mixed_precision)
+    compile_model, why_compile = _choose_compilation(device, settings.compile_model, planned_steps)
+    if device.type == "cuda":
+        # TF32 for what stays in fp32: eight times the rate, ten bits of mantissa.
+        torch.set_float32_matmul_precision("high")
+        torch.backends.cudnn.allow_tf32 = True
+    notes = (
+        f"device: {describe_device(device)}",
+        f"precision: {str(dtype).removeprefix('torch.')} ({why_dtype})",
+        f"compilation: {'on' if compile_model else 'off'} ({why_compile})",
+    )
+    return Runtime(device, dtype, compile_model, notes)
+
+
+def _choose_device(name: str) -> torch.device:
+    has_mps = torch.backends.mps.is_available()
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "mps" if has_mps else "cpu"
+    device = torch.device(name)
+    if device.type == "cuda":
+        count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+        if (device.index or 0) >= count:
+            found = f"found {count} CUDA devices" if count else "found no CUDA device"
+            raise PreflightError(
+                ExitCode.FLAGS, f"--device {name}: {found} (torch {torch.__version__})",
+                "use --device cpu, or --device auto to take what is there",
+            )
+        return torch.device("cuda", device.index or 0)
+    if device.type == "mps" and not has_mps:
+        raise PreflightError(ExitCode.FLAGS, "--device mps: not on this machine; use --device auto")
+    return device
+
+
+def has_fast_bf16(device: torch.device) -> bool:
+    """Whether the hardware multiplies in bf16 itself; an emulation is slower than fp32."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    if device.type == "cpu":
+        checks = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
+        return any(getattr(torch.cpu, name, lambda: False)() for name in checks)
+    return False
+
+
+def _choose_dtype(device: torch.device, asked: bool | None) -> tuple[torch.dtype, str]:
+    fast = has_fast_bf16(device)
+    if asked is False:
+        return torch.float32, "--no-mixed-precision"
+    if fast:
+        return torch.bfloat16, "in hardware here"
+    if device.type == "cuda":
+        return torch.float16, "no bf16 in this card; with a gradient scaler"
+    if asked:
+        return torch.bfloat16, "asked for; emulated on this device, slower than float32"
+    return torch.float32, f"no bf16 in this {device.type}"
+
+
+def _choose_compilation(
+    device: torch.device, asked: bool | None, planned_steps: int | None
+) -> tuple[bool, str]:
+    if planned_steps is None:
+        return False, "nothing to train"
+    if asked is not None:
+        return asked, "asked for"
+    if device.type != "cuda":
+        return False, f"gains little on {device.type}"
+    if importlib.util.find_spec("triton") is None:
+        return False, "Triton is not installed"
+    if planned_steps < MIN_STEPS_TO_COMPILE:
+        return False, f"not earned back in {planned_steps} steps"
+    return True, f"earned back in {planned_steps:,} steps"
+
+
+def describe_device(device: torch.device) -> str:
+    """The device in words, with its memory."""
+    if device.type == "cuda":
+        properties = torch.cuda.get_device_properties(device)
+        return f"{device} ({properties.name}, {properties.total_memory / 2**30:.0f} GiB)"
+    total = psutil.virtual_memory().total / 2**30
+    if device.type == "cpu":
+        return f"cpu ({torch.get_num_threads()} threads, {total:.0f} GiB)"
+    return f"{device} ({total:.0f} GiB shared with the system)"
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that the device, or on the CPU the machine, has no memory left."""
+    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
+        return True
+    text = str(error)
+    return isinstance(error, RuntimeError) and (
+        "can't allocate memory" in text or "not enough memory" in text or "out of memory" in text
+    )
+
+
+def is_progress_shown() -> bool:
+    """A progress bar only on a terminal that is wide enough; plain lines elsewhere."""
+    return sys.stderr.isatty() and shutil.get_terminal_size().columns >= 40

@@ -1,0 +1,350 @@
+"""Text from a model: which token comes next, the window it sees, and where an answer ends.
+
+A row of the batch is one answer. Its text depends on its prompt, the settings and its index alone,
+never on the rows beside it. Shapes: B rows, V ids, K candidates of a row.
+"""
+
+from __future__ import annotations
+
+import codecs
+import functools
+import random
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from config import SamplingConfig
+from tokenizer import Tokenizer
+from transformer_model import DecoderOnlyTransformer, KVCache
+
+# Tokens read in one pass when windows are filled; bounds the memory of activations.
+FILL_TOKENS = 8192
+# Below this temperature every other token's probability underflows in fp32.
+COLDEST_TEMPERATURE = 1e-6
+
+
+@dataclass(frozen=True)
+class Generation:
+    """An answer: what follows the prompt, and why it ends there."""
+
+    text: str
+    n_tokens: int  # chosen, the one that ended the answer included
+    finish_reason: str  # "stop": a stop text came; "end": of text; "length": max_new_tokens
+
+
+# Called after each step with the answers that ended in it, by index, and the tokens chosen.
+OnStep = Callable[[list[tuple[int, Generation]], int], None]
+
+
+def generate_text(
+    model: DecoderOnlyTransformer, tokenizer: Tokenizer, prompt: str, config: SamplingConfig
+) -> str:
+    """What `model` writes after `prompt`; after an empty one, it starts a new text."""
+    return generate_batch(model, tokenizer, [prompt], config)[0].text
+
+
+def stream_text(
+    model: DecoderOnlyTransformer, tokenizer: Tokenizer, prompt: str, config: SamplingConfig
+) -> Iterator[str]:
+    """`generate_text` in pieces, as it is written; they end between characters, and what may be
+    the start of a stop text waits until it is known not to be.
+    """
+    decoder = _Decoder(model, tokenizer, [prompt], config, batch_size=1)
+    row = decoder.rows[0]
+    while not row.finish_reason:
+        decoder.step()
+        if row.pieces[-1]:
+            yield row.pieces[-1]
+
+
+def generate_batch(
+    model: DecoderOnlyTransformer,
+    tokenizer: Tokenizer,
+    prompts: Sequence[str],
+    config: SamplingConfig,
+    batch_size: int = 8,
+    on_step: OnStep | None = None,
+) -> list[Generation]:
+    """One answer for each prompt, in the order of the prompts.
+
+    Args:
+        model: writes in its own dtype, on its own device.
+        tokenizer: the one that the model was trained with.
+        prompts: may differ in length and may repeat; the i-th draws with seed + i.
+        config: how tokens are chosen.
+        batch_size: answers written at once. When one ends, the next prompt takes its place.
+        on_step: told of progress; what it raises ends the writing.
+    """
+    if not prompts:
+        return []
+    decoder = _Decoder(model, tokenizer, prompts, config, batch_size)
+    done: dict[int, Generation] = {}
+    while decoder.rows:
+        n_tokens = len(decoder.rows)
+        ended = [(row.index, row.result()) for row in decoder.step()]
+        done.update(ended)
+        if on_step:
+            on_step(ended, n_tokens)
+    return [done[index] for index in range(len(prompts))]
+
+
+def window_start(n_tokens: int, context_length: int) -> int:
+    """First token that the model sees of a text of `n_tokens`.
+
+    GPT-2's positions are learned and absolute, so a cache cannot be shifted. When the window is
+    full it moves on by a quarter and is read again: three tokens for each one written, not all.
+    """
+    excess = n_tokens - context_length
+    stride = max(1, context_length // 4)
+    return -(-excess // stride) * stride if excess > 0 else 0
+
+
+def choose_tokens(
+    logits: Tensor, config: SamplingConfig, uniforms: Tensor | None, seen: Tensor | None = None
+) -> Tensor:
+    """One id (B,) for each row, drawn by inverting the cumulative distribution.
+
+    Args:
+        logits: scores (B V).
+        config: filters, in this order: repetition penalty, temperature, top-k, top-p.
+        uniforms: random numbers (B,) in [0, 1]; unused, and may be None, when greedy.
+        seen: which ids (B V) the penalty falls on.
+    """
+    scores = logits.float()
+    if seen is not None:
+        scores = penalise_repetition(scores, seen, config.repetition_penalty)
+    if is_greedy(config):
+        return scores.argmax(dim=-1)
+    assert uniforms is not None
+    probabilities, ids = filter_probabilities(scores, config)
+    cumulative = probabilities.cumsum(dim=-1)  # B K
+    # A shade below the total, whatever the rounding: an id of probability 0 is never drawn.
+    threshold = uniforms[:, None] * cumulative[:, -1:] * (1 - 2**-22)
+    place = (cumulative <= threshold).sum(dim=-1, keepdim=True)  # B 1
+    return (place if ids is None else ids.gather(1, place)).squeeze(1)
+
+
+def is_greedy(config: SamplingConfig) -> bool:
+    """Whether the likeliest token is always taken."""
+    return not config.do_sample or config.temperature < COLDEST_TEMPERATURE
+
+
+def penalise_repetition(scores: Tensor, seen: Tensor, penalty: float) -> Tensor:
+    """Scores (B V) with those of `seen` ids made less likely (Keskar et al. 2019,
+    arXiv:1909.05858, section 4.1; negative ones are multiplied, as Hugging Face does).
+    """
+    penalised = torch.where(scores > 0, scores / penalty, scores * penalty)
+    return torch.where(seen, penalised.clamp(-1e30, 1e30), scores)
+
+
+def filter_probabilities(
+    scores: Tensor, config: SamplingConfig
+) -> tuple[Tensor, Tensor | None]:
+    """Temperature, top-k and top-p applied to scores (B V).
+
+    Returns:
+        Weights of the candidates (B K), which add up to the share that top-p left, and their ids
+        (B K); None for ids 0 to V - 1 in order. Equal scores at the k-th place: k ids are kept.
+    """
+    ids = None
+    if config.top_k and config.top_k < scores.shape[1]:
+        scores, ids = scores.topk(config.top_k, dim=-1)
+    elif config.top_p < 1:
+        scores, ids = scores.sort(dim=-1, descending=True)
+    # The maximum goes first: a low temperature must not push it to infinity.
+    scores = (scores - scores.amax(dim=-1, keepdim=True)) / config.temperature
+    probabilities = torch.softmax(scores, dim=-1)
+    if config.top_p < 1:
+        # Kept while those before it do not reach p; the first always is (Holtzman et al. 2019).
+        before = probabilities.cumsum(dim=-1) - probabilities
+        probabilities = probabilities.masked_fill(before >= config.top_p, 0.0)
+    return probabilities, ids
+
+
+class TextAssembler:
+    """Text from the bytes of tokens: whole characters, up to the first stop text.
+
+    Where the borders between tokens lie makes no difference: the stop text that is complete
+    first counts, and of those the longest.
+    """
+
+    def __init__(self, stops: Sequence[str]) -> None:
+        self.stops = stops
+        self.stopped = False
+        self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+        self._held = ""
+
+    def push(self, data: bytes, *, final: bool = False) -> str:
+        """Text that is certain by now. `final`: nothing follows, so nothing is held back."""
+        self._held += self._decoder.decode(data, final)
+        places = [(self._held.find(stop), len(stop)) for stop in self.stops]
+        ends = [(start + length, start) for start, length in places if start >= 0]
+        if ends:
+            self.stopped = True
+            return self._held[: min(ends)[1]]
+        n_held = 0 if final else max(map(self._count_held, self.stops), default=0)
+        n_ready = len(self._held) - n_held
+        ready, self._held = self._held[:n_ready], self._held[n_ready:]
+        return ready
+
+    def _count_held(self, stop: str) -> int:
+        longest = min(len(stop) - 1, len(self._held))
+        return next((n for n in range(longest, 0, -1) if self._held.endswith(stop[:n])), 0)
+
+
+class _Row:
+    """One answer being written: its tokens, its random numbers, its text."""
+
+    def __init__(
+        self, index: int, prompt_ids: list[int], tokenizer: Tokenizer, config: SamplingConfig
+    ) -> None:
+        self.index = index
+        self.tokens = prompt_ids
+        self.window_start: int | None = None  # of what the cache holds; None: nothing yet
+        # Python's generator: the same numbers on every device, and near seeds are unrelated.
+        self.random = random.Random(config.seed + index)
+        self.pieces: list[str] = []  # one a token, often empty
+        self.finish_reason = ""
+        self._tokenizer = tokenizer
+        self._max_new_tokens = config.max_new_tokens
+        self._text = TextAssembler(config.stop)
+
+    def accept(self, token: int) -> None:
+        """Take in the token that was chosen, and see whether the answer ends with it."""
+        self.tokens.append(token)
+        ends = token == self._tokenizer.end_of_text_id
+        last = ends or len(self.pieces) + 1 >= self._max_new_tokens
+        data = b"" if ends else self._tokenizer.decode_bytes([token])
+        self.pieces.append(self._text.push(data, final=last))
+        if self._text.stopped:
+            self.finish_reason = "stop"
+        elif last:
+            self.finish_reason = "end" if ends else "length"
+
+    def result(self) -> Generation:
+        """The answer as it stands."""
+        return Generation("".join(self.pieces), len(self.pieces), self.finish_reason)
+
+
+class _Decoder:
+    """Writes an answer to each prompt, `batch_size` at a time, a token in each per step."""
+
+    def __init__(
+        self, model: DecoderOnlyTransformer, tokenizer: Tokenizer, prompts: Sequence[str],
+        config: SamplingConfig, batch_size: int,
+    ) -> None:
+        self.model, self.config = model, config
+        self._context = model.config.context_length
+        rows = self._build_rows(prompts, tokenizer)
+        self.rows, self._waiting = rows[:batch_size], rows[batch_size:][::-1]
+        weight = model.token_embedding.weight
+        self._device, dtype = weight.device, weight.dtype
+        if torch.is_autocast_enabled(self._device.type):
+            dtype = torch.get_autocast_dtype(self._device.type)
+        self._vocab_size = min(tokenizer.vocab_size, model.config.vocab_size)
+        self._banned = torch.tensor(_list_unwritable_ids(tokenizer), dtype=torch.long,
+                                    device=self._device)
+        with torch.inference_mode():
+            self._cache = KVCache(model.config, len(self.rows), self._device, dtype,
+                                  capacity=len(rows[0].tokens) + config.max_new_tokens)
+        self._newest: Tensor | None = None  # the rows' last tokens, while they are on the device
+        self._seen: Tensor | None = None  # which ids (B V) each row holds, for the penalty
+
+    def _build_rows(self, prompts: Sequence[str], tokenizer: Tokenizer) -> list[_Row]:
+        rows = []
+        for index, prompt in enumerate(prompts):
+            # An empty prompt starts as every document does: after an end of text.
+            ids = tokenizer.encode(prompt) or [tokenizer.end_of_text_id]
+            if len(ids) > self._context:
+                _say_once(f"a prompt is longer than the context: its last {self._context:,} "
+                          "tokens are used")
+            rows.append(_Row(index, ids[-self._context :], tokenizer, self.config))
+        # Longest first: windows filled together then need little padding.
+        rows.sort(key=lambda row: -len(row.tokens))
+        if len(rows[0].tokens) + self.config.max_new_tokens > self._context:
+            _say_once(f"past {self._context:,} tokens the window slides: the start of the text "
+                      "goes out of the model's sight")
+        return rows
+
+    @torch.inference_mode()
+    def step(self) -> list[_Row]:
+        """Choose one token in each row; returns the rows that ended with it."""
+        was_training = self.model.training
+        try:
+            if was_training:
+                self.model.eval()
+            self._newest = self._choose()
+        finally:
+            if was_training:
+                self.model.train()
+        for row, token in zip(self.rows, self._newest.tolist(), strict=True):
+            row.accept(token)
+        ended = [row for row in self.rows if row.finish_reason]
+        if ended:
+            self._replace_ended()
+        return ended
+
+    def _choose(self) -> Tensor:
+        # Everything that comes from the host goes to the device before the long work starts.
+        if self._newest is None:
+            last = [row.tokens[-1] for row in self.rows]
+            self._newest = torch.tensor(last, device=self._device)
+        uniforms = None
+        if not is_greedy(self.config):
+            numbers = [row.random.random() for row in self.rows]
+            uniforms = torch.tensor(numbers, dtype=torch.float32, device=self._device)
+        if self._seen is None and self.config.repetition_penalty != 1:
+            shape = (len(self.rows), self._vocab_size)
+            self._seen = torch.zeros(shape, dtype=torch.bool, device=self._device)
+            for i, row in enumerate(self.rows):
+                self._seen[i, torch.tensor(row.tokens, device=self._device)] = True
+        self._fill_windows()
+        logits = self.model.read(self._newest, self._cache)[:, : self._vocab_size]  # B V
+        if len(self._banned):
+            logits[:, self._banned] = -torch.inf
+        ids = choose_tokens(logits, self.config, uniforms, self._seen)
+        if self._seen is not None:
+            self._seen.scatter_(1, ids[:, None], True)
+        return ids
+
+    def _fill_windows(self) -> None:
+        """Read all but the last token of each window that is new or has moved."""
+        starts = [window_start(len(row.tokens), self._context) for row in self.rows]
+        moved = [i for i, row in enumerate(self.rows) if row.window_start != starts[i]]
+        moved.sort(key=lambda i: len(self.rows[i].tokens) - starts[i])
+        while moved:
+            longest = len(self.rows[moved[-1]].tokens) - starts[moved[-1]] - 1
+            n_rows = max(1, FILL_TOKENS // max(1, longest))
+            part, moved = sorted(moved[-n_rows:]), moved[:-n_rows]
+            windows = [self.rows[i].tokens[starts[i] : -1] for i in part]
+            padded = [window + [0] * (longest - len(window)) for window in windows]
+            tokens = torch.tensor(padded, dtype=torch.long, device=self._device)
+            self.model.fill(tokens, self._cache, part, [len(window) for window in windows])
+            for i in part:
+                self.rows[i].window_start = starts[i]
+
+    def _replace_ended(self) -> None:
+        """Give the places of ended rows to waiting ones; without any, the batch shrinks."""
+        for i, row in enumerate(self.rows):
+            if row.finish_reason and self._waiting:
+                self.rows[i] = self._waiting.pop()
+        kept = [i for i, row in enumerate(self.rows) if not row.finish_reason]
+        if kept and len(kept) < len(self.rows):
+            self._cache.keep_rows(kept)
+        self.rows = [self.rows[i] for i in kept]
+        self._newest = self._seen = None
+
+
+@functools.cache
+def _list_unwritable_ids(tokenizer: Tokenizer) -> list[int]:
+    """Ids that stand for no text: gaps in the vocabulary, special tokens but the end of text."""
+    written = {*tokenizer.encoding._mergeable_ranks.values(), tokenizer.end_of_text_id}
+    return [i for i in range(tokenizer.vocab_size) if i not in written]
+
+
+@functools.cache
+def _say_once(message: str) -> None:
+    sys.stderr.write(f"preflight: {message}\n")

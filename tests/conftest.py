@@ -1,0 +1,98 @@
+"""What several test files share: a tiny text, a command-line runner, a tiny configuration."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import HealthCheck, settings
+
+# Machines are noisy: a slow draw is no fault of the code under test.
+settings.register_profile("preflight", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("preflight")
+
+ROOT = Path(__file__).parent.parent
+# A model small enough that a step takes milliseconds, with GPT-2's real vocabulary.
+TINY_FLAGS = [
+    "--model-size",
+    "custom",
+    "--n-layers",
+    "2",
+    "--n-heads",
+    "2",
+    "--n-embeddings",
+    "32",
+    "--context-length",
+    "32",
+    "--batch-size",
+    "4",
+    "--device",
+    "cpu",
+    "--no-mixed-precision",
+]
+WORDS = [
+    "the",
+    "quick",
+    "brown",
+    "fox",
+    "jumps",
+    "over",
+    "a",
+    "lazy",
+    "dog",
+    "while",
+    "seven",
+    "wizards",
+    "quietly",
+    "mix",
+    "jade",
+    "boxes",
+]
+
+
+@pytest.fixture
+def tiny_text(tmp_path: Path) -> Path:
+    """A text of about 9,000 tokens with some structure to learn."""
+    lines = [
+        " ".join(WORDS[(i * 7 + j * (i % 5 + 1)) % len(WORDS)] for j in range(12)) + ".\n"
+        for i in range(700)
+    ]
+    path = tmp_path / "tiny.txt"
+    path.write_text("".join(lines), encoding="utf-8")
+    return path
+
+
+CommandRunner = Callable[..., "subprocess.CompletedProcess[str]"]
+
+
+@pytest.fixture
+def preflight(tmp_path: Path) -> CommandRunner:
+    """Run main.py as a user would, in a folder of its own."""
+
+    def run(*argv: str, stdin: str = "", timeout: float = 120) -> subprocess.CompletedProcess[str]:
+        environment = os.environ | {"PYTHONPATH": "", "COLUMNS": "100"}
+        return subprocess.run(
+            [sys.executable, str(ROOT / "main.py"), *argv],
+            cwd=tmp_path,
+            input=stdin,
+            capture_output=True,
+            text=True,
+            timeout=timeout,
+            env=environment,
+            check=False,
+        )
+
+    return run
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Without a GPU its tests are left out, and pytest's last line counts them as deselected."""
+    if not torch.cuda.is_available():
+        needing = [item for item in items if item.get_closest_marker("cuda")]
+        config.hook.pytest_deselected(items=needing)
+        items[:] = [item for item in items if item not in needing]

@@ -1,0 +1,162 @@
+"""Settings: presets, limits, sources, and that everything wrong is told at once."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from config import (
+    GROUPS,
+    MODEL_PRESETS,
+    ExitCode,
+    ModelConfig,
+    ModelSettings,
+    PreflightError,
+    build_config,
+    build_options,
+    describe_choices,
+    model_config_from_dict,
+)
+
+
+def config_of(**values: object):
+    return build_config(values, dict.fromkeys(values, "the command line"))
+
+
+def test_every_field_is_an_option_with_help_and_a_valid_default() -> None:
+    options = build_options()
+    for group, settings in GROUPS.items():
+        for field in dataclasses.fields(settings):
+            if (group, field.name) == ("sampling", "seed"):
+                continue
+            assert options[field.name].metadata["help"], field.name
+    for option in options.values():
+        if option.default not in (None, ()):
+            assert (
+                getattr(
+                    getattr(config_of(**{option.name: option.default}), option.group), option.name
+                )
+                == option.default
+            )
+
+
+def test_presets_are_whole_and_flags_override_them() -> None:
+    for name, preset in MODEL_PRESETS.items():
+        model = ModelSettings(model_size=name).resolve(50257)
+        assert (model.n_layers, model.n_embeddings) == (preset.n_layers, preset.n_embeddings)
+        assert model.ffn_hid_dim == 4 * model.n_embeddings
+    small = ModelSettings(model_size="small", n_layers=3, context_length=64).resolve(50257)
+    assert (small.n_layers, small.context_length, small.n_embeddings) == (3, 64, 768)
+    wide = ModelSettings(model_size="nano", n_embeddings=64, n_heads=4).resolve(50257)
+    assert wide.ffn_hid_dim == 256
+
+
+@pytest.mark.parametrize(
+    ("values", "words"),
+    [
+        ({"batch_size": "0"}, "--batch-size must be at least 1"),
+        ({"batch_size": "2.5"}, "--batch-size takes a whole number"),
+        ({"batch_size": 2.5}, "--batch-size takes a whole number"),
+        ({"batch_size": True}, "--batch-size takes a whole number"),
+        ({"batch_size": str(2**70)}, "--batch-size must be at most"),
+        ({"learning_rate": "nan"}, "--learning-rate takes a finite number"),
+        ({"learning_rate": "-1"}, "--learning-rate must be more than 0"),
+        ({"dropout": "1"}, "--dropout must be less than 1"),
+        ({"val_split": "0"}, "--val-split must be more than 0"),
+        ({"model_size": "huge"}, "choose one of nano"),
+        ({"model_size": "custom"}, "--n-layers --n-heads --n-embeddings --context-length"),
+        ({"n_heads": "5"}, "does not divide"),
+        ({"device": "gpu"}, "--device gpu"),
+        ({"output_file": "x.csv"}, "--output-file"),
+        ({"prompts": ["a"], "prompts_file": "b"}, "--prompts"),
+        ({"resume_from": "a", "auto_resume": False}, "--resume-from"),
+        ({"compile_model": "yes"}, "--compile-model takes true or false"),
+        ({"text_file": ["a", 3]}, "--text-file takes text"),
+    ],
+)
+def test_each_fault_names_its_flag(values: dict, words: str) -> None:
+    with pytest.raises(PreflightError) as caught:
+        config_of(**values)
+    assert caught.value.code == ExitCode.FLAGS
+    assert words in str(caught.value)
+
+
+def test_all_faults_are_told_at_once_in_at_most_five_lines() -> None:
+    bad = {
+        "batch_size": "x",
+        "dropout": "2",
+        "top_p": "0",
+        "n_heads": "7",
+        "eps": "inf",
+        "max_steps": "0",
+        "val_split": "3",
+    }
+    with pytest.raises(PreflightError) as caught:
+        config_of(**bad)
+    assert len(caught.value.lines) <= 5
+    for flag in ("--batch-size", "--dropout", "--top-p", "--eps", "--max-steps", "--val-split"):
+        assert flag in str(caught.value)
+
+
+def test_choices_are_told_with_their_source() -> None:
+    config = build_config(
+        {"batch_size": 4, "max_steps": "9"},
+        {"batch_size": "run.json", "max_steps": "the command line"},
+    )
+    assert describe_choices(config) == [
+        "--batch-size 4 (from run.json)",
+        "--max-steps 9 (from the command line)",
+    ]
+
+
+def test_seed_reaches_training_and_sampling() -> None:
+    config = config_of(seed="7")
+    assert (config.training.seed, config.sampling.seed) == (7, 7)
+
+
+names = st.sampled_from(sorted(build_options()))
+junk = st.one_of(
+    st.none(),
+    st.booleans(),
+    st.integers(),
+    st.floats(),
+    st.text(max_size=8),
+    st.lists(st.integers(), max_size=2),
+    st.dictionaries(st.text(), st.none()),
+)
+
+
+@given(st.dictionaries(names, junk, max_size=5))
+def test_any_value_gives_a_config_or_a_user_error(values: dict) -> None:
+    try:
+        config = config_of(**values)
+    except PreflightError as error:
+        assert error.code == ExitCode.FLAGS
+        assert len(error.lines) <= 5
+        return
+    for option in build_options().values():
+        value = getattr(getattr(config, option.group), option.name)
+        assert not isinstance(value, float) or math.isfinite(value)
+
+
+def test_model_config_round_trips_and_refuses_foreign_keys() -> None:
+    model = ModelSettings(model_size="nano").resolve(50257)
+    stored = json.loads(json.dumps(dataclasses.asdict(model)))
+    assert model_config_from_dict(stored) == model
+    for bad in (
+        {**stored, "rope": 1},
+        {k: v for k, v in stored.items() if k != "n_heads"},
+        [],
+        {**stored, "n_heads": 3},
+        {**stored, "n_layers": True},
+        {**stored, "dropout": "x"},
+    ):
+        with pytest.raises(ValueError):
+            model_config_from_dict(bad)
+    with pytest.raises(ValueError):
+        ModelConfig(10, 10, 10, 3, 1, 10)

@@ -1,0 +1,72 @@
+"""metrics.jsonl under cuts and full disks, and the picture."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+
+import metrics
+from metrics import MetricsLog, format_seconds, read_metrics, save_loss_curve
+
+
+def fill(log: MetricsLog, steps: range) -> None:
+    for step in steps:
+        log.append({"event": "step", "step": step, "loss": 9.0 / step, "tokens": 64 * step,
+                    "learning_rate": 1e-3})
+        if step % 2 == 0:
+            log.append({"event": "eval", "step": step, "val_loss": 10 / step, "tokens": 64 * step})
+
+
+def test_rows_come_back_and_infinities_become_null(tmp_path: Path) -> None:
+    log = MetricsLog(tmp_path / "m.jsonl")
+    log.append({"event": "step", "step": 1, "loss": math.nan, "grad_norm": math.inf})
+    lines = log.path.read_text().splitlines()
+    assert json.loads(lines[0]) == {"event": "step", "step": 1, "loss": None, "grad_norm": None}
+
+
+def test_trim_keeps_what_a_resumed_run_will_not_redo(tmp_path: Path) -> None:
+    log = MetricsLog(tmp_path / "m.jsonl")
+    fill(log, range(1, 7))
+    log.path.write_bytes(log.path.read_bytes() + b'{"event": "step", "step": 7, "lo')
+    log.trim(4)
+    rows = read_metrics(log.path)
+    assert [(r["event"], r["step"]) for r in rows] == [
+        ("step", 1), ("step", 2), ("eval", 2), ("step", 3), ("step", 4)]
+    log.trim(-1)
+    assert log.path.read_bytes() == b""
+
+
+def test_a_full_disk_is_told_once_and_leaves_no_torn_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    log = MetricsLog(tmp_path / "m.jsonl")
+    fill(log, range(1, 2))
+    real = metrics.os.write
+    monkeypatch.setattr(metrics.os, "write", lambda fd, data: real(fd, data[:5]))
+    fill(log, range(2, 4))
+    assert capsys.readouterr().err.count("warning") == 1
+    monkeypatch.setattr(metrics.os, "write", real)
+    fill(log, range(4, 5))
+    assert [r["step"] for r in read_metrics(log.path) if r["event"] == "step"] == [1, 4]
+    for line in log.path.read_text().splitlines():
+        json.loads(line)
+
+
+def test_the_curve_is_drawn_from_any_amount_of_rows(tmp_path: Path) -> None:
+    log = MetricsLog(tmp_path / "m.jsonl")
+    path = tmp_path / "curve.png"
+    save_loss_curve(path, [], "nothing")
+    assert not path.exists()
+    for steps in (range(1, 2), range(2, 200)):
+        fill(log, steps)
+        save_loss_curve(path, read_metrics(log.path), "a title")
+        assert path.read_bytes().startswith(b"\x89PNG")
+    assert path.stat().st_size > 20_000
+
+
+@pytest.mark.parametrize(("seconds", "text"), [(5, "5 s"), (600, "10 min"), (11_100, "3 h 05 min")])
+def test_durations_read_well(seconds: float, text: str) -> None:
+    assert format_seconds(seconds) == text

@@ -1,0 +1,360 @@
+"""Durable files: whole or not at all, one writer at a time, and JSON that may be hostile."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import storage
+from config import ExitCode, PreflightError
+
+ROOT = Path(__file__).parent.parent
+FULL = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+class Stopped(BaseException):
+    """Stands for a kill: no handler of ours expects it."""
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(os.listdir(folder))
+
+
+def raise_always(error: BaseException) -> Callable[..., Any]:
+    def raising(*unused: Any, **options: Any) -> Any:
+        raise error
+    return raising
+
+
+# ------------------------------------------------------------------------------------ publishing
+
+
+@pytest.mark.parametrize("size_bytes", [0, 3])
+def test_published_file_replaces_the_old_one(tmp_path: Path, size_bytes: int) -> None:
+    path = tmp_path / "a"
+    for content in (b"old", b"new"):
+        with storage.publish_file(path, size_bytes) as file:
+            file.write(content)
+            assert not path.exists() or path.read_bytes() == b"old"
+        assert path.read_bytes() == content
+    assert names(tmp_path) == ["a"]
+
+
+@pytest.mark.parametrize("call", ["fsync", "replace", "posix_fallocate"])
+@pytest.mark.parametrize("error", [FULL, OSError(errno.EIO, "I/O error"), Stopped()])
+def test_failed_file_leaves_the_old_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: str, error: BaseException
+) -> None:
+    (tmp_path / "a").write_bytes(b"old")
+    monkeypatch.setattr(os, call, raise_always(error))
+    with pytest.raises((PreflightError, Stopped)) as caught:  # noqa: SIM117
+        with storage.publish_file(tmp_path / "a", 10) as file:
+            file.write(b"new")
+    if isinstance(error, OSError):
+        assert caught.value.code == ExitCode.STORAGE
+        assert str(tmp_path / "a") in str(caught.value)
+    assert (tmp_path / "a").read_bytes() == b"old"
+    assert names(tmp_path) == ["a"]
+
+
+def test_full_disk_names_the_bytes_missing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "posix_fallocate", raise_always(FULL))
+    monkeypatch.setattr(storage, "free_bytes", lambda path: 1_000_000)
+    for publish in (storage.publish_file, storage.publish_folder):
+        with pytest.raises(PreflightError, match="1,000,000 bytes missing"):  # noqa: SIM117
+            with publish(tmp_path / "a", 2_000_000):
+                raise FULL
+    assert names(tmp_path) == []
+
+
+def test_file_system_without_fallocate(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    error = OSError(errno.EOPNOTSUPP, "not supported")
+    monkeypatch.setattr(os, "posix_fallocate", raise_always(error))
+    with storage.publish_file(tmp_path / "a", 3) as file:
+        file.write(b"abc")
+    assert (tmp_path / "a").read_bytes() == b"abc"
+
+
+def test_published_folder_appears_whole(tmp_path: Path) -> None:
+    with storage.publish_folder(tmp_path / "a") as temporary:
+        (temporary / "inner").mkdir()
+        (temporary / "inner" / "x").write_bytes(b"x")
+        assert names(tmp_path) == [".tmp-a"]
+    assert names(tmp_path) == ["a"]
+    assert (tmp_path / "a" / "inner" / "x").read_bytes() == b"x"
+
+
+@pytest.mark.parametrize("call", ["fsync", "rename"])
+@pytest.mark.parametrize("error", [FULL, Stopped()])
+def test_failed_folder_leaves_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: str, error: BaseException
+) -> None:
+    monkeypatch.setattr(os, call, raise_always(error))
+    with pytest.raises((PreflightError, Stopped)):  # noqa: SIM117
+        with storage.publish_folder(tmp_path / "a") as temporary:
+            (temporary / "x").write_bytes(b"x")
+    assert names(tmp_path) == []
+
+
+def test_everything_is_fsynced_before_it_has_its_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    synced: list[str] = []
+    real = os.fsync
+
+    def fsync(descriptor: int) -> None:
+        synced.append(os.readlink(f"/proc/self/fd/{descriptor}"))
+        real(descriptor)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    with storage.publish_folder(tmp_path / "a") as temporary:
+        (temporary / "x").write_bytes(b"x")
+    root = str(tmp_path)
+    assert synced == [f"{root}/.tmp-a/x", f"{root}/.tmp-a", root]
+    synced.clear()
+    with storage.publish_file(tmp_path / "b") as file:
+        file.write(b"x")
+    assert synced == [f"{root}/.tmp-b", root]
+
+
+def test_folder_with_content_is_never_replaced(tmp_path: Path) -> None:
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "mine").write_bytes(b"x")
+    with pytest.raises(PreflightError), storage.publish_folder(tmp_path / "a"):
+        pass
+    assert names(tmp_path / "a") == ["mine"]
+
+
+def test_errors_of_the_caller_pass_through(tmp_path: Path) -> None:
+    with pytest.raises(KeyError), storage.publish_folder(tmp_path / "a"):
+        raise KeyError
+    with pytest.raises(KeyError), storage.publish_file(tmp_path / "a"):
+        raise KeyError
+    assert names(tmp_path) == []
+
+
+@pytest.mark.parametrize("size_kib", [40, 200, 500])
+def test_disk_that_is_really_full(tmp_path: Path, size_kib: int) -> None:
+    """A tmpfs of that size in a mount namespace of its own."""
+    code = f"""
+import sys; sys.path.insert(0, {str(ROOT)!r})
+from pathlib import Path
+import storage, config
+place = Path({str(tmp_path)!r})
+(place / "old").write_bytes(b"old")
+try:
+    with storage.publish_folder(place / "a", 600_000) as temporary:
+        for number in range(6):
+            with storage.publish_file(temporary / str(number), 100_000) as file:
+                file.write(b"x" * 100_000)
+except config.PreflightError as error:
+    assert error.code == 6 and "No space left" in str(error), error
+    assert "bytes missing" in str(error), error
+    assert [p.name for p in place.iterdir()] == ["old"], list(place.iterdir())
+    sys.exit(42)
+"""
+    script = f'mount -t tmpfs -o size={size_kib}k tmpfs "$1" && exec "$2" -c "$3"'
+    command = ["unshare", "-Urm", "sh", "-c", script, "sh", str(tmp_path), sys.executable, code]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    except FileNotFoundError:
+        pytest.skip("unshare is not installed")
+    if "unshare" in done.stderr or "mount:" in done.stderr:
+        pytest.skip("no mount namespaces here")
+    assert done.returncode == 42, done.stderr
+
+
+# -------------------------------------------------------------------------------------- removing
+
+
+def test_retired_folder_is_gone_at_once_and_never_half_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "x").write_bytes(b"x")
+    storage.retire_folder(tmp_path / "a")
+    assert names(tmp_path) == ["b"]
+    with monkeypatch.context() as patch:
+        patch.setattr(storage.shutil, "rmtree", raise_always(Stopped()))
+        with pytest.raises(Stopped):
+            storage.retire_folder(tmp_path / "b")
+    assert names(tmp_path) == [".tmp-retired-b"]
+    storage.remove_leftovers(tmp_path)
+    assert names(tmp_path) == []
+
+
+def test_links_are_removed_not_followed(tmp_path: Path) -> None:
+    (tmp_path / "kept").mkdir()
+    (tmp_path / "kept" / "x").write_bytes(b"x")
+    (tmp_path / ".tmp-link").symlink_to(tmp_path / "kept")
+    storage.remove_leftovers(tmp_path)
+    assert names(tmp_path) == ["kept"]
+    assert names(tmp_path / "kept") == ["x"]
+
+
+def test_what_cannot_be_deleted_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "a").mkdir()
+    (tmp_path / ".tmp-b").mkdir()
+    monkeypatch.setattr(storage.shutil, "rmtree", raise_always(PermissionError(13, "denied")))
+    acts = ((storage.retire_folder, tmp_path / "a"), (storage.remove_leftovers, tmp_path))
+    for act, path in acts:
+        with pytest.raises(PreflightError, match=r"cannot delete .*: denied") as caught:
+            act(path)
+        assert caught.value.code == ExitCode.STORAGE
+
+
+def test_writable_folder_is_left_empty(tmp_path: Path) -> None:
+    storage.check_writable(tmp_path / "a" / "b")
+    assert names(tmp_path / "a" / "b") == []
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(PreflightError) as caught:
+        storage.check_writable(tmp_path / "file" / "b")
+    assert caught.value.code == ExitCode.STORAGE
+
+
+# --------------------------------------------------------------------------------------- reading
+
+
+def test_only_plain_files_are_opened(tmp_path: Path) -> None:
+    (tmp_path / "a").write_bytes(b"abc")
+    with storage.open_regular(tmp_path / "a") as file:
+        assert file.read() == b"abc"
+    (tmp_path / "link").symlink_to(tmp_path / "a")
+    os.mkfifo(tmp_path / "fifo")
+    before = len(os.listdir("/proc/self/fd"))
+    for name in ("link", "fifo", "nothing", "."):
+        with pytest.raises(OSError):
+            storage.open_regular(tmp_path / name)
+    with pytest.raises(OSError, match="not a plain file"):
+        storage.open_regular(Path("/dev/zero"))
+    assert len(os.listdir("/proc/self/fd")) == before
+
+
+@pytest.mark.parametrize("raw", [
+    b"", b"{", b"[1,]", b"\xff", b"\xef\xbb\xbf{}", b'{"a":1,"a":2}', b'{"b":{"a":1,"a":1}}',
+    b"NaN", b"[Infinity]", b"-Infinity", b"1e999", b"[-1e999]", b"[" * 100_000, b'{"a":' * 100_000,
+    b"1" * 5000, b'"\x01"', b"{} {}", b'"' + b"x" * storage.MAX_JSON_BYTES + b'"',
+])
+def test_bad_json_is_a_value_error(tmp_path: Path, raw: bytes) -> None:
+    (tmp_path / "a").write_bytes(raw)
+    with pytest.raises(ValueError):
+        storage.read_json(tmp_path / "a")
+
+
+@settings(max_examples=300, deadline=None)
+@given(raw=st.binary(max_size=60) | st.text("[]{}\":,.0123456789eE+-aNftru\\ \n").map(str.encode))
+def test_any_bytes_are_json_or_a_value_error(raw: bytes) -> None:
+    try:
+        value = storage.parse_json(raw)
+    except ValueError:
+        return
+    json.dumps(value, allow_nan=False)
+
+
+@settings(max_examples=100, deadline=None)
+@given(value=st.recursive(
+    st.none() | st.booleans() | st.integers(-2**60, 2**60) | st.text()
+    | st.floats(allow_nan=False, allow_infinity=False),
+    lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner), max_leaves=10))
+def test_json_round_trip(value: Any) -> None:
+    assert storage.parse_json(json.dumps(value).encode()) == value
+
+
+def test_written_json_is_read_back(tmp_path: Path) -> None:
+    storage.write_json(tmp_path / "a", {"x": [1, 2.5, None, "\u20ac"]})
+    assert storage.read_json(tmp_path / "a") == {"x": [1, 2.5, None, "\u20ac"]}
+    with pytest.raises(ValueError):
+        storage.write_json(tmp_path / "a", float("nan"))
+    assert names(tmp_path) == ["a"]
+
+
+def test_hash_and_sizes(tmp_path: Path) -> None:
+    (tmp_path / "a").write_bytes(b"abc")
+    assert storage.hash_file(tmp_path / "a").startswith("ba7816bf8f01cfea")
+    assert storage.format_bytes(0) == "0 B"
+    assert storage.format_bytes(1536) == "1.5 KiB"
+    assert storage.format_bytes(3 * 2**40) == "3.0 TiB"
+    assert storage.free_bytes(tmp_path / "not" / "there") > 0
+
+
+# ----------------------------------------------------------------------------------------- locks
+
+HOLDER = """
+import sys; sys.path.insert(0, {root!r})
+from pathlib import Path
+import storage, config, time
+try:
+    lock = storage.FolderLock(Path({folder!r}), shared={shared})
+except config.PreflightError as error:
+    print(error, flush=True); sys.exit(int(error.code))
+print("held", flush=True)
+sys.stdin.readline()
+"""
+
+
+def start_holder(folder: Path, shared: bool) -> subprocess.Popen[str]:
+    code = HOLDER.format(root=str(ROOT), folder=str(folder), shared=shared)
+    return subprocess.Popen([sys.executable, "-c", code], text=True,
+                            stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+
+
+def read_line(process: subprocess.Popen[str]) -> str:
+    assert process.stdout is not None
+    return process.stdout.readline().strip()
+
+
+@pytest.mark.parametrize(("first", "second", "both"), [
+    (False, False, False), (False, True, False), (True, False, False), (True, True, True)])
+def test_who_may_hold_a_lock_together(
+    tmp_path: Path, first: bool, second: bool, both: bool
+) -> None:
+    holder = start_holder(tmp_path, first)
+    assert read_line(holder) == "held"
+    try:
+        if both:
+            storage.FolderLock(tmp_path, shared=second).release()
+        else:
+            begun = time.monotonic()
+            with pytest.raises(PreflightError) as caught:
+                storage.FolderLock(tmp_path, shared=second)
+            assert time.monotonic() - begun < 1
+            assert caught.value.code == ExitCode.LOCKED
+            assert first or f"pid {holder.pid}" in str(caught.value)
+    finally:
+        holder.communicate("\n")
+    storage.FolderLock(tmp_path, shared=second).release()
+
+
+def test_lock_dies_with_its_holder(tmp_path: Path) -> None:
+    holder = start_holder(tmp_path, shared=False)
+    assert read_line(holder) == "held"
+    holder.send_signal(signal.SIGKILL)
+    holder.communicate()
+    with storage.FolderLock(tmp_path), pytest.raises(PreflightError):
+        storage.FolderLock(tmp_path)
+
+
+def test_one_of_many_wins(tmp_path: Path) -> None:
+    holders = [start_holder(tmp_path, shared=False) for _ in range(6)]
+    answers = [read_line(holder) for holder in holders]
+    codes = []
+    for holder in holders:
+        holder.communicate("\n")
+        codes.append(holder.returncode)
+    assert answers.count("held") == 1
+    assert sorted(codes) == [0] + [ExitCode.LOCKED] * 5

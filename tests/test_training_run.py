@@ -1,0 +1,290 @@
+"""Whole runs: what they leave behind, how they stop, and that a cut run equals the unbroken one."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import checkpoint as checkpoints
+import training_run
+from config import ExitCode, PreflightError, build_config
+from conftest import ROOT, TINY_FLAGS, CommandRunner
+from trainer import StepResult, Trainer
+
+TINY = {
+    "model_size": "custom", "n_layers": 2, "n_heads": 2, "n_embeddings": 32, "context_length": 32,
+    "batch_size": 8, "device": "cpu", "mixed_precision": False, "max_steps": 12, "num_workers": 1,
+}
+Run = Callable[..., int]
+
+
+@pytest.fixture
+def run(tmp_path: Path, tiny_text: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
+    """Train the tiny model in this process; keywords are flags."""
+    monkeypatch.chdir(tmp_path)
+
+    def train(**flags: Any) -> int:
+        values = TINY | {"text_file": [str(tiny_text)]} | flags
+        return training_run.run_training(
+            build_config(values, dict.fromkeys(values, "the command line"))
+        )
+
+    return train
+
+
+def read_rows(folder: Path, event: str = "step") -> list[dict[str, Any]]:
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [row for row in rows if row["event"] == event]
+
+
+def read_state(folder: Path, step: int) -> tuple[bytes, dict[str, Any]]:
+    """A checkpoint's weights and its training state, less what a clock decides."""
+    path = folder / "milestones" / f"checkpoint-{step}"
+    state = torch.load(path / "checkpoint.pt", weights_only=True)
+    state["state"].pop("train_seconds")
+    return (path / "model.safetensors").read_bytes(), state
+
+
+def assert_equal_states(a: Any, b: Any) -> None:
+    assert type(a) is type(b)
+    if isinstance(a, torch.Tensor):
+        assert torch.equal(a, b)
+    elif isinstance(a, dict):
+        assert a.keys() == b.keys()
+        for key in a:
+            assert_equal_states(a[key], b[key])
+    elif isinstance(a, (list, tuple)):
+        assert len(a) == len(b)
+        for x, y in zip(a, b, strict=True):
+            assert_equal_states(x, y)
+    else:
+        assert a == b
+
+
+def stop_after(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
+    """Send this process a SIGTERM at the end of update `step`."""
+    original = Trainer.train_step
+
+    def stopping(self: Trainer, number: int, batches: Any) -> StepResult:
+        result = original(self, number, batches)
+        if result.step == step:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return result
+
+    monkeypatch.setattr(Trainer, "train_step", stopping)
+
+
+def test_a_run_leaves_checkpoints_metrics_and_a_picture(run: Run, tmp_path: Path) -> None:
+    assert run(output_dir="out", max_steps=40, learning_rate=0.01, max_checkpoints=2) == 0
+    out = tmp_path / "out"
+    rows = read_rows(out)
+    assert [row["step"] for row in rows] == list(range(1, 41))
+    assert rows[0]["loss"] == pytest.approx(math.log(50257), abs=0.3)
+    assert rows[-1]["loss"] < 6
+    assert all(row["grad_norm"] > 0 and row["tokens_per_second"] > 0 for row in rows)
+    assert [row["step"] for row in read_rows(out, "eval")] == list(range(4, 41, 4))
+    assert (out / "loss_curve.png").read_bytes().startswith(b"\x89PNG")
+    kept = checkpoints.list_checkpoints(out)
+    assert [c.step for c in kept][:2] == [40, 36]
+    losses = {row["step"]: row["val_loss"] for row in read_rows(out, "eval")}
+    assert kept[0].val_loss == pytest.approx(losses[40])
+    assert checkpoints.find_best(out).val_loss == pytest.approx(min(losses.values()))
+
+
+def test_weights_and_log_of_a_cut_run_equal_the_unbroken_one(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # 260 windows of 32 tokens: at 16 a step the epoch ends within step 17.
+    flags = {"max_steps": 24, "batch_size": 8, "gradient_accumulation_steps": 2, "dropout": 0.1,
+             "checkpoint_every": 6}
+    assert run(output_dir="whole", **flags) == 0
+    whole = read_state(tmp_path / "whole", 24)
+    log = [(r["step"], r["loss"], r["learning_rate"], r["grad_norm"], r["tokens"])
+           for r in read_rows(tmp_path / "whole")]
+    assert whole[1]["state"]["cursor"] > 300  # an epoch end lies inside
+    for cuts in ((1,), (5, 6), (16, 17, 23)):
+        shutil.rmtree(tmp_path / "cut", ignore_errors=True)
+        for cut in cuts:
+            with monkeypatch.context() as patch:
+                stop_after(patch, cut)
+                assert run(output_dir="cut", **flags) == 143
+        assert run(output_dir="cut", **flags) == 0
+        again = read_state(tmp_path / "cut", 24)
+        assert again[0] == whole[0]
+        assert_equal_states(again[1], whole[1])
+        rows = read_rows(tmp_path / "cut")
+        assert log == [(r["step"], r["loss"], r["learning_rate"], r["grad_norm"], r["tokens"])
+                       for r in rows]
+        assert [r["val_loss"] for r in read_rows(tmp_path / "cut", "eval")] == [
+            r["val_loss"] for r in read_rows(tmp_path / "whole", "eval")]
+
+
+def test_the_comparison_above_can_fail(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A trainer that forgets the optimizer's state must not pass."""
+    assert run(output_dir="whole") == 0
+    with monkeypatch.context() as patch:
+        stop_after(patch, 5)
+        assert run(output_dir="cut") == 143
+    monkeypatch.setattr(torch.optim.AdamW, "load_state_dict", lambda self, state: None)
+    assert run(output_dir="cut") == 0
+    assert read_state(tmp_path / "cut", 12)[0] != read_state(tmp_path / "whole", 12)[0]
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_signals_save_before_leaving(tiny_text: Path, tmp_path: Path, number: int, code: int) -> None:
+    argv = [sys.executable, str(ROOT / "main.py"), "--train", *TINY_FLAGS, "--max-steps", "100000",
+            "--text-file", str(tiny_text), "--log-every", "5"]
+    process = subprocess.Popen(argv, cwd=tmp_path, stderr=subprocess.PIPE, text=True)
+    assert process.stderr is not None
+    for line in process.stderr:
+        if line.startswith("step 10/"):
+            break
+    process.send_signal(number)
+    rest = process.stderr.read()
+    assert process.wait(timeout=30) == code
+    newest = checkpoints.find_newest(tmp_path / "training_output")
+    assert newest is not None
+    assert f"stopped at step {newest.step}" in rest
+    assert newest.step >= 10
+
+
+def test_a_diverging_run_stops_and_saves_nothing_bad(run: Run, tmp_path: Path) -> None:
+    assert run(output_dir="out", max_steps=4) == 0
+    with pytest.raises(PreflightError) as caught:
+        run(output_dir="out", max_steps=60, learning_rate=1e28, checkpoint_every=1)
+    assert caught.value.code == ExitCode.DIVERGED
+    assert "--learning-rate" in str(caught.value)
+    for kept in checkpoints.list_checkpoints(tmp_path / "out"):
+        for tensor in checkpoints.load_weights(kept, None).values():
+            assert torch.isfinite(tensor).all()
+    skipped = [row for row in read_rows(tmp_path / "out") if row.get("skipped")]
+    assert len(skipped) == training_run.MAX_SKIPPED_IN_A_ROW
+
+
+def test_a_finished_run_says_so_and_a_longer_one_goes_on(
+    run: Run, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    assert run(output_dir="out", max_steps=4) == 0
+    capfd.readouterr()
+    assert run(output_dir="out", max_steps=4) == 0
+    assert "--max-steps 8" in capfd.readouterr().err
+    assert run(output_dir="out", max_steps=6) == 0
+    assert [row["step"] for row in read_rows(tmp_path / "out")] == [1, 2, 3, 4, 5, 6]
+
+
+def expect(run: Run, code: ExitCode, *words: str, **flags: Any) -> None:
+    with pytest.raises(PreflightError) as caught:
+        run(**flags)
+    assert caught.value.code == code, caught.value
+    for word in words:
+        assert word in str(caught.value)
+    assert len(caught.value.lines) <= 5
+
+
+def test_what_disagrees_with_the_checkpoint_is_refused(run: Run, tmp_path: Path) -> None:
+    assert run(max_steps=2) == 0
+    before = sorted((p, p.read_bytes()) for p in tmp_path.rglob("*") if p.is_file())
+    longer = {"max_steps": 4}
+    expect(run, ExitCode.FLAGS, "--no-auto-resume", auto_resume=False, **longer)
+    expect(run, ExitCode.CHECKPOINT, "n_layers: checkpoint 2, flags 3", n_layers=3, **longer)
+    expect(run, ExitCode.CHECKPOINT, "n_embeddings: checkpoint 32, flags 128",
+           **longer, model_size="nano", n_layers=2, n_heads=2, n_embeddings=128)
+    expect(run, ExitCode.CHECKPOINT, "256", "128", batch_size=4, **longer)
+    expect(run, ExitCode.CHECKPOINT, "optimizer", optimizer="sgd", **longer)
+    expect(run, ExitCode.FLAGS, "--vocab-size", vocab_size=100, output_dir="new")
+    names = {p for p, _ in before}
+    after = sorted((p, p.read_bytes()) for p in names)
+    assert [(p, b) for p, b in after if p.name != ".lock"] == [
+        (p, b) for p, b in before if p.name != ".lock"]
+    assert run(batch_size=4, allow_batch_change=True, **longer) == 0
+    assert run(batch_size=2, gradient_accumulation_steps=2, max_steps=6) == 0
+
+
+def test_other_data_is_refused_unless_asked_for(run: Run, tmp_path: Path) -> None:
+    assert run(max_steps=2) == 0
+    other = tmp_path / "other.txt"
+    other.write_text("something else entirely, again and again and again\n" * 900)
+    flags = {"text_file": [str(other)], "max_steps": 4}
+    expect(run, ExitCode.DATA, "--resume-from", **flags)
+    newest = checkpoints.find_newest(tmp_path / "training_output")
+    assert newest is not None
+    assert run(resume_from=str(newest.path), **flags) == 0
+
+
+def test_damage_is_found_before_anything_is_trained(run: Run, tmp_path: Path) -> None:
+    assert run(max_steps=2) == 0
+    milestone = tmp_path / "training_output" / "milestones" / "checkpoint-2" / "model.safetensors"
+    content = bytearray(milestone.read_bytes())
+    content[len(content) // 2] ^= 1
+    milestone.write_bytes(content)
+    expect(run, ExitCode.CHECKPOINT, "checkpoint-2", max_steps=4)
+    shard = next((tmp_path / "data" / "train").glob("*.npy"))
+    content = bytearray(shard.read_bytes())
+    content[-1] ^= 1
+    shard.write_bytes(content)
+    expect(run, ExitCode.DATA, shard.name, output_dir="new", text_file=[])
+
+
+def test_out_of_memory_names_the_way_out(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original = Trainer.train_step
+
+    def failing(self: Trainer, number: int, batches: Any) -> StepResult:
+        if number == 5:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB.")
+        return original(self, number, batches)
+
+    monkeypatch.setattr(Trainer, "train_step", failing)
+    expect(run, ExitCode.OUT_OF_MEMORY, "--batch-size 4 --gradient-accumulation-steps 2",
+           "--gradient-checkpointing", "checkpoint-3", checkpoint_every=3)
+
+
+def test_two_runs_do_not_share_an_output_folder(
+    run: Run, tmp_path: Path, preflight: CommandRunner, tiny_text: Path
+) -> None:
+    from storage import FolderLock
+
+    (tmp_path / "out").mkdir()
+    with FolderLock(tmp_path / "out"):
+        result = preflight("--train", *TINY_FLAGS, "--text-file", str(tiny_text),
+                           "--output-dir", "out")
+    assert result.returncode == 7
+    assert "in use" in result.stderr
+
+
+def test_no_compiler_gives_one_warning_and_eager_goes_on(
+    tiny_text: Path, tmp_path: Path
+) -> None:
+    argv = [sys.executable, str(ROOT / "main.py"), "--train", *TINY_FLAGS, "--max-steps", "3",
+            "--text-file", str(tiny_text), "--compile-model"]
+    environment = os.environ | {"CC": "/bin/false", "CXX": "/bin/false",
+                                "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache")}
+    result = subprocess.run(argv, cwd=tmp_path, env=environment, capture_output=True, text=True,
+                            timeout=120, check=False)
+    assert result.returncode == 0
+    assert result.stderr.count("torch.compile failed") == 1
+
+
+def test_every_setting_that_is_not_default_is_told(preflight: CommandRunner, tiny_text: Path,
+                                                   tmp_path: Path) -> None:
+    (tmp_path / "run.json").write_text('{"learning_rate": 0.005}')
+    result = preflight("--train", *TINY_FLAGS, "--text-file", str(tiny_text), "--max-steps", "2",
+                       "--config", "run.json")
+    assert result.returncode == 0
+    assert result.stdout == ""
+    assert "--learning-rate 0.005 (from run.json)" in result.stderr
+    assert "--batch-size 4 (from the command line)" in result.stderr

@@ -1,0 +1,267 @@
+"""Token shards to batches: a permutation of windows per epoch, read ahead in a thread.
+
+Shapes: B batch, T context length. A window is T + 1 tokens: the inputs, and the same shifted by
+one. Windows of an epoch do not overlap in their inputs; each epoch shifts them by another offset,
+so that the model does not see the same cuts again.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import os
+import queue
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass
+from types import TracebackType
+
+import numpy as np
+import torch
+
+from config import ExitCode, PreflightError
+from prepare import DataFolder, Split
+
+_CHUNK_TOKENS = 256 * 1024  # read and converted at once: one thread hand-over for many batches
+_POLL_SECONDS = 0.5
+
+
+def count_windows(n_tokens: int, context_length: int) -> int:
+    """Windows in one epoch of `n_tokens`, at least one.
+
+    Every offset below the context length leaves room for all of them, where there are more.
+    """
+    return max(1, (n_tokens - context_length) // context_length)
+
+
+@dataclass(frozen=True)
+class _Epoch:
+    number: int
+    offset: int  # tokens left out before the first window
+    order: np.ndarray  # (n_windows,) which window comes when
+
+
+def _build_epoch(n_tokens: int, context_length: int, seed: int, fingerprint: str,
+                 number: int) -> _Epoch:
+    """Order and offset of one epoch: a function of the arguments alone.
+
+    They come from Philox's raw 64-bit draws: NumPy keeps those for ever, unlike its permutations
+    (NEP 19), so that a run can be continued under another NumPy.
+    """
+    n_windows = count_windows(n_tokens, context_length)
+    digest = hashlib.sha256(f"{seed} {fingerprint} {number}".encode()).digest()
+    draws = np.random.Philox(key=int.from_bytes(digest[:16], "big")).random_raw(n_windows + 1)
+    room = min(context_length - 1, n_tokens - 1 - n_windows * context_length)
+    return _Epoch(number, int(draws[0] % (room + 1)), np.argsort(draws[1:], kind="stable"))
+
+
+class _ShardReader:
+    """Reads tokens by position in a split's shards, which stay open.
+
+    Plain reads, not memory maps: a file cut short under a map kills the process with SIGBUS.
+    """
+
+    def __init__(self, split: Split, dtype: np.dtype, vocab_size: int) -> None:
+        self._dtype, self._vocab_size = dtype, vocab_size
+        self._shards = split.shards
+        self._starts = np.cumsum([0, *(shard.n_tokens for shard in split.shards)])
+        self._files: list[io.FileIO] = []
+        try:
+            for shard in split.shards:
+                self._files.append(open(shard.path, "rb", buffering=0))  # noqa: SIM115
+        except OSError as error:
+            self.close()
+            raise PreflightError(ExitCode.DATA, f"{shard.path}: {error.strerror}",
+                                 "rerun with --text-file to rebuild the data folder") from None
+
+    def close(self) -> None:
+        for file in self._files:
+            file.close()
+
+    def check_unchanged(self) -> None:
+        """PreflightError (DATA) when a shard is no longer the file that was verified."""
+        for shard, file in zip(self._shards, self._files, strict=True):
+            status = os.fstat(file.fileno())
+            if (status.st_size, status.st_mtime_ns) != shard.signature:
+                raise self._explain(shard.path, "changed while it was in use")
+
+    def _explain(self, path: object, what: str) -> PreflightError:
+        return PreflightError(
+            ExitCode.DATA, f"{path} {what}",
+            "checkpoints are kept; restore or rebuild the data folder, then run the same command",
+        )
+
+    def read(self, starts: np.ndarray, length: int) -> np.ndarray:
+        """(n, length) int64: `length` tokens from each of the `starts`."""
+        rows = np.empty((len(starts), length), self._dtype)
+        itemsize = self._dtype.itemsize
+        shards = np.searchsorted(self._starts, starts, side="right") - 1
+        ends = self._starts[shards + 1]
+        firsts = (starts - self._starts[shards]) * itemsize
+        crosses = (starts + length > ends).tolist()
+        for row, (index, at) in enumerate(zip(shards.tolist(), firsts.tolist(), strict=True)):
+            if crosses[row]:
+                self._read_across(index, at, memoryview(rows[row]).cast("B"))
+                continue
+            file = self._files[index]
+            file.seek(self._shards[index].data_offset + at)
+            if file.readinto(rows[row]) != length * itemsize:
+                raise self._explain(self._shards[index].path, "was cut short while it was in use")
+        largest = int(rows.max())
+        if largest >= self._vocab_size:
+            raise PreflightError(
+                ExitCode.DATA, f"the data holds token id {largest}, but the vocabulary has "
+                f"{self._vocab_size:,} ids", "rebuild the data folder with --text-file",
+            )
+        return rows.astype(np.int64)
+
+    def _read_across(self, index: int, at: int, row: memoryview) -> None:
+        """A window that goes on in the next shard, or the next few."""
+        while len(row):
+            file, shard = self._files[index], self._shards[index]
+            file.seek(shard.data_offset + at)
+            wanted = min(len(row), shard.n_tokens * self._dtype.itemsize - at)
+            if file.readinto(row[:wanted]) != wanted:
+                raise self._explain(shard.path, "was cut short while it was in use")
+            row, index, at = row[wanted:], index + 1, 0
+
+
+class BatchLoader:
+    """Batches of one split, in an order that is a pure function of the sample's global index.
+
+    The order follows from (`seed`, ``data.fingerprint``, global sample index), so that a resumed
+    run, or another batch size, neither repeats nor skips a window within an epoch. ``cursor`` is
+    the global index behind the last batch handed out: the one number to save.
+
+    Raises:
+        PreflightError: code DATA when a shard cannot be read.
+    """
+
+    def __init__(
+        self, data: DataFolder, split: str, *, batch_size: int, context_length: int, seed: int,
+        device: torch.device | str, cursor: int = 0, prefetch: int = 2,
+    ) -> None:
+        """`prefetch`: chunks of batches (about 256 thousand tokens each) read ahead."""
+        part: Split = getattr(data, split)
+        self.n_windows = count_windows(part.n_tokens, context_length)
+        self.cursor = cursor
+        self._batch_size, self._context_length = batch_size, context_length
+        self._device = torch.device(device)
+        self._source = (part.n_tokens, context_length, seed, data.fingerprint)
+        self._reader = _ShardReader(part, data.dtype, data.vocab_size)
+        self._chunk: torch.Tensor | None = None
+        self._chunk_row = 0
+        self._queue: queue.Queue[torch.Tensor | BaseException] = queue.Queue(max(1, prefetch))
+        self._closing = threading.Event()
+        self._thread = threading.Thread(target=self._read_ahead, args=(cursor,), daemon=True)
+        self._thread.start()
+
+    def next_batch(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Inputs and targets, both (B, T) int64 on the device.
+
+        Raises:
+            PreflightError: code DATA when a shard was damaged or changed meanwhile; WORKER_LOST
+                when the reading thread ended for any other reason.
+        """
+        if self._chunk is None or self._chunk_row >= len(self._chunk):
+            self._chunk, self._chunk_row = self._take_chunk(), 0
+        rows = self._chunk[self._chunk_row : self._chunk_row + self._batch_size]  # (B, T + 1)
+        self._chunk_row += self._batch_size
+        self.cursor += self._batch_size
+        return _split_rows(rows, self._device)
+
+    def _take_chunk(self) -> torch.Tensor:
+        while True:
+            try:
+                item = self._queue.get(timeout=_POLL_SECONDS)
+            except queue.Empty:
+                if self._thread.is_alive():
+                    continue
+                # It may have put something just before it ended.
+                item = RuntimeError("it ended") if self._queue.empty() else self._queue.get()
+            if isinstance(item, torch.Tensor):
+                return item
+            if isinstance(item, PreflightError):
+                raise item
+            raise PreflightError(
+                ExitCode.WORKER_LOST,
+                f"the thread that reads the data was lost: {type(item).__name__}: {item}",
+                "checkpoints are kept; run the same command to go on",
+            ) from item
+
+    def _read_ahead(self, cursor: int) -> None:
+        """In the thread: chunks of whole batches from `cursor` on, until the loader is closed."""
+        try:
+            row_tokens = self._context_length + 1
+            n_batches = max(1, _CHUNK_TOKENS // (self._batch_size * row_tokens))
+            epoch: _Epoch | None = None
+            while not self._closing.is_set():
+                starts = []
+                end = cursor + n_batches * self._batch_size
+                while cursor < end:
+                    number, first = divmod(cursor, self.n_windows)
+                    if epoch is None or epoch.number != number:
+                        self._reader.check_unchanged()
+                        epoch = _build_epoch(*self._source, number)
+                    windows = epoch.order[first : first + end - cursor]
+                    starts.append(windows * self._context_length + epoch.offset)
+                    cursor += len(windows)
+                rows = torch.from_numpy(self._reader.read(np.concatenate(starts), row_tokens))
+                self._put(rows.pin_memory() if self._device.type == "cuda" else rows)
+        except BaseException as error:
+            self._put(error)
+
+    def _put(self, item: torch.Tensor | BaseException) -> None:
+        while not self._closing.is_set():
+            try:
+                return self._queue.put(item, timeout=_POLL_SECONDS)
+            except queue.Full:
+                continue
+        return None
+
+    def close(self) -> None:
+        """Stop reading ahead and close the shards."""
+        self._closing.set()
+        self._thread.join()
+        self._reader.close()
+
+    def __enter__(self) -> BatchLoader:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+
+def _split_rows(rows: torch.Tensor, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """(B, T + 1) to inputs and targets, each (B, T) and contiguous."""
+    rows = rows.to(device, non_blocking=True)
+    return rows[:, :-1].contiguous(), rows[:, 1:].contiguous()
+
+
+def iterate_windows(
+    data: DataFolder, split: str, *, batch_size: int, context_length: int, n_windows: int,
+    device: torch.device | str,
+) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """`n_windows` fixed windows, evenly spaced over the split, for evaluation.
+
+    Yields inputs and targets, (B, T) int64 on the device; the last batch may be smaller. With
+    fewer windows than asked for, each comes once.
+
+    Raises:
+        PreflightError: code DATA when a shard cannot be read or was changed.
+    """
+    part: Split = getattr(data, split)
+    available = count_windows(part.n_tokens, context_length)
+    count = min(n_windows, available)
+    starts = np.arange(count, dtype=np.int64) * available // count * context_length
+    reader = _ShardReader(part, data.dtype, data.vocab_size)
+    try:
+        reader.check_unchanged()
+        for first in range(0, count, batch_size):
+            rows = reader.read(starts[first : first + batch_size], context_length + 1)
+            yield _split_rows(torch.from_numpy(rows), torch.device(device))
+    finally:
+        reader.close()

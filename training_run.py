@@ -1,0 +1,524 @@
+"""`--train`: the loop around `Trainer` that logs, saves, evaluates, resumes and loses nothing."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import time
+from collections import deque
+from pathlib import Path
+from typing import Any
+
+import torch
+from sampling import generate_text
+from tqdm import tqdm
+
+import checkpoint as checkpoints
+from checkpoint import Checkpoint
+from config import (
+    ExitCode,
+    ModelConfig,
+    PreflightError,
+    RunConfig,
+    SamplingConfig,
+    TrainingSettings,
+    describe_choices,
+    model_config_from_dict,
+)
+from metrics import (
+    CURVE_NAME,
+    METRICS_NAME,
+    MetricsLog,
+    format_seconds,
+    read_metrics,
+    save_loss_curve,
+)
+from prepare import DataFolder, prepare_data
+from runtime import Runtime, build_runtime, is_out_of_memory, is_progress_shown
+from signals import StopFlag
+from storage import FolderLock, check_writable, format_bytes
+from tokenizer import Tokenizer, load_tokenizer
+from train_utils import BatchLoader, count_windows, iterate_windows
+from trainer import StepResult, Trainer, TrainState, build_plan, say
+from transformer_model import count_parameters
+
+# Updates in a row that may be skipped for a loss or gradient that is not finite. A gradient
+# scaler starts at 2^16 and halves at each overflow, so fp16 may need more of them.
+MAX_SKIPPED_IN_A_ROW = 10
+MAX_SKIPPED_IN_A_ROW_FP16 = 40
+CURVE_EVERY_SECONDS = 60
+SAMPLE_TOKENS = 48
+
+
+def run_training(config: RunConfig) -> int:
+    """Prepare the text, train, and return the exit code.
+
+    Raises:
+        PreflightError: with the code of whatever stands in the way.
+    """
+    output_dir = Path(config.control.output_dir)
+    check_writable(output_dir)
+    with StopFlag() as stop, FolderLock(output_dir):
+        checkpoints.remove_leftovers(output_dir)
+        origin = _find_origin(config, output_dir)
+        if origin is not None:
+            config = _adopt_settings(config, origin)
+        tokenizer = load_tokenizer(config.model.tokenizer)
+        model_config = _resolve_model(config, tokenizer, origin)
+        data = prepare_data(config.data, tokenizer, model_config.context_length, stop)
+        # Readers share the data folder; a preparation that would replace it is locked out.
+        with FolderLock(Path(config.data.data_dir), shared=True):
+            return TrainingRun(config, model_config, tokenizer, data, origin, stop).run()
+
+
+def _find_origin(config: RunConfig, output_dir: Path) -> Checkpoint | None:
+    """The checkpoint to continue from, if any."""
+    if config.control.resume_from:
+        return checkpoints.open_checkpoint(config.control.resume_from)
+    newest = checkpoints.find_newest(output_dir)
+    if newest is not None and not config.control.auto_resume:
+        raise PreflightError(
+            ExitCode.FLAGS, f"{output_dir} holds a run at step {newest.step:,}",
+            "drop --no-auto-resume to continue it, or choose another --output-dir",
+        )
+    return newest
+
+
+def _adopt_settings(config: RunConfig, origin: Checkpoint) -> RunConfig:
+    """The checkpoint's settings where no flag says otherwise; every difference is told."""
+    saved = origin.config.get("training", {})
+    tokenizer = origin.config["tokenizer"]["name"]
+    if "tokenizer" in config.sources and config.model.tokenizer != tokenizer:
+        raise PreflightError(
+            ExitCode.CHECKPOINT,
+            f"{origin.path} was trained with tokenizer {tokenizer}, "
+            f"--tokenizer asks for {config.model.tokenizer}",
+            "drop --tokenizer, or start anew in another --output-dir",
+        )
+    length_flags = {"max_steps", "num_epochs"}
+    longer = length_flags & set(config.sources)
+    values: dict[str, Any] = {}
+    for field in dataclasses.fields(TrainingSettings):
+        if field.name not in saved:
+            continue
+        asked, before = getattr(config.training, field.name), saved[field.name]
+        explicit = field.name in config.sources or (longer and field.name in length_flags)
+        if not explicit:
+            values[field.name] = before
+        elif asked != before and field.name in ("seed", "optimizer"):
+            raise PreflightError(
+                ExitCode.CHECKPOINT,
+                f"{origin.path}: --{field.name} was {before}, now {asked}; it cannot change "
+                "within a run", "drop the flag, or start anew in another --output-dir",
+            )
+        elif asked != before:
+            say(f"changed since the checkpoint: {field.name} {before} -> {asked}")
+    training = dataclasses.replace(config.training, **values)
+    model = dataclasses.replace(config.model, tokenizer=tokenizer)
+    return dataclasses.replace(config, training=training, model=model)
+
+
+def _resolve_model(
+    config: RunConfig, tokenizer: Tokenizer, origin: Checkpoint | None
+) -> ModelConfig:
+    """The architecture: the checkpoint's where there is one, and flags may not disagree.
+
+    Raises:
+        PreflightError: code CHECKPOINT, naming both values of each field that disagrees; code
+            FLAGS for a vocabulary smaller than the tokenizer's.
+    """
+    if origin is None:
+        if config.model.vocab_size and config.model.vocab_size < tokenizer.vocab_size:
+            raise PreflightError(
+                ExitCode.FLAGS, f"--vocab-size {config.model.vocab_size} is smaller than the "
+                f"{tokenizer.vocab_size:,} ids of {tokenizer.name}; raise it or drop it",
+            )
+        return config.model.resolve(tokenizer.vocab_size)
+    if origin.config["tokenizer"]["fingerprint"] != tokenizer.fingerprint:
+        raise PreflightError(
+            ExitCode.CHECKPOINT, f"{origin.path} was trained with another vocabulary",
+            f"expected fingerprint {origin.config['tokenizer']['fingerprint'][:16]}, "
+            f"found {tokenizer.fingerprint[:16]} for {tokenizer.name}",
+        )
+    saved = model_config_from_dict(origin.config["model"])
+    check_architecture(config, saved, origin.path)
+    # Dropout is a setting of the training, not a shape: a flag may change it.
+    dropout = config.model.dropout if "dropout" in config.sources else saved.dropout
+    return dataclasses.replace(saved, dropout=dropout)
+
+
+def check_architecture(config: RunConfig, saved: ModelConfig, where: Path) -> None:
+    """Refuse model flags that disagree with a checkpoint.
+
+    Raises:
+        PreflightError: code CHECKPOINT, with each field's two values.
+    """
+    names = [f.name for f in dataclasses.fields(ModelConfig) if f.name != "dropout"]
+    if "model_size" in config.sources and config.model.model_size != "custom":
+        asked = config.model.resolve(config.model.vocab_size or saved.vocab_size)
+        wanted = {name: getattr(asked, name) for name in names if name != "activation"}
+    else:
+        wanted = {}
+    given = {n: getattr(config.model, n) for n in names if n in config.sources}
+    odd = [
+        f"{name}: checkpoint {getattr(saved, name)}, flags {value}"
+        for name, value in {**wanted, **given}.items()
+        if value != getattr(saved, name)
+    ]
+    if odd:
+        raise PreflightError(
+            ExitCode.CHECKPOINT, f"{where} is another architecture than the flags ask for",
+            "; ".join(odd), "drop the model flags, or choose another --output-dir",
+        )
+
+
+class TrainingRun:
+    """One run from its first or its resumed step to its end."""
+
+    def __init__(
+        self,
+        config: RunConfig,
+        model_config: ModelConfig,
+        tokenizer: Tokenizer,
+        data: DataFolder,
+        origin: Checkpoint | None,
+        stop: StopFlag,
+    ) -> None:
+        self.config, self.tokenizer, self.data, self.stop = config, tokenizer, data, stop
+        self.model_config = model_config
+        self.output_dir = Path(config.control.output_dir)
+        self.log = MetricsLog(self.output_dir / METRICS_NAME)
+        self.state, saved = self._read_state(origin)
+        context = model_config.context_length
+        self.plan = build_plan(
+            config.training, config.control, context,
+            count_windows(data.train.n_tokens, context), count_windows(data.val.n_tokens, context),
+            self.state,
+        )
+        self.state.eval_windows = self.plan.eval_windows
+        self._check_batch(saved)
+        self.runtime: Runtime = build_runtime(
+            config.system, self.plan.total_steps - self.state.step
+        )
+        self.trainer = Trainer(
+            model_config, config.training, self.runtime, self.plan, config.peak_learning_rate,
+            gradient_checkpointing=config.system.gradient_checkpointing,
+        )
+        if origin is not None:
+            shapes = {n: tuple(p.shape) for n, p in self.trainer.model.named_parameters()}
+            self.trainer.load_state_dict(checkpoints.load_weights(origin, shapes), saved["trainer"])
+            self._origin_path = origin.path
+        self._skipped_in_a_row = 0
+        self._pending: deque[StepResult] = deque()
+        # On CUDA a step's figures are read when the next one is under way: no waiting.
+        self._lag = 1 if self.runtime.device.type == "cuda" else 0
+        self._saved_step = self.state.step if origin is not None else -1
+        self._saved: Checkpoint | None = None
+        self._curve_drawn = self._last_save = self._last_row = time.monotonic()
+        self._bar = tqdm(
+            total=self.plan.total_steps, initial=self.state.step, unit="step", dynamic_ncols=True,
+            disable=not is_progress_shown(), smoothing=0.1,
+        )
+
+    def _read_state(self, origin: Checkpoint | None) -> tuple[TrainState, dict[str, Any]]:
+        if origin is None:
+            return TrainState(), {}
+        saved = checkpoints.load_training_state(origin)
+        try:
+            state = TrainState(**saved["state"])
+            fingerprint = saved["data_fingerprint"]
+        except (KeyError, TypeError) as error:
+            raise PreflightError(
+                ExitCode.CHECKPOINT, f"{origin.path}/checkpoint.pt lacks a field: {error}"
+            ) from None
+        if fingerprint != self.data.fingerprint:
+            if not self.config.control.resume_from:
+                raise PreflightError(
+                    ExitCode.DATA,
+                    f"{self.config.data.data_dir} is not the data that {origin.path} was trained "
+                    f"on (fingerprint {fingerprint[:12]}, now {self.data.fingerprint[:12]})",
+                    "start anew with another --output-dir, or go on with the new data: "
+                    f"--resume-from {origin.path}",
+                )
+            say("the data is new to this checkpoint: it is read from its beginning")
+            state = dataclasses.replace(state, cursor=0, eval_windows=0, best_val_loss=None)
+        return state, saved
+
+    def _check_batch(self, saved: dict[str, Any]) -> None:
+        before = saved.get("tokens_per_step", self.plan.tokens_per_step)
+        if before == self.plan.tokens_per_step:
+            return
+        if not self.config.control.allow_batch_change:
+            raise PreflightError(
+                ExitCode.CHECKPOINT,
+                f"the checkpoint has {before:,} tokens per step, the flags ask for "
+                f"{self.plan.tokens_per_step:,}",
+                "keep --batch-size x --gradient-accumulation-steps, or give --allow-batch-change",
+            )
+        say(f"tokens per step change from {before:,} to {self.plan.tokens_per_step:,}")
+
+    def run(self) -> int:
+        """Train to the end of the plan, or until a signal; the exit code."""
+        self._announce()
+        if self.state.step >= self.plan.total_steps:
+            say(f"this run is finished: {self.state.step:,} steps trained; "
+                f"to train longer: --max-steps {2 * self.state.step}")
+            return ExitCode.DONE
+        self._start_log()
+        loader = BatchLoader(
+            self.data, "train", batch_size=self.config.training.batch_size,
+            context_length=self.model_config.context_length, seed=self.config.training.seed,
+            device=self.runtime.device, cursor=self.state.cursor,
+        )
+        started = time.monotonic()
+        with loader, self._bar:
+            try:
+                self._loop(loader)
+            except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
+                if not is_out_of_memory(error):
+                    raise
+                failure: BaseException | None = error.with_traceback(None)
+            else:
+                failure = None
+            finally:
+                self._draw_curve()
+        if failure is not None:
+            raise self._explain_out_of_memory(failure)
+        return self._conclude(time.monotonic() - started)
+
+    def _loop(self, loader: BatchLoader) -> None:
+        accumulation = self.config.training.gradient_accumulation_steps
+        self._evaluate_if_due()  # a run cut between a save and its evaluation
+        while self.state.step < self.plan.total_steps and not self.stop.stopping:
+            batches = (loader.next_batch() for _ in range(accumulation))
+            result = self.trainer.train_step(self.state.step, batches)
+            self._advance(result, loader)
+            self._write_rows(self._lag)
+            self._save_if_due()
+            self._evaluate_if_due()
+        self._write_rows(0)
+        self._save()
+
+    def _advance(self, result: StepResult, loader: BatchLoader) -> None:
+        self.state.step = result.step
+        self.state.cursor = loader.cursor
+        self.state.tokens += result.tokens
+        self._pending.append(result)
+        self._bar.update()
+
+    def _write_rows(self, keep: int) -> None:
+        """Read and log finished steps, all but the newest `keep`; stop a run that diverges."""
+        while len(self._pending) > keep:
+            result = self._pending.popleft()
+            loss, norm = float(result.loss), float(result.grad_norm)
+            now = time.monotonic()
+            seconds, self._last_row = now - self._last_row, now
+            self.state.train_seconds += seconds
+            rate = result.tokens / max(seconds, 1e-9)
+            finite = math.isfinite(loss) and math.isfinite(norm)
+            self.log.append({
+                "event": "step", "step": result.step, "loss": loss,
+                "learning_rate": result.learning_rate, "grad_norm": norm,
+                "tokens": result.step * result.tokens, "tokens_per_second": round(rate, 1),
+                "peak_memory_bytes": self.runtime.peak_memory_bytes(),
+            } | ({} if finite else {"skipped": True}))
+            self._show_step(result, loss, rate)
+            self._count_skipped(result, finite, norm)
+
+    def _show_step(self, result: StepResult, loss: float, rate: float) -> None:
+        if not self._bar.disable:
+            self._bar.set_postfix_str(f"loss {loss:.3f}, {rate:,.0f} tokens/s", refresh=False)
+        elif result.step % self.plan.log_every == 0 or result.step == 1:
+            left = (self.plan.total_steps - result.step) * result.tokens / rate
+            say(f"step {result.step:,}/{self.plan.total_steps:,}  loss {loss:.4f}  "
+                f"rate {result.learning_rate:.2e}  {rate:,.0f} tokens/s  "
+                f"ETA {format_seconds(left)}")
+
+    def _count_skipped(self, result: StepResult, finite: bool, norm: float) -> None:
+        if finite:
+            self._skipped_in_a_row = 0
+            return
+        self.state.skipped_steps += 1
+        self._skipped_in_a_row += 1
+        fp16 = self.runtime.needs_scaler
+        limit = MAX_SKIPPED_IN_A_ROW_FP16 if fp16 else MAX_SKIPPED_IN_A_ROW
+        if self._skipped_in_a_row < limit:
+            return
+        safe = checkpoints.find_newest(self.output_dir)
+        raise PreflightError(
+            ExitCode.DIVERGED,
+            f"diverged: loss or gradient not finite in {limit} steps up to step {result.step:,} "
+            f"(rate {result.learning_rate:.2e}, gradient norm {norm}); no such update was applied",
+            f"last good checkpoint: {safe.path if safe else 'none yet'}",
+            "lower --learning-rate" + (", or use --no-mixed-precision" if fp16 else ""),
+        )
+
+    def _save_if_due(self) -> None:
+        minutes = (time.monotonic() - self._last_save) / 60
+        due = (
+            self.state.step % self.plan.checkpoint_every == 0
+            or minutes >= self.config.control.checkpoint_minutes
+            or self.stop.save_requested
+        )
+        if due and self.state.step < self.plan.total_steps:
+            self._save()
+
+    def _save(self) -> None:
+        """Write a checkpoint of this step, once, and never of a run that is diverging."""
+        self._write_rows(0)
+        if self._saved_step == self.state.step or self._skipped_in_a_row:
+            return
+        began = time.monotonic()
+        self.stop.save_requested = False
+        self._saved = checkpoints.save_checkpoint(
+            self.output_dir, self.state.step, self.trainer.model.state_dict(),
+            {
+                "state": dataclasses.asdict(self.state),
+                "trainer": self.trainer.state_dict(),
+                "data_fingerprint": self.data.fingerprint,
+                "tokens_per_step": self.plan.tokens_per_step,
+            },
+            self._describe_run(),
+            {"val_loss": None},
+        )
+        checkpoints.retire_checkpoints(self.output_dir, self.config.control.max_checkpoints)
+        self._saved_step = self.state.step
+        self._last_save = time.monotonic()
+        self._last_row += self._last_save - began  # not part of a step's time
+
+    def _describe_run(self) -> dict[str, Any]:
+        """What ``config.json`` says: enough to generate and to resume without any flag."""
+        training = dataclasses.asdict(self.config.training)
+        training["learning_rate"] = self.config.peak_learning_rate
+        return {
+            "model": dataclasses.asdict(self.model_config),
+            "tokenizer": {
+                "name": self.tokenizer.name,
+                "fingerprint": self.tokenizer.fingerprint,
+                "vocab_size": self.tokenizer.vocab_size,
+            },
+            "training": training,
+            "data": {"fingerprint": self.data.fingerprint,
+                     "train_tokens": self.data.train.n_tokens,
+                     "val_tokens": self.data.val.n_tokens},
+        }
+
+    def _evaluate_if_due(self) -> None:
+        step = self.state.step
+        due = step % self.plan.eval_every == 0 or step == self.plan.total_steps
+        if not due or step == 0 or self.state.evaluated_step == step or self.stop.stopping:
+            return
+        if step == self.plan.total_steps:
+            self._save()  # before anything else can fail
+        self._evaluate()
+
+    def _evaluate(self) -> None:
+        began = time.monotonic()
+        self._write_rows(0)
+        val = self.data.val
+        windows = iterate_windows(
+            self.data, "val", batch_size=self.config.training.batch_size,
+            context_length=self.model_config.context_length, n_windows=self.plan.eval_windows,
+            device=self.runtime.device,
+        )
+        result = self.trainer.evaluate(windows, val.n_tokens / val.n_bytes, self.stop)
+        if result is None:
+            return
+        best = self.state.best_val_loss
+        better = best is None or result.loss < best
+        self.state.best_val_loss = result.loss if better else best
+        self.state.evaluated_step = self.state.step
+        if self._saved is not None and self._saved_step == self.state.step:
+            self._saved = checkpoints.record_validation(self._saved, result.loss)
+        self.log.append({
+            "event": "eval", "step": self.state.step, "val_loss": result.loss,
+            "perplexity": result.perplexity, "bits_per_byte": result.bits_per_byte,
+            "tokens": self.state.tokens, "windows": self.plan.eval_windows,
+        })
+        say(f"step {self.state.step:,}: validation loss {result.loss:.4f}, perplexity "
+            f"{result.perplexity:,.1f}, {result.bits_per_byte:.3f} bits per byte"
+            + (" (best so far)" if better else ""))
+        self._sample()
+        if time.monotonic() - self._curve_drawn > CURVE_EVERY_SECONDS:
+            self._draw_curve()
+        self._last_row += time.monotonic() - began
+
+    def _sample(self) -> None:
+        """Let the model write a little, so that a person sees what it has learned."""
+        config = SamplingConfig(max_new_tokens=SAMPLE_TOKENS, seed=self.config.training.seed)
+        self.trainer.model.eval()
+        with self.runtime.autocast():
+            text = generate_text(self.trainer.model, self.tokenizer, "", config)
+        self.trainer.model.train()
+        self.log.append({"event": "sample", "step": self.state.step, "text": text})
+        say("  it writes: " + " ".join(text.split())[:300])
+
+    def _draw_curve(self) -> None:
+        self._curve_drawn = time.monotonic()
+        title = (f"{self.model_config.label}, {count_parameters(self.model_config) / 1e6:,.1f}M "
+                 f"parameters, {self.plan.tokens_per_step:,} tokens per step")
+        save_loss_curve(self.output_dir / CURVE_NAME, read_metrics(self.log.path), title)
+
+    def _announce(self) -> None:
+        plan, data, training = self.plan, self.data, self.config.training
+        parameters = count_parameters(self.model_config)
+        for line in describe_choices(self.config):
+            say(f"set: {line}")
+        for note in self.runtime.notes:
+            say(note)
+        say(f"model: {self.model_config.label}, {parameters:,} parameters, context "
+            f"{self.model_config.context_length:,}, vocabulary {self.model_config.vocab_size:,}")
+        say(f"data: {data.train.n_tokens:,} tokens to train on, {data.val.n_tokens:,} to validate "
+            f"({plan.eval_windows} windows each time)")
+        epochs = plan.total_steps / plan.steps_per_epoch
+        tokens = plan.total_steps * plan.tokens_per_step
+        say(f"plan: {plan.total_steps:,} steps of {plan.tokens_per_step:,} tokens, "
+            f"{epochs:.2f} epochs, {tokens / parameters:.2f} tokens per parameter")
+        say(f"plan: {training.optimizer}, peak rate {self.config.peak_learning_rate:.1e}, "
+            f"{training.scheduler} after {plan.warmup_steps:,} steps of warm-up; evaluation every "
+            f"{plan.eval_every:,}, checkpoint every {plan.checkpoint_every:,} steps or "
+            f"{self.config.control.checkpoint_minutes:g} minutes")
+        if self.state.step:
+            say(f"continuing from {self._origin_path} (step {self.state.step:,}, "
+                f"{self.state.tokens:,} tokens, sample {self.state.cursor:,})")
+
+    def _start_log(self) -> None:
+        if self.state.step:
+            self.log.trim(self.state.step)
+            self.log.append({"event": "resume", "step": self.state.step})
+        elif self.log.path.exists():
+            self.log.trim(-1)  # rows of a run that never reached a checkpoint
+
+    def _conclude(self, seconds: float) -> int:
+        if self.stop.stopping:
+            say(f"stopped at step {self.state.step:,}; saved in {self._newest_path()}")
+            say("run the same command again to continue exactly from there")
+            return self.stop.exit_code
+        best = checkpoints.find_best(self.output_dir)
+        say(f"done: {self.state.step:,} steps, {self.state.tokens:,} tokens in "
+            f"{format_seconds(seconds)}; peak memory "
+            f"{format_bytes(self.runtime.peak_memory_bytes())}")
+        if best.val_loss is not None:
+            say(f"best: {best.path} (step {best.step:,}, validation loss {best.val_loss:.4f})")
+        say(f"loss curve: {self.output_dir / CURVE_NAME}")
+        say(f"write with it: python main.py --generate --output-dir {self.output_dir}")
+        return ExitCode.DONE
+
+    def _newest_path(self) -> Path | str:
+        return self._saved.path if self._saved else getattr(self, "_origin_path", "nothing yet")
+
+    def _explain_out_of_memory(self, error: BaseException) -> PreflightError:
+        batch = self.config.training.batch_size
+        accumulation = self.config.training.gradient_accumulation_steps
+        checkpointing = self.config.system.gradient_checkpointing
+        lines = [
+            f"out of memory with {batch} sequences of {self.model_config.context_length} tokens: "
+            + str(error).strip().splitlines()[0][:150],
+        ]
+        if batch > 1:
+            lines.append(f"try --batch-size {batch // 2} --gradient-accumulation-steps "
+                         f"{accumulation * 2}: the same update in half the activation memory")
+        if not checkpointing:
+            lines.append("--gradient-checkpointing keeps one activation a block instead of all")
+        lines.append(f"last checkpoint, safe: {self._newest_path()}")
+        return PreflightError(ExitCode.OUT_OF_MEMORY, *lines)
