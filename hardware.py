@@ -168,6 +168,8 @@ def match_device(device_name: str, memory_bytes: int | None = None) -> Card | No
     """
     found = _words(device_name)
     sized = {word for word in found if re.fullmatch(r"\d+gb", word)}
+    if "gh200" in found:
+        sized = set()  # the size in its name is that of the host part
     fitting = [
         card for card in CARDS
         if _model(_words(card.name)) == _model(found) and (not sized or sized <= _words(card.name)

@@ -44,6 +44,10 @@ CUDA_CONTEXT_BYTES = 500 * MIB
 CUBLAS_WORKSPACE_BYTES = 2 * 8_519_680
 CUBLAS_WORKSPACE_BYTES_HOPPER = 2 * 32 * MIB
 CUDA_BLOCK_BYTES = 512  # every CUDA allocation is a multiple of it
+# Reserved beyond allocated: pieces of blocks too small for what is asked. Not yet measured.
+CUDA_FRAGMENTATION = 0.05
+# Share that the peak may be off, by (on CUDA, compiled). On the CPU measured, tests/test_memory.py.
+_ERROR_SHARES = {(False, False): 0.01, (False, True): 0.05, (True, False): 0.03, (True, True): 0.1}
 # Resident before anything is allocated: interpreter and libraries; with CUDA its libraries too.
 HOST_BASE_BYTES = {"cpu": 450 * MIB, "cuda": 2500 * MIB}
 
@@ -95,6 +99,7 @@ class _AllocationLog(TorchDispatchMode):
         super().__init__()
         self.on_cuda = device_type == "cuda"
         self.clock = 0
+        self.in_backward = False
         self.storages: list[_Storage] = []
         self.marks: list[tuple[int, _Region]] = []
         self._living: dict[int, _Storage] = {}
@@ -112,7 +117,12 @@ class _AllocationLog(TorchDispatchMode):
         result = func(*args, **(kwargs or {}))
         for leaf in tree_leaves(result):
             if isinstance(leaf, Tensor):
-                self.find(leaf)
+                record = self.find(leaf)
+                # Autograd adds up real gradients in place, but not those of tensor subclasses
+                # (torch/csrc/autograd/input_buffer.cpp): the sum takes over what a term had.
+                if (self.in_backward and func is torch.ops.aten.add.Tensor
+                        and not torch.is_grad_enabled()):
+                    record.born = self.clock + 1
         return result
 
     def find(self, tensor: Tensor) -> _Storage:
@@ -190,7 +200,7 @@ class _CudaKernels(TorchFunctionMode):
         elif func is F.dropout and kwargs["training"] and kwargs["p"]:
             return torch.native_dropout(args[0], kwargs["p"], True)[0]  # its mask is of bytes
         elif func is torch.log_softmax and args[0].dtype != kwargs.get("dtype"):
-            return torch.ops.aten._log_softmax(args[0], kwargs["dim"], True)  # no copy in fp32
+            return torch.empty_like(args[0], dtype=kwargs["dtype"])  # no copy of the logits
         return func(*args, **kwargs)
 
 
@@ -217,6 +227,7 @@ class _Case:
     dtype: torch.dtype
     device_type: str
     gradient_checkpointing: bool
+    compile_model: bool
     generation_batch_size: int
 
 
@@ -291,6 +302,7 @@ def _watch_step(log: _AllocationLog, trainer: Trainer) -> None:
     def before_model(*_: Any) -> None:
         nonlocal forward
         forward = torch.is_grad_enabled()  # else it is an evaluation
+        log.in_backward = False
         if forward:
             times["forward"] = log.clock
             log.mark("training step", "embedding")
@@ -312,12 +324,13 @@ def _watch_step(log: _AllocationLog, trainer: Trainer) -> None:
     def after_model(*_: Any) -> None:
         nonlocal forward
         if forward:
-            forward = False
+            forward, log.in_backward = False, True
             log.label_born(times["loss"], "logits and loss")
             log.label_born(times["forward"], "activations kept")
             log.mark("training step", "backward loss")
 
     def before_update(*_: Any) -> None:
+        log.in_backward = False
         log.mark("optimizer step", "all")
         log.label([p.grad for p in model.parameters() if p.grad is not None], "gradients")
 
@@ -370,35 +383,35 @@ def estimate_memory(
         hopper_or_newer: which cuBLAS workspace; unset: the present card's, else the smaller.
     """
     case = _Case(model_config, training, dtype, device_type, gradient_checkpointing,
-                 generation_batch_size)
-    peaks = _trace(case)
-    workspace = _estimate_workspace(device_type, hopper_or_newer)
+                 compile_model, generation_batch_size)
+    return _summarise(_trace(case), case, _estimate_workspace(device_type, hopper_or_newer))
+
+
+def _summarise(peaks: _Peaks, case: _Case, workspace: int) -> MemoryEstimate:
     totals = {region: sum(items.values()) for region, items in peaks.items()}
     top = max(totals, key=lambda region: totals[region])
     weights, optimizer = peaks[top]["weights"], peaks[top]["optimizer"]
+    on_cuda = case.device_type == "cuda"
     phases = {
         phase: round(max(total for (name, _), total in totals.items() if name == phase)) + workspace
         for phase in PHASES[:-1]
     }
-    # Weights are read to the host and copied; the optimizer's state is used in place on the CPU.
-    phases["resume"] = round(weights * (2 if device_type == "cpu" else 1) + optimizer) + workspace
+    # The weights are read to the host and copied; on the CPU the optimizer's state is used as read.
+    phases["resume"] = round(weights * (1 if on_cuda else 2) + optimizer) + workspace
     peak = max(phases.values())
-    reserved = peak if device_type != "cuda" else round(peak * (1 + CUDA_FRAGMENTATION))
-    context = CUDA_CONTEXT_BYTES if device_type == "cuda" else 0
+    reserved = round(peak * (1 + CUDA_FRAGMENTATION)) if on_cuda else peak
+    context = CUDA_CONTEXT_BYTES if on_cuda else 0
     items = {item: round(size) for item, size in peaks[top].items()}
     items["context and workspace"] = context + workspace
     items["headroom"] = reserved + context - sum(items.values())
-    host = HOST_BASE_BYTES.get(device_type, HOST_BASE_BYTES["cpu"])
+    host = HOST_BASE_BYTES["cuda" if on_cuda else "cpu"]
     return MemoryEstimate(
         items=items, phases=phases, peak_bytes=peak, reserved_bytes=reserved,
         needed_bytes=reserved + context,
-        host_bytes=host + (peak if device_type == "cpu" else round(weights + optimizer)),
-        disk_bytes=estimate_checkpoint_bytes(model_config, training),
-        error_share=0.01,
+        host_bytes=host + (round(weights + optimizer) if on_cuda else peak),
+        disk_bytes=estimate_checkpoint_bytes(case.model_config, case.training),
+        error_share=_ERROR_SHARES[on_cuda, case.compile_model],
     )
-
-
-CUDA_FRAGMENTATION = 0.05
 
 
 def _estimate_workspace(device_type: str, hopper_or_newer: bool | None) -> int:
@@ -413,5 +426,69 @@ def estimate_checkpoint_bytes(model_config: ModelConfig, training: TrainingSetti
     """Disk space of one checkpoint: weights and optimizer state in fp32, and what frames them."""
     copies = {"adamw": 2, "adam": 2, "sgd": 1 if training.beta1 else 0}[training.optimizer]
     n_tensors = 4 + 12 * model_config.n_layers
-    framing = 200 * n_tensors + 400 * n_tensors * (copies + 1)
+    framing = 120 * n_tensors * (1 + 3 * copies)  # names, shapes and alignment
     return 4 * count_parameters(model_config) * (1 + copies) + framing
+
+
+def build_batch_curve(
+    model_config: ModelConfig, training: TrainingSettings, **options: Any
+) -> Callable[[int], MemoryEstimate]:
+    """`estimate_memory` as a function of the batch size, for a search: two traces, then lines.
+
+    Each stretch of a step grows by the same bytes with each sequence once the loss goes through
+    its rows in several chunks; smaller batches are traced one by one. `options` are those of
+    `estimate_memory`.
+    """
+    device_type = options["device_type"]
+    rows, _ = transformer_model.loss_layout(device_type)
+    first = -(-4 * rows // model_config.context_length)
+    workspace = _estimate_workspace(device_type, options.pop("hopper_or_newer", None))
+    base = _Case(model_config, training, **{
+        "gradient_checkpointing": False, "compile_model": False, "generation_batch_size": 1,
+        **options})
+
+    def estimate(batch_size: int) -> MemoryEstimate:
+        def at(size: int) -> _Case:
+            return replace(base, training=replace(training, batch_size=size))
+
+        if batch_size <= 2 * first:
+            return _summarise(_trace(at(batch_size)), at(batch_size), workspace)
+        low, high = _trace(at(first)), _trace(at(2 * first))
+        peaks = _extend(low, high, (batch_size - first) / first)
+        return _summarise(peaks, at(batch_size), workspace)
+
+    return estimate
+
+
+def judge_fit(needed_bytes: int, limit_bytes: int, margin: float = 0.15) -> Verdict:
+    """Whether that much fits: with `margin` (a share of the limit) to spare, only without, or not.
+    """
+    if needed_bytes <= limit_bytes * (1 - margin):
+        return "fits"
+    return "tight" if needed_bytes <= limit_bytes else "does not fit"
+
+
+def estimate_savings(
+    model_config: ModelConfig, training: TrainingSettings, **options: Any
+) -> dict[str, int]:
+    """Bytes less needed by each change that could help, by the flags that make it.
+
+    `options` are those of `estimate_memory`. Changes that save nothing are left out.
+    """
+    variants: dict[str, tuple[TrainingSettings, dict[str, Any]]] = {}
+    if not options.get("gradient_checkpointing"):
+        variants["--gradient-checkpointing"] = training, {"gradient_checkpointing": True}
+    if training.batch_size > 1:
+        half = training.batch_size // 2
+        steps = -(-training.batch_size * training.gradient_accumulation_steps // half)
+        variants[f"--batch-size {half} --gradient-accumulation-steps {steps}"] = replace(
+            training, batch_size=half, gradient_accumulation_steps=steps), {}
+    if options["dtype"] == torch.float32:
+        variants["--mixed-precision"] = training, {"dtype": torch.bfloat16}
+    before = estimate_memory(model_config, training, **options).needed_bytes
+    saved = {
+        flags: before - estimate_memory(
+            model_config, changed, **{**options, **others}).needed_bytes
+        for flags, (changed, others) in variants.items()
+    }
+    return {flags: size for flags, size in saved.items() if size > 0}

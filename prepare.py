@@ -1059,7 +1059,7 @@ class _Builder:
         return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else (
             os.cpu_count() or 1)
 
-    def build(self) -> None:
+    def build(self, context_length: int) -> None:
         """Write all shards and, last, the metadata."""
         self._resume()
         self._check_space()
@@ -1068,8 +1068,9 @@ class _Builder:
         encoders = _Encoders(self._tokenizer, self._n_workers)
         progress = _Progress(self._total)
         try:
-            for split in SPLITS[SPLITS.index(self._position[0]):]:
-                self._build_split(split, encoders, progress)
+            for split in SPLITS:
+                if self._position[0] == split:
+                    self._build_split(split, encoders, progress)
         finally:
             progress.close()
             encoders.close()
@@ -1078,7 +1079,14 @@ class _Builder:
                 same = hash_file(source.path) == source.sha256
                 if not same or _signature(file) != source.signature:
                     raise _changed(source)
-        write_json(self._building / METADATA_NAME, self._build_metadata())
+        metadata = self._build_metadata()
+        try:
+            for name in ("train", "val"):
+                _check_long_enough(metadata[name], name, context_length)
+        except PreflightError:
+            remove_tree(self._building)
+            raise
+        write_json(self._building / METADATA_NAME, metadata)
 
     def _resume(self) -> None:
         """Take over the shards that an interrupted build of the same plan finished."""
@@ -1106,6 +1114,11 @@ class _Builder:
         done = sum(e["n_bytes"] for split in SPLITS for e in self._shards[split])
         needed = self._total * itemsize // 5 - done  # text has rarely more than 5 bytes a token
         free = free_bytes(self._building)
+        if self._total > 20_000 * self._settings.shard_size:
+            raise PreflightError(
+                ExitCode.FLAGS, f"--shard-size {self._settings.shard_size:,} would make too many "
+                "files of this text", "leave it out",
+            )
         if needed > free:
             raise PreflightError(
                 ExitCode.STORAGE,
@@ -1209,21 +1222,17 @@ def prepare_data(
             rebuilt; STORAGE; LOCKED when another run uses the folder; SIGINT or SIGTERM when
             `stop` says so.
     """
-    data_dir = Path(settings.data_dir)
-    data = _prepare(data_dir, settings, tokenizer, stop, BLOCK_BYTES)
-    for name in ("train", "val"):
-        _check_long_enough(data, name, context_length)
-    return data
+    return _prepare(settings, tokenizer, context_length, stop)
 
 
-def _check_long_enough(data: DataFolder, name: str, context_length: int) -> None:
-    found = getattr(data, name).n_tokens
+def _check_long_enough(part: dict[str, Any], name: str, context_length: int) -> None:
+    found = part["n_tokens"]
     if found <= context_length:
-        part = {"train": "training", "val": "validation"}[name]
+        what = {"train": "training", "val": "validation"}[name]
         mend = "a larger --val-split" if name == "val" else "a smaller --val-split"
         raise PreflightError(
             ExitCode.TEXT,
-            f"the {part} part has {found:,} token{'s' * (found != 1)}, needs "
+            f"the {what} part has {found:,} token{'s' * (found != 1)}, needs "
             f"{context_length + 1:,}: one window of --context-length {context_length} and the "
             "token behind it",
             f"give more text, a smaller --context-length, or {mend}",
@@ -1231,29 +1240,27 @@ def _check_long_enough(data: DataFolder, name: str, context_length: int) -> None
 
 
 def _prepare(
-    data_dir: Path, settings: DataSettings, tokenizer: Tokenizer, stop: StopFlag | None,
-    block_bytes: int, n_workers: int | None = None,
+    settings: DataSettings, tokenizer: Tokenizer, context_length: int,
+    stop: StopFlag | None = None, block_bytes: int = BLOCK_BYTES, n_workers: int | None = None,
 ) -> DataFolder:
+    data_dir = Path(settings.data_dir)
     inputs = _find_inputs(settings)
-    is_complete = (data_dir / METADATA_NAME).exists()
-    is_swapping = (data_dir / BUILDING_NAME / METADATA_NAME).exists()
-    if not inputs and is_complete and not is_swapping:
-        data = load_data_folder(data_dir, tokenizer)
-        _say(f"reusing {data_dir} ({data.train.n_tokens:,} training tokens)")
-        return data
+    is_complete = ((data_dir / METADATA_NAME).exists()
+                   and not (data_dir / BUILDING_NAME / METADATA_NAME).exists())
+    if not inputs and is_complete:
+        return _load_to_reuse(data_dir, tokenizer, context_length)
     sources: list[Source] | None = None
     if inputs and not any(item.is_pipe for item in inputs):
         sources = _scan_inputs(inputs, settings.document_separator, stop)
-        if is_complete and not is_swapping:
-            reused, _ = _try_reuse(data_dir, sources, settings, tokenizer)
-            if reused is not None:
-                return reused
+        # Before the lock, so that several runs can share a data folder that needs no change.
+        if is_complete and not _find_reason_to_rebuild(data_dir, sources, settings, tokenizer):
+            return _load_to_reuse(data_dir, tokenizer, context_length)
     make_folder(data_dir)
     with FolderLock(data_dir):
         building = data_dir / BUILDING_NAME
         _finish_swap(data_dir)
         if not inputs and (data_dir / METADATA_NAME).exists():
-            return load_data_folder(data_dir, tokenizer)
+            return _load_to_reuse(data_dir, tokenizer, context_length)
         if not inputs and _holds_leftovers(data_dir):
             raise PreflightError(
                 ExitCode.DATA, f"{data_dir} is unfinished: it has no {METADATA_NAME}",
@@ -1264,52 +1271,37 @@ def _prepare(
         if sources is None:
             sources = _gather(inputs, building, settings, stop)
         if (data_dir / METADATA_NAME).exists():
-            reused, reason = _try_reuse(data_dir, sources, settings, tokenizer)
-            if reused is not None:
+            reason = _find_reason_to_rebuild(data_dir, sources, settings, tokenizer)
+            if not reason:
                 remove_tree(building)
-                return reused
+                return _load_to_reuse(data_dir, tokenizer, context_length)
             _say(f"rebuilding {data_dir} because {reason}")
-        _build(building, sources, settings, tokenizer, stop, block_bytes, n_workers)
+        plan = _build_plan(sources, settings, tokenizer)
+        builder = _Builder(building, plan, settings, tokenizer, stop, block_bytes, n_workers)
+        builder.build(context_length)
         _finish_swap(data_dir)
         return load_data_folder(data_dir, tokenizer)
 
 
-def _build(
-    building: Path, sources: list[Source], settings: DataSettings, tokenizer: Tokenizer,
-    stop: StopFlag | None, block_bytes: int, n_workers: int | None,
-) -> None:
-    plan = _build_plan(sources, settings, tokenizer)
-    if sum(source.size for source in sources) > 20_000 * settings.shard_size:
-        raise PreflightError(
-            ExitCode.FLAGS, f"--shard-size {settings.shard_size:,} would make too many files of "
-            "this text", "leave it out",
-        )
-    _Builder(building, plan, settings, tokenizer, stop, block_bytes, n_workers).build()
+def _load_to_reuse(data_dir: Path, tokenizer: Tokenizer, context_length: int) -> DataFolder:
+    data = load_data_folder(data_dir, tokenizer)
+    for name in ("train", "val"):
+        _check_long_enough(data.metadata[name], name, context_length)
+    _say(f"reusing {data_dir} ({data.train.n_tokens:,} training tokens)")
+    return data
 
 
-def _try_reuse(
+def _find_reason_to_rebuild(
     data_dir: Path, sources: list[Source], settings: DataSettings, tokenizer: Tokenizer
-) -> tuple[DataFolder | None, str]:
-    """The data folder, when it is whole and made from just this; else None and the reason."""
+) -> str:
+    """Why the data folder is not what these settings make of the text; empty when it is."""
     try:
         metadata = _read_metadata(data_dir)
-        reason = _find_difference(metadata, sources, settings, tokenizer)
-        if reason:
-            return None, reason
-        data = load_data_folder(data_dir, tokenizer)
+        if metadata["tokenizer"]["fingerprint"] != tokenizer.fingerprint:
+            return f"the tokenizer changed from {metadata['tokenizer']['name']} to {tokenizer.name}"
+        load_data_folder(data_dir, tokenizer)
     except PreflightError as error:
-        return None, error.lines[0]
-    _say(f"reusing {data_dir}: text and settings are unchanged "
-         f"({data.train.n_tokens:,} training tokens)")
-    return data, ""
-
-
-def _find_difference(
-    metadata: dict[str, Any], sources: list[Source], settings: DataSettings, tokenizer: Tokenizer
-) -> str:
-    """Why the data folder is not what these settings make; empty when it is."""
-    if metadata["tokenizer"]["fingerprint"] != tokenizer.fingerprint:
-        return f"the tokenizer changed from {metadata['tokenizer']['name']} to {tokenizer.name}"
+        return error.lines[0]
     described, known = _describe_sources(sources), metadata["sources"]
     if described != known:
         pairs = zip(described, known, strict=False)
@@ -1335,6 +1327,9 @@ def _finish_swap(data_dir: Path) -> None:
                 remove_tree(data_dir / split)
                 os.rename(building / split, data_dir / split)
         fsync_folder(data_dir)
+        for path in building.iterdir():  # before the last rename, so that nothing is left behind
+            if path.name != METADATA_NAME:
+                remove_tree(path)
         os.rename(building / METADATA_NAME, data_dir / METADATA_NAME)
         fsync_folder(data_dir)
         remove_tree(building)

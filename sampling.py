@@ -47,7 +47,8 @@ def generate_text(
 
 
 def stream_text(
-    model: DecoderOnlyTransformer, tokenizer: Tokenizer, prompt: str, config: SamplingConfig
+    model: DecoderOnlyTransformer, tokenizer: Tokenizer, prompt: str, config: SamplingConfig,
+    on_step: OnStep | None = None,
 ) -> Iterator[str]:
     """`generate_text` in pieces, as it is written; they end between characters, and what may be
     the start of a stop text waits until it is known not to be.
@@ -55,7 +56,9 @@ def stream_text(
     decoder = _Decoder(model, tokenizer, [prompt], config, batch_size=1)
     row = decoder.rows[0]
     while not row.finish_reason:
-        decoder.step()
+        ended = decoder.step()
+        if on_step:
+            on_step([(0, row.result()) for row in ended], 1)
         if row.pieces[-1]:
             yield row.pieces[-1]
 

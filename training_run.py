@@ -74,7 +74,16 @@ def run_training(config: RunConfig) -> int:
 def _find_origin(config: RunConfig, output_dir: Path) -> Checkpoint | None:
     """The checkpoint to continue from, if any."""
     if config.control.resume_from:
-        return checkpoints.open_checkpoint(config.control.resume_from)
+        origin = checkpoints.open_checkpoint(config.control.resume_from)
+        newer = [c for c in checkpoints.list_checkpoints(output_dir) if c.step > origin.step]
+        if newer:
+            raise PreflightError(
+                ExitCode.FLAGS,
+                f"--resume-from {config.control.resume_from} is at step {origin.step:,}, but "
+                f"{output_dir} holds step {newer[0].step:,}",
+                "branch off into another --output-dir, so that neither run loses its checkpoints",
+            )
+        return origin
     newest = checkpoints.find_newest(output_dir)
     if newest is not None and not config.control.auto_resume:
         raise PreflightError(
@@ -344,12 +353,12 @@ class TrainingRun:
         limit = MAX_SKIPPED_IN_A_ROW_FP16 if fp16 else MAX_SKIPPED_IN_A_ROW
         if self._skipped_in_a_row < limit:
             return
-        safe = checkpoints.find_newest(self.output_dir)
+        safe = checkpoints.list_checkpoints(self.output_dir)
         raise PreflightError(
             ExitCode.DIVERGED,
             f"diverged: loss or gradient not finite in {limit} steps up to step {result.step:,} "
             f"(rate {result.learning_rate:.2e}, gradient norm {norm}); no such update was applied",
-            f"last good checkpoint: {safe.path if safe else 'none yet'}",
+            f"last good checkpoint: {safe[0].path if safe else 'none yet'}",
             "lower --learning-rate" + (", or use --no-mixed-precision" if fp16 else ""),
         )
 
@@ -381,7 +390,9 @@ class TrainingRun:
             self._describe_run(),
             {"val_loss": None},
         )
-        checkpoints.retire_checkpoints(self.output_dir, self.config.control.max_checkpoints)
+        checkpoints.retire_checkpoints(
+            self.output_dir, self.config.control.max_checkpoints, protect=self._saved.path
+        )
         self._saved_step = self.state.step
         self._last_save = time.monotonic()
         self._last_row += self._last_save - began  # not part of a step's time

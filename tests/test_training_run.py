@@ -23,8 +23,16 @@ from conftest import ROOT, TINY_FLAGS, CommandRunner
 from trainer import StepResult, Trainer
 
 TINY = {
-    "model_size": "custom", "n_layers": 2, "n_heads": 2, "n_embeddings": 32, "context_length": 32,
-    "batch_size": 8, "device": "cpu", "mixed_precision": False, "max_steps": 12, "num_workers": 1,
+    "model_size": "custom",
+    "n_layers": 2,
+    "n_heads": 2,
+    "n_embeddings": 32,
+    "context_length": 32,
+    "batch_size": 8,
+    "device": "cpu",
+    "mixed_precision": False,
+    "max_steps": 12,
+    "num_workers": 1,
 }
 Run = Callable[..., int]
 
@@ -106,14 +114,21 @@ def test_weights_and_log_of_a_cut_run_equal_the_unbroken_one(
     run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # 260 windows of 32 tokens: at 16 a step the epoch ends within step 17.
-    flags = {"max_steps": 24, "batch_size": 8, "gradient_accumulation_steps": 2, "dropout": 0.1,
-             "checkpoint_every": 6}
+    flags = {
+        "max_steps": 24,
+        "batch_size": 8,
+        "gradient_accumulation_steps": 2,
+        "dropout": 0.1,
+        "checkpoint_every": 6,
+    }
     assert run(output_dir="whole", **flags) == 0
     whole = read_state(tmp_path / "whole", 24)
-    log = [(r["step"], r["loss"], r["learning_rate"], r["grad_norm"], r["tokens"])
-           for r in read_rows(tmp_path / "whole")]
+    log = [
+        (r["step"], r["loss"], r["learning_rate"], r["grad_norm"], r["tokens"])
+        for r in read_rows(tmp_path / "whole")
+    ]
     assert whole[1]["state"]["cursor"] > 300  # an epoch end lies inside
-    for cuts in ((1,), (5, 6), (16, 17, 23)):
+    for cuts in ((1, 6), (16, 17, 23)):
         shutil.rmtree(tmp_path / "cut", ignore_errors=True)
         for cut in cuts:
             with monkeypatch.context() as patch:
@@ -124,10 +139,12 @@ def test_weights_and_log_of_a_cut_run_equal_the_unbroken_one(
         assert again[0] == whole[0]
         assert_equal_states(again[1], whole[1])
         rows = read_rows(tmp_path / "cut")
-        assert log == [(r["step"], r["loss"], r["learning_rate"], r["grad_norm"], r["tokens"])
-                       for r in rows]
+        assert log == [
+            (r["step"], r["loss"], r["learning_rate"], r["grad_norm"], r["tokens"]) for r in rows
+        ]
         assert [r["val_loss"] for r in read_rows(tmp_path / "cut", "eval")] == [
-            r["val_loss"] for r in read_rows(tmp_path / "whole", "eval")]
+            r["val_loss"] for r in read_rows(tmp_path / "whole", "eval")
+        ]
 
 
 def test_the_comparison_above_can_fail(
@@ -144,9 +161,21 @@ def test_the_comparison_above_can_fail(
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
-def test_signals_save_before_leaving(tiny_text: Path, tmp_path: Path, number: int, code: int) -> None:
-    argv = [sys.executable, str(ROOT / "main.py"), "--train", *TINY_FLAGS, "--max-steps", "100000",
-            "--text-file", str(tiny_text), "--log-every", "5"]
+def test_signals_save_before_leaving(
+    tiny_text: Path, tmp_path: Path, number: int, code: int
+) -> None:
+    argv = [
+        sys.executable,
+        str(ROOT / "main.py"),
+        "--train",
+        *TINY_FLAGS,
+        "--max-steps",
+        "100000",
+        "--text-file",
+        str(tiny_text),
+        "--log-every",
+        "5",
+    ]
     process = subprocess.Popen(argv, cwd=tmp_path, stderr=subprocess.PIPE, text=True)
     assert process.stderr is not None
     for line in process.stderr:
@@ -200,15 +229,24 @@ def test_what_disagrees_with_the_checkpoint_is_refused(run: Run, tmp_path: Path)
     longer = {"max_steps": 4}
     expect(run, ExitCode.FLAGS, "--no-auto-resume", auto_resume=False, **longer)
     expect(run, ExitCode.CHECKPOINT, "n_layers: checkpoint 2, flags 3", n_layers=3, **longer)
-    expect(run, ExitCode.CHECKPOINT, "n_embeddings: checkpoint 32, flags 128",
-           **longer, model_size="nano", n_layers=2, n_heads=2, n_embeddings=128)
+    expect(
+        run,
+        ExitCode.CHECKPOINT,
+        "n_embeddings: checkpoint 32, flags 128",
+        **longer,
+        model_size="nano",
+        n_layers=2,
+        n_heads=2,
+        n_embeddings=128,
+    )
     expect(run, ExitCode.CHECKPOINT, "256", "128", batch_size=4, **longer)
     expect(run, ExitCode.CHECKPOINT, "optimizer", optimizer="sgd", **longer)
     expect(run, ExitCode.FLAGS, "--vocab-size", vocab_size=100, output_dir="new")
     names = {p for p, _ in before}
     after = sorted((p, p.read_bytes()) for p in names)
     assert [(p, b) for p, b in after if p.name != ".lock"] == [
-        (p, b) for p, b in before if p.name != ".lock"]
+        (p, b) for p, b in before if p.name != ".lock"
+    ]
     assert run(batch_size=4, allow_batch_change=True, **longer) == 0
     assert run(batch_size=2, gradient_accumulation_steps=2, max_steps=6) == 0
 
@@ -224,18 +262,37 @@ def test_other_data_is_refused_unless_asked_for(run: Run, tmp_path: Path) -> Non
     assert run(resume_from=str(newest.path), **flags) == 0
 
 
-def test_damage_is_found_before_anything_is_trained(run: Run, tmp_path: Path) -> None:
-    assert run(max_steps=2) == 0
-    milestone = tmp_path / "training_output" / "milestones" / "checkpoint-2" / "model.safetensors"
-    content = bytearray(milestone.read_bytes())
+def flip_a_bit(path: Path) -> None:
+    content = bytearray(path.read_bytes())
     content[len(content) // 2] ^= 1
-    milestone.write_bytes(content)
-    expect(run, ExitCode.CHECKPOINT, "checkpoint-2", max_steps=4)
+    path.write_bytes(content)
+
+
+def test_damage_is_found_before_anything_is_trained(
+    run: Run, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    assert run(max_steps=2) == 0
+    milestones = tmp_path / "training_output" / "milestones"
+    flip_a_bit(milestones / "checkpoint-2" / "model.safetensors")
+    capfd.readouterr()
+    assert run(max_steps=3) == 0  # from the one before, and said so
+    told = capfd.readouterr().err
+    assert "checkpoint-2" in told
+    assert "continuing from training_output/milestones/checkpoint-1" in told
+    for path in milestones.glob("*/checkpoint.pt"):
+        flip_a_bit(path)
+    expect(run, ExitCode.CHECKPOINT, "checkpoint-", max_steps=4)  # never silently from step 0
     shard = next((tmp_path / "data" / "train").glob("*.npy"))
-    content = bytearray(shard.read_bytes())
-    content[-1] ^= 1
-    shard.write_bytes(content)
+    flip_a_bit(shard)
     expect(run, ExitCode.DATA, shard.name, output_dir="new", text_file=[])
+
+
+def test_branching_off_needs_a_folder_of_its_own(run: Run, tmp_path: Path) -> None:
+    assert run(max_steps=3) == 0
+    first = "training_output/milestones/checkpoint-1"
+    expect(run, ExitCode.FLAGS, "--output-dir", resume_from=first, max_steps=4)
+    assert run(resume_from=first, output_dir="branch", max_steps=4) == 0
+    assert [row["step"] for row in read_rows(tmp_path / "branch")] == [2, 3, 4]
 
 
 def test_out_of_memory_names_the_way_out(
@@ -249,8 +306,14 @@ def test_out_of_memory_names_the_way_out(
         return original(self, number, batches)
 
     monkeypatch.setattr(Trainer, "train_step", failing)
-    expect(run, ExitCode.OUT_OF_MEMORY, "--batch-size 4 --gradient-accumulation-steps 2",
-           "--gradient-checkpointing", "checkpoint-3", checkpoint_every=3)
+    expect(
+        run,
+        ExitCode.OUT_OF_MEMORY,
+        "--batch-size 4 --gradient-accumulation-steps 2",
+        "--gradient-checkpointing",
+        "checkpoint-3",
+        checkpoint_every=3,
+    )
 
 
 def test_two_runs_do_not_share_an_output_folder(
@@ -260,30 +323,57 @@ def test_two_runs_do_not_share_an_output_folder(
 
     (tmp_path / "out").mkdir()
     with FolderLock(tmp_path / "out"):
-        result = preflight("--train", *TINY_FLAGS, "--text-file", str(tiny_text),
-                           "--output-dir", "out")
+        result = preflight(
+            "--train", *TINY_FLAGS, "--text-file", str(tiny_text), "--output-dir", "out"
+        )
     assert result.returncode == 7
     assert "in use" in result.stderr
 
 
-def test_no_compiler_gives_one_warning_and_eager_goes_on(
-    tiny_text: Path, tmp_path: Path
-) -> None:
-    argv = [sys.executable, str(ROOT / "main.py"), "--train", *TINY_FLAGS, "--max-steps", "3",
-            "--text-file", str(tiny_text), "--compile-model"]
-    environment = os.environ | {"CC": "/bin/false", "CXX": "/bin/false",
-                                "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache")}
-    result = subprocess.run(argv, cwd=tmp_path, env=environment, capture_output=True, text=True,
-                            timeout=120, check=False)
+def test_no_compiler_gives_one_warning_and_eager_goes_on(tiny_text: Path, tmp_path: Path) -> None:
+    argv = [
+        sys.executable,
+        str(ROOT / "main.py"),
+        "--train",
+        *TINY_FLAGS,
+        "--max-steps",
+        "3",
+        "--text-file",
+        str(tiny_text),
+        "--compile-model",
+    ]
+    environment = os.environ | {
+        "CC": "/bin/false",
+        "CXX": "/bin/false",
+        "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache"),
+    }
+    result = subprocess.run(
+        argv,
+        cwd=tmp_path,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
     assert result.returncode == 0
     assert result.stderr.count("torch.compile failed") == 1
 
 
-def test_every_setting_that_is_not_default_is_told(preflight: CommandRunner, tiny_text: Path,
-                                                   tmp_path: Path) -> None:
+def test_every_setting_that_is_not_default_is_told(
+    preflight: CommandRunner, tiny_text: Path, tmp_path: Path
+) -> None:
     (tmp_path / "run.json").write_text('{"learning_rate": 0.005}')
-    result = preflight("--train", *TINY_FLAGS, "--text-file", str(tiny_text), "--max-steps", "2",
-                       "--config", "run.json")
+    result = preflight(
+        "--train",
+        *TINY_FLAGS,
+        "--text-file",
+        str(tiny_text),
+        "--max-steps",
+        "2",
+        "--config",
+        "run.json",
+    )
     assert result.returncode == 0
     assert result.stdout == ""
     assert "--learning-rate 0.005 (from run.json)" in result.stderr

@@ -1,0 +1,376 @@
+"""`--generate` as its users meet it: prompts, files, streams, the interactive prompt, mistakes."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import errno
+import json
+import os
+import pty
+import select
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import generate
+from checkpoint import open_checkpoint, save_checkpoint
+from config import GenerationSettings, ModelConfig, PreflightError, RunConfig, SamplingConfig
+from generate import generate_text, load_model, read_prompts
+from tokenizer import load_tokenizer
+from transformer_model import DecoderOnlyTransformer
+
+torch.set_num_threads(1)
+ROOT = Path(__file__).parent.parent
+MODEL = ModelConfig(vocab_size=50_304, context_length=16, n_embeddings=16, n_heads=2, n_layers=1,
+                    ffn_hid_dim=32)
+ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": ""}
+GREEDY = ("--temperature", "0", "--max-new-tokens", "6")
+
+
+def save_model(folder: Path, step: int = 1, **tokenizer: Any) -> Path:
+    """A checkpoint of random weights in which every token is quite certain."""
+    torch.manual_seed(step)
+    model = DecoderOnlyTransformer(MODEL)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.mul_(20 if name.startswith("blocks") and parameter.dim() > 1 else 1)
+    gpt2 = load_tokenizer("gpt2")
+    described = {"name": "gpt2", "fingerprint": gpt2.fingerprint, "vocab_size": gpt2.vocab_size}
+    folder.mkdir(parents=True, exist_ok=True)
+    weights = {name: p.detach() for name, p in model.named_parameters()}
+    config = {"model": dataclasses.asdict(MODEL), "tokenizer": described | tokenizer}
+    return save_checkpoint(folder, step, weights, {}, config, {"val_loss": 10.0 / step}).path
+
+
+@pytest.fixture(scope="module")
+def output_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An output folder; the checkpoint of step 2 is the best."""
+    folder = tmp_path_factory.mktemp("run")
+    save_model(folder, 1)
+    save_model(folder, 2)
+    return folder
+
+
+Run = Callable[..., subprocess.CompletedProcess]
+
+
+@pytest.fixture
+def run(output_dir: Path, tmp_path: Path) -> Run:
+    """Run `main.py --generate` in an empty folder."""
+
+    def call(*flags: str, stdin: str | bytes = b"", **settings: Any) -> Any:
+        command = [sys.executable, str(ROOT / "main.py"), "--generate", "--output-dir",
+                   str(output_dir), "--device", "cpu", "--no-mixed-precision", *flags]
+        data = stdin.encode() if isinstance(stdin, str) else stdin
+        settings = {"stdout": subprocess.PIPE} | settings
+        return subprocess.run(command, input=data, stderr=subprocess.PIPE, cwd=tmp_path,
+                              env=ENVIRONMENT, timeout=120, check=False, **settings)
+
+    return call
+
+
+def greedy_answer(output_dir: Path, prompt: str) -> str:
+    checkpoint = open_checkpoint(str(output_dir / "milestones" / "checkpoint-2"))
+    model, tokenizer = load_model(checkpoint, torch.device("cpu"), torch.float32)
+    return generate_text(model, tokenizer, prompt, SamplingConfig(6, temperature=0.0))
+
+
+def test_prompt_and_text_on_stdout_statistics_on_stderr(output_dir: Path, run: Run) -> None:
+    done = run("--prompts", "Hello there", "A caf\u00e9", *GREEDY, "--stop", "never")
+    assert done.returncode == 0, done.stderr
+    rule = f"\n{generate.SEPARATOR}\n"
+    expected = rule.join(
+        f"{p}{greedy_answer(output_dir, p)}\n" for p in ("Hello there", "A caf\u00e9"))
+    assert done.stdout.decode() == expected
+    assert b"checkpoint-2: step 2" in done.stderr  # the best
+    assert b"2 answers, " in done.stderr
+    assert b"tokens/s" in done.stderr
+
+
+def test_files_hold_every_answer_in_order(
+    output_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prompts = ("one", "two and more", "three")
+    for suffix in (".json", ".jsonl", ".txt"):
+        path = tmp_path / f"answers{suffix}"
+        config = RunConfig(
+            control=dataclasses.replace(RunConfig().control, output_dir=str(output_dir)),
+            sampling=SamplingConfig(max_new_tokens=5),
+            generation=GenerationSettings(
+                prompts=prompts, num_return_sequences=2, generation_batch_size=4,
+                output_file=str(path)),
+        )
+        assert generate.run_generation(config) == 0
+        text = path.read_text(encoding="utf-8")
+        if suffix == ".txt":
+            assert text.count(generate.SEPARATOR) == 5
+            assert text.startswith("one")
+            continue
+        records = json.loads(text) if suffix == ".json" else [
+            json.loads(line) for line in text.splitlines()]
+        assert [r["prompt"] for r in records] == [p for p in prompts for _ in range(2)]
+        assert [r["sequence"] for r in records] == [0, 1] * 3
+        assert all(r["finish_reason"] in ("length", "end") for r in records)
+        assert records[0]["text"] != records[1]["text"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == [
+        "answers.json", "answers.jsonl", "answers.txt"]
+
+
+def test_a_stopped_run_keeps_the_complete_answers(
+    output_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def write(*arguments: Any) -> None:
+        arguments[-1]([(0, generate.Generation("first", 3, "end"))], 3)
+        signal.raise_signal(signal.SIGTERM)
+        arguments[-1]([(1, generate.Generation("second", 3, "end"))], 3)
+        raise AssertionError("not stopped")
+
+    monkeypatch.setattr(generate, "generate_batch", write)
+    path = tmp_path / "answers.jsonl"
+    config = RunConfig(
+        control=dataclasses.replace(RunConfig().control, output_dir=str(output_dir)),
+        generation=GenerationSettings(prompts=("a", "b", "c"), output_file=str(path)),
+    )
+    with pytest.raises(PreflightError) as caught:
+        generate.run_generation(config)
+    assert caught.value.code == 143
+    texts = [json.loads(line)["text"] for line in path.read_text().splitlines()]
+    assert texts == ["first", "second"]
+
+
+def test_interactive_from_a_pipe(output_dir: Path, run: Run) -> None:
+    lines = "a\n\n/temp cold\n/nonsense\n/len 3\n/topk\n/topp 1.5\nb\n"
+    done = run("--interactive", *GREEDY, stdin=lines)
+    assert done.returncode == 0, done.stderr
+    out = done.stdout.decode()
+    assert out.startswith(f"a{greedy_answer(output_dir, 'a')}\nb")
+    told = done.stderr.decode()
+    assert "/temp takes a number, got 'cold'" in told
+    assert "/nonsense: no such command" in told
+    assert "/len is now 3" in told
+    assert "/topk is 50" in told
+    assert "/topp must be at most 1" in told
+    assert "1 answer, 6 tokens" in told
+    assert "1 answer, 3 tokens" in told
+
+
+def test_a_session_repeats_with_its_seed(run: Run) -> None:
+    done = run("--interactive", "--len-is-no-flag", stdin="")
+    assert done.returncode == 2
+    script = "x\nx\n/seed 42\nx\n/quit\nnever\n"
+    done = run("--interactive", "--max-new-tokens", "8", "--temperature", "2", stdin=script)
+    assert done.returncode == 0
+    first, second, third = (part for part in done.stdout.decode().split("\nx"))
+    assert "x" + second != first
+    assert first in ("x" + third, "x" + third.rstrip("\n"))
+
+
+class Terminal:
+    """The program on a terminal of its own."""
+
+    def __init__(self, arguments: list[str], folder: Path) -> None:
+        self.pid, self.descriptor = pty.fork()
+        if self.pid == 0:
+            os.chdir(folder)
+            os.execve(sys.executable, [sys.executable, *arguments], ENVIRONMENT | {"TERM": "dumb"})
+        self.seen = b""
+
+    def read_until(self, text: bytes, seconds: float = 60) -> bytes:
+        """What came up to and with `text`, which is taken from what was seen."""
+        deadline = time.monotonic() + seconds
+        while text not in self.seen:
+            assert time.monotonic() < deadline, (text, self.seen)
+            if not select.select([self.descriptor], [], [], 1)[0]:
+                continue
+            try:
+                self.seen += os.read(self.descriptor, 65536)
+            except OSError as error:  # Linux: the other end is closed
+                assert error.errno == errno.EIO
+                raise AssertionError((text, self.seen)) from None
+        before, _, self.seen = self.seen.partition(text)
+        return before + text
+
+    def write(self, data: bytes) -> None:
+        os.write(self.descriptor, data)
+
+    def wait(self) -> int:
+        with contextlib.suppress(OSError):
+            while os.read(self.descriptor, 65536):
+                pass
+        return os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
+
+
+@pytest.fixture
+def terminal(output_dir: Path, tmp_path: Path) -> Iterator[Callable[..., Terminal]]:
+    opened = []
+
+    def start(*flags: str) -> Terminal:
+        arguments = [str(ROOT / "main.py"), "--generate", "--output-dir", str(output_dir),
+                     "--device", "cpu", "--no-mixed-precision", *flags]
+        opened.append(Terminal(arguments, tmp_path))
+        return opened[-1]
+
+    yield start
+    for each in opened:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(each.pid, signal.SIGKILL)
+        os.close(each.descriptor)
+
+
+def test_on_a_terminal_it_answers_then_asks(terminal: Callable[..., Terminal]) -> None:
+    screen = terminal("--prompts", "Hello \x1b[31m", *GREEDY)
+    shown = screen.read_until(b"1 answer, 6 tokens")
+    assert b"Hello \\x1b[31m" in shown  # made visible, not obeyed
+    assert b"\x1b[31m" not in shown
+    screen.read_until(b"> ")
+    screen.write(b"\n")  # an empty line is harmless
+    screen.read_until(b"> ")
+    screen.write(b"/help\n")
+    screen.read_until(b"/quit")
+    screen.read_until(b"> ")
+    screen.write(b"/len 1000000\n")
+    screen.read_until(b"is now 1000000")
+    screen.read_until(b"> ")
+    screen.write(b"Go on\n")
+    time.sleep(1.5)
+    screen.write(b"\x03")  # Ctrl-C stops this answer
+    screen.read_until(b"preflight: stopped")
+    screen.read_until(b"> ")
+    screen.write(b"/len 2\n")
+    screen.read_until(b"> ")
+    screen.write(b"again\n")
+    screen.read_until(b"1 answer, 2 tokens")
+    screen.read_until(b"> ")
+    screen.write(b"\x04")  # end of input
+    assert screen.wait() == 0
+
+
+def test_ctrl_c_at_the_prompt_leaves(terminal: Callable[..., Terminal]) -> None:
+    screen = terminal()
+    screen.read_until(b"> ")
+    screen.write(b"\x03")
+    assert screen.wait() == 130
+
+
+def test_control_characters_go_raw_to_a_pipe(run: Run) -> None:
+    done = run("--prompts", "Hello \x1b[31m", *GREEDY)
+    assert b"Hello \x1b[31m" in done.stdout
+
+
+def test_invisible_characters_are_escaped() -> None:
+    text = "a\n\tb\r\x1b\x7f\x9b\u202e\u2066\u200f \u00e9\U0001f600"
+    assert text.translate(generate._INVISIBLE) == (
+        "a\n\tb\\x0d\\x1b\\x7f\\x9b\\u202e\\u2066\\u200f \u00e9\U0001f600")
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full here")
+def test_a_full_disk_under_stdout(run: Run) -> None:
+    with open("/dev/full", "wb") as full:
+        done = run("--prompts", "a", *GREEDY, stdout=full)
+    assert done.returncode == 6
+    assert b"cannot write to stdout: No space left" in done.stderr
+    assert b"Exception" not in done.stderr
+
+
+def test_a_closed_pipe_is_quiet(run: Run) -> None:
+    reading, writing = os.pipe()
+    os.close(reading)
+    try:
+        done = run("--prompts", "a", "b", *GREEDY, stdout=writing)
+    finally:
+        os.close(writing)
+    assert done.returncode == 141
+    assert b"Broken" not in done.stderr
+    assert b"Exception" not in done.stderr
+
+
+@pytest.mark.parametrize(("name", "content", "words"), [
+    ("p.txt", b"", "there is no prompt"),
+    ("p.txt", b"\n \r\n", "there is no prompt"),
+    ("p.txt", b"fine\nb\xff\nfine\n\xfe\n", "2 of 5 lines"),
+    ("p.txt", b"\x7fELF\0\0\0", "line 1: binary"),
+    ("p.jsonl", b'{"prompt": "a"}\nnot json\n{"text": "b"}\n[1]\n"x"\n{"prompt": 3}\n{\n',
+     "line 2: not JSON; line 3: no \"prompt\" with a text; line 4"),
+    ("p.jsonl", b'{"prompt": "\\ud800"}', "line 1"),
+    ("p.jsonl", b"[" * 100_000, "line 1: not JSON"),
+    (None, b"", "No such file"),
+])
+def test_bad_prompt_files(
+    tmp_path: Path, name: str | None, content: bytes, words: str
+) -> None:
+    path = tmp_path / (name or "missing.txt")
+    if name:
+        path.write_bytes(content)
+    with pytest.raises(PreflightError) as caught:
+        read_prompts(RunConfig(generation=GenerationSettings(prompts_file=str(path))))
+    assert caught.value.code == 3
+    assert words in str(caught.value)
+    assert len(caught.value.lines) <= 5
+
+
+def test_good_prompt_files(tmp_path: Path) -> None:
+    plain, lines = tmp_path / "p.txt", tmp_path / "p.jsonl"
+    plain.write_bytes(b"\xef\xbb\xbffirst\r\n\n  second \nthird")
+    lines.write_bytes(b'{"prompt": "two\\nlines", "id": 7}\n\n{"prompt": ""}\n')
+    for path, expected in ((plain, ["first", "  second ", "third"]), (lines, ["two\nlines", ""])):
+        assert read_prompts(
+            RunConfig(generation=GenerationSettings(prompts_file=str(path)))) == expected
+
+
+def test_prompts_from_stdin_and_faults_before_the_model(run: Run, tmp_path: Path) -> None:
+    done = run("--prompts-file", "-", *GREEDY, stdin="one\ntwo\n")
+    assert done.returncode == 0
+    assert done.stdout.startswith(b"one")
+    done = run("--prompts-file", "-", "--output-dir", "nowhere", stdin=b"\0\n")
+    assert done.returncode == 3  # and not 5: the checkpoint was not looked for yet
+    assert b"line 1: binary" in done.stderr
+
+
+def test_default_prompts(run: Run) -> None:
+    done = run(*GREEDY)
+    assert done.returncode == 0
+    for prompt in generate.DEFAULT_PROMPTS:
+        assert prompt.encode() in done.stdout
+
+
+def test_flags_that_disagree_with_the_checkpoint(run: Run) -> None:
+    done = run("--n-embeddings", "64", "--n-heads", "4", "--context-length", "16", *GREEDY)
+    assert done.returncode == 5
+    assert b"--n-embeddings 64, checkpoint 16" in done.stderr
+    assert b"--n-heads 4, checkpoint 2" in done.stderr
+    assert b"context" not in done.stderr
+
+
+def test_mistakes_and_their_codes(run: Run, tmp_path: Path) -> None:
+    for flags, code, words in (
+        (("--output-dir", "nowhere"), 5, b"no checkpoint"),
+        (("--output-file", "no/such/folder/a.txt"), 6, b"cannot be written"),
+        (("--output-file", "a.csv"), 2, b"a.csv"),
+    ):
+        done = run(*flags)
+        assert done.returncode == code, done.stderr
+        assert words in done.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(("described", "words"), [
+    ({"fingerprint": "f" * 64}, "f" * 64),
+    ({"name": "no_such_encoding"}, "unknown"),
+    ({"name": None}, "does not name a tokenizer"),
+])
+def test_a_checkpoint_of_another_tokenizer(
+    tmp_path: Path, described: dict[str, Any], words: str
+) -> None:
+    checkpoint = open_checkpoint(str(save_model(tmp_path / "run", **described)))
+    with pytest.raises(PreflightError) as caught:
+        load_model(checkpoint, torch.device("cpu"), torch.float32)
+    assert caught.value.code == 5
+    assert words in str(caught.value)

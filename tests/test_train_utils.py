@@ -1,0 +1,234 @@
+"""Windows and batches: every window once, the same order from any cursor, faults noticed."""
+
+from __future__ import annotations
+
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import prepare
+import train_utils
+from config import DataSettings, ExitCode, PreflightError
+from prepare import DataFolder
+from tokenizer import load_tokenizer
+from train_utils import BatchLoader, count_windows, iterate_windows
+
+GPT2 = load_tokenizer("gpt2")
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> DataFolder:
+    """About 9,000 tokens that differ from place to place, in shards of 1,024."""
+    folder = tmp_path_factory.mktemp("data")
+    (folder / "text").write_text(" ".join(str(i * 7919 % 99991) for i in range(3500)))
+    values = DataSettings(text_file=(str(folder / "text"),), data_dir=str(folder / "data"),
+                          shard_size=1024)
+    return prepare.prepare_data(values, GPT2, 64)
+
+
+def read_all(data: DataFolder, split: str = "train") -> np.ndarray:
+    return np.concatenate(getattr(data, split).open()).astype(np.int64)
+
+
+def open_loader(data: DataFolder, **values: Any) -> BatchLoader:
+    values = {"batch_size": 4, "context_length": 32, "seed": 1, "device": "cpu", **values}
+    return BatchLoader(data, "train", **values)
+
+
+def take_rows(data: DataFolder, n_batches: int, **values: Any) -> torch.Tensor:
+    """(n, T + 1): the windows of the first batches."""
+    rows = []
+    with open_loader(data, **values) as loader:
+        for _ in range(n_batches):
+            inputs, targets = loader.next_batch()
+            assert inputs.dtype == targets.dtype == torch.int64
+            assert inputs.is_contiguous()
+            assert targets.is_contiguous()
+            assert torch.equal(inputs[:, 1:], targets[:, :-1])
+            rows.append(torch.cat([inputs, targets[:, -1:]], 1))
+    return torch.cat(rows)
+
+
+@given(st.integers(2, 300), st.integers(1, 40), st.integers(0, 3))
+@settings(max_examples=200)
+def test_windows_fit_and_offsets_use_all_the_room(n_tokens: int, length: int, number: int) -> None:
+    if n_tokens <= length:
+        return
+    n_windows = count_windows(n_tokens, length)
+    epoch = train_utils._build_epoch(n_tokens, length, 1, "f", number)
+    assert 0 <= epoch.offset < length
+    assert epoch.offset + n_windows * length + 1 <= n_tokens
+    assert sorted(epoch.order) == list(range(n_windows))
+    if n_windows > 1:  # no token is out of every epoch's reach for want of a window
+        assert n_tokens - n_windows * length < 2 * length + 1
+
+
+def test_order_is_fixed_for_ever() -> None:
+    """A golden value: another NumPy, or another machine, must give the same order."""
+    epoch = train_utils._build_epoch(1000, 100, 42, "fingerprint", 3)
+    assert (epoch.offset, epoch.order.tolist()) == GOLDEN
+
+
+GOLDEN = (0, [])
+
+
+def test_an_epoch_covers_each_window_once_across_shard_borders(data: DataFolder) -> None:
+    tokens, length = read_all(data), 32
+    n_windows = count_windows(len(tokens), length)
+    rows = take_rows(data, 2 * n_windows, batch_size=1)
+    offsets = []
+    for epoch in (rows[:n_windows], rows[n_windows:]):
+        first = {tuple(row.tolist()) for row in epoch}
+        assert len(first) == n_windows
+        for offset in range(length):
+            expected = {tuple(tokens[offset + i * length:][: length + 1].tolist())
+                        for i in range(n_windows)}
+            if first == expected:
+                offsets.append(offset)
+    assert len(offsets) == 2
+    assert offsets[0] != offsets[1]
+    assert not torch.equal(rows[:n_windows], rows[n_windows:])
+
+
+def test_batch_size_and_cursor_do_not_change_the_order(data: DataFolder) -> None:
+    with open_loader(data) as loader:
+        n_rows = loader.n_windows * 2 + 20
+    whole = take_rows(data, n_rows, batch_size=1)
+    for batch_size in (3, 7, loader.n_windows + 5):
+        rows = take_rows(data, n_rows // batch_size, batch_size=batch_size)
+        assert torch.equal(rows, whole[: len(rows)])
+    for cursor in (1, 17, loader.n_windows - 1, loader.n_windows, loader.n_windows + 3):
+        rows = take_rows(data, 5, batch_size=3, cursor=cursor)
+        assert torch.equal(rows, whole[cursor : cursor + 15])
+
+
+def test_cursor_counts_what_was_handed_out(data: DataFolder) -> None:
+    with open_loader(data, cursor=5) as loader:
+        loader.next_batch()
+        loader.next_batch()
+        assert loader.cursor == 13
+        assert type(loader.cursor) is int
+
+
+def test_seed_and_fingerprint_change_the_order(data: DataFolder) -> None:
+    import dataclasses
+
+    first = take_rows(data, 5)
+    assert not torch.equal(first, take_rows(data, 5, seed=2))
+    other = dataclasses.replace(data, fingerprint="0" * 64)
+    assert not torch.equal(first, take_rows(other, 5))
+    assert torch.equal(first, take_rows(data, 5))
+
+
+def test_evaluation_windows_are_even_and_the_same_every_time(data: DataFolder) -> None:
+    tokens = read_all(data, "val")
+    available = count_windows(len(tokens), 8)
+    starts = []
+    for inputs, targets in iterate_windows(data, "val", batch_size=4, context_length=8,
+                                           n_windows=6, device="cpu"):
+        for row in torch.cat([inputs, targets[:, -1:]], 1).numpy():
+            matches = [s for s in range(len(tokens) - 8) if (tokens[s : s + 9] == row).all()]
+            starts += [s // 8 for s in matches if s % 8 == 0][:1]
+    assert starts == [i * available // 6 for i in range(6)]
+    many = list(iterate_windows(data, "val", batch_size=4, context_length=8, n_windows=10**9,
+                                device="cpu"))
+    assert sum(len(inputs) for inputs, _ in many) == available
+
+
+# ---- faults -------------------------------------------------------------------------------------
+
+
+def test_shard_cut_short_or_changed_while_in_use(data: DataFolder) -> None:
+    path = data.train.shards[2].path
+    content, status = path.read_bytes(), path.stat()
+    with open_loader(data, batch_size=1, prefetch=1) as loader:
+        loader.next_batch()
+        os.truncate(path, 1000)
+        with pytest.raises(PreflightError, match=path.name) as caught:
+            for _ in range(200_000):
+                loader.next_batch()
+        assert caught.value.code == ExitCode.DATA
+    with pytest.raises(PreflightError, match=r"changed|cut short"):
+        list(iterate_windows(data, "train", batch_size=1, context_length=8, n_windows=9,
+                             device="cpu"))
+    path.write_bytes(content)
+    os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
+    take_rows(data, 1)
+
+
+def test_deleted_but_open_shards_keep_working(data: DataFolder) -> None:
+    expected = take_rows(data, 600)
+    with open_loader(data) as loader:
+        aside = data.path / "aside"
+        os.rename(data.path / "train", aside)
+        rows = [loader.next_batch()[0] for _ in range(600)]
+        os.rename(aside, data.path / "train")
+    assert torch.equal(torch.cat(rows), expected[:, :-1])
+
+
+def test_missing_shard(data: DataFolder) -> None:
+    path = data.train.shards[1].path
+    os.rename(path, path.with_suffix(".away"))
+    try:
+        with pytest.raises(PreflightError, match=path.name) as caught:
+            open_loader(data)
+        assert caught.value.code == ExitCode.DATA
+    finally:
+        os.rename(path.with_suffix(".away"), path)
+
+
+def test_id_beyond_the_vocabulary(data: DataFolder) -> None:
+    import dataclasses
+
+    small = dataclasses.replace(data, vocab_size=100)
+    with pytest.raises(PreflightError, match="token id") as caught:
+        take_rows(small, 1)
+    assert caught.value.code == ExitCode.DATA
+
+
+def test_failure_in_the_thread_reaches_the_caller(
+    data: DataFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*args: Any) -> None:
+        raise MemoryError("no more")
+
+    monkeypatch.setattr(train_utils._ShardReader, "read", fail)
+    with pytest.raises(PreflightError, match="MemoryError: no more") as caught:
+        take_rows(data, 1)
+    assert caught.value.code == ExitCode.WORKER_LOST
+
+
+def test_dead_thread_is_noticed_within_seconds(
+    data: DataFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(BatchLoader, "_read_ahead", lambda self, cursor: None)
+    began = time.monotonic()
+    with pytest.raises(PreflightError) as caught:
+        take_rows(data, 1)
+    assert caught.value.code == ExitCode.WORKER_LOST
+    assert time.monotonic() - began < 5
+
+
+def test_close_ends_the_thread(data: DataFolder) -> None:
+    loader = open_loader(data)
+    loader.next_batch()
+    loader.close()
+    assert not loader._thread.is_alive()
+
+
+@pytest.mark.cuda
+def test_batches_on_cuda_equal_those_on_cpu(data: DataFolder) -> None:
+    assert torch.equal(take_rows(data, 50), take_rows(data, 50, device="cuda").cpu())
+
+
+def test_path_of_a_missing_folder(tmp_path: Path) -> None:
+    with pytest.raises(PreflightError) as caught:
+        prepare.load_data_folder(tmp_path / "none", GPT2)
+    assert caught.value.code == ExitCode.DATA

@@ -1,0 +1,235 @@
+"""The model: counts of the design, Hugging Face's GPT-2 as the oracle, the loss, initialisation."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import GPT2Config, GPT2LMHeadModel
+
+from config import MODEL_PRESETS, ModelConfig, ModelSettings
+from transformer_model import (
+    LOSS_ROWS_CPU,
+    DecoderOnlyTransformer,
+    count_parameters,
+    estimate_flops_per_token,
+    linear_cross_entropy,
+)
+
+torch.set_num_threads(1)
+GPT2_VOCABULARY = 50_257
+PARAMETERS = {  # the table of the design
+    "nano": 6_846_080, "micro": 16_090_880, "tiny": 41_756_672, "small": 124_439_808,
+    "medium": 354_823_168, "large": 774_030_080, "xl": 1_557_611_200,
+}
+CONFIG = ModelConfig(vocab_size=97, context_length=24, n_embeddings=32, n_heads=4, n_layers=3,
+                     ffn_hid_dim=80)
+
+
+def build(config: ModelConfig = CONFIG, seed: int = 0, **settings: bool) -> DecoderOnlyTransformer:
+    torch.manual_seed(seed)
+    return DecoderOnlyTransformer(config, **settings)
+
+
+def draw_batch(batch_size: int = 3, n_tokens: int = 24, seed: int = 5) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    tokens = torch.randint(0, CONFIG.vocab_size, (batch_size, n_tokens + 1), generator=generator)
+    return tokens[:, :-1], tokens[:, 1:]
+
+
+@pytest.mark.parametrize("size", MODEL_PRESETS)
+def test_parameter_counts_are_those_of_the_design(size: str) -> None:
+    config = ModelSettings(model_size=size).resolve(GPT2_VOCABULARY)
+    with torch.device("meta"):
+        model = DecoderOnlyTransformer(config)
+    assert count_parameters(config) == PARAMETERS[size]
+    assert sum(p.numel() for p in model.parameters()) == PARAMETERS[size]
+
+
+def build_hugging_face(ours: DecoderOnlyTransformer) -> tuple[GPT2LMHeadModel, dict[str, str]]:
+    """GPT-2 of the same weights, and its parameter names by ours."""
+    config = ours.config
+    peer = GPT2LMHeadModel(GPT2Config(
+        vocab_size=config.vocab_size, n_positions=config.context_length,
+        n_embd=config.n_embeddings, n_layer=config.n_layers, n_head=config.n_heads,
+        n_inner=config.ffn_hid_dim, activation_function="gelu_new", resid_pdrop=0.0,
+        embd_pdrop=0.0, attn_pdrop=0.0, layer_norm_epsilon=1e-5,
+    ))
+    parts = {
+        "attention_norm": "ln_1", "attention.qkv": "attn.c_attn",
+        "attention.projection": "attn.c_proj", "feed_forward_norm": "ln_2",
+        "feed_forward.expand": "mlp.c_fc", "feed_forward.contract": "mlp.c_proj",
+    }
+    names = {"token_embedding.weight": "transformer.wte.weight",
+             "position_embedding.weight": "transformer.wpe.weight"}
+    names |= {f"final_norm.{kind}": f"transformer.ln_f.{kind}" for kind in ("weight", "bias")}
+    names |= {
+        f"blocks.{i}.{part}.{kind}": f"transformer.h.{i}.{theirs}.{kind}"
+        for i in range(config.n_layers) for part, theirs in parts.items()
+        for kind in ("weight", "bias")
+    }
+    theirs = dict(peer.named_parameters())
+    with torch.no_grad():
+        for name, parameter in ours.named_parameters():
+            theirs[names[name]].copy_(to_hugging_face(name, parameter))
+    return peer, names
+
+
+def to_hugging_face(name: str, tensor: Tensor) -> Tensor:
+    """Conv1D keeps its weights as (in, out), nn.Linear as (out, in)."""
+    is_linear = tensor.dim() == 2 and "embedding" not in name
+    return tensor.T if is_linear else tensor
+
+
+@pytest.fixture(scope="module")
+def spread_model() -> DecoderOnlyTransformer:
+    """Weights far from initialisation, biases and norms too, so that no part is idle."""
+    model = build()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.2)
+    return model
+
+
+def test_logits_and_gradients_equal_hugging_face(spread_model: DecoderOnlyTransformer) -> None:
+    peer, names = build_hugging_face(spread_model)
+    tokens, targets = draw_batch()
+    logits, peer_logits = spread_model(tokens), peer(tokens).logits
+    assert logits.std() > 0.5
+    assert (logits - peer_logits).abs().max() < 1e-4
+
+    spread_model.zero_grad()
+    loss = spread_model(tokens, targets)
+    loss.backward()
+    peer_loss = F.cross_entropy(peer_logits.flatten(0, 1), targets.flatten())
+    peer_loss.backward()
+    torch.testing.assert_close(loss, peer_loss)
+    theirs = dict(peer.named_parameters())
+    assert len(names) == len(theirs) == len(list(spread_model.parameters()))
+    for name, parameter in spread_model.named_parameters():
+        expected = theirs[names[name]].grad
+        assert parameter.grad is not None
+        torch.testing.assert_close(to_hugging_face(name, parameter.grad), expected, atol=1e-5,
+                                   rtol=1e-3, msg=lambda text, name=name: f"{name}: {text}")
+
+
+def test_no_token_sees_a_later_one(spread_model: DecoderOnlyTransformer) -> None:
+    tokens, _ = draw_batch()
+    changed = tokens.clone()
+    changed[:, 15:] = (changed[:, 15:] + 1) % CONFIG.vocab_size
+    with torch.no_grad():
+        before, after = spread_model(tokens), spread_model(changed)
+    torch.testing.assert_close(before[:, :15], after[:, :15])
+    assert (before[:, 15] - after[:, 15]).abs().max() > 0.01
+
+
+@pytest.mark.parametrize("n_rows", [1, LOSS_ROWS_CPU, 2 * LOSS_ROWS_CPU + 7])
+@pytest.mark.parametrize("factor", [1.0, 1024.0])
+def test_loss_equals_cross_entropy(n_rows: int, factor: float) -> None:
+    generator = torch.Generator().manual_seed(n_rows)
+    hidden = torch.randn(n_rows, 16, generator=generator)
+    weight = torch.randn(53, 16, generator=generator)
+    targets = torch.randint(0, 53, (n_rows,), generator=generator)
+    ours = [hidden.clone().requires_grad_(), weight.clone().requires_grad_()]
+    plain = [hidden.clone().requires_grad_(), weight.clone().requires_grad_()]
+    loss = linear_cross_entropy(*ours, targets)
+    expected = F.cross_entropy(plain[0] @ plain[1].T, targets)
+    torch.testing.assert_close(loss, expected)
+    (loss * factor).backward()  # as a gradient scaler does
+    (expected * factor).backward()
+    for a, b in zip(ours, plain, strict=True):
+        torch.testing.assert_close(a.grad, b.grad, atol=1e-6 * factor, rtol=1e-4)
+    with torch.no_grad():  # another path: no gradients to compute along the way
+        torch.testing.assert_close(linear_cross_entropy(*ours, targets), expected)
+
+
+def test_loss_in_bf16_autocast_is_near_fp32(spread_model: DecoderOnlyTransformer) -> None:
+    tokens, targets = draw_batch(batch_size=8)
+    spread_model.zero_grad()
+    spread_model(tokens, targets).backward()
+    exact = [p.grad.clone() for p in spread_model.parameters() if p.grad is not None]
+    exact_loss = spread_model(tokens, targets).item()
+    spread_model.zero_grad()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        loss = spread_model(tokens, targets)
+    assert loss.dtype == torch.float32
+    loss.backward()
+    assert loss.item() == pytest.approx(exact_loss, rel=0.01)
+    for parameter, expected in zip(spread_model.parameters(), exact, strict=True):
+        assert parameter.grad is not None
+        assert parameter.grad.dtype == torch.float32
+        cosine = F.cosine_similarity(parameter.grad.flatten(), expected.flatten(), dim=0)
+        assert cosine > 0.98
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+def test_gradient_checkpointing_changes_nothing(dropout: float) -> None:
+    config = dataclasses.replace(CONFIG, dropout=dropout)
+    tokens, targets = draw_batch()
+    results = []
+    for checkpointing in (False, True):
+        model = build(config, gradient_checkpointing=checkpointing)
+        torch.manual_seed(11)
+        loss = model(tokens, targets)
+        loss.backward()
+        results.append([loss.detach(), *(p.grad for p in model.parameters())])
+    for plain, checkpointed in zip(*results, strict=True):
+        assert torch.equal(plain, checkpointed)
+
+
+def test_dropout_acts_in_training_alone() -> None:
+    model = build(dataclasses.replace(CONFIG, dropout=0.5))
+    tokens, _ = draw_batch()
+    assert not torch.equal(model(tokens), model(tokens))
+    model.eval()
+    assert torch.equal(model(tokens), model(tokens))
+
+
+def test_longer_than_the_context_is_refused() -> None:
+    model = build()
+    tokens, targets = draw_batch(n_tokens=25)
+    for arguments in ((tokens,), (tokens, targets)):
+        with pytest.raises(ValueError, match="25 tokens are longer than the context of 24"):
+            model(*arguments)
+
+
+def test_initialisation_is_that_of_gpt2() -> None:
+    config = ModelConfig(2000, 64, 128, 4, 8, 512)
+    model = build(config)
+    residual = 0.02 / (2 * config.n_layers) ** 0.5
+    for name, parameter in model.named_parameters():
+        if parameter.dim() == 1:
+            expected = 1.0 if "norm.weight" in name else 0.0
+            assert torch.equal(parameter, torch.full_like(parameter, expected)), name
+        else:
+            back = "attention.projection" in name or "feed_forward.contract" in name
+            assert parameter.std().item() == pytest.approx(residual if back else 0.02, rel=0.05)
+            assert abs(parameter.mean().item()) < 1e-3
+    tokens = torch.randint(0, 2000, (4, 64))
+    with torch.no_grad():
+        assert model(tokens, tokens.roll(-1, 1)).item() == pytest.approx(7.6, abs=0.3)  # ln 2000
+
+
+@pytest.mark.parametrize("activation", ["gelu", "gelu_tanh", "relu", "silu"])
+def test_activations(activation: str) -> None:
+    modules = {"gelu": nn.GELU(), "gelu_tanh": nn.GELU("tanh"), "relu": nn.ReLU(),
+               "silu": nn.SiLU()}
+    part = build(dataclasses.replace(CONFIG, activation=activation)).blocks[0].feed_forward
+    x = torch.randn(2, 3, CONFIG.n_embeddings)
+    torch.testing.assert_close(part(x), part.contract(modules[activation](part.expand(x))))
+
+
+def test_flops_per_token_are_those_of_torch() -> None:
+    """The matrix products: torch counts no CPU attention, and the formula's is the whole square."""
+    tokens, _ = draw_batch(batch_size=2)
+    model = build()
+    with FlopCounterMode(display=False) as counter:
+        model(tokens).sum().backward()
+    attention = 12 * CONFIG.n_layers * CONFIG.n_embeddings * CONFIG.context_length
+    expected = estimate_flops_per_token(CONFIG) - attention
+    assert counter.get_total_flops() == expected * tokens.numel()
+    assert estimate_flops_per_token(CONFIG) == 3 * estimate_flops_per_token(CONFIG, training=False)
