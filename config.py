@@ -333,6 +333,43 @@ class GenerationSettings:
 
 
 @dataclass(frozen=True)
+class CheckSettings:
+    """What `--check` reports, and for which card."""
+
+    json: bool = _option(False, "print the report as JSON")
+    measure: bool = _option(True, "time real steps; --no-measure: predictions alone, in seconds")
+    target_gpu: str | None = _option(
+        None, "predict for this card instead of the one at hand, as in 'RTX 4090'", metavar="CARD"
+    )
+    gpu_memory: float | None = _option(
+        None, "predict for a card with this many GiB", above=0, upper=100_000, metavar="GIB"
+    )
+    price_per_hour: float | None = _option(
+        None, "what an hour of the machine costs, for the cost of the run", lower=0, upper=1e6
+    )
+
+
+@dataclass(frozen=True)
+class SearchSettings:
+    """How `--get-optimal-bs` searches."""
+
+    test_batch_sizes: tuple[int, ...] = _option(
+        (), "try these sizes and no others", lower=1, upper=1_048_576
+    )
+    target_batch_size: int | None = _option(
+        None, "say whether this size fits, and what else would keep its tokens per step", lower=1,
+        upper=1_048_576,
+    )
+    gpu_safety_margin: float = _option(
+        0.15, "share of the device's (or the CPU's) memory left alone", lower=0, below=1
+    )
+    tokens_per_step: int | None = _option(
+        None, "print the accumulation that keeps this many tokens per update", lower=1,
+        upper=_MAX_COUNT,
+    )
+
+
+@dataclass(frozen=True)
 class RunConfig:
     """Everything one call was asked to do. ``sources`` says where non-default values came from."""
 
@@ -343,6 +380,8 @@ class RunConfig:
     system: SystemSettings = SystemSettings()
     sampling: SamplingConfig = SamplingConfig()
     generation: GenerationSettings = GenerationSettings()
+    check: CheckSettings = CheckSettings()
+    search: SearchSettings = SearchSettings()
     sources: dict[str, str] = field(default_factory=dict)
 
     @property
@@ -360,6 +399,8 @@ GROUPS: dict[str, type] = {
     "system": SystemSettings,
     "sampling": SamplingConfig,
     "generation": GenerationSettings,
+    "check": CheckSettings,
+    "search": SearchSettings,
 }
 
 

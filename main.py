@@ -24,7 +24,10 @@ from config import (
 )
 
 MODES = {
+    "check": "report what a run would need, take and learn, before it is paid for",
+    "validate-only": "try every part of a run once, in numbered checks",
     "train": "prepare the text where needed, then train",
+    "get-optimal-bs": "find the batch size that fits and the one that is fastest",
     "generate": "write text from a checkpoint",
 }
 EPILOG = """\
@@ -92,7 +95,7 @@ def parse_command_line(argv: list[str]) -> tuple[str, RunConfig]:
     parser = build_parser()
     parsed, rest = parser.parse_known_args(argv)
     given = vars(parsed)
-    chosen = [mode for mode in MODES if given.pop(mode)]
+    chosen = [mode for mode in MODES if given.pop(mode.replace("-", "_"))]
     faults = [_explain_unknown(word, parser) for word in rest if word.startswith("-")]
     faults += [f"{word!r} belongs to no flag" for word in rest if not word.startswith("-")][:1]
     if len(chosen) != 1:
@@ -145,12 +148,16 @@ def _merge_config_file(
 def run_mode(mode: str, config: RunConfig) -> int:
     """Run one mode; its modules, and with them torch, are loaded here."""
     if mode == "train":
-        from training_run import run_training
-
-        return run_training(config)
-    from generate import run_generation
-
-    return run_generation(config)
+        from training_run import run_training as run
+    elif mode == "generate":
+        from generate import run_generation as run
+    elif mode == "get-optimal-bs":
+        from batch_size import run_search as run
+    elif mode == "check":
+        from system_check import run_check as run
+    else:
+        from system_check import run_validation as run
+    return run(config)
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -208,7 +208,7 @@ class _CudaKernels(TorchFunctionMode):
 def _pretend(device_type: str) -> Iterator[_AllocationLog]:
     """Fake tensors on the CPU, with the kernels and the loss layout of `device_type`."""
     layout = transformer_model.loss_layout
-    transformer_model.loss_layout = lambda _: layout(device_type)
+    transformer_model.loss_layout = lambda device_type=device_type: layout(device_type)
     log = _AllocationLog(device_type)
     kernels = contextlib.nullcontext() if device_type == "cpu" else _CudaKernels()
     try:

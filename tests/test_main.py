@@ -98,12 +98,14 @@ def test_flags_win_over_the_file() -> None:
 
 
 LAYERS = [
-    {"config"},
+    {"config", "hardware"},
     {"storage", "tokenizer", "signals"},
     {"metrics", "runtime", "prepare", "transformer_model"},
     {"train_utils", "sampling", "checkpoint"},
     {"trainer"},
-    {"training_run", "generate"},
+    {"memory"},
+    {"training_run"},
+    {"batch_size", "system_check", "generate"},
     {"main"},
 ]
 

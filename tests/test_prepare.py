@@ -106,7 +106,8 @@ RUNS = st.builds(
     lambda unit, count: unit * count,
     st.sampled_from(["a", "A", "ab", "Ab", "^", "1", " ", "\n", "\r\n", "\r", "\t ", " \n",
                      "\u6f22", "\u6f22A", "\u3002", "\U0001f600", "'", "'s", "/", "\n/", "\u0301",
-                     "\xa0", "\u3000", "x'll", "\x1c", "\u0130", "=-", "\ufeff", "\0", "<|endoftext|>"]),
+                     "\xa0", "\u3000", "x'll", "\x1c", "\u0130", "=-", "\ufeff", "\0",
+                     "<|endoftext|>"]),
     st.integers(1, 90),
 )
 WORDS = st.sampled_from(["the ", "we'll", " I'M", "don't ", "\n\n", "  ", "x = 1\n", "12345",

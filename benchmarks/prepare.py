@@ -1,0 +1,194 @@
+"""Preparation and batches, measured: rate against tiktoken, peak memory, tokens/s of the loader.
+
+    python benchmarks/prepare.py            (300 MB of text, a 200 MB line; some minutes)
+    python benchmarks/prepare.py --smoke    (small; under a minute anywhere)
+
+The rate is file to verified shards, as a share of workers x one core of ``encode_ordinary`` on
+the same text; the goal is 0.8. Memory is the peak of the whole process tree, less what an idle
+interpreter with the same imports has; the goal is under 512 MB. The loader's goal is 20 M tokens/s.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import sysconfig
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT))
+
+from tokenizer import load_tokenizer  # noqa: E402
+
+_PREPARE = """
+import json, sys, time
+sys.path.insert(0, sys.argv[1])
+import prepare
+from config import DataSettings
+from tokenizer import load_tokenizer
+if __name__ == "__main__":
+    tokenizer = load_tokenizer("gpt2")
+    tokenizer.fingerprint
+    values = DataSettings(text_file=(sys.argv[2],), data_dir=sys.argv[3],
+                          num_workers=int(sys.argv[4]))
+    print("ready", flush=True)
+    sys.stdin.readline()
+    began = time.perf_counter()
+    data = prepare.prepare_data(values, tokenizer, 128)
+    print(json.dumps([time.perf_counter() - began, data.train.n_tokens + data.val.n_tokens]))
+"""
+
+
+def gather_text(path: Path, n_bytes: int) -> None:
+    """Write a text of about `n_bytes`: the standard library's source, repeated."""
+    files = sorted(Path(sysconfig.get_path("stdlib")).rglob("*.py"))
+    with open(path, "wb") as out:
+        while out.tell() < n_bytes:
+            for file in files:
+                if "site-packages" in file.parts:
+                    continue
+                try:
+                    text = file.read_text(encoding="utf-8")
+                except (OSError, UnicodeDecodeError):
+                    continue
+                out.write(text.encode())
+                if out.tell() >= n_bytes:
+                    break
+
+
+def write_line(path: Path, n_bytes: int) -> None:
+    """One letter, again and again: one line, one piece of the split pattern."""
+    with open(path, "wb") as out:
+        out.write(b"the line: ")
+        for _ in range(n_bytes // 2**20):
+            out.write(b"a" * 2**20)
+        out.write(b" and its end is here.\n" * 200)
+
+
+def measure_tiktoken(path: Path, n_bytes: int) -> float:
+    """Bytes a second of one core of ``encode_ordinary``, in calls of 1 MB."""
+    encoding = load_tokenizer("gpt2").encoding
+    with open(path, "rb") as file:
+        blocks = [file.read(10**6).decode("utf-8", "ignore") for _ in range(n_bytes // 10**6)]
+    began = time.process_time()
+    for block in blocks:
+        encoding.encode_ordinary(block)
+    return sum(len(block.encode()) for block in blocks) / (time.process_time() - began)
+
+
+def measure_preparation(path: Path, n_workers: int) -> dict[str, Any]:
+    """Seconds, tokens and peak memory of preparing one file in a process of its own."""
+    with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+        script = Path(folder) / "prepare_one.py"
+        script.write_text(_PREPARE)
+        process = subprocess.Popen(
+            [sys.executable, str(script), str(ROOT), str(path), str(Path(folder) / "data"),
+             str(n_workers)],
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+        )
+        assert process.stdout is not None
+        assert process.stdin is not None
+        process.stdout.readline()
+        idle, peak = measure_tree_bytes(process.pid), 0
+        process.stdin.write("\n")
+        process.stdin.flush()
+        while process.poll() is None:
+            peak = max(peak, measure_tree_bytes(process.pid))
+            time.sleep(0.1)
+        seconds, n_tokens = json.loads(process.stdout.read())
+    return {"seconds": round(seconds, 2), "tokens": n_tokens,
+            "peak_over_idle_mb": round((peak - idle) / 1e6), "idle_mb": round(idle / 1e6)}
+
+
+def measure_tree_bytes(pid: int) -> int:
+    """Memory of a process and its children; pages that they share count once (PSS), on Linux."""
+    total = 0
+    try:
+        root = psutil.Process(pid)
+        for process in [root, *root.children(recursive=True)]:
+            try:
+                full = process.memory_full_info()
+                total += getattr(full, "pss", full.rss)
+            except psutil.Error:
+                continue
+    except psutil.Error:
+        return 0
+    return total
+
+
+def measure_loader(path: Path, seconds: float) -> dict[str, float]:
+    """Million tokens a second of the loader alone, on the CPU, by context length."""
+    from config import DataSettings
+    from prepare import prepare_data
+    from train_utils import BatchLoader
+
+    rates = {}
+    with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+        values = DataSettings(text_file=(str(path),), data_dir=str(Path(folder) / "data"))
+        data = prepare_data(values, load_tokenizer("gpt2"), 128)
+        for length in (1024, 256):
+            with BatchLoader(data, "train", batch_size=8, context_length=length, seed=1,
+                             device="cpu") as loader:
+                loader.next_batch()
+                began, n_tokens = time.perf_counter(), 0
+                while time.perf_counter() - began < seconds:
+                    for _ in range(50):
+                        n_tokens += loader.next_batch()[0].numel()
+                rates[f"B=8 T={length}"] = round(
+                    n_tokens / (time.perf_counter() - began) / 1e6, 1)
+    return rates
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--smoke", action="store_true", help="small and quick")
+    parser.add_argument("--megabytes", type=int, default=300, help="size of the text")
+    parser.add_argument("--workers", type=int, default=os.cpu_count() or 1)
+    parser.add_argument("--dir", default=None, help="folder for the texts")
+    given = parser.parse_args()
+    n_bytes = (24 if given.smoke else given.megabytes) * 10**6
+    line_bytes = (4 if given.smoke else 200) * 10**6
+    with tempfile.TemporaryDirectory(dir=given.dir) as folder:
+        text, line, small = (Path(folder) / name for name in ("text", "line", "small"))
+        gather_text(text, n_bytes)
+        write_line(line, line_bytes)
+        gather_text(small, 12 * 10**6)
+        core = measure_tiktoken(text, min(n_bytes, 30 * 10**6))
+        result: dict[str, Any] = {"text_mb": n_bytes // 10**6, "workers": given.workers,
+                                  "tiktoken_core_mb_s": round(core / 1e6, 2)}
+        result["text"] = measure_preparation(text, given.workers)
+        rate = text.stat().st_size / result["text"]["seconds"]
+        result["text"] |= {"mb_s": round(rate / 1e6, 2),
+                           "ratio": round(rate / core / given.workers, 3)}
+        result["line"] = {"mb": line_bytes // 10**6, **measure_preparation(line, given.workers)}
+        result["loader_m_tokens_s"] = measure_loader(small, 1 if given.smoke else 5)
+    print_table(result)
+    print(json.dumps(result))
+
+
+def print_table(result: dict[str, Any]) -> None:
+    """The figures beside their goals."""
+    text, line = result["text"], result["line"]
+    rows: list[tuple[str, Any, str]] = [
+        (f"rate over {result['workers']} x one core of tiktoken", text["ratio"], ">= 0.8"),
+        (f"MB/s ({result['text_mb']} MB text)", text["mb_s"], ""),
+        ("peak memory over idle, text (MB)", text["peak_over_idle_mb"], "< 512"),
+        (f"peak memory over idle, {line['mb']} MB line (MB)", line["peak_over_idle_mb"], "< 512"),
+        (f"seconds, {line['mb']} MB line", line["seconds"], ""),
+    ]
+    rows += [(f"loader, {name} (M tokens/s)", rate, ">= 20")
+             for name, rate in result["loader_m_tokens_s"].items()]
+    for name, value, goal in rows:
+        print(f"{name:48} {value:>10} {goal:>8}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,243 @@
+"""Predicted memory against the profiler's allocation events of the real training step."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.profiler import ProfilerActivity, profile
+
+import memory
+from checkpoint import save_checkpoint
+from config import ControlSettings, ModelConfig, ModelSettings, TrainingSettings
+from memory import (
+    ITEMS,
+    PHASES,
+    build_batch_curve,
+    estimate_checkpoint_bytes,
+    estimate_memory,
+    estimate_savings,
+    judge_fit,
+)
+from runtime import Runtime
+from trainer import Trainer, build_plan
+
+FP32, BF16 = torch.float32, torch.bfloat16
+
+
+@dataclass(frozen=True)
+class Case:
+    name: str
+    model: ModelConfig
+    training: TrainingSettings
+    dtype: torch.dtype = FP32
+    gradient_checkpointing: bool = False
+
+    @property
+    def options(self) -> dict[str, Any]:
+        return {"dtype": self.dtype, "device_type": "cpu",
+                "gradient_checkpointing": self.gradient_checkpointing}
+
+
+def settings(batch: int, accumulation: int = 1, optimizer: str = "adamw") -> TrainingSettings:
+    return TrainingSettings(batch_size=batch, gradient_accumulation_steps=accumulation,
+                            optimizer=optimizer)
+
+
+SMALL = ModelConfig(1000, 64, 64, 4, 3, 256)
+DEEP = ModelConfig(500, 32, 48, 3, 9, 192)  # beyond the depths that are traced
+WIDE = ModelConfig(777, 96, 256, 8, 5, 1024)
+NANO = ModelSettings("nano").resolve(50257)
+CASES = [
+    Case("small", SMALL, settings(4)),
+    Case("small, batch 1", SMALL, settings(1)),
+    Case("small, batch 13", SMALL, settings(13)),
+    Case("small, bf16", SMALL, settings(4), BF16),
+    Case("small, checkpointing", SMALL, settings(4), gradient_checkpointing=True),
+    Case("small, accumulation 2", SMALL, settings(4, 2)),
+    Case("small, accumulation 4", SMALL, settings(2, 4)),
+    Case("small, adam", SMALL, settings(4, 1, "adam")),
+    Case("small, sgd", SMALL, settings(4, 2, "sgd")),
+    Case("small, dropout", replace(SMALL, dropout=0.1), settings(4)),
+    Case("small, all", replace(SMALL, dropout=0.1), settings(3, 2, "sgd"), BF16, True),
+    Case("small, relu", replace(SMALL, activation="relu"), settings(4)),
+    Case("deep", DEEP, settings(6)),
+    Case("deep, bf16, accumulation 2", DEEP, settings(6, 2), BF16),
+    Case("deep, checkpointing", DEEP, settings(6), gradient_checkpointing=True),
+    Case("deep, checkpointing, batch 1", DEEP, settings(1), gradient_checkpointing=True),
+    Case("deep, dropout", replace(DEEP, dropout=0.2), settings(5, 3)),
+    Case("wide", WIDE, settings(4)),
+    Case("wide, bf16, checkpointing", WIDE, settings(8), BF16, True),
+    Case("wide, tiny batch", WIDE, settings(1, 2)),
+    Case("nano", NANO, settings(8)),
+    Case("nano, bf16, accumulation 2", NANO, settings(2, 2), BF16),
+    Case("nano, sgd, checkpointing", NANO, settings(4, 1, "sgd"), gradient_checkpointing=True),
+]
+
+
+def build_trainer(case: Case, compile_model: bool = False) -> Trainer:
+    plan = build_plan(case.training, ControlSettings(), case.model.context_length, 100, 10)
+    runtime = Runtime(torch.device("cpu"), case.dtype, compile_model, ())
+    return Trainer(case.model, case.training, runtime, plan, 1e-3,
+                   gradient_checkpointing=case.gradient_checkpointing)
+
+
+def build_batches(case: Case, n_batches: int) -> Iterator[tuple[Tensor, Tensor]]:
+    shape = (case.training.batch_size, case.model.context_length)
+    for _ in range(n_batches):
+        yield torch.zeros(shape, dtype=torch.long), torch.zeros(shape, dtype=torch.long)
+
+
+def measure_allocations(work: Callable[[], Any]) -> tuple[int, int]:
+    """Bytes allocated at most and left at the end, by the profiler: (peak, rest)."""
+    with profile(profile_memory=True, activities=[ProfilerActivity.CPU]) as profiler:
+        kept = work()
+    del kept
+    now = peak = 0
+    for event in profiler.profiler.kineto_results.events():
+        if event.name() == "[memory]":
+            now += event.nbytes()
+            peak = max(peak, now)
+    return peak, now
+
+
+def measure_steps(case: Case, compile_model: bool = False) -> tuple[int, Trainer, int]:
+    """Peak of three real steps, the trainer, and what it holds after them."""
+    kept: list[Trainer] = []
+    _, held = measure_allocations(lambda: kept.append(build_trainer(case, compile_model)))
+    trainer, highest = kept[0], 0
+    n_batches = case.training.gradient_accumulation_steps
+    for step in range(3):
+        peak, rest = measure_allocations(
+            lambda step=step: trainer.train_step(step, build_batches(case, n_batches)) and None)
+        highest = max(highest, held + peak)
+        held += rest
+    return highest, trainer, held
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_training_step_is_predicted_within_one_percent(case: Case) -> None:
+    measured, trainer, held = measure_steps(case)
+    estimate = estimate_memory(case.model, case.training, **case.options)
+    steps = max(estimate.phases["training step"], estimate.phases["optimizer step"])
+    print(f"| {case.name} | {steps:,} | {measured:,} | {steps / measured:.4f} |")
+    assert steps == pytest.approx(measured, rel=0.01)
+    peak, _ = measure_allocations(lambda: trainer.evaluate(build_batches(case, 3), 1.0))
+    assert estimate.phases["evaluation"] == pytest.approx(held + peak, rel=0.01)
+
+
+def test_a_forgotten_optimizer_state_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    case = CASES[0]
+    measured, _, _ = measure_steps(case)
+    memory._trace.cache_clear()
+    whole = memory._AllocationLog.peaks
+
+    def peaks_without_optimizer(log: memory._AllocationLog) -> Any:
+        log.storages = [s for s in log.storages if s.item != "optimizer"]
+        return whole(log)
+
+    monkeypatch.setattr(memory._AllocationLog, "peaks", peaks_without_optimizer)
+    estimate = estimate_memory(case.model, case.training, **case.options)
+    memory._trace.cache_clear()
+    assert estimate.peak_bytes < 0.95 * measured
+
+
+@pytest.mark.parametrize("device_type", ["cpu", "cuda"])
+@pytest.mark.parametrize("variant", [
+    {}, {"dtype": BF16}, {"gradient_checkpointing": True},
+    {"dtype": torch.float16, "gradient_checkpointing": True},
+])
+def test_depth_is_extended_exactly(device_type: str, variant: dict[str, Any]) -> None:
+    for batch, model in ((1, DEEP), (5, replace(DEEP, dropout=0.1)), (40, replace(DEEP,
+                                                                               n_layers=7))):
+        case = memory._Case(model, settings(batch, 2), **{
+            "dtype": FP32, "device_type": device_type, "gradient_checkpointing": False,
+            "compile_model": False, "generation_batch_size": 2, **variant})
+        assert memory._trace(case) == pytest.approx(memory._trace_whole(case))
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("device_type", ["cpu", "cuda"])
+def test_batch_curve_agrees_with_single_estimates(device_type: str, checkpointing: bool) -> None:
+    model = replace(SMALL, context_length=512) if device_type == "cuda" else SMALL
+    options = {"dtype": BF16, "device_type": device_type, "gradient_checkpointing": checkpointing}
+    curve = build_batch_curve(model, settings(8, 2), **options)
+    for batch in (1, 3, 16, 33, 100):
+        single = estimate_memory(model, settings(batch, 2), **options)
+        assert curve(batch).needed_bytes == pytest.approx(single.needed_bytes, rel=1e-3)
+
+
+def test_generation_and_resume() -> None:
+    case = Case("generation", SMALL, settings(2))
+    estimate = estimate_memory(case.model, case.training, **case.options, generation_batch_size=5)
+    _, trainer, held = measure_steps(case)
+    fake = memory._Case(SMALL, case.training, FP32, "cpu", False, False, 5)
+    peak, _ = measure_allocations(lambda: memory._generate(trainer.model, fake))
+    assert estimate.phases["generation"] == pytest.approx(held + peak, rel=0.01)
+    weights = {n: t.detach().clone() for n, t in trainer.model.state_dict().items()}
+    state = trainer.state_dict()
+
+    def resume() -> Trainer:
+        loaded = {name: tensor.clone() for name, tensor in weights.items()}
+        copies = torch.utils._pytree.tree_map(
+            lambda x: x.clone() if isinstance(x, Tensor) else x, state)
+        again = build_trainer(case)
+        again.load_state_dict(loaded, copies)
+        return again
+
+    peak, _ = measure_allocations(resume)
+    assert estimate.phases["resume"] == pytest.approx(peak, rel=0.01)
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
+def test_checkpoint_size(tmp_path: Path, optimizer: str) -> None:
+    case = Case("disk", WIDE, settings(1, 1, optimizer))
+    trainer = build_trainer(case)
+    trainer.train_step(0, build_batches(case, 1))
+    saved = save_checkpoint(tmp_path, 1, trainer.model.state_dict(),
+                            {"trainer": trainer.state_dict()}, {}, {"val_loss": None})
+    size = sum(path.stat().st_size for path in saved.path.iterdir())
+    assert estimate_checkpoint_bytes(WIDE, case.training) == pytest.approx(size, rel=0.01)
+
+
+def test_items_and_phases_add_up() -> None:
+    for device_type in ("cpu", "cuda"):
+        estimate = estimate_memory(SMALL, settings(4), dtype=BF16, device_type=device_type)
+        assert tuple(estimate.items) == ITEMS
+        assert tuple(estimate.phases) == PHASES
+        assert sum(estimate.items.values()) == estimate.needed_bytes
+        assert estimate.peak_bytes == max(estimate.phases.values())
+        assert estimate.peak_bytes <= estimate.reserved_bytes <= estimate.needed_bytes
+        assert estimate.host_bytes > 100 * 2**20
+
+
+def test_cuda_keeps_what_its_kernels_keep() -> None:
+    """Dropout costs a byte an element and no square of the context, unlike on the CPU."""
+    model = replace(SMALL, n_layers=2)
+
+    def kept(device_type: str, dropout: float) -> int:
+        estimate = estimate_memory(replace(model, dropout=dropout), settings(4), dtype=BF16,
+                                   device_type=device_type)
+        return estimate.items["activations kept"]
+
+    tokens, layers, width = 4 * 64, model.n_layers, model.n_embeddings
+    masks = tokens * width * (2 * layers + 1)
+    assert kept("cuda", 0.1) - kept("cuda", 0.0) == pytest.approx(masks, rel=0.35)
+    assert kept("cpu", 0.1) - kept("cpu", 0.0) > 4 * masks
+
+
+def test_verdict_and_savings() -> None:
+    assert judge_fit(80, 100, 0.15) == "fits"
+    assert judge_fit(90, 100, 0.15) == "tight"
+    assert judge_fit(101, 100, 0.15) == "does not fit"
+    saved = estimate_savings(WIDE, settings(8), dtype=FP32, device_type="cpu")
+    assert set(saved) == {"--gradient-checkpointing", "--mixed-precision",
+                          "--batch-size 4 --gradient-accumulation-steps 2"}
+    assert min(saved.values()) > 0
+    assert list(estimate_savings(WIDE, settings(1), dtype=BF16, device_type="cpu",
+                                 gradient_checkpointing=True)) == []
