@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import importlib
 import os
 import sys
 from pathlib import Path
@@ -23,12 +24,16 @@ from config import (
     build_options,
 )
 
+# mode: what it does, the module and the function that do it
 MODES = {
-    "check": "report what a run would need, take and learn, before it is paid for",
-    "validate-only": "try every part of a run once, in numbered checks",
-    "train": "prepare the text where needed, then train",
-    "get-optimal-bs": "find the batch size that fits and the one that is fastest",
-    "generate": "write text from a checkpoint",
+    "check": ("report what a run would need, take and learn, before it is paid for",
+              "system_check", "run_check"),
+    "validate-only": ("try every part of a run once, in numbered checks",
+                      "system_check", "run_validation"),
+    "train": ("prepare the text where needed, then train", "training_run", "run_training"),
+    "get-optimal-bs": ("find the batch size that fits and the one that is fastest",
+                       "batch_size", "run_search"),
+    "generate": ("write text from a checkpoint", "generate", "run_generation"),
 }
 EPILOG = """\
 examples:
@@ -55,7 +60,7 @@ def build_parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     modes = parser.add_argument_group("mode (exactly one)")
-    for mode, text in MODES.items():
+    for mode, (text, _, _) in MODES.items():
         modes.add_argument(f"--{mode}", action="store_true", help=text)
     groups = {
         name: parser.add_argument_group(name, (cls.__doc__ or "").splitlines()[0])
@@ -146,18 +151,9 @@ def _merge_config_file(
 
 
 def run_mode(mode: str, config: RunConfig) -> int:
-    """Run one mode; its modules, and with them torch, are loaded here."""
-    if mode == "train":
-        from training_run import run_training as run
-    elif mode == "generate":
-        from generate import run_generation as run
-    elif mode == "get-optimal-bs":
-        from batch_size import run_search as run
-    elif mode == "check":
-        from system_check import run_check as run
-    else:
-        from system_check import run_validation as run
-    return run(config)
+    """Run one mode; its module, and with it torch, is loaded here."""
+    _, module, function = MODES[mode]
+    return getattr(importlib.import_module(module), function)(config)
 
 
 def main(argv: list[str] | None = None) -> int:

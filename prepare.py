@@ -67,6 +67,7 @@ BUILDING_NAME = ".building"
 BLOCK_BYTES = 512 * 1024  # tiktoken 0.14 panics on a run of a million spaces
 MAX_RUN_BYTES = 208 * 2**20  # text without one safe place to cut is held whole up to this
 WINDOW_BYTES = 64 * 1024  # a piece above this is merged window by window
+SEAM_TOKENS = 8  # at a window's end, merged again with what follows
 IN_PROCESS_BYTES = 2 * 2**20  # below this, starting workers costs more than it gains
 SAMPLE_BYTES = 2_300_000
 _SAMPLE_SEPARATOR = "\x1e"
@@ -386,7 +387,7 @@ def _merge_in_windows(
             yield kept + ids
             return
         # The window's own end distorts its last ids; the seam goes before them.
-        usable = ids[: len(ids) - 8]
+        usable = ids[: len(ids) - SEAM_TOKENS]
         if not usable:
             size *= 2
             continue

@@ -98,8 +98,8 @@ def test_flags_win_over_the_file() -> None:
 
 
 LAYERS = [
-    {"config", "hardware"},
-    {"storage", "tokenizer", "signals"},
+    {"config"},
+    {"hardware", "storage", "tokenizer", "signals"},
     {"metrics", "runtime", "prepare", "transformer_model"},
     {"train_utils", "sampling", "checkpoint"},
     {"trainer"},

@@ -24,6 +24,7 @@ import pytest
 import tiktoken
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from tiktoken import _educational
 from tiktoken_ext import openai_public
 
 import prepare
@@ -36,27 +37,40 @@ ROOT = Path(__file__).parent.parent
 GPT2 = load_tokenizer("gpt2")
 
 
+# What the texts below are made of, beside words: runs that no pattern cuts, or all cut differently.
+UNITS = ["a", "A", "ab", "Ab", "^", "1", " ", "\n", "\r\n", "\r", "\t ", " \n", "\u6f22", "\u6f22A",
+         "\u3002", "\U0001f600", "'", "'s", "/", "\n/", "\u0301", "\xa0", "\u3000", "x'll", "\x1c",
+         "\u0130", "=-", "\ufeff", "\0", "<|endoftext|>"]
+
+
 @functools.cache
-def build_other_pattern(name: str) -> Tokenizer:
-    """cl100k's or o200k's split pattern over GPT-2's ranks: no network needed."""
+def build_dense_ranks() -> dict[bytes, int]:
+    """Merges trained on mixtures of all units, whatever the classes: a wrong cut shows in the ids.
+
+    GPT-2's own ranks would hide it: they merge hardly any of the runs in question.
+    """
+    draw = random.Random(0)
+    text = "".join(draw.choice(UNITS) * draw.randrange(1, 5) for _ in range(1500))
+    return _educational.bpe_train(text, 256 + 350, r"(?s).+", visualise=None)
+
+
+@functools.cache
+def build_tokenizer(name: str, dense: bool = False) -> Tokenizer:
+    """gpt2's, cl100k's or o200k's split pattern, over GPT-2's ranks or dense ones: offline."""
     original = openai_public.load_tiktoken_bpe
     openai_public.load_tiktoken_bpe = lambda *args, **kwargs: {}  # type: ignore[assignment]
     try:
-        pattern = getattr(openai_public, name)()["pat_str"]
+        pattern = openai_public.r50k_pat_str if name == "gpt2" else (
+            getattr(openai_public, name)()["pat_str"])
     finally:
         openai_public.load_tiktoken_bpe = original
-    encoding = tiktoken.Encoding(
-        f"test_{name}", pat_str=pattern, mergeable_ranks=GPT2.encoding._mergeable_ranks,
-        special_tokens={"<|endoftext|>": 50256},
-    )
+    ranks = build_dense_ranks() if dense else GPT2.encoding._mergeable_ranks
+    encoding = tiktoken.Encoding(f"test_{name}", pat_str=pattern, mergeable_ranks=ranks,
+                                 special_tokens={"<|endoftext|>": 50256})
     return Tokenizer(encoding)
 
 
-TOKENIZERS = {
-    "gpt2": GPT2,
-    "cl100k_base": build_other_pattern("cl100k_base"),
-    "o200k_base": build_other_pattern("o200k_base"),
-}
+PATTERNS = ("gpt2", "cl100k_base", "o200k_base")
 
 
 def build(
@@ -104,10 +118,7 @@ def hash_tree(folder: Path) -> dict[str, str]:
 
 RUNS = st.builds(
     lambda unit, count: unit * count,
-    st.sampled_from(["a", "A", "ab", "Ab", "^", "1", " ", "\n", "\r\n", "\r", "\t ", " \n",
-                     "\u6f22", "\u6f22A", "\u3002", "\U0001f600", "'", "'s", "/", "\n/", "\u0301",
-                     "\xa0", "\u3000", "x'll", "\x1c", "\u0130", "=-", "\ufeff", "\0",
-                     "<|endoftext|>"]),
+    st.sampled_from(UNITS),
     st.integers(1, 90),
 )
 WORDS = st.sampled_from(["the ", "we'll", " I'M", "don't ", "\n\n", "  ", "x = 1\n", "12345",
@@ -136,31 +147,42 @@ def cut_and_encode(text: str, tokenizer: Tokenizer, block_bytes: int) -> list[in
     return ids
 
 
-@pytest.mark.parametrize("name", TOKENIZERS)
+@pytest.mark.parametrize("dense", [False, True])
+@pytest.mark.parametrize("name", PATTERNS)
 @given(text=TEXTS, block_bytes=st.integers(16, 200))
 @example(text="\u6f22" * 30 + "A" * 200 + "b", block_bytes=64)
 @example(text="x" * 70 + " " * 90 + "\n" * 40 + "y", block_bytes=64)
+@example(text="x" + ".\n/" * 60, block_bytes=64)
 @example(text="." * 64 + "\n" * 9 + "/" * 30 + "a" * 500, block_bytes=64)
 @settings(max_examples=100)
-def test_cutting_never_changes_the_ids(name: str, text: str, block_bytes: int) -> None:
-    tokenizer = TOKENIZERS[name]
+def test_cutting_never_changes_the_ids(
+    name: str, dense: bool, text: str, block_bytes: int
+) -> None:
+    tokenizer = build_tokenizer(name, dense)
     assert cut_and_encode(text, tokenizer, block_bytes) == tokenizer.encode(text)
 
 
-@given(data=st.text(alphabet="ab1^= \n", min_size=1, max_size=3000), window=st.integers(64, 300))
+@pytest.mark.parametrize("seam_tokens", [0, 1, 8])
+@given(
+    piece=st.lists(RUNS, min_size=4, max_size=60).map("".join), window=st.integers(64, 300),
+    dense=st.booleans(),
+)
 @settings(max_examples=60)
-def test_long_pieces_are_merged_as_in_one_piece(data: str, window: int) -> None:
-    encoding = GPT2.encoding
-    for piece in (data, data.replace(" ", "a").replace("\n", "b")):
-        parts = prepare._merge_in_windows(encoding, piece, 0, len(piece), window)
-        assert [i for part in parts for i in part] == encoding._encode_single_piece(piece)
+def test_long_pieces_are_merged_as_in_one_piece(
+    seam_tokens: int, piece: str, window: int, dense: bool
+) -> None:
+    encoding = build_tokenizer("gpt2", dense).encoding
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(prepare, "SEAM_TOKENS", seam_tokens)
+        parts = list(prepare._merge_in_windows(encoding, piece, 0, len(piece), window))
+    assert [i for part in parts for i in part] == encoding._encode_single_piece(piece)
 
 
-@pytest.mark.parametrize("name", TOKENIZERS)
+@pytest.mark.parametrize("name", PATTERNS)
 @pytest.mark.parametrize("unit", ["a", "^", " ", "\U0001f600", "ab1^", "\u6f22", "A"])
 def test_long_runs_are_exact_with_real_windows(name: str, unit: str) -> None:
     text = "x " + unit * (300_000 // len(unit.encode()))
-    encoding = TOKENIZERS[name].encoding
+    encoding = build_tokenizer(name).encoding
     found = np.concatenate(list(encode_run(encoding, text)))
     assert found.tolist() == encoding.encode_ordinary(text)
 
@@ -434,7 +456,7 @@ def test_what_makes_a_rebuild_and_what_does_not(
     build(tmp_path, GOOD * 3 + "x")
     assert "rebuilding" in (err := capsys.readouterr().err)
     assert "the text changed (text0.txt)" in err
-    build(tmp_path, GOOD * 3 + "x", tokenizer=TOKENIZERS["cl100k_base"])
+    build(tmp_path, GOOD * 3 + "x", tokenizer=build_tokenizer("cl100k_base"))
     assert "the tokenizer changed from gpt2 to test_cl100k_base" in capsys.readouterr().err
     with pytest.raises(PreflightError, match="test_cl100k_base") as caught:
         prepare_data(DataSettings(data_dir=str(data.path)), GPT2, 4)

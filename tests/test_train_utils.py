@@ -159,6 +159,19 @@ def test_shard_cut_short_or_changed_while_in_use(data: DataFolder) -> None:
     take_rows(data, 1)
 
 
+def test_shard_rewritten_while_in_use_is_noticed_in_the_next_epoch(data: DataFolder) -> None:
+    path = data.train.shards[0].path
+    content, status = path.read_bytes(), path.stat()
+    with open_loader(data, batch_size=64, prefetch=1) as loader:
+        loader.next_batch()
+        with open(path, "r+b") as file:
+            file.write(content)  # of the same size
+        with pytest.raises(PreflightError, match="changed while it was in use") as caught:
+            deque(iter(loader.next_batch, None), maxlen=0)
+        assert caught.value.code == ExitCode.DATA
+    os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
+
+
 def test_deleted_but_open_shards_keep_working(data: DataFolder) -> None:
     expected = take_rows(data, 600)
     with open_loader(data) as loader:
