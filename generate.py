@@ -5,7 +5,6 @@ Only the answers go to stdout; everything said about them goes to stderr.
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import json
 import os
@@ -33,6 +32,11 @@ from signals import StopFlag
 from storage import publish_file
 from tokenizer import Tokenizer, load_tokenizer
 from transformer_model import DecoderOnlyTransformer
+
+try:
+    import readline  # line editing and history for input()
+except ImportError:  # Windows
+    readline = None  # type: ignore[assignment]
 
 __all__ = ["SamplingConfig", "generate_text", "load_model", "run_generation", "stream_text"]
 
@@ -321,14 +325,17 @@ class Session:
             return int(ExitCode.DONE)
         terminal = sys.stdin.isatty()
         if terminal:
-            with contextlib.suppress(ImportError):
-                import readline  # noqa: F401  # line editing and history for input()
             _say("/help lists the commands, Ctrl-D leaves")
         while True:
             try:
                 line = input("> " if terminal else "")
             except EOFError:
                 return int(ExitCode.DONE)
+            except KeyboardInterrupt:
+                if readline is None or not readline.get_line_buffer():
+                    raise
+                _show("\n")  # half a line was typed: only that is dropped
+                continue
             if line.strip() == "/quit":
                 return int(ExitCode.DONE)
             if line.startswith("/"):

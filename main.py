@@ -29,7 +29,7 @@ MODES = {
     "check": ("report what a run would need, take and learn, before it is paid for",
               "system_check", "run_check"),
     "validate-only": ("try every part of a run once, in numbered checks",
-                      "system_check", "run_validation"),
+                      "validation", "run_validation"),
     "train": ("prepare the text where needed, then train", "training_run", "run_training"),
     "get-optimal-bs": ("find the batch size that fits and the one that is fastest",
                        "batch_size", "run_search"),

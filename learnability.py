@@ -1,0 +1,272 @@
+"""Will it learn? Warnings with their reason and the flag that mends it, before a run is paid for.
+
+A warning does not stop a run: it names what people find out too late. The thresholds come from the
+papers named beside them.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from dataclasses import dataclass
+
+import numpy as np
+
+from config import MODEL_PRESETS, ModelConfig, ModelSettings, RunConfig
+from prepare import DataFolder, Split
+from tokenizer import Tokenizer
+from trainer import TrainingPlan
+from transformer_model import count_parameters
+
+# Hoffmann et al. 2022 (arXiv:2203.15556, table 3): about 20 tokens a parameter train a model best
+# for its cost. Far under: a quarter.
+TOKENS_PER_PARAMETER, FAR_UNDER = 20, 0.25
+# Muennighoff et al. 2023 (arXiv:2305.16264, section 5): up to four passes are as good as new text.
+GOOD_EPOCHS = 4
+# Brown et al. 2020 (arXiv:2005.14165, table 2.1): 0.5 M tokens a step for the rates of small to
+# large, 1 M for xl. Smaller models do with less, here in proportion to their blocks' parameters.
+REFERENCE_TOKENS_PER_STEP = 524_288
+_REFERENCE_BLOCK_PARAMETERS = 85_000_000
+# With Adam a rate suits a batch in proportion to its square root (Malladi et al. 2022,
+# arXiv:2205.10287); a sixteenth of the batch is a rate four times too high.
+_TOLERATED_BATCH_SHARE = 1 / 16
+# The loss of single tokens scatters by about 3 nats: ten thousand give the mean to 0.03.
+MEANINGFUL_VAL_TOKENS = 10_000
+
+REPLACEMENT = "\N{REPLACEMENT CHARACTER}".encode()
+MAX_SCANNED_TOKENS = 50_000_000
+MAX_SCANNED_DOCUMENTS = 500_000
+_CHUNK_TOKENS = 2**20
+_MIN_DUPLICATE_TOKENS = 16  # shorter ones repeat in every language
+
+
+@dataclass(frozen=True)
+class Advice:
+    """One warning: what and why, and the flag that mends it. `key` names its kind."""
+
+    key: str
+    text: str
+    fix: str
+
+
+# ---- what the shards hold -----------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Content:
+    """What the ids in the shards look like.
+
+    Attributes:
+        scanned_tokens: how many were looked at: all of them in folders of up to 50 M tokens.
+        replacement_characters: U+FFFD, which stands where text was decoded wrongly.
+        n_documents: whole documents among them.
+        largest_tokens: the largest document.
+        median_tokens: their median.
+        duplicate_documents: documents of 16 tokens or more that came before, in either part.
+    """
+
+    scanned_tokens: int
+    replacement_characters: int
+    n_documents: int
+    largest_tokens: int
+    median_tokens: int
+    duplicate_documents: int
+
+
+class _Scanner:
+    """Cuts streams of ids at the end-of-text id; keeps a length and eight bytes a document."""
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._end_of_text_id = tokenizer.end_of_text_id
+        self._replacements = np.zeros(tokenizer.vocab_size, dtype=np.uint8)
+        for token, rank in tokenizer.encoding._mergeable_ranks.items():
+            self._replacements[rank] = token.count(REPLACEMENT)
+        self._seen: set[bytes] = set()
+        self.lengths: list[int] = []
+        self.duplicates = self.replacements = self.scanned = 0
+
+    def scan(self, split: Split, max_tokens: int) -> None:
+        """Read the first `max_tokens` of a split."""
+        digest, length, left = hashlib.blake2b(digest_size=8), 0, max_tokens
+        for shard in split.open():
+            for start in range(0, min(len(shard), left), _CHUNK_TOKENS):
+                ids = np.array(shard[start : min(start + _CHUNK_TOKENS, left)])
+                self.scanned += len(ids)
+                self.replacements += int(self._replacements[ids].sum(dtype=np.int64))
+                begin = 0
+                for end in np.flatnonzero(ids == self._end_of_text_id).tolist():
+                    digest.update(ids[begin:end].tobytes())
+                    self._add(digest.digest(), length + end - begin)
+                    digest, length, begin = hashlib.blake2b(digest_size=8), 0, end + 1
+                digest.update(ids[begin:].tobytes())
+                length += len(ids) - begin
+            left -= min(len(shard), left)
+        if length and not left:
+            self._add(digest.digest(), length)  # the part that a cut-off document shows
+
+    def _add(self, digest: bytes, length: int) -> None:
+        if len(self.lengths) >= MAX_SCANNED_DOCUMENTS:
+            return
+        self.lengths.append(length)
+        if length >= _MIN_DUPLICATE_TOKENS:
+            self.duplicates += digest in self._seen
+            self._seen.add(digest)
+
+
+def scan_content(data: DataFolder, tokenizer: Tokenizer) -> Content:
+    """Look through the shards, in bounded memory and within some seconds."""
+    scanner = _Scanner(tokenizer)
+    total = data.train.n_tokens + data.val.n_tokens
+    for split in (data.train, data.val):
+        scanner.scan(split, min(split.n_tokens, MAX_SCANNED_TOKENS * split.n_tokens // total))
+    lengths = scanner.lengths
+    return Content(
+        scanner.scanned, scanner.replacements, len(lengths), max(lengths, default=0),
+        int(np.median(lengths)) if lengths else 0, scanner.duplicates,
+    )
+
+
+def find_content_warnings(content: Content) -> list[Advice]:
+    """Text that was decoded wrongly, one document that drowns the others, repetitions."""
+    found = []
+    if content.replacement_characters * 10_000 > content.scanned_tokens:
+        found.append(Advice(
+            "replacement_characters",
+            f"{content.replacement_characters:,} replacement characters (U+FFFD) in "
+            f"{content.scanned_tokens:,} tokens: the text was decoded with the wrong encoding",
+            "convert the source to UTF-8 again and give it with --text-file",
+        ))
+    largest = content.largest_tokens
+    if (content.n_documents >= 10 and largest > 100 * content.median_tokens
+            and largest > 0.3 * content.scanned_tokens):
+        found.append(Advice(
+            "large_document",
+            f"one document has {largest:,} of {content.scanned_tokens:,} tokens, the median "
+            f"{content.median_tokens:,}: the model will mostly learn that one",
+            "see that it belongs there, or set --document-separator",
+        ))
+    if content.duplicate_documents * 100 > content.n_documents:
+        found.append(Advice(
+            "duplicates",
+            f"{content.duplicate_documents:,} of {content.n_documents:,} documents repeat another: "
+            "they are learned by heart, and flatter the validation loss",
+            "remove them from the text and give it again with --text-file",
+        ))
+    return found
+
+
+# ---- what the plan promises ---------------------------------------------------------------------
+
+
+def find_plan_warnings(
+    config: RunConfig, model_config: ModelConfig, plan: TrainingPlan, data: DataFolder
+) -> list[Advice]:
+    """Every reason to expect less from this run than its owner does."""
+    return [
+        *_find_size_warnings(config, model_config, plan, data),
+        *_find_rate_warnings(config, model_config, plan),
+        *_find_interval_warnings(config, plan),
+    ]
+
+
+def _find_size_warnings(
+    config: RunConfig, model_config: ModelConfig, plan: TrainingPlan, data: DataFolder
+) -> list[Advice]:
+    """Too little text for the model, or for the passes over it, or to validate on."""
+    found = []
+    parameters = count_parameters(model_config)
+    tokens = plan.total_steps * plan.tokens_per_step
+    epochs = plan.total_steps / plan.steps_per_epoch
+    if tokens < FAR_UNDER * TOKENS_PER_PARAMETER * parameters:
+        smaller = _suggest_size(config, model_config, tokens)
+        found.append(Advice(
+            "tokens_per_parameter",
+            f"{tokens / parameters:.2g} tokens per parameter: far under the "
+            f"{TOKENS_PER_PARAMETER} at which a model of this size pays (Hoffmann et al. 2022)",
+            f"more text with --text-file, or a longer run{smaller}",
+        ))
+    if epochs > GOOD_EPOCHS:
+        found.append(Advice(
+            "epochs",
+            f"{epochs:,.1f} passes over {data.train.n_tokens:,} tokens: past {GOOD_EPOCHS} little "
+            "is gained, and the text is learned by heart (Muennighoff et al. 2023)",
+            f"--num-epochs {GOOD_EPOCHS}, or more text with --text-file",
+        ))
+        if model_config.dropout == 0:
+            found.append(Advice(
+                "dropout", f"no dropout in {epochs:,.1f} passes over the same text",
+                "--dropout 0.1 delays learning by heart",
+            ))
+    if data.val.n_tokens < MEANINGFUL_VAL_TOKENS:
+        error = 3 / math.sqrt(data.val.n_tokens)
+        found.append(Advice(
+            "validation",
+            f"{data.val.n_tokens:,} validation tokens: the validation loss is known to about "
+            f"+-{error:.2f} only, whatever it says",
+            f"a larger --val-split (now {config.data.val_split:g}), or more text with --text-file",
+        ))
+    return found
+
+
+def _suggest_size(config: RunConfig, model_config: ModelConfig, tokens: int) -> str:
+    """The largest preset that has tokens enough, when it is smaller than this model."""
+    counts = {
+        name: count_parameters(ModelSettings(name).resolve(model_config.vocab_size))
+        for name in MODEL_PRESETS
+    }
+    enough = [n for n, count in counts.items() if count * TOKENS_PER_PARAMETER <= tokens]
+    name = max(enough or MODEL_PRESETS, key=lambda n: counts[n] if enough else -counts[n])
+    if counts[name] >= count_parameters(model_config):
+        return ""
+    return f", or --model-size {name}"
+
+
+def _find_rate_warnings(
+    config: RunConfig, model_config: ModelConfig, plan: TrainingPlan
+) -> list[Advice]:
+    """A rate made for larger batches, and a warm-up that never ends."""
+    found = []
+    blocks = count_parameters(model_config) - model_config.n_embeddings * (
+        model_config.vocab_size + model_config.context_length)
+    usual = MODEL_PRESETS.get(config.model.model_size, MODEL_PRESETS["micro"]).learning_rate
+    rate = config.peak_learning_rate
+    size = min(1.0, blocks / _REFERENCE_BLOCK_PARAMETERS)
+    wanted = REFERENCE_TOKENS_PER_STEP * size * (rate / usual) ** 2
+    least = wanted * _TOLERATED_BATCH_SHARE
+    if plan.tokens_per_step < least and config.training.optimizer != "sgd":
+        accumulation = math.ceil(
+            least / plan.tokens_per_step * config.training.gradient_accumulation_steps)
+        calmer = rate * math.sqrt(plan.tokens_per_step / least)
+        found.append(Advice(
+            "tokens_per_step",
+            f"{plan.tokens_per_step:,} tokens per step are far under the {round(wanted, -3):,.0f} "
+            f"or so that a rate of {rate:.1e} was made for (Brown et al. 2020): noisy updates, "
+            "the loss may stop high",
+            f"--gradient-accumulation-steps {accumulation}, or --learning-rate {calmer:.1e} "
+            "(square-root rule, Malladi et al. 2022)",
+        ))
+    if plan.warmup_steps >= plan.total_steps and plan.warmup_steps > 1:
+        found.append(Advice(
+            "warmup",
+            f"the warm-up of {plan.warmup_steps:,} steps is as long as the run of "
+            f"{plan.total_steps:,}: the full rate is never used",
+            f"--warmup-steps {max(1, plan.total_steps // 20)}, or leave it out",
+        ))
+    return found
+
+
+def _find_interval_warnings(config: RunConfig, plan: TrainingPlan) -> list[Advice]:
+    """Evaluations or checkpoints that come only at the end."""
+    return [
+        Advice(
+            f"{what}_interval",
+            f"the {what} interval of {every:,} steps is beyond the run of {plan.total_steps:,}: "
+            "there will be only the one at the end",
+            f"{flag} {max(1, plan.total_steps // 10)}, or leave it out",
+        )
+        for what, flag, every in (
+            ("evaluation", "--eval-every", config.control.eval_every),
+            ("checkpoint", "--checkpoint-every", config.control.checkpoint_every),
+        )
+        if every is not None and every > plan.total_steps
+    ]

@@ -1,0 +1,368 @@
+"""What the real training run holds in memory at each moment, traced on fake tensors.
+
+`Trainer` runs on tensors that have shapes but no data, while a log notes the birth and the death
+of every storage. Against torch's profiler this is exact to the byte in eager mode on the CPU. Deep
+models are traced at two small depths: each stretch of a step grows by the same bytes with each
+layer, so the line through both is exact as well. For CUDA the same trace runs with what that
+device does differently: its loss layout, fused dropout masks, flash attention.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import weakref
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+import transformer_model
+from config import ControlSettings, ModelConfig, SamplingConfig, TrainingSettings
+from memory_compiled import capture_graphs, trace_compiled_step
+from runtime import Runtime
+from sampling import FILL_TOKENS, choose_tokens
+from trainer import Trainer, build_plan
+from transformer_model import KVCache
+
+ITEMS = ("weights", "gradients", "optimizer", "activations kept", "logits and loss", "temporary",
+         "context and workspace", "headroom")
+# Deeper models are traced at these depths. Three: a first, a last, and one of those between.
+DEPTHS = (3, 4)
+CUDA_BLOCK_BYTES = 512  # every CUDA allocation is a multiple of it
+
+Region = tuple[str, str]  # phase, stretch of it
+Peaks = dict[Region, dict[str, float]]  # bytes of each item at a stretch's highest moment
+
+
+@dataclass(eq=False)
+class _Storage:
+    size_bytes: int
+    born: int
+    died: int | None = None
+    item: str = "temporary"
+    ref: Any = None
+
+
+class AllocationLog(TorchDispatchMode):
+    """Notes when each storage comes and goes; time is the count of operations."""
+
+    def __init__(self, device_type: str) -> None:
+        super().__init__()
+        self.on_cuda = device_type == "cuda"
+        self.clock = 0
+        self.in_backward = False
+        self.storages: list[_Storage] = []
+        self.marks: list[tuple[int, Region]] = []
+        self._living: dict[int, _Storage] = {}
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        self.clock += 1
+        if func is torch.ops.aten._local_scalar_dense.default:
+            return 0  # fake tensors hold no number to read
+        if self.on_cuda and "flash_attention" in func.__name__ and "backward" in func.__name__:
+            # FlashAttention-2 sums the query's gradient in fp32, and keeps a number a row.
+            query = args[1]
+            self._add(4 * query.numel() + 4 * query[..., 0].numel()).died = self.clock
+        result = func(*args, **(kwargs or {}))
+        for leaf in tree_leaves(result):
+            if isinstance(leaf, Tensor):
+                record = self.find(leaf)
+                # Autograd adds up real gradients in place, but not those of tensor subclasses
+                # (torch/csrc/autograd/input_buffer.cpp): the sum takes over what a term had.
+                if (self.in_backward and func is torch.ops.aten.add.Tensor
+                        and not torch.is_grad_enabled()):
+                    record.born = self.clock + 1
+        return result
+
+    def find(self, tensor: Tensor) -> _Storage:
+        """The record of a tensor's storage, made when it is new."""
+        storage = tensor.untyped_storage()
+        key = id(storage)
+        if key not in self._living:
+            self._living[key] = record = self._add(storage.nbytes())
+            record.ref = weakref.ref(storage, lambda _: self._bury(key))
+        return self._living[key]
+
+    def _add(self, size_bytes: int) -> _Storage:
+        if self.on_cuda:
+            size_bytes = -(-size_bytes // CUDA_BLOCK_BYTES) * CUDA_BLOCK_BYTES
+        self.storages.append(_Storage(size_bytes, self.clock))
+        return self.storages[-1]
+
+    def _bury(self, key: int) -> None:
+        self._living.pop(key).died = self.clock
+
+    def mark(self, phase: str, stretch: str) -> None:
+        """From the next operation on, time belongs to this stretch."""
+        self.marks.append((self.clock + 1, (phase, stretch)))
+
+    def label(self, tensors: list[Tensor], item: str) -> None:
+        """Say what some tensors are for."""
+        for tensor in tensors:
+            self.find(tensor).item = item
+
+    def label_born(self, since: int, item: str) -> None:
+        """Say what all living storages born after `since` and without a label are for."""
+        for record in self._living.values():
+            if record.born > since and record.item == "temporary":
+                record.item = item
+
+    def peaks(self) -> Peaks:
+        """The highest moment of each stretch; of stretches that repeat, the highest one."""
+        change = [0] * (self.clock + 2)
+        for record in self.storages:
+            change[record.born] += record.size_bytes
+            if record.died is not None:
+                change[record.died + 1] -= record.size_bytes
+        best: dict[Region, tuple[int, int]] = {}
+        marks = iter([*self.marks, (self.clock + 2, ("", ""))])
+        start, region = 0, ("", "")
+        following, upcoming = next(marks)
+        total = 0
+        for time in range(self.clock + 1):
+            while time >= following:
+                start, region = following, upcoming
+                following, upcoming = next(marks)
+            total += change[time]
+            if time >= start and region[0]:
+                best[region] = max(best.get(region, (-1, 0)), (total, time))
+        return {region: self._itemise(time) for region, (_, time) in best.items()}
+
+    def _itemise(self, time: int) -> dict[str, float]:
+        items = dict.fromkeys(ITEMS, 0.0)
+        for record in self.storages:
+            if record.born <= time and (record.died is None or record.died >= time):
+                items[record.item] += record.size_bytes
+        return items
+
+
+class _CudaSoftmax(TorchFunctionMode):
+    """CUDA's softmax reads 16-bit logits as they are; the CPU makes a copy in fp32 first."""
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func is torch.log_softmax and args[0].dtype != kwargs.get("dtype"):
+            return torch.empty_like(args[0], dtype=kwargs["dtype"])
+        return func(*args, **kwargs)
+
+
+class _CudaDropout(nn.Module):
+    """Dropout as CUDA does it: one kernel, and a mask of bytes."""
+
+    def __init__(self, p: float) -> None:
+        super().__init__()
+        self.p = p
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.native_dropout(x, self.p, True)[0] if self.training and self.p else x
+
+
+def _use_cuda_dropout(model: nn.Module) -> None:
+    for module in list(model.modules()):
+        if isinstance(module, transformer_model.Attention):
+            module.dropout = 0.0  # flash attention keeps a seed, not a mask
+        for name, child in list(module.named_children()):
+            if isinstance(child, nn.Dropout):
+                setattr(module, name, _CudaDropout(child.p))
+
+
+@contextlib.contextmanager
+def _pretend(device_type: str) -> Iterator[AllocationLog]:
+    """Fake tensors on the CPU, with the kernels and the loss layout of `device_type`."""
+    log = AllocationLog(device_type)
+    kernels = contextlib.nullcontext() if device_type == "cpu" else _CudaSoftmax()
+    with _loss_layout_of(device_type), torch.random.fork_rng(devices=[]), FakeTensorMode(), \
+            kernels, log:
+        yield log
+
+
+@contextlib.contextmanager
+def _loss_layout_of(device_type: str) -> Iterator[None]:
+    own = transformer_model.loss_layout
+    layout = own(device_type)
+    transformer_model.loss_layout = lambda device_type: layout
+    try:
+        yield
+    finally:
+        transformer_model.loss_layout = own
+
+
+@dataclass(frozen=True)
+class TraceCase:
+    """All that a trace depends on; hashable."""
+
+    model_config: ModelConfig
+    training: TrainingSettings
+    dtype: torch.dtype
+    device_type: str
+    gradient_checkpointing: bool
+    compile_model: bool
+    generation_batch_size: int
+
+
+@functools.lru_cache(maxsize=64)
+def trace_peaks(case: TraceCase) -> Peaks:
+    """Peaks by tracing at full depth, or the line through two small depths."""
+    depth = case.model_config.n_layers
+    if depth <= max(DEPTHS):
+        return trace_whole(case)
+    low, high = (
+        trace_whole(replace(case, model_config=replace(case.model_config, n_layers=n)))
+        for n in DEPTHS
+    )
+    return extend_peaks(low, high, (depth - DEPTHS[0]) / (DEPTHS[1] - DEPTHS[0]))
+
+
+def extend_peaks(low: Peaks, high: Peaks, share: float) -> Peaks:
+    """Stretch by stretch and item by item, the line through `low` (0) and `high` (1)."""
+    return {
+        region: {item: low[region][item] + share * (high[region][item] - low[region][item])
+                 for item in ITEMS}
+        for region in high
+    }
+
+
+def trace_whole(case: TraceCase) -> Peaks:
+    """Peaks by tracing every layer."""
+    config, training = case.model_config, case.training
+    # The third micro-step and those after it are like the second.
+    training = replace(training, gradient_accumulation_steps=min(
+        2, training.gradient_accumulation_steps))
+    runtime = Runtime(torch.device("cpu"), case.dtype, False, ())
+    plan = build_plan(training, ControlSettings(), config.context_length, 1, 1)
+    with _pretend(case.device_type) as log:
+        trainer = Trainer(config, training, runtime, plan, 1e-3,
+                          gradient_checkpointing=case.gradient_checkpointing)
+        model, optimizer = trainer.model, trainer.optimizer
+        if case.device_type != "cpu":
+            _use_cuda_dropout(model)
+        log.label(list(model.parameters()), "weights")
+        # The optimizer's state is there from the second step on; a tiny first one makes it.
+        trainer.train_step(0, [_build_batch(1, 1)])
+        states = [tree_leaves(state) for state in optimizer.state.values()]
+        log.label([x for state in states for x in state if isinstance(x, Tensor)], "optimizer")
+        _watch_step(log, trainer)
+        batches = (_build_batch(training.batch_size, config.context_length)
+                   for _ in range(training.gradient_accumulation_steps))
+        log.mark("training step", "start")
+        trainer.train_step(1, batches)
+        log.mark("evaluation", "all")
+        trainer.evaluate((_build_batch(training.batch_size, config.context_length)
+                          for _ in range(2)), 1.0)
+        log.mark("generation", "all")
+        with runtime.autocast():
+            generate_longest(model, case)
+        log.mark("", "")
+    peaks = log.peaks()
+    return _replace_step(peaks, case) if case.compile_model else peaks
+
+
+def _replace_step(peaks: Peaks, case: TraceCase) -> Peaks:
+    """The stretches of the compiled step in place of those of the eager one."""
+    config, training = case.model_config, case.training
+    runtime = Runtime(torch.device("cpu"), case.dtype, False, ())
+    with _loss_layout_of(case.device_type), torch.random.fork_rng(devices=[]), \
+            FakeTensorMode(allow_non_fake_inputs=True):
+        model = transformer_model.DecoderOnlyTransformer(
+            config, gradient_checkpointing=case.gradient_checkpointing)
+        if case.device_type != "cpu":
+            _use_cuda_dropout(model)
+        graphs = capture_graphs(
+            model, runtime, _build_batch(training.batch_size, config.context_length))
+    start = peaks["training step", "start"]
+    # From the second micro-step on, the gradients are there throughout.
+    gradients = start["weights"] if training.gradient_accumulation_steps > 1 else 0.0
+    held = {"weights": start["weights"], "optimizer": start["optimizer"], "gradients": gradients,
+            "activations kept": 16.0 * training.batch_size * config.context_length}
+    result = {region: items for region, items in peaks.items() if region[0] != "training step"}
+    for stretch, moments in trace_compiled_step(*graphs).items():
+        top = max(moments, key=lambda items: sum(items.values()))
+        result["training step", stretch] = {
+            item: held.get(item, 0.0) + top.get(item, 0) for item in ITEMS}
+    return result
+
+
+def _build_batch(batch_size: int, n_tokens: int) -> tuple[Tensor, Tensor]:
+    shape = (batch_size, n_tokens)
+    return torch.zeros(shape, dtype=torch.long), torch.zeros(shape, dtype=torch.long)
+
+
+def _watch_step(log: AllocationLog, trainer: Trainer) -> None:
+    """Mark the stretches of a step, and label storages at the moments that tell their use."""
+    model, blocks = trainer.model, list(trainer.model.blocks)
+    names = {0: "first block", len(blocks) - 1: "last block"}
+    times = {"forward": 0, "loss": 0}
+    forward = False
+
+    def backward_of(stretch: str) -> Callable[[Tensor], None]:
+        return lambda _: log.mark("training step", f"backward {stretch}")
+
+    def before_model(*_: Any) -> None:
+        nonlocal forward
+        forward = torch.is_grad_enabled()  # else it is an evaluation
+        log.in_backward = False
+        if forward:
+            times["forward"] = log.clock
+            log.mark("training step", "embedding")
+
+    def before_block(index: int, _: Any, inputs: tuple[Any, ...]) -> None:
+        if forward:  # not recomputed in the backward pass
+            log.mark("training step", names.get(index, "block"))
+            stretch = "embedding" if index == 0 else names.get(index - 1, "block")
+            inputs[0].register_hook(backward_of(stretch))
+
+    def before_norm(_: Any, inputs: tuple[Tensor]) -> None:
+        if forward:
+            log.mark("training step", "loss")
+            inputs[0].register_hook(backward_of(names[len(blocks) - 1]))
+
+    def after_norm(*_: Any) -> None:
+        times["loss"] = log.clock
+
+    def after_model(*_: Any) -> None:
+        nonlocal forward
+        if forward:
+            forward, log.in_backward = False, True
+            log.label_born(times["loss"], "logits and loss")
+            log.label_born(times["forward"], "activations kept")
+            log.mark("training step", "backward loss")
+
+    def before_update(*_: Any) -> None:
+        log.in_backward = False
+        log.mark("optimizer step", "all")
+        log.label([p.grad for p in model.parameters() if p.grad is not None], "gradients")
+
+    model.register_forward_pre_hook(before_model)
+    for index, block in enumerate(blocks):
+        block.register_forward_pre_hook(functools.partial(before_block, index))
+    model.final_norm.register_forward_pre_hook(before_norm)
+    model.final_norm.register_forward_hook(after_norm)
+    model.register_forward_hook(after_model)
+    trainer.optimizer.register_step_pre_hook(before_update)
+
+
+def generate_longest(model: transformer_model.DecoderOnlyTransformer, case: TraceCase) -> None:
+    """Read windows as long as the context, then one token more in every row."""
+    rows, context = case.generation_batch_size, case.model_config.context_length
+    n_filled = max(1, min(rows, FILL_TOKENS // context))
+    model.eval()
+    with torch.no_grad():
+        cache = KVCache(case.model_config, rows, torch.device("cpu"), case.dtype)
+        windows = torch.zeros((n_filled, context - 1), dtype=torch.long)
+        model.fill(windows, cache, list(range(n_filled)), [context - 1] * n_filled)
+        del windows
+        # Rows of different lengths need a mask.
+        cache.lengths = [context - 1, *[max(0, context - 2)] * (rows - 1)]
+        logits = model.read(torch.zeros(rows, dtype=torch.long), cache)
+        choose_tokens(logits, SamplingConfig(), torch.zeros(rows))

@@ -1,0 +1,437 @@
+"""How long a run takes: real steps timed on the device at hand, or an estimate for an absent one.
+
+Whatever is timed goes through `Trainer` and `BatchLoader`, as a run does. Where a step takes long,
+a smaller one is timed and scaled by its floating-point operations, and that is said.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import itertools
+import math
+import statistics
+import tempfile
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+import torch
+from torch import Tensor
+
+from checkpoint import save_checkpoint
+from config import ControlSettings, ModelConfig, RunConfig, SamplingConfig, TrainingSettings
+from hardware import Card
+from memory import estimate_checkpoint_bytes
+from prepare import DataFolder
+from runtime import Runtime
+from sampling import generate_text
+from storage import TEMPORARY_PREFIX
+from tokenizer import Tokenizer
+from train_utils import BatchLoader, iterate_windows
+from trainer import Trainer, TrainingPlan
+from training_run import CURVE_EVERY_SECONDS, SAMPLE_TOKENS
+from transformer_model import count_parameters, estimate_flops_per_token
+
+TIMED_STEPS = 5
+LONG_SECONDS = 3.0  # a step longer than this is timed fewer times, or in part
+_SHORT_TOTAL_SECONDS, _LONG_TOTAL_SECONDS = 1.0, 15.0  # time spent on quick and on long steps
+_SAMPLE_BYTES = 64 * 2**20  # of a checkpoint, to time writing and reading back
+_CURVE_SECONDS = 0.6  # drawing the loss curve, measured on one CPU core
+
+# Shares of the sheet's rates that a training step reaches in its products and in its memory
+# traffic, each taken alone: leads from public runs of GPT-2 on A100 and H100, not measurements.
+CUDA_PRODUCT_SHARE, CUDA_BANDWIDTH_SHARE = 0.6, 0.7
+# Of the rate of one large product, on the CPU: measured with nano and micro on two cores.
+CPU_PRODUCT_SHARE = 0.7
+_ASSUMED_DISK_BYTES_PER_SECOND = 500e6  # written, read back and hashed
+_ASSUMED_COMPILE_SECONDS = 60.0
+_LAUNCH_SECONDS = 5e-6  # of one CUDA kernel
+_KERNELS_PER_BLOCK = {False: 60, True: 20}  # forward and backward, by compiled or not
+# A block keeps about 17 values a token and unit of width (Korthikanti et al. 2022,
+# arXiv:2205.05198, section 4.1); each is written, read forward and backward, and derived from.
+_TRAFFIC_PER_BLOCK = 5 * 17
+_TRAFFIC_OF_LOGITS_BYTES = 20  # a logit: written, normalised in fp32, turned into a gradient
+_TRAFFIC_OF_UPDATE_BYTES = 40  # a parameter: clipping, and AdamW's seven reads and writes
+
+
+@dataclass(frozen=True)
+class RunCost:
+    """What the parts of a run take, in seconds.
+
+    Attributes:
+        step_seconds: one update; when measured, the median.
+        spread_share: slowest less fastest, as a share of the median.
+        n_timed: steps that were timed; 0 for an estimate.
+        basis: what the figures rest on, in words.
+        window_seconds: evaluation of one window.
+        sample_seconds: the text written at each evaluation.
+        checkpoint_seconds: one checkpoint, written and read back.
+        start_seconds: building the model and the first step, compilation included.
+        compile_seconds: of the start.
+        peak_bytes: most memory in use: allocated on CUDA, resident on the CPU.
+        reserved_bytes: most memory held by CUDA's caching allocator.
+    """
+
+    step_seconds: float
+    window_seconds: float
+    sample_seconds: float
+    checkpoint_seconds: float
+    start_seconds: float
+    basis: str
+    spread_share: float = 0.0
+    n_timed: int = 0
+    compile_seconds: float = 0.0
+    peak_bytes: int | None = None
+    reserved_bytes: int | None = None
+
+
+@dataclass(frozen=True)
+class RunTime:
+    """A run's time by its parts, in seconds, and how often each part comes."""
+
+    start_seconds: float
+    training_seconds: float
+    evaluation_seconds: float
+    checkpoint_seconds: float
+    n_evaluations: int
+    n_checkpoints: int
+
+    @property
+    def total_seconds(self) -> float:
+        """All of it."""
+        return (self.start_seconds + self.training_seconds + self.evaluation_seconds
+                + self.checkpoint_seconds)
+
+
+def estimate_run_time(
+    cost: RunCost, plan: TrainingPlan, control: ControlSettings, done_steps: int = 0
+) -> RunTime:
+    """Time of what is left of `plan` after `done_steps`, with evaluations and checkpoints."""
+    n_steps = max(0, plan.total_steps - done_steps)
+    training = n_steps * cost.step_seconds
+    by_clock = math.ceil(control.checkpoint_minutes * 60 / max(cost.step_seconds, 1e-9))
+    n_checkpoints = math.ceil(n_steps / min(plan.checkpoint_every, by_clock))
+    n_evaluations = plan.total_steps // plan.eval_every - done_steps // plan.eval_every
+    n_evaluations += plan.total_steps % plan.eval_every != 0
+    n_curves = 1 + min(n_evaluations, training // CURVE_EVERY_SECONDS)
+    evaluation = n_evaluations * (plan.eval_windows * cost.window_seconds + cost.sample_seconds)
+    return RunTime(
+        cost.start_seconds, training, evaluation + n_curves * _CURVE_SECONDS,
+        n_checkpoints * cost.checkpoint_seconds, n_evaluations, n_checkpoints,
+    )
+
+
+def estimate_disk_bytes(
+    model_config: ModelConfig, training: TrainingSettings, control: ControlSettings,
+    total_steps: int | None = None,
+) -> int:
+    """Disk space of the checkpoints: the newest, the best, and the one being written."""
+    count = min(control.max_checkpoints + 2, total_steps or control.max_checkpoints + 2)
+    return count * estimate_checkpoint_bytes(model_config, training)
+
+
+# ---- without the device -------------------------------------------------------------------------
+
+
+def estimate_cost(
+    model_config: ModelConfig, training: TrainingSettings, *, dtype: torch.dtype,
+    card: Card | None = None, cpu_flops: float | None = None,
+    gradient_checkpointing: bool = False, compile_model: bool = False,
+) -> RunCost:
+    """Seconds by formula: products at a share of their rate, and the traffic to memory.
+
+    Args:
+        model_config: the architecture.
+        training: batch size and accumulation count.
+        dtype: what the products compute in.
+        card: rates of a card, present or not.
+        cpu_flops: without a card, the rate of a large product here, in FLOP/s.
+        gradient_checkpointing: a third more of the blocks' work (Chen et al. 2016).
+        compile_model: fused kernels move less and launch less.
+    """
+    tokens = (training.batch_size * training.gradient_accumulation_steps
+              * model_config.context_length)
+    again = 4 / 3 if gradient_checkpointing else 1.0
+    flops = estimate_flops_per_token(model_config) * tokens * again
+    compile_seconds = _ASSUMED_COMPILE_SECONDS if compile_model else 0.0
+    if card is None:
+        assert cpu_flops is not None
+        step = flops / (cpu_flops * CPU_PRODUCT_SHARE)
+        token_seconds = estimate_flops_per_token(model_config, training=False) / cpu_flops * 3
+        basis = (f"{CPU_PRODUCT_SHARE:.0%} of a matrix product's rate here, "
+                 f"{cpu_flops / 1e9:,.0f} GFLOP/s")
+    else:
+        name = str(dtype).removeprefix("torch.")
+        rate = card.rate_tflops(name) * 1e12 * CUDA_PRODUCT_SHARE
+        bandwidth = card.bandwidth_gb_per_second * 1e9 * CUDA_BANDWIDTH_SHARE
+        parameters = count_parameters(model_config)
+        moved = _estimate_traffic_bytes(model_config, tokens, dtype, compile_model) * again
+        moved += parameters * (_TRAFFIC_OF_UPDATE_BYTES + 12 * training.gradient_accumulation_steps)
+        kernels = (model_config.n_layers * _KERNELS_PER_BLOCK[compile_model] * again
+                   * training.gradient_accumulation_steps)
+        step = max(flops / rate + moved / bandwidth, kernels * _LAUNCH_SECONDS)
+        token_seconds = max(4 * parameters / bandwidth,
+                            model_config.n_layers * 20 * _LAUNCH_SECONDS)
+        basis = (f"assumes {CUDA_PRODUCT_SHARE:.0%} of the {name} rate and "
+                 f"{CUDA_BANDWIDTH_SHARE:.0%} of the bandwidth of the {card.name} ({card.source})")
+    samples = training.batch_size * training.gradient_accumulation_steps
+    return RunCost(
+        step_seconds=step,
+        window_seconds=step / samples / again / 3,  # a forward pass is a third of a step
+        sample_seconds=SAMPLE_TOKENS * token_seconds,
+        checkpoint_seconds=(estimate_checkpoint_bytes(model_config, training)
+                            / _ASSUMED_DISK_BYTES_PER_SECOND),
+        start_seconds=step + compile_seconds,
+        basis=basis, compile_seconds=compile_seconds,
+    )
+
+
+def _estimate_traffic_bytes(
+    config: ModelConfig, tokens: int, dtype: torch.dtype, compile_model: bool
+) -> float:
+    """Bytes between the card's memory and its processors in a step's forward and backward."""
+    block = _TRAFFIC_PER_BLOCK * config.n_embeddings * dtype.itemsize
+    if not compile_model:
+        block = block * 3 // 2
+    return tokens * (config.n_layers * block + config.vocab_size * _TRAFFIC_OF_LOGITS_BYTES)
+
+
+# ---- on the device ------------------------------------------------------------------------------
+
+
+def measure_product_flops(device: torch.device, dtype: torch.dtype) -> float:
+    """FLOP/s of a large matrix product: a rate to compare with where no sheet gives one."""
+    size = 1024 if device.type == "cpu" else 8192
+    a = torch.randn(size, size, device=device, dtype=dtype)
+    product = a @ a
+    seconds, repeats = 0.0, 0
+    best = math.inf
+    while seconds < 0.3 or repeats < 3:
+        began = time.perf_counter()
+        torch.mm(a, a, out=product)
+        float(product[0, 0])  # waits for the device
+        best = min(best, time.perf_counter() - began)
+        seconds, repeats = seconds + time.perf_counter() - began, repeats + 1
+    return 2 * size**3 / best
+
+
+@dataclass(frozen=True)
+class _Load:
+    """What one timed step is given: micro-steps of sequences of tokens."""
+
+    micro_steps: int
+    sequences: int
+    tokens: int
+
+    def count_flops(self, config: ModelConfig) -> float:
+        shorter = dataclasses.replace(config, context_length=self.tokens)
+        return (estimate_flops_per_token(shorter) * self.micro_steps * self.sequences
+                * self.tokens)
+
+    def cut(self, batch: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        inputs, targets = (x[: self.sequences, : self.tokens] for x in batch)
+        return inputs.contiguous(), targets.contiguous()
+
+
+def _choose_loads(
+    full: _Load, expected_seconds: float, may_shrink: bool
+) -> tuple[_Load | None, _Load]:
+    """What to time: (nothing, the whole step), or a little and a larger part of a long one.
+
+    A compiled step keeps its shapes, so that only micro-steps may be left out of it.
+    """
+    if expected_seconds <= LONG_SECONDS:
+        return None, full
+    micro_seconds = expected_seconds / full.micro_steps
+    micro_steps = min(full.micro_steps, max(1, int(LONG_SECONDS / micro_seconds)))
+    if not may_shrink:
+        if full.micro_steps <= 2:
+            return None, full
+        part = dataclasses.replace(full, micro_steps=max(2, micro_steps))
+        return (None, full) if part == full else (dataclasses.replace(full, micro_steps=1), part)
+    sequences = min(full.sequences, max(1, int(full.sequences * LONG_SECONDS / micro_seconds)))
+    share = LONG_SECONDS / (micro_seconds / full.sequences)
+    tokens = min(full.tokens, max(32, int(full.tokens * share)))
+    return _Load(1, 1, min(8, tokens)), _Load(micro_steps, sequences, tokens)
+
+
+def measure_cost(
+    config: RunConfig, model_config: ModelConfig, plan: TrainingPlan, runtime: Runtime,
+    data: DataFolder, tokenizer: Tokenizer, expected_seconds: float,
+) -> RunCost:
+    """Time real steps, an evaluation, a sample and a checkpoint; nothing of it stays.
+
+    Args:
+        config: the run; the output folder's disk is the one that is timed.
+        model_config: the architecture.
+        plan: the run's numbers.
+        runtime: a device that is present.
+        data: prepared shards.
+        tokenizer: theirs.
+        expected_seconds: of a step by `estimate_cost`: whether it can be timed whole.
+
+    Raises:
+        PreflightError: the data or the disk fails.
+        RuntimeError: out of memory; see `runtime.is_out_of_memory`.
+    """
+    training = config.training
+    full = _Load(training.gradient_accumulation_steps, training.batch_size,
+                 model_config.context_length)
+    may_shrink = runtime.device.type == "cpu" and not runtime.compile_model
+    low, high = _choose_loads(full, expected_seconds, may_shrink)
+    if runtime.device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(runtime.device)
+    began = time.perf_counter()
+    trainer = Trainer(model_config, training, runtime, plan, config.peak_learning_rate,
+                      gradient_checkpointing=config.system.gradient_checkpointing)
+    runtime.synchronize()
+    build_seconds = time.perf_counter() - began
+    loader = BatchLoader(data, "train", batch_size=training.batch_size,
+                         context_length=model_config.context_length, seed=training.seed,
+                         device=runtime.device)
+    with loader, _ResidentPeak(runtime) as resident:
+        first, times, step = _measure_steps(trainer, loader, model_config, low, high, full)
+        window = _measure_evaluation(trainer, data, plan, model_config, high)
+        sample = _measure_sample(trainer, tokenizer)
+    peak, reserved = resident.peak_bytes, None
+    if runtime.device.type == "cuda":
+        peak = torch.cuda.max_memory_allocated(runtime.device)
+        reserved = torch.cuda.max_memory_reserved(runtime.device)
+    del trainer
+    if runtime.device.type == "cuda":
+        torch.cuda.empty_cache()
+    compile_seconds = max(0.0, first - statistics.median(times)) if runtime.compile_model else 0.0
+    part = "" if low is None else (
+        f", each {high.micro_steps} x {high.sequences} x {high.tokens} of {full.micro_steps} x "
+        f"{full.sequences} x {full.tokens} tokens, scaled by FLOPs")
+    return RunCost(
+        step_seconds=step, window_seconds=window, sample_seconds=sample,
+        checkpoint_seconds=_measure_checkpoint(config, model_config, runtime),
+        start_seconds=build_seconds + first,
+        basis=f"measured: median of {len(times)} steps{part}",
+        spread_share=(max(times) - min(times)) / statistics.median(times), n_timed=len(times),
+        compile_seconds=compile_seconds,
+        peak_bytes=peak if low is None else None,
+        reserved_bytes=reserved if low is None else None,
+    )
+
+
+def _measure_steps(
+    trainer: Trainer, loader: BatchLoader, config: ModelConfig, low: _Load | None, high: _Load,
+    full: _Load,
+) -> tuple[float, list[float], float]:
+    """Seconds of the first step, of each timed one, and of a whole step."""
+    def feed(load: _Load) -> Callable[[], Iterator[tuple[Tensor, Tensor]]]:
+        return lambda: (load.cut(loader.next_batch()) for _ in range(load.micro_steps))
+
+    first = _time_steps(trainer, feed(low or high), 1)[0]  # compiles, makes the optimizer's state
+    second = _time_steps(trainer, feed(high), 1)[0]
+    count = TIMED_STEPS
+    if second > LONG_SECONDS:
+        count = max(1, min(TIMED_STEPS, int(_LONG_TOTAL_SECONDS / second)))
+    elif second * TIMED_STEPS < _SHORT_TOTAL_SECONDS:
+        count = min(200, int(_SHORT_TOTAL_SECONDS / second))
+    times = _time_steps(trainer, feed(high), count)
+    step = statistics.median(times)
+    if low is not None:
+        least = min(_time_steps(trainer, feed(low), 3))
+        done, more = (load.count_flops(config) for load in (low, high))
+        step = least + (step - least) * (full.count_flops(config) - done) / (more - done)
+    return first, times, step
+
+
+def _time_steps(
+    trainer: Trainer, feed: Callable[[], Iterator[tuple[Tensor, Tensor]]], count: int
+) -> list[float]:
+    """Seconds of `count` steps, read as a run reads them: on CUDA while the next is under way."""
+    lag = 1 if trainer.runtime.device.type == "cuda" else 0
+    trainer.runtime.synchronize()
+    stamps = [] if lag and count > 1 else [time.perf_counter()]
+    pending: deque[Tensor] = deque()
+    for step in range(count + 2 * lag if not stamps else count):
+        pending.append(trainer.train_step(step, feed()).loss)
+        if len(pending) > (lag if count > 1 else 0):
+            float(pending.popleft())
+            stamps.append(time.perf_counter())
+    trainer.runtime.synchronize()
+    return [after - before for before, after in itertools.pairwise(stamps)]
+
+
+def _measure_evaluation(
+    trainer: Trainer, data: DataFolder, plan: TrainingPlan, config: ModelConfig, load: _Load
+) -> float:
+    """Seconds of evaluating one whole window."""
+    rows = trainer.training.batch_size
+    whole = (load.sequences, load.tokens) == (rows, config.context_length)
+    n_windows = min(plan.eval_windows, 4 * rows) if whole else rows
+    share = dataclasses.replace(load, micro_steps=1).count_flops(config) / _Load(
+        1, rows, config.context_length).count_flops(config)
+    seconds, count = 0.0, 0
+    for _ in range(2 if whole else 1):  # the first pass warms up
+        batches = [load.cut(batch) for batch in iterate_windows(
+            data, "val", batch_size=rows, context_length=config.context_length,
+            n_windows=n_windows, device=trainer.runtime.device)]
+        count = sum(len(inputs) for inputs, _ in batches)
+        began = time.perf_counter()
+        trainer.evaluate(batches, 1.0)
+        seconds = time.perf_counter() - began
+    return seconds / count if whole else seconds / share / rows
+
+
+def _measure_sample(trainer: Trainer, tokenizer: Tokenizer) -> float:
+    """Seconds of the text that a run writes at each evaluation, from a third of it."""
+    trainer.model.eval()
+    n_tokens = SAMPLE_TOKENS // 3
+    with trainer.runtime.autocast():
+        generate_text(trainer.model, tokenizer, "", SamplingConfig(max_new_tokens=2))
+        began = time.perf_counter()
+        generate_text(trainer.model, tokenizer, "", SamplingConfig(max_new_tokens=n_tokens))
+    trainer.model.train()
+    return (time.perf_counter() - began) * SAMPLE_TOKENS / n_tokens
+
+
+def _measure_checkpoint(config: RunConfig, model_config: ModelConfig, runtime: Runtime) -> float:
+    """Seconds of one checkpoint, from saving one of at most 64 MiB beside the real ones."""
+    whole = estimate_checkpoint_bytes(model_config, config.training)
+    size = min(whole, _SAMPLE_BYTES)
+    third = torch.zeros(size // 12, device=runtime.device)
+    folder = Path(config.control.output_dir)
+    with tempfile.TemporaryDirectory(prefix=TEMPORARY_PREFIX, dir=folder) as name:
+        began = time.perf_counter()
+        save_checkpoint(Path(name), 1, {"sample": third}, {"sample": [third, third.clone()]},
+                        {"model": dataclasses.asdict(model_config)}, {"val_loss": None})
+        seconds = time.perf_counter() - began
+    return seconds * whole / size
+
+
+class _ResidentPeak(contextlib.AbstractContextManager):
+    """Most resident memory while entered, on the CPU; looked at every few milliseconds.
+
+    The process's own high-water mark would count what came before: preparing the text.
+    """
+
+    def __init__(self, runtime: Runtime) -> None:
+        self.peak_bytes = 0
+        self._is_needed = runtime.device.type != "cuda"
+        self._done = threading.Event()
+        self._thread = threading.Thread(target=self._watch, daemon=True)
+
+    def _watch(self) -> None:
+        process = psutil.Process()
+        while not self._done.wait(0.005):
+            self.peak_bytes = max(self.peak_bytes, process.memory_info().rss)
+
+    def __enter__(self) -> _ResidentPeak:
+        if self._is_needed:
+            self._thread.start()
+        return self
+
+    def __exit__(self, *unused: object) -> None:
+        self._done.set()
+        if self._is_needed:
+            self._thread.join()

@@ -1,0 +1,671 @@
+"""`--check`: the report on a run before it is paid for: what it needs, takes, costs, and learns.
+
+Every section is gathered on its own: a trouble in one becomes a problem line, and the sections
+that can do without it still say what they know. Text and JSON come from the same rows.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import json
+import math
+import os
+import platform
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+import torch
+
+import training_run
+from checkpoint import Checkpoint
+from config import ExitCode, ModelConfig, PreflightError, RunConfig, describe_choices
+from hardware import Card, find_card, match_device
+from learnability import Advice, find_content_warnings, find_plan_warnings, scan_content
+from memory import (
+    CUDA_CONTEXT_BYTES,
+    MemoryEstimate,
+    build_batch_curve,
+    estimate_memory,
+    estimate_savings,
+    judge_fit,
+)
+from metrics import format_seconds
+from performance import (
+    RunCost,
+    RunTime,
+    estimate_cost,
+    estimate_disk_bytes,
+    estimate_run_time,
+    measure_cost,
+    measure_product_flops,
+)
+from prepare import DataFolder, prepare_data
+from runtime import (
+    MIN_STEPS_TO_COMPILE,
+    Runtime,
+    build_runtime,
+    has_fast_bf16,
+    is_out_of_memory,
+)
+from signals import StopFlag
+from storage import check_writable, format_bytes, free_bytes, write_json
+from tokenizer import Tokenizer, load_tokenizer
+from train_utils import count_windows, iterate_windows
+from trainer import TrainingPlan, TrainState, build_plan
+from transformer_model import count_parameters, estimate_flops_per_token
+
+REPORT_NAME = "check_report.json"
+FORMAT, VERSION = "preflight-check", 1
+SECTIONS = ("model", "dataset", "training configuration", "memory analysis",
+            "performance estimation", "system information", "warnings", "recommendations")
+_SHOWN_CHARACTERS = 240  # of the decoded window
+_ROOMY_SHARE = 0.4  # of the memory in use, below which a larger batch is worth a try
+_HOPPER_AND_LATER = ("H100", "H200", "GH200", "B200")
+
+
+@dataclass(frozen=True)
+class Problem:
+    """Something that stands in the way, and the flag that mends it."""
+
+    text: str
+    fix: str
+
+
+@dataclass(frozen=True)
+class Target:
+    """The device that the run is judged for: the present one, or one that is only named."""
+
+    name: str
+    device_type: str
+    dtype: torch.dtype
+    compile_model: bool
+    limit_bytes: int
+    card: Card | None = None
+    runtime: Runtime | None = None
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """What `estimate_memory` wants to know of it."""
+        hopper = None
+        if self.runtime is None and self.card is not None:
+            hopper = self.card.name.startswith(_HOPPER_AND_LATER)
+        return {"dtype": self.dtype, "compile_model": self.compile_model,
+                "device_type": self.device_type, "hopper_or_newer": hopper}
+
+
+@dataclass
+class Report:
+    """Rows by section; a row is a key, which carries its unit, and a plain JSON value."""
+
+    sections: dict[str, dict[str, Any]] = field(
+        default_factory=lambda: {name: {} for name in SECTIONS[:-2]})
+    warnings: list[Advice] = field(default_factory=list)
+    recommendations: list[str] = field(default_factory=list)
+    problems: list[Problem] = field(default_factory=list)
+    is_writable: bool = True
+
+    @contextlib.contextmanager
+    def guard(self, section: str) -> Iterator[None]:
+        """Note a `PreflightError` as a problem and go on; signals still end the program."""
+        try:
+            yield
+        except PreflightError as error:
+            if error.code in (ExitCode.SIGINT, ExitCode.SIGTERM):
+                raise
+            self.problems.append(Problem(error.lines[0], "; ".join(error.lines[1:])))
+            self.sections[section].setdefault("not_known", error.lines[0])
+
+    def to_dict(self) -> dict[str, Any]:
+        """The report as plain JSON types, in the order of `SECTIONS`."""
+        return {
+            "format": FORMAT, "version": VERSION, "ok": not self.problems,
+            **{name.replace(" ", "_"): rows for name, rows in self.sections.items()},
+            "warnings": [vars(advice) for advice in self.warnings],
+            "recommendations": self.recommendations,
+            "problems": [vars(problem) for problem in self.problems],
+        }
+
+    def to_text(self) -> str:
+        """The report for people: the same rows, formatted by the unit in their key."""
+        lines = []
+        for name, rows in self.sections.items():
+            lines += ["", name.capitalize()]
+            lines += [f"  {format_label(key):<28} {format_value(key, value)}"
+                      for key, value in rows.items()]
+        lines += ["", "Warnings"]
+        for advice in self.warnings:
+            lines += [f"  - {advice.text}", f"    {advice.fix}"]
+        lines += ["", "Recommendations"]
+        lines += [f"  - {text}" for text in self.recommendations]
+        lines += [""]
+        if self.problems:
+            lines.append(f"{len(self.problems)} problem{'s' * (len(self.problems) > 1)} in the way")
+            for number, problem in enumerate(self.problems, 1):
+                lines += [f"  {number}. {problem.text}"] + [f"     {problem.fix}"] * bool(
+                    problem.fix)
+        else:
+            lines.append("Nothing stands in the way.")
+        return "\n".join(lines[1:]) + "\n"
+
+
+def format_label(key: str) -> str:
+    """A key for people; its unit is shown with the value."""
+    for unit in ("_bytes", "_seconds", "_share"):
+        key = key.removesuffix(unit)
+    return key.replace("_", " ")
+
+
+def format_value(key: str, value: Any) -> str:
+    """A value for people, by the unit that its key ends with."""
+    if isinstance(value, dict):
+        unit = key if key.endswith(("_bytes", "_seconds", "_share")) else ""
+        return ", ".join(f"{name.replace('_', ' ')} {format_value(unit or name, item)}"
+                         if name != "ratio" else f"ratio {item:.3f}"
+                         for name, item in value.items())
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, str) or value is None:
+        return value or "unknown"
+    if key.endswith("bytes"):
+        return format_bytes(value)
+    if key.endswith("share"):
+        return f"{value:.1%}"
+    if key.endswith("seconds"):
+        if value < 10:
+            return f"{value:.2f} s" if value >= 1 else f"{value * 1000:.1f} ms"
+        return format_seconds(value)
+    if key.endswith("learning_rate"):
+        return f"{value:.2e}"
+    return f"{value:,}" if isinstance(value, int) else f"{value:,.2f}"
+
+
+def compare(predicted: float, measured: float | None) -> Any:
+    """A figure beside a figure: both and their ratio, or the prediction alone."""
+    if measured is None:
+        return predicted
+    return {"predicted": predicted, "measured": measured, "ratio": round(measured / predicted, 4)}
+
+
+def run_check(config: RunConfig) -> int:
+    """Print the report, write it to the output folder, and return 0, or 1 with problems."""
+    report = build_report(config)
+    with report.guard("system information"):
+        if report.is_writable:
+            write_json(Path(config.control.output_dir) / REPORT_NAME, report.to_dict())
+    if config.check.json:
+        sys.stdout.write(json.dumps(report.to_dict(), indent=2, allow_nan=False) + "\n")
+    else:
+        sys.stdout.write(report.to_text())
+    return int(ExitCode.CHECK_FAILED if report.problems else ExitCode.DONE)
+
+
+def build_report(config: RunConfig) -> Report:
+    """Gather everything that can be known; the data folder may be built, nothing else is kept."""
+    return _Gatherer(config).gather()
+
+
+class _Gatherer:
+    """What is known so far of one run; ``None`` for what a problem kept from being known."""
+
+    def __init__(self, config: RunConfig) -> None:
+        self.config = config
+        self.report = Report()
+        self.output_dir = Path(config.control.output_dir)
+        self.tokenizer: Tokenizer | None = None
+        self.model_config: ModelConfig | None = None
+        self.origin: Checkpoint | None = None
+        self.state = TrainState()
+        self.data: DataFolder | None = None
+        self.plan: TrainingPlan | None = None
+        self.target: Target | None = None
+        self.memory: MemoryEstimate | None = None
+        self.cost: RunCost | None = None
+        self.run_time: RunTime | None = None
+
+    def gather(self) -> Report:
+        report = self.report
+        with report.guard("system information"):
+            report.is_writable = False
+            check_writable(self.output_dir)
+            report.is_writable = True
+        with report.guard("model"):
+            self._find_origin()
+        with report.guard("model"):
+            self.tokenizer = load_tokenizer(self.config.model.tokenizer)
+        with report.guard("model"):
+            self._resolve_model()
+        with report.guard("dataset"):
+            self._read_data()
+        with report.guard("training configuration"):
+            self._plan_training()
+        with report.guard("performance estimation"):
+            self._choose_target()
+        self._predict_memory()
+        self._describe_model()
+        with report.guard("performance estimation"):
+            self._time_run()
+        self._describe_memory()
+        self._describe_performance()
+        self._describe_system()
+        self._advise()
+        return report
+
+    # ---- what is to run -------------------------------------------------------------------------
+
+    def _find_origin(self) -> None:
+        """The checkpoint that `--train` would continue, and its settings."""
+        origin = training_run._find_origin(self.config, self.output_dir)
+        if origin is not None:
+            self.config = training_run._adopt_settings(self.config, origin)
+            self.origin = origin
+            samples = (self.config.training.batch_size
+                       * self.config.training.gradient_accumulation_steps)
+            self.state = TrainState(step=origin.step, cursor=origin.step * samples)
+            self.report.sections["training configuration"]["continues"] = (
+                f"{origin.path}, step {origin.step:,}")
+
+    def _resolve_model(self) -> None:
+        """The architecture; where it is refused, the one with the tokenizer's own vocabulary."""
+        if self.tokenizer is None:
+            self.report.sections["model"]["not_known"] = "needs the tokenizer"
+            return
+        own = replace(self.config.model, vocab_size=None)
+        self.model_config = own.resolve(self.tokenizer.vocab_size)
+        self.model_config = training_run._resolve_model(self.config, self.tokenizer, self.origin)
+
+    def _read_data(self) -> None:
+        rows = self.report.sections["dataset"]
+        if self.tokenizer is None:
+            rows["not_known"] = "needs the tokenizer"
+            return
+        assert self.model_config is not None  # there is one as soon as there is a tokenizer
+        context = self.model_config.context_length
+        with StopFlag() as stop:
+            data = prepare_data(self.config.data, self.tokenizer, context, stop)
+            stop.leave_if_stopping("stopped; the data folder is complete")
+        self.data = data
+        for name, split in (("train", data.train), ("validation", data.val)):
+            rows[f"{name}_tokens"] = split.n_tokens
+            rows[f"{name}_documents"] = split.n_documents
+            rows[f"{name}_shards"] = len(split.shards)
+        rows["bytes_per_token"] = round(
+            (data.train.n_bytes + data.val.n_bytes) / (data.train.n_tokens + data.val.n_tokens), 3)
+        content = scan_content(data, self.tokenizer)
+        rows["largest_document_tokens"] = content.largest_tokens
+        rows["duplicate_documents"] = content.duplicate_documents
+        rows["replacement_characters"] = content.replacement_characters
+        self.report.warnings += find_content_warnings(content)
+        windows = iterate_windows(data, "train", batch_size=1, context_length=context,
+                                  n_windows=1, device="cpu")
+        text = self.tokenizer.decode(next(iter(windows))[0][0].tolist())
+        # repr shows line breaks and whatever a terminal would act on.
+        rows["the_model_will_read"] = repr(text[:_SHOWN_CHARACTERS])
+
+    def _plan_training(self) -> None:
+        config, rows = self.config, self.report.sections["training configuration"]
+        training = config.training
+        rows["batch_size"] = training.batch_size
+        rows["accumulation"] = training.gradient_accumulation_steps
+        rows["effective_batch"] = training.batch_size * training.gradient_accumulation_steps
+        rows["optimizer"] = training.optimizer
+        rows["learning_rate"] = config.peak_learning_rate
+        rows["scheduler"] = training.scheduler
+        if self.model_config is None or self.data is None:
+            rows["not_known"] = "the length of the run needs the model and the dataset"
+            return
+        context = self.model_config.context_length
+        self.plan = plan = build_plan(
+            training, config.control, context, count_windows(self.data.train.n_tokens, context),
+            count_windows(self.data.val.n_tokens, context), self.state)
+        rows["tokens_per_step"] = plan.tokens_per_step
+        rows["steps_per_epoch"] = round(plan.steps_per_epoch, 2)
+        rows["total_steps"] = plan.total_steps
+        rows["epochs"] = round(plan.total_steps / plan.steps_per_epoch, 3)
+        rows["tokens"] = plan.total_steps * plan.tokens_per_step
+        rows["tokens_per_parameter"] = round(
+            rows["tokens"] / count_parameters(self.model_config), 3)
+        rows["warmup_share"] = round(plan.warmup_steps / plan.total_steps, 4)
+        rows["evaluation_every"] = plan.eval_every
+        rows["checkpoint_every"] = plan.checkpoint_every
+
+    def _choose_target(self) -> None:
+        """The device at hand, or the card that the flags name."""
+        check, system = self.config.check, self.config.system
+        steps = self.plan.total_steps - self.state.step if self.plan else (
+            self.config.training.max_steps or MIN_STEPS_TO_COMPILE)
+        if check.target_gpu or check.gpu_memory:
+            card = find_card(check.target_gpu) if check.target_gpu else None
+            has_bf16 = card is None or card.bf16_tflops is not None
+            dtype = torch.bfloat16 if has_bf16 else torch.float16
+            if system.mixed_precision is False:
+                dtype = torch.float32
+            compile_model = system.compile_model
+            if compile_model is None:
+                compile_model = steps >= MIN_STEPS_TO_COMPILE
+            gib = check.gpu_memory
+            limit = int(gib * 2**30) if gib or card is None else card.usable_bytes  # type: ignore[operator]
+            name = card.name if card else f"a card with {gib:g} GiB"
+            self.target = Target(name, "cuda", dtype, compile_model, limit, card)
+        else:
+            self.target = self._describe_present(build_runtime(system, max(1, steps)))
+        rows = self.report.sections["training configuration"]
+        rows["precision"] = str(self.target.dtype).removeprefix("torch.")
+        rows["compilation"] = self.target.compile_model
+        rows["gradient_checkpointing"] = system.gradient_checkpointing
+
+    def _describe_present(self, runtime: Runtime) -> Target:
+        device = runtime.device
+        if device.type == "cuda":
+            properties = torch.cuda.get_device_properties(device)
+            free, total = torch.cuda.mem_get_info(device)
+            # Our own context is in use already, and counts as needed in the prediction.
+            limit = min(total, free + CUDA_CONTEXT_BYTES)
+            card = match_device(properties.name, properties.total_memory)
+            return Target(properties.name, "cuda", runtime.dtype, runtime.compile_model, limit,
+                          card, runtime)
+        # Predicted as resident memory of the whole process: what it holds now comes on top.
+        limit = psutil.virtual_memory().available + psutil.Process().memory_info().rss
+        return Target(str(device), "cpu", runtime.dtype, runtime.compile_model, limit,
+                      runtime=runtime)
+
+    # ---- memory ---------------------------------------------------------------------------------
+
+    def _estimate_options(self) -> dict[str, Any]:
+        assert self.target is not None
+        return self.target.options | {
+            "gradient_checkpointing": self.config.system.gradient_checkpointing}
+
+    def _needed_bytes(self, estimate: MemoryEstimate) -> int:
+        """What counts against the target's limit: on the CPU the whole process."""
+        assert self.target is not None
+        on_cpu = self.target.device_type == "cpu"
+        return estimate.host_bytes if on_cpu else estimate.needed_bytes
+
+    def _predict_memory(self) -> None:
+        if self.model_config is None or self.target is None:
+            self.report.sections["memory analysis"]["not_known"] = "needs the model and the device"
+            return
+        self.memory = estimate_memory(self.model_config, self.config.training,
+                                      **self._estimate_options())
+
+    def _describe_memory(self) -> None:
+        if self.memory is None or self.target is None or self.model_config is None:
+            return
+        rows, estimate = self.report.sections["memory analysis"], self.memory
+        rows["device"] = self.target.name
+        for item, size in estimate.items.items():
+            rows[f"{item.replace(' ', '_')}_bytes"] = size
+        for phase, size in estimate.phases.items():
+            rows[f"peak_in_{phase.replace(' ', '_')}_bytes"] = size
+        on_cpu, needed = self.target.device_type == "cpu", self._needed_bytes(estimate)
+        measured = self.cost.peak_bytes if self.cost else None
+        if on_cpu:
+            rows["resident_bytes"] = compare(estimate.host_bytes, measured)
+        else:
+            timed = ("training step", "optimizer step", "evaluation")
+            peak = max(estimate.phases[phase] for phase in timed)
+            rows["allocated_bytes"] = compare(peak, measured)
+            rows["reserved_bytes"] = compare(
+                estimate.reserved_bytes, self.cost.reserved_bytes if self.cost else None)
+        rows["predicted_to_within_share"] = estimate.error_share
+        rows["needed_bytes"] = needed
+        rows["available_bytes"] = self.target.limit_bytes
+        verdict = judge_fit(needed, self.target.limit_bytes)
+        rows["verdict"] = verdict
+        saved = estimate_savings(self.model_config, self.config.training,
+                                 **self._estimate_options())
+        for flags, size in saved.items():
+            rows[f"saved_by_{flags.replace(' ', '_')}_bytes"] = size
+        if verdict == "does not fit":
+            self._report_misfit(needed)
+        elif verdict == "tight":
+            self.report.warnings.append(Advice(
+                "memory", f"tight: {format_bytes(needed)} of "
+                f"{format_bytes(self.target.limit_bytes)} on {self.target.name}",
+                " or ".join(saved) or "a smaller --model-size"))
+        self._check_host(rows)
+
+    def _report_misfit(self, needed: int) -> None:
+        assert self.target is not None
+        self.report.problems.append(Problem(
+            f"does not fit: {format_bytes(needed)} needed, "
+            f"{format_bytes(self.target.limit_bytes)} on {self.target.name}",
+            self._suggest_fit()))
+
+    def _suggest_fit(self) -> str:
+        """The largest batch that fits and the accumulation that keeps the update."""
+        assert self.target is not None
+        assert self.model_config is not None
+        training, limit = self.config.training, self.target.limit_bytes
+        samples = training.batch_size * training.gradient_accumulation_steps
+        for checkpointing in (False, True):
+            if self.config.system.gradient_checkpointing and not checkpointing:
+                continue
+            options = self._estimate_options() | {"gradient_checkpointing": checkpointing}
+            # With accumulation, as the smaller batch will have.
+            several = replace(training, gradient_accumulation_steps=max(
+                2, training.gradient_accumulation_steps))
+            curve = build_batch_curve(self.model_config, several, **options)
+            low, high = 0, training.batch_size
+            while high - low > 1:
+                middle = (low + high) // 2
+                fits = judge_fit(self._needed_bytes(curve(middle)), limit) == "fits"
+                low, high = (middle, high) if fits else (low, middle)
+            if low:
+                flags = "--gradient-checkpointing " * checkpointing
+                return (f"{flags}--batch-size {low} "
+                        f"--gradient-accumulation-steps {math.ceil(samples / low)} fits")
+        return "a smaller --model-size or --context-length; no batch size fits"
+
+    def _check_host(self, rows: dict[str, Any]) -> None:
+        """The machine's own memory, beside a card, and the disk for checkpoints."""
+        assert self.memory is not None
+        assert self.model_config is not None
+        if self.target is not None and self.target.device_type != "cpu":
+            available = psutil.virtual_memory().available + psutil.Process().memory_info().rss
+            rows["host_needed_bytes"] = self.memory.host_bytes
+            if self.target.runtime is not None:  # a card that is not here has another host
+                rows["host_available_bytes"] = available
+                if self.memory.host_bytes > available:
+                    self.report.problems.append(Problem(
+                        f"host memory: {format_bytes(self.memory.host_bytes)} needed, "
+                        f"{format_bytes(available)} free", "close other programs, or choose a "
+                        "smaller --model-size"))
+        total = self.plan.total_steps if self.plan else self.config.training.max_steps
+        needed = estimate_disk_bytes(self.model_config, self.config.training,
+                                     self.config.control, total)
+        free = free_bytes(self.output_dir)
+        kept = _measure_folder_bytes(self.output_dir / "milestones")
+        rows["checkpoint_bytes"] = self.memory.disk_bytes
+        rows["disk_needed_bytes"] = needed
+        rows["disk_free_bytes"] = free + kept
+        if needed > free + kept:
+            self.report.problems.append(Problem(
+                f"disk: {format_bytes(needed)} needed for checkpoints in {self.output_dir}, "
+                f"{format_bytes(free)} free",
+                "another --output-dir, or fewer --max-checkpoints (now "
+                f"{self.config.control.max_checkpoints})"))
+
+    # ---- time -----------------------------------------------------------------------------------
+
+    def _time_run(self) -> None:
+        """Estimate the run's parts and, where the device is here and it fits, measure them."""
+        if self.model_config is None or self.target is None:
+            return
+        target, training, rows = self.target, self.config.training, self._performance
+        cpu_flops = None
+        if target.runtime is not None and target.card is None:
+            cpu_flops = measure_product_flops(target.runtime.device, target.dtype)
+            rows["matrix_product_gflops"] = round(cpu_flops / 1e9, 1)
+        elif target.card is None:
+            rows["not_known"] = "a size alone says nothing about speed: --target-gpu NAME does"
+            return
+        estimate = estimate_cost(
+            self.model_config, training, dtype=target.dtype, card=target.card,
+            cpu_flops=cpu_flops, compile_model=target.compile_model,
+            gradient_checkpointing=self.config.system.gradient_checkpointing)
+        self.cost = estimate
+        self._rate_flops = cpu_flops or target.card.rate_tflops(  # type: ignore[union-attr]
+            str(target.dtype).removeprefix("torch.")) * 1e12
+        tokens = (training.batch_size * training.gradient_accumulation_steps
+                  * self.model_config.context_length)
+        self._predicted_rate, measured = tokens / estimate.step_seconds, None
+        if self._may_measure():
+            measured = self._measure(estimate)
+        self.cost = measured or estimate
+        rows["basis"] = self.cost.basis if measured else f"estimate, not measured: {estimate.basis}"
+        rate = tokens / self.cost.step_seconds
+        rows["step_seconds"] = self.cost.step_seconds
+        if measured:
+            rows["timed_steps"] = measured.n_timed
+            rows["spread_share"] = round(measured.spread_share, 4)
+        rows["tokens_per_second"] = compare(round(self._predicted_rate, 1),
+                                            round(rate, 1) if measured else None)
+        used = estimate_flops_per_token(self.model_config) * rate / self._rate_flops
+        rows["model_flops_utilisation_share"] = round(used, 4)
+        of = f"the {target.card.name}'s sheet" if target.card else (
+            "a matrix product's rate here" + (
+                f"; {target.name} is not in the table of cards" if target.device_type == "cuda"
+                else ""))
+        rows["utilisation_of"] = f"{self._rate_flops / 1e12:,.3g} TFLOP/s, {of}"
+        if self.plan is not None:
+            self.run_time = estimate_run_time(self.cost, self.plan, self.config.control,
+                                              self.state.step)
+
+    @property
+    def _performance(self) -> dict[str, Any]:
+        return self.report.sections["performance estimation"]
+
+    def _may_measure(self) -> bool:
+        if not self.config.check.measure or self.target is None or self.target.runtime is None:
+            return False
+        if self.plan is None or self.data is None or self.memory is None:
+            return False
+        return judge_fit(self._needed_bytes(self.memory), self.target.limit_bytes) != "does not fit"
+
+    def _measure(self, estimate: RunCost) -> RunCost | None:
+        """Measured cost; None, and a problem, when the memory does not suffice after all."""
+        assert self.model_config is not None
+        assert self.plan is not None
+        assert self.target is not None
+        assert self.target.runtime is not None
+        assert self.data is not None
+        assert self.tokenizer is not None
+        try:
+            return measure_cost(self.config, self.model_config, self.plan, self.target.runtime,
+                                self.data, self.tokenizer, estimate.step_seconds)
+        except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
+            if not is_out_of_memory(error):
+                raise
+        self.report.problems.append(Problem(
+            f"out of memory in a trial step on {self.target.name}, though "
+            f"{format_bytes(self._needed_bytes(self.memory))} were predicted",  # type: ignore[arg-type]
+            "a smaller --batch-size with more --gradient-accumulation-steps, or "
+            "--gradient-checkpointing"))
+        return None
+
+    def _describe_performance(self) -> None:
+        rows, run_time, cost = self._performance, self.run_time, self.cost
+        if run_time is None or cost is None:
+            rows.setdefault("not_known", "the time of the run needs model, dataset and device")
+            return
+        rows["start_seconds"] = run_time.start_seconds
+        if cost.compile_seconds:
+            rows["of_which_compilation_seconds"] = cost.compile_seconds
+        rows["training_seconds"] = run_time.training_seconds
+        rows["evaluations"] = run_time.n_evaluations
+        rows["evaluation_seconds"] = run_time.evaluation_seconds
+        rows["checkpoints"] = run_time.n_checkpoints
+        rows["checkpoint_seconds"] = run_time.checkpoint_seconds
+        rows["total_seconds"] = run_time.total_seconds
+        with contextlib.suppress(OverflowError):  # a run of centuries has no date
+            finish = datetime.datetime.now() + datetime.timedelta(seconds=run_time.total_seconds)
+            rows["finish_if_started_now"] = finish.strftime("%Y-%m-%d %H:%M")
+        if self.config.check.price_per_hour is not None:
+            hours = run_time.total_seconds / 3600
+            rows["cost"] = round(hours * self.config.check.price_per_hour, 2)
+
+    # ---- the rest -------------------------------------------------------------------------------
+
+    def _describe_model(self) -> None:
+        model, rows = self.model_config, self.report.sections["model"]
+        if model is None:
+            return
+        parameters = count_parameters(model)
+        rows["shape"] = model.label
+        rows["parameters"] = parameters
+        rows["trainable_parameters"] = parameters
+        rows["size_fp32_bytes"] = 4 * parameters
+        rows["size_16_bit_bytes"] = 2 * parameters
+        if self.memory is not None:
+            rows["optimizer_bytes"] = self.memory.items["optimizer"]
+        rows["context"] = model.context_length
+        rows["vocabulary"] = model.vocab_size
+        rows["flops_per_token"] = estimate_flops_per_token(model)
+
+    def _describe_system(self) -> None:
+        rows = self.report.sections["system information"]
+        memory = psutil.virtual_memory()
+        rows["platform"] = f"{platform.system()} {platform.release()} {platform.machine()}"
+        rows["python"] = platform.python_version()
+        rows["torch"] = str(torch.__version__)
+        rows["numpy"] = np.__version__
+        rows["cpu_cores"] = os.cpu_count() or 1
+        rows["torch_threads"] = torch.get_num_threads()
+        rows["host_memory_bytes"] = memory.total
+        rows["host_memory_free_bytes"] = memory.available
+        rows["cuda"] = torch.version.cuda or "not in this torch"
+        for index in range(torch.cuda.device_count() if torch.cuda.is_available() else 0):
+            properties = torch.cuda.get_device_properties(index)
+            rows[f"cuda:{index}"] = f"{properties.name}, {format_bytes(properties.total_memory)}"
+        if self.target is not None and self.target.runtime is not None:
+            for note in self.target.runtime.notes:
+                key, _, value = note.partition(": ")
+                rows[f"{key}_chosen"] = value
+        rows["output_disk_free_bytes"] = free_bytes(self.output_dir)
+        choices = describe_choices(self.config)
+        if choices:
+            rows["flags_set"] = "; ".join(choices)
+
+    def _advise(self) -> None:
+        """Warnings about what the run will learn, and what to do next."""
+        report, target = self.report, self.target
+        if self.plan is not None and self.model_config is not None and self.data is not None:
+            report.warnings += find_plan_warnings(self.config, self.model_config, self.plan,
+                                                  self.data)
+        runtime = target.runtime if target else None
+        if (self.config.system.mixed_precision and runtime is not None
+                and not has_fast_bf16(runtime.device)):
+            report.warnings.append(Advice(
+                "bf16", f"mixed precision was asked for, and {runtime.device} has no bf16 in "
+                f"hardware: {str(runtime.dtype).removeprefix('torch.')} is used",
+                "leave --mixed-precision out, or use --no-mixed-precision"))
+        if target is not None and self.memory is not None:
+            share = self._needed_bytes(self.memory) / target.limit_bytes
+            if target.device_type == "cuda" and share < _ROOMY_SHARE:
+                report.recommendations.append(
+                    f"{share:.0%} of the memory is used: a larger --batch-size may be faster; "
+                    "python main.py --get-optimal-bs finds it")
+        if self.cost is not None and not self.cost.n_timed:
+            report.recommendations.append(
+                "the time is an estimate: --check on the device itself, without --no-measure, "
+                "measures it")
+        report.recommendations.append(
+            "mend the problems below, then run --check again" if report.problems else
+            "python main.py --validate-only with the same flags tries every part once; "
+            "then --train")
+
+
+def _measure_folder_bytes(folder: Path) -> int:
+    """Bytes of all files below a folder: what older checkpoints hold, and will be replaced."""
+    total = 0
+    for path in folder.rglob("*"):
+        with contextlib.suppress(OSError):  # a run may be retiring it at this moment
+            total += path.stat().st_size if path.is_file() else 0
+    return total

@@ -1,0 +1,442 @@
+"""The search against a simulated device, and real trials that leave nothing behind."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import torch
+from conftest import ROOT, TINY_FLAGS, CommandRunner
+from hypothesis import given
+from hypothesis import strategies as st
+
+import batch_size
+import trial as trials
+from batch_size import MAX_SIZE, SearchResult, search, split_sequences
+from config import ExitCode, PreflightError, build_config
+from signals import StopFlag
+from trial import Order, Trial, run_trial
+
+GIB = 2**30
+Line = Callable[[int], float]
+
+
+class Device:
+    """A simulated device: memory by size, throughput by size, and an end of its memory."""
+
+    def __init__(
+        self, needs: Line, rate: Line = lambda size: 1000.0, physical: float = math.inf
+    ) -> None:
+        self.needs, self.rate, self.physical = needs, rate, physical
+        self.sizes: list[int] = []
+
+    def probe(self, size: int) -> Trial:
+        assert size >= 1
+        assert size not in self.sizes, "no size is tried twice"
+        self.sizes.append(size)
+        if self.needs(size) > self.physical:
+            return Trial(size, failure="out of memory")
+        needed = int(self.needs(size))
+        seconds = size * 128 / self.rate(size)
+        return Trial(size, 5, needed, needed, needed, 1, seconds, self.rate(size))
+
+    def search(self, predict: Line, limit: float, **options: Any) -> SearchResult:
+        return search(self.probe, lambda size: int(predict(size)), int(limit), **options)
+
+
+def affine(base: float, slope: float) -> Line:
+    return lambda size: base + slope * size
+
+
+def check_border(device: Device, result: SearchResult, limit: float) -> None:
+    """The answer ran and fits, and the size above it ran and does not."""
+    tried = {t.batch_size: t for t in result.trials}
+    assert len(tried) == len(result.trials)
+    assert result.largest is not None
+    assert tried[result.largest].fits(int(limit))
+    assert not tried[result.largest + 1].fits(int(limit))
+    for size in (result.fastest, result.recommended, result.chosen):
+        assert size is not None
+        assert tried[size].steps > 0
+        assert tried[size].fits(int(limit))
+
+
+def true_maximum(needs: Line, limit: float) -> int:
+    low, high = 0, MAX_SIZE + 1
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if int(needs(middle)) <= limit else (low, middle)
+    return low
+
+
+slopes = st.floats(1e6, 4e9)
+bases = st.floats(1e8, 8e9)
+limits = st.floats(1e9, 150e9)
+
+
+@given(base=bases, slope=slopes, limit=limits, error=st.floats(-0.03, 0.03))
+def test_true_maximum_in_six_trials_when_the_prediction_is_near(
+    base: float, slope: float, limit: float, error: float
+) -> None:
+    device = Device(affine(base, slope), rate=lambda size: 1e5 * size / (size + 20))
+    result = device.search(affine(base * (1 + error), slope * (1 + error)), int(limit))
+    expected = true_maximum(device.needs, int(limit))
+    assert (result.largest or 0) == min(expected, MAX_SIZE)
+    assert len(result.trials) <= 6
+    if 0 < expected < MAX_SIZE:
+        check_border(device, result, limit)
+
+
+@given(
+    base=bases, slope=slopes, limit=limits, factor=st.sampled_from([0.5, 0.7, 0.9, 1.3, 2.0]),
+    offset=st.floats(-0.3, 0.3), physical=st.sampled_from([1.0, 1.18, math.inf]),
+)
+def test_true_maximum_when_the_prediction_is_wrong(
+    base: float, slope: float, limit: float, factor: float, offset: float, physical: float
+) -> None:
+    device = Device(affine(base, slope), physical=limit * physical)
+    result = device.search(affine(base * (1 + offset), slope * factor), int(limit))
+    expected = true_maximum(device.needs, int(limit))
+    assert (result.largest or 0) == expected
+    assert len(result.trials) <= (8 if physical > 1.1 else 16)
+    if expected:
+        check_border(device, result, limit)
+        assert result.bound == "memory"
+
+
+@given(base=bases, slope=slopes, limit=limits, factor=st.sampled_from([0.7, 1.3]))
+def test_six_trials_are_enough_when_the_line_is_wrong_by_a_third(
+    base: float, slope: float, limit: float, factor: float
+) -> None:
+    device = Device(affine(base, slope))
+    result = device.search(affine(base * factor, slope * factor), int(limit))
+    assert (result.largest or 0) == true_maximum(device.needs, int(limit))
+    assert len(result.trials) <= 6
+    device = Device(affine(base, slope))
+    result = device.search(affine(base + 4e8, slope), int(limit))  # another interpreter, say
+    assert len(result.trials) <= 6
+
+
+def test_a_curve_that_no_line_follows_still_ends() -> None:
+    for limit in (1e9, 3e10, 1e12):
+        device = Device(lambda size: 1e8 * 1.01**size)
+        result = device.search(affine(1e8, 1e6), int(limit))
+        check_border(device, result, limit)
+        assert len(result.trials) <= 24
+
+
+@given(base=bases, slope=slopes, limit=limits, step=st.integers(2, 300))
+def test_true_maximum_of_stepwise_memory(
+    base: float, slope: float, limit: float, step: int
+) -> None:
+    device = Device(lambda size: base + slope * step * math.ceil(size / step))
+    result = device.search(affine(base, slope), int(limit))
+    assert (result.largest or 0) == true_maximum(device.needs, int(limit))
+    assert len(result.trials) <= 24
+
+
+@given(slope=st.floats(1e6, 1e9), limit=st.floats(4e9, 100e9), noise=st.floats(0, 0.02),
+       seed=st.integers(0, 99))
+def test_a_border_is_shown_when_memory_is_noisy(
+    slope: float, limit: float, noise: float, seed: int
+) -> None:
+    def needs(size: int) -> float:
+        return (1e9 + slope * size) * (1 + noise * random.Random(seed * 7919 + size).random())
+
+    device = Device(needs)
+    result = device.search(affine(1e9, slope), int(limit))
+    check_border(device, result, limit)
+    assert len(result.trials) <= 24
+
+
+def test_every_limit_of_a_small_device() -> None:
+    for limit in range(1, 60):
+        device = Device(affine(3, 2))
+        result = device.search(affine(2, 2.2), limit)
+        assert result.largest == (true_maximum(device.needs, limit) or None)
+        assert result.chosen is None or result.chosen in device.sizes
+
+
+def test_nothing_fits() -> None:
+    for device in (Device(affine(10, 1)), Device(affine(10, 1), physical=5)):
+        result = device.search(affine(1, 1), 8)
+        assert (result.largest, result.fastest, result.recommended, result.chosen) == (None,) * 4
+        assert min(device.sizes) == 1
+        assert result.bound == "memory"
+
+
+@given(peak=st.integers(3, 9), limit=st.integers(700, 3000))
+def test_fastest_in_the_middle(peak: int, limit: int) -> None:
+    device = Device(affine(0, 1), rate=lambda size: 1000 - 60 * abs(math.log2(size) - peak))
+    result = device.search(affine(0, 1), limit)
+    tried = {t.batch_size: t.tokens_per_second for t in result.trials if t.fits(limit)}
+    assert result.largest == limit
+    best = max(tried.values())
+    assert tried[result.fastest or 0] == best
+    assert result.recommended == min(s for s, rate in tried.items() if rate >= 0.98 * best)
+    if peak >= 8:  # within the trials there are
+        assert result.fastest == 2**peak
+
+
+def test_flat_throughput_recommends_a_small_size() -> None:
+    device = Device(affine(0, 1), rate=lambda size: 1000 - 5 / size)
+    result = device.search(affine(0, 1), 1000)
+    assert result.largest == 1000
+    assert result.recommended == min(t.batch_size for t in result.trials)
+    assert result.recommended <= 128
+
+
+def test_time_and_data_bound_the_search() -> None:
+    device = Device(affine(1e9, 1e6), rate=lambda size: 3000)
+    result = device.search(affine(1e9, 1e6), 20e9, first=8, max_step_seconds=20)
+    assert device.sizes[0] == 8
+    assert result.bound == "time"
+    assert result.largest == max(device.sizes) == 20 * 3000 // 128
+    assert result.predicted_largest == true_maximum(device.needs, 20e9)
+    result = Device(affine(1e9, 1e6)).search(affine(1e9, 1e6), 20e9, largest=77)
+    assert (result.largest, result.bound) == (77, "data")
+    tight = Device(affine(0, 1e9), rate=lambda size: 3000)  # memory ends before time does
+    result = tight.search(affine(0, 1e9), 5.5e9, first=8, max_step_seconds=20)
+    assert (result.largest, result.bound) == (5, "memory")
+
+
+def test_given_sizes_are_tried_and_no_others() -> None:
+    device = Device(affine(0, 1), physical=40)
+    result = device.search(affine(0, 1), 20, sizes=(32, 8, 16, 64, 8))
+    assert device.sizes == [32, 8, 16, 64]
+    assert (result.largest, result.bound) == (16, "list")
+
+
+def test_target_that_fits_is_the_only_trial() -> None:
+    device = Device(affine(0, 1))
+    result = device.search(affine(0, 1), 40, target=32, keep=32)
+    assert device.sizes == [32]
+    assert (result.chosen, result.accumulation) == (32, 1)
+
+
+@given(target=st.integers(2, 3000), limit=st.integers(1, 2999), accumulation=st.integers(1, 9))
+def test_target_that_does_not_fit_keeps_the_product(
+    target: int, limit: int, accumulation: int
+) -> None:
+    device = Device(affine(0, 1))
+    limit = min(limit, target - 1)
+    result = device.search(affine(0, 1.02), limit, target=target, keep=target * accumulation)
+    assert result.largest == limit
+    assert result.chosen in device.sizes
+    assert result.chosen * (result.accumulation or 0) == target * accumulation
+
+
+@given(product=st.integers(1, 10**6), preferred=st.integers(1, 5000), more=st.integers(0, 5000))
+def test_split_is_exact_and_within_the_largest(product: int, preferred: int, more: int) -> None:
+    size, accumulation = split_sequences(product, preferred, preferred + more)
+    assert size * accumulation == product
+    assert size <= preferred + more
+
+
+def test_split_prefers_what_is_near() -> None:
+    assert split_sequences(480, 100, 200) == (96, 5)
+    assert split_sequences(302, 100, 300) == (151, 2)
+    assert split_sequences(7, 4, 6) == (1, 7)
+
+
+# ---- real trials --------------------------------------------------------------------------------
+
+
+def build_order(tmp_path: Path, **flags: Any) -> Order:
+    values = {
+        "model_size": "custom", "n_layers": 2, "n_heads": 2, "n_embeddings": 32,
+        "context_length": 32, "device": "cpu", "mixed_precision": False,
+    } | flags
+    config = build_config(values, dict.fromkeys(values, "the command line"))
+    return Order(config, config.model.resolve(50257), None, tmp_path / "trial")
+
+
+@pytest.fixture(autouse=True)
+def few_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(trials, "TIMED_STEPS", 2)
+
+
+def test_a_trial_runs_every_phase(tmp_path: Path) -> None:
+    order = build_order(tmp_path, batch_size=4, gradient_accumulation_steps=2)
+    order.folder.mkdir()
+    trial = trials.measure(order)
+    assert list(trial.phases) == ["training step", "evaluation", "generation", "save", "resume"]
+    assert trial.steps == 3
+    assert trial.failure == ""
+    assert trial.peak_bytes == max(trial.phases.values()) > 10e6
+    assert trial.needed_bytes > trial.peak_bytes
+    assert trial.tokens_per_second == pytest.approx(4 * 2 * 32 / trial.step_seconds)
+
+
+def test_out_of_memory_is_a_result_and_names_the_phase(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def exhaust(*_: Any) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB.")
+
+    order = build_order(tmp_path, batch_size=2)
+    order.folder.mkdir()
+    monkeypatch.setattr(trials.Trainer, "evaluate", exhaust)
+    trial = trials.measure(order)
+    assert trial.failure.startswith("out of memory in the evaluation: CUDA out of memory. Tried")
+    assert not trial.fits(2**60)
+    monkeypatch.setattr(trials.Trainer, "evaluate", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        trials.measure(order)
+
+
+def list_children() -> list[int]:
+    """Living children, but for the tracker that multiprocessing keeps to its end."""
+    return [p.pid for p in psutil.Process().children(recursive=True)
+            if "resource_tracker" not in " ".join(p.cmdline())]
+
+
+def test_killed_and_greedy_children_do_not_fit(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = list_children()
+    order = build_order(tmp_path)
+    with StopFlag() as stop:
+        greedy = run_trial(order, 50_000_000, stop)  # less than an interpreter with torch takes
+        assert "all the memory there was" in greedy.failure
+        monkeypatch.setattr(trials, "run_in_child", _die)
+        killed = run_trial(order, GIB * 64, stop)
+        assert "signal 9" in killed.failure
+        assert killed.steps == greedy.steps == 0
+        assert not killed.fits(2**60)
+        monkeypatch.setattr(trials, "run_in_child", _answer_with_error)
+        with pytest.raises(PreflightError) as caught:
+            run_trial(order, GIB * 64, stop)
+        assert caught.value.code == ExitCode.STORAGE
+        monkeypatch.setattr(trials, "run_in_child", _leave)
+        with pytest.raises(PreflightError) as caught:
+            run_trial(order, GIB * 64, stop)
+        assert caught.value.code == ExitCode.WORKER_LOST
+        stop.received = signal.SIGTERM
+        with pytest.raises(PreflightError) as caught:
+            run_trial(order, GIB * 64, stop)
+        assert caught.value.code == ExitCode.SIGTERM
+    assert list_children() == before
+    assert not order.folder.exists()
+
+
+def _die(order: Order, answer: Any) -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def _leave(order: Order, answer: Any) -> None:
+    os._exit(3)
+
+
+def _answer_with_error(order: Order, answer: Any) -> None:
+    answer.send((ExitCode.STORAGE, ["cannot write"]))
+
+
+def _sleep_in_folder(order: Order, answer: Any) -> None:
+    trials._end_with_parent(order.folder)
+    (order.folder / "started").touch()
+    time.sleep(60)
+
+
+if __name__ == "__main__":  # the parent of the test below
+    trials.run_in_child = _sleep_in_folder
+    with StopFlag() as flag:
+        run_trial(build_order(Path(sys.argv[1])), GIB * 64, flag)
+
+
+def test_a_killed_parent_leaves_nothing(tmp_path: Path) -> None:
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join((str(ROOT), str(ROOT / "tests")))}
+    parent = subprocess.Popen([sys.executable, __file__, str(tmp_path)], env=environment)
+    started = tmp_path / "trial" / "started"
+    deadline = time.monotonic() + 60
+    while not started.exists() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert started.exists()
+    family = psutil.Process(parent.pid).children(recursive=True)
+    assert family
+    parent.kill()
+    parent.wait()
+    _, alive = psutil.wait_procs(family, timeout=20)
+    assert [p for p in alive if p.status() != psutil.STATUS_ZOMBIE] == []
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_given_sizes_on_the_command_line_then_train(
+    preflight: CommandRunner, tmp_path: Path, tiny_text: Path
+) -> None:
+    result = preflight("--get-optimal-bs", *TINY_FLAGS, "--test-batch-sizes", "4", "2", "--json",
+                       "--tokens-per-step", "256")
+    assert result.returncode == 0, result.stderr
+    report = json.loads(result.stdout)
+    assert report == json.loads((tmp_path / "training_output/batch_size_report.json").read_text())
+    assert [t["batch_size"] for t in report["trials"]][:2] == [4, 2]
+    assert all(t["steps"] > 0 and t["fits"] and t["micro_steps"] == 2 for t in report["trials"])
+    assert report["largest"] == 4
+    assert report["chosen"] * report["accumulation"] * 32 == 256
+    assert sorted(p.name for p in (tmp_path / "training_output").iterdir()) == [
+        ".lock", "batch_size_report.json"]
+    trained = preflight("--train", *TINY_FLAGS, *report["flags"].split(), "--max-steps", "2",
+                        "--text-file", str(tiny_text))
+    assert trained.returncode == 0, trained.stderr
+    assert "2 steps of 256 tokens" in trained.stderr
+
+
+def run_in_process(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, device: Device, limit: int, **flags: Any
+) -> int:
+    """The whole mode with a simulated device."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(batch_size, "run_trial",
+                        lambda order, *_: device.probe(order.config.training.batch_size))
+    monkeypatch.setattr(batch_size, "measure_limit", lambda runtime, margin: (limit, limit))
+    values = {"model_size": "nano", "device": "cpu", "mixed_precision": False} | flags
+    return batch_size.run_search(build_config(values, dict.fromkeys(values, "the command line")))
+
+
+def test_the_table_the_flags_and_the_exit_codes(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def run(limit: int, rate: float = 1e6, **flags: Any) -> int:
+        device = Device(affine(450e6, 5e6), rate=lambda size: rate * size / (size + 9))
+        return run_in_process(monkeypatch, tmp_path, device, limit, **flags)
+
+    assert run(10**9, tokens_per_step=128 * 480) == ExitCode.DONE
+    told = capsys.readouterr().out
+    assert "largest that fits: 110 (the next size was tried and does not)" in told
+    assert "96 x 5 x 128 = 61,440 tokens per step\n" in told
+    assert told.endswith("python main.py --train --model-size nano --device cpu "
+                         "--no-mixed-precision --batch-size 96 --gradient-accumulation-steps 5\n")
+    assert run(10**9, tokens_per_step=1000) == ExitCode.DONE
+    assert "= 1,024 tokens per step, the nearest to 1,000" in capsys.readouterr().out
+    assert run(10**9, target_batch_size=110) == ExitCode.DONE
+    assert "batch size 110 fits" in capsys.readouterr().out
+    assert run(10**9, target_batch_size=128) == ExitCode.CHECK_FAILED
+    told = capsys.readouterr().out
+    assert "batch size 128 does not fit; largest that fits: 110" in told
+    assert told.endswith("--batch-size 64 --gradient-accumulation-steps 2\n")
+    assert run(10**9, rate=1000.0) == ExitCode.DONE
+    assert "a step would take over 20 s; predicted to fit up to 110" in capsys.readouterr().out
+
+
+def test_nothing_fits_says_what_would_help(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    with pytest.raises(PreflightError) as caught:
+        run_in_process(monkeypatch, tmp_path, Device(affine(450e6, 5e6)), 10**8)
+    assert caught.value.code == ExitCode.OUT_OF_MEMORY
+    assert "--context-length 64 saves" in str(caught.value)
+    assert "--mixed-precision" in str(caught.value)
+    assert len(caught.value.lines) <= 5
+    report = json.loads((tmp_path / "training_output/batch_size_report.json").read_text())
+    assert report["chosen"] is None
