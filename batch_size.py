@@ -193,17 +193,16 @@ class _Search:
 
     def _choose_next(self, low: int, high: int, tried: bool, surprises: int) -> int:
         """A size strictly between `low` and `high`: where the corrected line meets the limit."""
-        guess = self.guess(low, high)
+        guess, half = self.guess(low, high), max(1, (high - low) // 2)
         # Where the line has been wrong again and again, longer and longer strides.
-        stride = min(1 << max(0, surprises - 1), max(1, (high - low) // 2))
+        stride = min(1 << max(0, surprises - 1), half)
         if tried and len(self.trials) >= 2 * USUAL_TRIALS:
-            size = (low + high) // 2
+            size = low + half
         elif guess <= low:
             size = low + stride
         elif tried and guess >= high - 1:
             # It failed against the line: by how much is known only if it got through.
-            blind = bool(self.trials[high].failure)
-            size = low + max(1, (high - low) * 3 // 4) if blind else high - stride
+            size = low + half if self.trials[high].failure else high - stride
         else:
             size = guess
         return min(max(size, low + 1), high - 1)
@@ -516,11 +515,12 @@ class _Mode:
             half, training, **self.options()).needed_bytes
         names = list(MODEL_PRESETS)
         name = self.config.model.model_size
-        smaller = names[names.index(name) - 1] if name in names[1:] else "nano"
+        smaller = (f"--model-size {names[names.index(name) - 1]}" if name in names[1:] else
+                   "--n-layers, --n-embeddings")
         ways = [f"{flag} saves {format_bytes(size)}" for flag, size in saved.items() if size > 0]
         return PreflightError(
             ExitCode.OUT_OF_MEMORY,
             f"no batch size fits into {format_bytes(self.limit_bytes)}: one sequence is predicted "
             f"to need {format_bytes(self.predict(1))}",
-            "; ".join([*ways, f"or a smaller model: --model-size {smaller}"]),
+            "; ".join([*ways, f"or a smaller model: {smaller}"]),
             "every trial ran in a process of its own: nothing stays behind")

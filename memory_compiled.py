@@ -129,6 +129,7 @@ def capture_graphs(
     Raises:
         RuntimeError: the model does not make one graph of each.
     """
+    # Imported here: the compiler takes a second to load, and few runs compile.
     from functorch.compile import make_boxed_func, min_cut_rematerialization_partition
     from torch._dynamo.backends.common import aot_autograd
     from torch._inductor.decomposition import select_decomp_table

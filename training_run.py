@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import re
 import time
 from collections import deque
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
-from sampling import generate_text
 from tqdm import tqdm
 
 import checkpoint as checkpoints
@@ -25,6 +26,7 @@ from config import (
     describe_choices,
     model_config_from_dict,
 )
+from memory import CUDA_CONTEXT_BYTES, MemoryEstimate, build_batch_curve, estimate_savings
 from metrics import (
     CURVE_NAME,
     METRICS_NAME,
@@ -35,6 +37,7 @@ from metrics import (
 )
 from prepare import DataFolder, prepare_data
 from runtime import Runtime, build_runtime, is_out_of_memory, is_progress_shown
+from sampling import generate_text
 from signals import StopFlag
 from storage import FolderLock, check_writable, format_bytes
 from tokenizer import Tokenizer, load_tokenizer
@@ -519,17 +522,76 @@ class TrainingRun:
         return self._saved.path if self._saved else getattr(self, "_origin_path", "nothing yet")
 
     def _explain_out_of_memory(self, error: BaseException) -> PreflightError:
-        batch = self.config.training.batch_size
-        accumulation = self.config.training.gradient_accumulation_steps
-        checkpointing = self.config.system.gradient_checkpointing
+        """What was tried, what to set to keep the tokens per step, and what is safe."""
+        training, checkpointing = self.config.training, self.config.system.gradient_checkpointing
+        options: dict[str, Any] = {
+            "dtype": self.runtime.dtype, "compile_model": self.runtime.compile_model,
+            "device_type": "cuda" if self.runtime.device.type == "cuda" else "cpu",
+            "gradient_checkpointing": checkpointing,
+        }
+        batch, n_sequences = training.batch_size, self.plan.samples_per_step
         lines = [
             f"out of memory with {batch} sequences of {self.model_config.context_length} tokens: "
-            + str(error).strip().splitlines()[0][:150],
+            + _describe_shortage(error, self.runtime),
         ]
-        if batch > 1:
-            lines.append(f"try --batch-size {batch // 2} --gradient-accumulation-steps "
-                         f"{accumulation * 2}: the same update in half the activation memory")
+        size = self._find_fitting_batch(options)
+        if size:
+            lines.append(f"try --batch-size {size} --gradient-accumulation-steps "
+                         f"{n_sequences // size}: the same update, {n_sequences} sequences, in "
+                         "less memory")
+        saved = 0 if checkpointing else estimate_savings(
+            self.model_config, training, **options).get("--gradient-checkpointing", 0)
         if not checkpointing:
-            lines.append("--gradient-checkpointing keeps one activation a block instead of all")
+            lines.append(f"--gradient-checkpointing would save {format_bytes(saved)}" if saved else
+                         "--gradient-checkpointing would save nothing here: the peak is elsewhere")
         lines.append(f"last checkpoint, safe: {self._newest_path()}")
         return PreflightError(ExitCode.OUT_OF_MEMORY, *lines)
+
+    def _find_fitting_batch(self, options: dict[str, Any]) -> int | None:
+        """The largest micro-batch below the present one that divides the update and should fit."""
+        training, on_cuda = self.config.training, options["device_type"] == "cuda"
+        two_steps = dataclasses.replace(training, gradient_accumulation_steps=2)
+        now = build_batch_curve(self.model_config, training, **options)
+        later = build_batch_curve(self.model_config, two_steps, **options)
+
+        def needed(estimate: MemoryEstimate) -> int:
+            return estimate.needed_bytes if on_cuda else estimate.host_bytes
+
+        limit = _measure_reachable_bytes(self.runtime)
+        below = training.batch_size
+        if needed(now(below)) <= limit:
+            below = below // 2 + 1  # the prediction says that it fits: trust it by half
+        sizes = (n for n in range(below - 1, 0, -1) if self.plan.samples_per_step % n == 0)
+        return next((n for n in sizes if n == 1 or needed(later(n)) <= limit), None)
+
+
+def _measure_reachable_bytes(runtime: Runtime) -> int:
+    """Memory that this process could have: what it holds, and what is free."""
+    if runtime.device.type == "cuda":
+        return torch.cuda.get_device_properties(runtime.device).total_memory - max(
+            0, _count_foreign_bytes(runtime))
+    return psutil.virtual_memory().available + psutil.Process().memory_info().rss
+
+
+def _count_foreign_bytes(runtime: Runtime) -> int:
+    """On the card, beside our allocator and a context of ours."""
+    free, total = torch.cuda.mem_get_info(runtime.device)
+    return total - free - torch.cuda.memory_reserved(runtime.device) - CUDA_CONTEXT_BYTES
+
+
+def _describe_shortage(error: BaseException, runtime: Runtime) -> str:
+    """Torch's message in few words: what was tried and what was free."""
+    text = " ".join(str(error).split())
+    tried = re.search(r"tried to allocate ([\d.]+ ?(?:[KMGT]iB|bytes))", text, re.IGNORECASE)
+    free = re.search(r"of which ([\d.]+ (?:[KMGT]iB|bytes)) is free", text)
+    if not tried:
+        return text[:150] or "there is none left"
+    amount = tried[1]
+    if amount.endswith("bytes"):
+        amount = format_bytes(int(float(amount.removesuffix("bytes"))))
+    if free:
+        return f"tried to allocate {amount}, {free[1]} were free"
+    if runtime.device.type != "cuda":
+        available = format_bytes(psutil.virtual_memory().available)
+        return f"tried to allocate {amount}, {available} are available"
+    return f"tried to allocate {amount}"

@@ -536,14 +536,15 @@ def check_mixed_precision(subject: Subject) -> str:
     # The scaler begins too high on purpose; a thousand is where it is after its first steps.
     factor = 1024.0 if trainer.runtime.needs_scaler else 1.0
     (loss * factor).backward()
+    rounded = float(loss.detach())
     wrong = _find_wrong_gradients(trainer.model, scaled=True)
     trainer.model.zero_grad(set_to_none=True)
     with torch.no_grad():
         exact = float(subject.compute_loss())
-    if wrong or not abs(float(loss) - exact) <= 0.05 * max(1.0, exact):
-        what = wrong[0] if wrong else f"the loss is {float(loss):.3f}, in float32 {exact:.3f}"
+    if wrong or not abs(rounded - exact) <= 0.05 * max(1.0, exact):
+        what = wrong[0] if wrong else f"the loss is {rounded:.3f}, in float32 {exact:.3f}"
         raise Fault((f"{name}: {what}", "--no-mixed-precision computes in float32"))
-    return f"{name}: loss {float(loss):.3f}, in float32 {exact:.3f}, gradients finite"
+    return f"{name}: loss {rounded:.3f}, in float32 {exact:.3f}, gradients finite"
 
 
 # Name, function, and the checks without which it cannot say anything.

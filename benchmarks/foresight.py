@@ -30,8 +30,12 @@ sys.path.insert(0, str(ROOT))
 
 from config import RunConfig, build_config  # noqa: E402
 from memory import estimate_memory  # noqa: E402
-from performance import estimate_cost, estimate_run_time, measure_cost  # noqa: E402
-from performance import measure_product_flops  # noqa: E402
+from performance import (  # noqa: E402
+    estimate_cost,
+    estimate_run_time,
+    measure_cost,
+    measure_product_flops,
+)
 from prepare import prepare_data  # noqa: E402
 from runtime import build_runtime, describe_device  # noqa: E402
 from tokenizer import load_tokenizer  # noqa: E402
@@ -93,7 +97,8 @@ def run_one(flags: dict[str, Any], data_dir: str, seconds: float) -> dict[str, A
         config = shorten(config, max(4, round(seconds / cost.step_seconds)))
         plan = build_plan(config.training, config.control, model.context_length, *windows)
         expected = estimate_run_time(cost, plan, config.control).total_seconds
-        torch._dynamo.reset()
+        if runtime.compile_model:
+            torch._dynamo.reset()
         gc.collect()
         if runtime.device.type == "cuda":
             torch.cuda.empty_cache()
@@ -134,16 +139,18 @@ def run_all(given: argparse.Namespace) -> list[dict[str, Any]]:
                    "seconds": given.seconds}
             if given.smoke:
                 one["flags"] = flags | {"device": "cpu"}
-            rows.append(start_one(one, left))
+            rows.append(start_one(one, left, "1" if given.smoke else None))
             print(f"{number:>2} {describe(flags)}: {time.monotonic() - began:.0f} s so far",
                   file=sys.stderr)
     return rows
 
 
-def start_one(one: dict[str, Any], timeout: float) -> dict[str, Any]:
+def start_one(one: dict[str, Any], timeout: float, threads: str | None) -> dict[str, Any]:
     """The row that a process of its own makes; an error instead of one that fails."""
     # Both compilations, the timed one and the run's, are then made from nothing.
     environment = os.environ | {"TORCHINDUCTOR_FORCE_DISABLE_CACHES": "1"}
+    if threads:  # tiny shapes gain nothing from a second one, and wait for it on a busy machine
+        environment["OMP_NUM_THREADS"] = threads
     try:
         done = subprocess.run([sys.executable, __file__, "--one", json.dumps(one)], timeout=timeout,
                               capture_output=True, text=True, check=False, env=environment)

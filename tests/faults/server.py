@@ -1,0 +1,81 @@
+"""A process that has loaded everything once and forks for each case: start-up without its cost.
+
+One JSON object a line on stdin, one on stdout: ``start`` forks and answers with the process id,
+``wait`` answers with its wait status, or null when it outlives the time given. It never computes
+anything itself: torch's threads do not survive a fork.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import os
+import signal
+import sys
+import time
+import traceback
+from typing import Any, NoReturn
+
+from faults import drivers
+
+
+def run_case(job: dict[str, Any]) -> NoReturn:
+    """In the forked process: the streams, then the driver; its result is the exit code."""
+    code = 99
+    try:
+        os.chdir(job["cwd"])
+        for number, path in ((0, os.devnull), (1, job["stdout"]), (2, job["stderr"])):
+            flags = os.O_RDONLY if number == 0 else os.O_WRONLY | os.O_CREAT | os.O_APPEND
+            descriptor = os.open(path, flags, 0o644)
+            os.dup2(descriptor, number)
+            os.close(descriptor)
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, signal.default_int_handler if number == signal.SIGINT
+                          else signal.SIG_DFL)
+        drivers.lighten()
+        for name in job.get("breaks", ()):
+            drivers.BREAKS[name]()
+        if job.get("stopped"):  # until a tracer has come
+            os.kill(os.getpid(), signal.SIGSTOP)
+        code = int(drivers.DRIVERS[job["driver"]](*job["arguments"]))
+        sys.stdout.flush()
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        os._exit(code)
+
+
+def wait_for(pid: int, seconds: float) -> int | None:
+    """The wait status of a child, None when it still runs after `seconds`."""
+    deadline, pause = time.monotonic() + seconds, 0.001
+    while True:
+        done, status = os.waitpid(pid, os.WNOHANG)
+        if done:
+            return status
+        if time.monotonic() > deadline:
+            return None
+        time.sleep(pause)
+        pause = min(pause * 1.2, 0.02)
+
+
+def serve() -> None:
+    """Answer until stdin ends."""
+    drivers.build_byte_tokenizer().fingerprint  # noqa: B018
+    gc.freeze()
+    replies = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)
+    print(json.dumps({"ready": True}), file=replies, flush=True)
+    for line in sys.stdin:
+        job = json.loads(line)
+        if "start" in job:
+            pid = os.fork()
+            if pid == 0:
+                run_case(job["start"])
+            reply: Any = pid
+        else:
+            reply = wait_for(*job["wait"])
+        print(json.dumps(reply), file=replies, flush=True)
+
+
+if __name__ == "__main__":
+    serve()
