@@ -31,8 +31,8 @@ from config import (
     build_options,
 )
 from memory import MemoryEstimate, build_batch_curve, estimate_memory, estimate_savings
-from prepare import METADATA_NAME, DataFolder, load_data_folder
 from runtime import Runtime, describe_device
+from shards import METADATA_NAME, DataFolder, load_data_folder
 from signals import StopFlag
 from storage import FolderLock, format_bytes
 from tokenizer import Tokenizer, load_tokenizer

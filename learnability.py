@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from config import MODEL_PRESETS, ModelConfig, ModelSettings, RunConfig
-from prepare import DataFolder, Split
+from shards import DataFolder, Split
 from tokenizer import Tokenizer
 from trainer import TrainingPlan
 from transformer_model import count_parameters

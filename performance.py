@@ -27,12 +27,12 @@ from checkpoint import save_checkpoint
 from config import ControlSettings, ModelConfig, RunConfig, SamplingConfig, TrainingSettings
 from hardware import Card
 from memory import estimate_checkpoint_bytes
-from prepare import DataFolder
 from runtime import Runtime
 from sampling import generate_text
+from shards import DataFolder
 from storage import TEMPORARY_PREFIX
 from tokenizer import Tokenizer
-from train_utils import BatchLoader, iterate_windows
+from train_utils import BatchLoader, count_windows, iterate_windows
 from trainer import Trainer, TrainingPlan
 from training_run import CURVE_EVERY_SECONDS, SAMPLE_TOKENS
 from transformer_model import count_parameters, estimate_flops_per_token
@@ -369,18 +369,20 @@ def _measure_evaluation(
     rows = trainer.training.batch_size
     whole = (load.sequences, load.tokens) == (rows, config.context_length)
     n_windows = min(plan.eval_windows, 4 * rows) if whole else rows
-    share = dataclasses.replace(load, micro_steps=1).count_flops(config) / _Load(
-        1, rows, config.context_length).count_flops(config)
-    seconds, count = 0.0, 0
+    n_windows = min(n_windows, count_windows(data.val.n_tokens, config.context_length))
+    seconds = 0.0
     for _ in range(2 if whole else 1):  # the first pass warms up
-        batches = [load.cut(batch) for batch in iterate_windows(
+        batches = (load.cut(batch) for batch in iterate_windows(
             data, "val", batch_size=rows, context_length=config.context_length,
-            n_windows=n_windows, device=trainer.runtime.device)]
-        count = sum(len(inputs) for inputs, _ in batches)
+            n_windows=n_windows, device=trainer.runtime.device))
         began = time.perf_counter()
         trainer.evaluate(batches, 1.0)
         seconds = time.perf_counter() - began
-    return seconds / count if whole else seconds / share / rows
+    if whole:
+        return seconds / n_windows
+    part, window = (_Load(1, min(load.sequences, n_windows), load.tokens),
+                    _Load(1, 1, config.context_length))
+    return seconds * window.count_flops(config) / part.count_flops(config)
 
 
 def _measure_sample(trainer: Trainer, tokenizer: Tokenizer) -> float:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import datetime
 import json
-import math
 import os
 import platform
 import sys
@@ -45,7 +44,7 @@ from performance import (
     measure_cost,
     measure_product_flops,
 )
-from prepare import DataFolder, prepare_data
+from prepare import prepare_data
 from runtime import (
     MIN_STEPS_TO_COMPILE,
     Runtime,
@@ -53,6 +52,7 @@ from runtime import (
     has_fast_bf16,
     is_out_of_memory,
 )
+from shards import DataFolder
 from signals import StopFlag
 from storage import check_writable, format_bytes, free_bytes, write_json
 from tokenizer import Tokenizer, load_tokenizer
@@ -439,7 +439,7 @@ class _Gatherer:
             self._suggest_fit()))
 
     def _suggest_fit(self) -> str:
-        """The largest batch that fits and the accumulation that keeps the update."""
+        """The largest batch that fits and divides the update, and the accumulation it needs."""
         assert self.target is not None
         assert self.model_config is not None
         training, limit = self.config.training, self.target.limit_bytes
@@ -458,9 +458,10 @@ class _Gatherer:
                 fits = judge_fit(self._needed_bytes(curve(middle)), limit) == "fits"
                 low, high = (middle, high) if fits else (low, middle)
             if low:
+                size = max(n for n in range(1, low + 1) if samples % n == 0)
                 flags = "--gradient-checkpointing " * checkpointing
-                return (f"{flags}--batch-size {low} "
-                        f"--gradient-accumulation-steps {math.ceil(samples / low)} fits")
+                return (f"{flags}--batch-size {size} "
+                        f"--gradient-accumulation-steps {samples // size} fits")
         return "a smaller --model-size or --context-length; no batch size fits"
 
     def _check_host(self, rows: dict[str, Any]) -> None:

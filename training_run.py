@@ -35,9 +35,10 @@ from metrics import (
     read_metrics,
     save_loss_curve,
 )
-from prepare import DataFolder, prepare_data
+from prepare import prepare_data
 from runtime import Runtime, build_runtime, is_out_of_memory, is_progress_shown
 from sampling import generate_text
+from shards import DataFolder
 from signals import StopFlag
 from storage import FolderLock, check_writable, format_bytes
 from tokenizer import Tokenizer, load_tokenizer

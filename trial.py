@@ -41,9 +41,9 @@ from config import (
     SamplingConfig,
     TrainingSettings,
 )
-from prepare import DataFolder
 from runtime import Runtime, build_runtime, is_out_of_memory
 from sampling import generate_text
+from shards import DataFolder
 from signals import StopFlag
 from tokenizer import load_tokenizer
 from train_utils import BatchLoader, count_windows, iterate_windows

@@ -21,7 +21,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-import prepare
+import shards
 import training_run
 from checkpoint import load_training_state, load_weights, save_checkpoint, verify_checkpoint
 from config import (
@@ -33,9 +33,10 @@ from config import (
     SamplingConfig,
 )
 from performance import estimate_disk_bytes
-from prepare import DataFolder, prepare_data
+from prepare import prepare_data
 from runtime import Runtime, build_runtime, has_fast_bf16, is_out_of_memory
 from sampling import generate_text
+from shards import DataFolder
 from signals import StopFlag
 from storage import TEMPORARY_PREFIX, check_writable, format_bytes, free_bytes
 from tokenizer import Tokenizer, load_tokenizer
@@ -354,14 +355,14 @@ def _find_data_faults(subject: Subject, error: PreflightError) -> list[tuple[str
     if subject.config.data.text_file or subject.tokenizer is None:
         return faults  # the text was at fault, or the building: not what lay there before
     with contextlib.suppress(PreflightError):
-        metadata = prepare._read_metadata(data_dir)
+        metadata = shards.read_metadata(data_dir)
         for part in ("train", "val"):
             for entry in metadata[part]["shards"]:
                 path = data_dir / part / entry["name"]
                 _try(faults, functools.partial(
-                    prepare._verify_shard, path, entry, subject.tokenizer))
+                    shards.verify_shard, path, entry, subject.tokenizer))
             _try(faults, functools.partial(
-                prepare._check_long_enough, metadata[part], part, subject.context_length))
+                shards.check_long_enough, metadata[part], part, subject.context_length))
     return list(dict.fromkeys(faults))
 
 

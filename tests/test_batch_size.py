@@ -17,7 +17,6 @@ from typing import Any
 import psutil
 import pytest
 import torch
-from conftest import ROOT, TINY_FLAGS, CommandRunner
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -25,6 +24,7 @@ import batch_size
 import trial as trials
 from batch_size import MAX_SIZE, SearchResult, search, split_sequences
 from config import ExitCode, PreflightError, build_config
+from conftest import ROOT, TINY_FLAGS, CommandRunner
 from signals import StopFlag
 from trial import Order, Trial, run_trial
 
@@ -268,8 +268,10 @@ def build_order(tmp_path: Path, **flags: Any) -> Order:
 
 
 @pytest.fixture(autouse=True)
-def few_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+def short_trials(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(trials, "TIMED_STEPS", 2)
+    # Threads that wait for each other crawl where other processes run beside them.
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
 
 
 def test_a_trial_runs_every_phase(tmp_path: Path) -> None:

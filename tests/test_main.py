@@ -8,9 +8,9 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, CommandRunner
 
 from config import build_options
+from conftest import ROOT, CommandRunner
 
 
 def test_help_lists_every_flag_and_loads_no_torch(preflight: CommandRunner) -> None:
@@ -100,12 +100,15 @@ def test_flags_win_over_the_file() -> None:
 LAYERS = [
     {"config"},
     {"hardware", "storage", "tokenizer", "signals"},
-    {"metrics", "runtime", "prepare", "transformer_model"},
-    {"train_utils", "sampling", "checkpoint"},
-    {"trainer"},
+    {"metrics", "runtime", "shards", "sources", "transformer_model"},
+    {"blocks", "train_utils", "sampling", "checkpoint"},
+    {"prepare", "trainer"},
+    {"memory_compiled"},
+    {"memory_trace"},
     {"memory"},
-    {"training_run"},
-    {"batch_size", "system_check", "generate"},
+    {"training_run", "trial", "learnability"},
+    {"performance", "generate", "batch_size"},
+    {"system_check", "validation"},
     {"main"},
 ]
 

@@ -1,8 +1,8 @@
-"""Preparation: ids exactly those of one piece, faults in text and folders, interrupted builds."""
+"""Preparation: documents, faults in text and folders, reuse and rebuild, interrupted builds."""
 
 from __future__ import annotations
 
-import functools
+import dataclasses
 import hashlib
 import json
 import os
@@ -21,57 +21,22 @@ from typing import Any
 
 import numpy as np
 import pytest
-import regex
-import tiktoken
-from hypothesis import example, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiktoken import _educational
-from tiktoken_ext import openai_public
+from test_blocks import TEXTS, build_tokenizer
 
 import prepare
+import sources
+from blocks import Encoders
 from config import DataSettings, ExitCode, PreflightError
-from prepare import DataFolder, encode_run, load_data_folder, prepare_data
+from prepare import prepare_data
+from shards import DataFolder, load_data_folder
 from signals import StopFlag
+from storage import FolderLock
 from tokenizer import Tokenizer, load_tokenizer
 
 ROOT = Path(__file__).parent.parent
 GPT2 = load_tokenizer("gpt2")
-
-
-# What the texts below are made of, beside words: runs that no pattern cuts, or all cut differently.
-UNITS = ["a", "A", "ab", "Ab", "^", "1", " ", "\n", "\r\n", "\r", "\t ", " \n", "\u6f22", "\u6f22A",
-         "\u3002", "\U0001f600", "'", "'s", "/", "\n/", "\u0301", "\xa0", "\u3000", "x'll", "\x1c",
-         "\u0130", "=-", "\ufeff", "\0", "<|endoftext|>"]
-
-
-@functools.cache
-def build_dense_ranks() -> dict[bytes, int]:
-    """Merges trained on mixtures of all units, whatever the classes: a wrong cut shows in the ids.
-
-    GPT-2's own ranks would hide it: they merge hardly any of the runs in question.
-    """
-    draw = random.Random(0)
-    text = "".join(draw.choice(UNITS) * draw.randrange(1, 5) for _ in range(1500))
-    return _educational.bpe_train(text, 256 + 350, r"(?s).+", visualise=None)
-
-
-@functools.cache
-def build_tokenizer(name: str, dense: bool = False) -> Tokenizer:
-    """gpt2's, cl100k's or o200k's split pattern, over GPT-2's ranks or dense ones: offline."""
-    original = openai_public.load_tiktoken_bpe
-    openai_public.load_tiktoken_bpe = lambda *args, **kwargs: {}  # type: ignore[assignment]
-    try:
-        pattern = openai_public.r50k_pat_str if name == "gpt2" else (
-            getattr(openai_public, name)()["pat_str"])
-    finally:
-        openai_public.load_tiktoken_bpe = original
-    ranks = build_dense_ranks() if dense else GPT2.encoding._mergeable_ranks
-    encoding = tiktoken.Encoding(f"test_{name}", pat_str=pattern, mergeable_ranks=ranks,
-                                 special_tokens={"<|endoftext|>": 50256})
-    return Tokenizer(encoding)
-
-
-PATTERNS = ("gpt2", "cl100k_base", "o200k_base")
 
 
 def build(
@@ -87,7 +52,7 @@ def build(
         names.append(str(path))
     values = {"data_dir": str(tmp_path / "data"), "shard_size": 1024, **values}
     data_settings = DataSettings(text_file=tuple(names), **values)
-    return prepare._prepare(data_settings, tokenizer, 1, None, block_bytes, n_workers)
+    return prepare_data(data_settings, tokenizer, 1, block_bytes=block_bytes, n_workers=n_workers)
 
 
 def read_ids(data: DataFolder, split: str) -> list[int]:
@@ -115,77 +80,7 @@ def hash_tree(folder: Path) -> dict[str, str]:
     }
 
 
-# ---- exactness ----------------------------------------------------------------------------------
-
-RUNS = st.builds(
-    lambda unit, count: unit * count,
-    st.sampled_from(UNITS),
-    st.integers(1, 90),
-)
-WORDS = st.sampled_from(["the ", "we'll", " I'M", "don't ", "\n\n", "  ", "x = 1\n", "12345",
-                         "3.14",
-                         "\u4f60\u597d\u3002", "\u0e2a\u0e27\u0e31\u0e2a\u0e14\u0e35", "caf\xe9 ",
-                         "\u043f\u0440\u0438\u0432\u0435\u0442", "://", "\r\n", "HTTPServer"])
-TEXTS = st.lists(st.one_of(RUNS, WORDS, st.text(max_size=12)), min_size=1, max_size=12).map("".join)
-
-
-def cut_and_encode(text: str, tokenizer: Tokenizer, block_bytes: int) -> list[int]:
-    """What the builder does with one document, without files."""
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "text"
-        path.write_bytes(text.encode())
-        with open(path, "rb") as file:
-            source = prepare.Source("x", path, 0, "", (), None)  # type: ignore[arg-type]
-            document = prepare._Document(source, 0, path.stat().st_size)
-            ids: list[int] = []
-            for _, data, _, _ in prepare._cut_document(document, file, 0, block_bytes):
-                if isinstance(data, str):
-                    for part in encode_run(tokenizer.encoding, data, window_bytes=128):
-                        ids += part.tolist()
-                else:
-                    assert len(data) <= block_bytes + 16
-                    ids += prepare.encode_block(tokenizer.encoding, data.decode()).tolist()
-    return ids
-
-
-@pytest.mark.parametrize("dense", [False, True])
-@pytest.mark.parametrize("name", PATTERNS)
-@given(text=TEXTS, block_bytes=st.integers(16, 200))
-@example(text="\u6f22" * 30 + "A" * 200 + "b", block_bytes=64)
-@example(text="x" * 70 + " " * 90 + "\n" * 40 + "y", block_bytes=64)
-@example(text="x" + ".\n/" * 60, block_bytes=64)
-@example(text="." * 64 + "\n" * 9 + "/" * 30 + "a" * 500, block_bytes=64)
-@settings(max_examples=100)
-def test_cutting_never_changes_the_ids(
-    name: str, dense: bool, text: str, block_bytes: int
-) -> None:
-    tokenizer = build_tokenizer(name, dense)
-    assert cut_and_encode(text, tokenizer, block_bytes) == tokenizer.encode(text)
-
-
-@pytest.mark.parametrize("seam_tokens", [0, 1, 8])
-@given(
-    piece=st.lists(RUNS, min_size=4, max_size=60).map("".join), window=st.integers(64, 300),
-    dense=st.booleans(),
-)
-@settings(max_examples=60)
-def test_long_pieces_are_merged_as_in_one_piece(
-    seam_tokens: int, piece: str, window: int, dense: bool
-) -> None:
-    encoding = build_tokenizer("gpt2", dense).encoding
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(prepare, "SEAM_TOKENS", seam_tokens)
-        parts = list(prepare._merge_in_windows(encoding, piece, 0, len(piece), window))
-    assert [i for part in parts for i in part] == encoding._encode_single_piece(piece)
-
-
-@pytest.mark.parametrize("name", PATTERNS)
-@pytest.mark.parametrize("unit", ["a", "^", " ", "\U0001f600", "ab1^", "\u6f22", "A"])
-def test_long_runs_are_exact_with_real_windows(name: str, unit: str) -> None:
-    text = "x " + unit * (300_000 // len(unit.encode()))
-    encoding = build_tokenizer(name).encoding
-    found = np.concatenate(list(encode_run(encoding, text)))
-    assert found.tolist() == encoding.encode_ordinary(text)
+# ---- whole folders ------------------------------------------------------------------------------
 
 
 @given(texts=st.lists(TEXTS, min_size=1, max_size=4), block_bytes=st.integers(16, 5000))
@@ -206,21 +101,6 @@ def test_files_become_documents_in_shards(texts: list[str], block_bytes: int) ->
         assert data.val.n_documents == len(documents["val"]) > 0
 
 
-def test_characters_that_the_two_engines_judge_differently() -> None:
-    """`regex` and tiktoken carry Unicode tables of their own age; where they differ, it counts."""
-    encoding = GPT2.encoding
-    characters = "".join(map(chr, [*range(0x100, 0xD800), *range(0x10000, 0x33480)]))
-    single_bytes = {bytes([i]): i for i in range(256)}
-    probe = tiktoken.Encoding("probe", pat_str=r"\p{L}", mergeable_ranks=single_bytes,
-                              special_tokens={})
-    known = set(bytes(probe.encode_ordinary(characters)).decode())
-    differing = sorted(known ^ set(regex.findall(r"\p{L}", characters)))
-    for character in [*differing[:3], *differing[-3:], "\u6f22"]:
-        text = f"{character}a^\u0e2a" * 50
-        assert np.concatenate(list(encode_run(encoding, text))).tolist() == GPT2.encode(text)
-        assert prepare._has_same_classes(encoding, text) == (character not in differing)
-
-
 def test_workers_and_block_sizes_give_the_same_folder(tmp_path: Path) -> None:
     draw = random.Random(1)
     text = "".join(draw.choice(["word ", "\n", "\u6f22\u5b57\u3002", "a" * 300, "^" * 50, "12 "])
@@ -239,7 +119,7 @@ def test_worker_killed_then_in_process(
 ) -> None:
     text = "some words of text, again and again. " * 3000
     expected = build(tmp_path / "a", text)
-    original = prepare._Encoders._collect
+    original = Encoders._collect
     killed = []
 
     def kill_once(self: Any, block: Any, future: Any) -> Any:
@@ -248,7 +128,7 @@ def test_worker_killed_then_in_process(
             os.kill(next(iter(self._pool._processes)), signal.SIGKILL)
         return original(self, block, future)
 
-    monkeypatch.setattr(prepare._Encoders, "_collect", kill_once)
+    monkeypatch.setattr(Encoders, "_collect", kill_once)
     data = build(tmp_path / "b", text, n_workers=2, block_bytes=1000)
     assert killed
     assert data.fingerprint == expected.fingerprint
@@ -261,7 +141,7 @@ def test_worker_killed_then_in_process(
 def test_separator_splits_documents_across_reads(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(prepare, "_READ_BYTES", 7)
+    monkeypatch.setattr(sources, "_READ_BYTES", 7)
     texts = [f"document {i} <|endoftex" for i in range(40)]
     data = build(tmp_path, "<|endoftext|>".join([*texts, "", "end"]),
                  document_separator="<|endoftext|>")
@@ -335,7 +215,7 @@ def test_byte_order_mark_is_dropped_and_the_rest_kept(
 def test_sample_is_prepared_and_reused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(prepare, "SAMPLE_BYTES", 700_000)
+    monkeypatch.setattr(sources, "SAMPLE_BYTES", 700_000)
     data_settings = DataSettings(data_dir=str(tmp_path / "data"))
     data = prepare_data(data_settings, GPT2, 128)
     assert "built-in sample" in capsys.readouterr().err
@@ -378,7 +258,7 @@ BAD_TEXTS: dict[str, tuple[bytes, str]] = {
 def test_bad_text_is_refused_with_its_reason(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, read_bytes: int
 ) -> None:
-    monkeypatch.setattr(prepare, "_READ_BYTES", read_bytes)
+    monkeypatch.setattr(sources, "_READ_BYTES", read_bytes)
     content, message = BAD_TEXTS[name]
     path = tmp_path / "bad text.txt"
     path.write_bytes(content)
@@ -405,6 +285,30 @@ def test_missing_and_special_files_are_refused_at_once(tmp_path: Path) -> None:
         assert time.monotonic() - began < 0.5
     assert not (tmp_path / "d").exists()
     listening.close()
+
+
+def test_terminal_is_a_mistake_in_the_flags(tmp_path: Path) -> None:
+    import pty
+
+    ours, theirs = pty.openpty()
+    settings = DataSettings(text_file=(os.ttyname(theirs),), data_dir=str(tmp_path / "d"))
+    with pytest.raises(PreflightError, match="a terminal") as caught:
+        prepare_data(settings, GPT2, 4)
+    assert caught.value.code == ExitCode.FLAGS
+    assert not (tmp_path / "d").exists()
+    os.close(ours)
+    os.close(theirs)
+
+
+def test_pipe_within_a_folder_is_skipped(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "texts").mkdir()
+    (tmp_path / "texts" / "a.txt").write_text(GOOD)
+    os.mkfifo(tmp_path / "texts" / "pipe")
+    build_settings = DataSettings(text_file=(str(tmp_path / "texts"),), data_dir=str(tmp_path))
+    assert prepare_data(build_settings, GPT2, 4).train.n_documents == 1
+    assert "skipped 1 of 2 files" in capsys.readouterr().err
 
 
 def test_file_with_a_false_size_and_sparse_file(tmp_path: Path) -> None:
@@ -600,7 +504,7 @@ def test_another_programs_files_are_never_replaced(tmp_path: Path) -> None:
 
 def test_lock_is_held_while_building(tmp_path: Path) -> None:
     data = build(tmp_path, GOOD)
-    with prepare.FolderLock(data.path, shared=True):
+    with FolderLock(data.path, shared=True):
         build(tmp_path, GOOD)  # reuse disturbs nobody
         with pytest.raises(PreflightError) as caught:
             build(tmp_path, GOOD + "more")
@@ -631,7 +535,7 @@ def counted(name):
 for name in ("fsync", "replace", "rename", "posix_fallocate", "unlink", "mkdir", "rmdir"):
     counted(name)
 settings = DataSettings(text_file={texts!r}, data_dir={data!r}, shard_size=1024, val_split=0.2)
-prepare._prepare(settings, load_tokenizer("gpt2"), 4, None, 700, 0)
+prepare.prepare_data(settings, load_tokenizer("gpt2"), 4, block_bytes=700, n_workers=0)
 """
 
 
@@ -660,7 +564,7 @@ def test_killed_at_every_point_then_run_again_gives_the_same_folder(
             load_data_folder(target / "data", GPT2)  # the old one or the new, always whole
         again = DataSettings(text_file=(str(source),), data_dir=str(target / "data"),
                              shard_size=1024, val_split=0.2)
-        prepare._prepare(again, GPT2, 4, None, 333, 0)
+        prepare_data(again, GPT2, 4, block_bytes=333, n_workers=0)
         resumed += "resuming at shard" in capfd.readouterr().err
         assert hash_tree(target / "data") == expected
         shutil.rmtree(target)
@@ -719,11 +623,19 @@ def test_stop_keeps_finished_shards(
     settings = DataSettings(text_file=(str(tmp_path / "whole" / "text0.txt"),), shard_size=1024,
                             data_dir=str(tmp_path / "d"))
     with pytest.raises(PreflightError, match="finished shards are kept") as caught:
-        prepare._prepare(settings, GPT2, 4, StopSoon(), 1000, 0)
+        prepare_data(settings, GPT2, 4, StopSoon(), block_bytes=1000, n_workers=0)
     assert caught.value.code == ExitCode.SIGTERM
     assert not list((tmp_path / "d").rglob(".tmp-*"))
-    data = prepare._prepare(settings, GPT2, 4, None, 1000, 0)
+    shutil.copytree(tmp_path / "d", tmp_path / "damaged")
+    data = prepare_data(settings, GPT2, 4, block_bytes=1000, n_workers=0)
     assert "resuming at shard" in capsys.readouterr().err
+    assert hash_tree(data.path) == hash_tree(expected.path)
+
+    kept = next((tmp_path / "damaged").rglob("shard_00000.npy"))  # what was kept went bad
+    kept.write_bytes(kept.read_bytes()[:-1])
+    settings = dataclasses.replace(settings, data_dir=str(tmp_path / "damaged"))
+    data = prepare_data(settings, GPT2, 4, block_bytes=1000, n_workers=0)
+    assert "resuming" not in capsys.readouterr().err
     assert hash_tree(data.path) == hash_tree(expected.path)
 
 
@@ -744,8 +656,9 @@ def test_workers_end_with_a_killed_parent(tmp_path: Path) -> None:
         f"import sys; sys.path.insert(0, {str(ROOT)!r})\n"
         "import prepare\nfrom config import DataSettings\nfrom tokenizer import load_tokenizer\n"
         "if __name__ == '__main__':\n"
-        f"    prepare._prepare(DataSettings(text_file=({str(source)!r},), shard_size=2000,\n"
-        f"        data_dir={str(tmp_path / 'd')!r}), load_tokenizer('gpt2'), 4, None, 5000, 2)\n"
+        f"    prepare.prepare_data(DataSettings(text_file=({str(source)!r},), shard_size=2000,\n"
+        f"        data_dir={str(tmp_path / 'd')!r}), load_tokenizer('gpt2'), 4,\n"
+        "        block_bytes=5000, n_workers=2)\n"
     )
     script = tmp_path / "script.py"
     script.write_text(code)

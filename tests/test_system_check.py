@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import math
 import time
@@ -14,27 +13,14 @@ import numpy as np
 import pytest
 import torch
 
-import learnability
-import performance
 import system_check
 import training_run
-from config import ModelConfig, RunConfig, TrainingSettings, build_config
+from config import RunConfig, build_config
 from hardware import find_card
-from learnability import find_content_warnings, find_plan_warnings, scan_content
-from performance import (
-    RunCost,
-    _choose_loads,
-    _Load,
-    estimate_cost,
-    estimate_disk_bytes,
-    estimate_run_time,
-    measure_product_flops,
-)
-from prepare import DataFolder, prepare_data
+from prepare import prepare_data
 from storage import read_json
 from system_check import SECTIONS, Report, build_report, compare, format_label, format_value
 from tokenizer import load_tokenizer
-from trainer import build_plan
 
 TINY = {
     "model_size": "custom", "n_layers": 2, "n_heads": 2, "n_embeddings": 32, "context_length": 32,
@@ -181,7 +167,7 @@ def test_five_faults_in_one_report(
     monkeypatch.setattr(system_check, "free_bytes", lambda path: 10)
     Path("blocked").write_text("a file")
     config = make_config(text_file=[], vocab_size=100, gpu_memory=0.1, target_gpu="RTX 4090",
-                         resume_from="nowhere", batch_size=512)
+                         resume_from="nowhere")
     assert system_check.run_check(config) == 1
     out = capsys.readouterr().out
     for words in ("--vocab-size 100", "is damaged", "disk: ", "nowhere", "does not fit"):
@@ -231,204 +217,6 @@ def test_out_of_memory_in_a_trial_is_a_problem(
     report = build_report(make_config(measure=True))
     assert "out of memory in a trial step" in problems_of(report)
     assert "estimate, not measured" in report.sections["performance estimation"]["basis"]
-
-
-# ---- will it learn? -----------------------------------------------------------------------------
-
-MODEL = ModelConfig(1000, 64, 64, 4, 3, 256)
-
-
-def build_folder(tmp_path: Path, n_train: int, n_val: int) -> Any:
-    """As much of a data folder as the warnings look at."""
-    split = type("Split", (), {})
-    train, val = split(), split()
-    train.n_tokens, val.n_tokens = n_train, n_val
-    folder = split()
-    folder.train, folder.val = train, val
-    return folder
-
-
-def find_keys(tmp_path: Path, n_train: int, n_val: int, **flags: Any) -> set[str]:
-    values = {"model_size": "custom", "n_layers": 3, "n_heads": 4, "n_embeddings": 64,
-              "context_length": 64, "batch_size": 64} | flags
-    config = build(values)
-    model = config.model.resolve(1000)
-    plan = build_plan(config.training, config.control, 64, max(1, n_train // 64),
-                      max(1, n_val // 64))
-    found = find_plan_warnings(config, model, plan, build_folder(tmp_path, n_train, n_val))
-    assert all(advice.text and "--" in advice.fix for advice in found)
-    return {advice.key for advice in found}
-
-
-SOUND = {"n_train": 2_000_000, "n_val": 50_000}
-
-
-@pytest.mark.parametrize(("changes", "key"), [
-    ({"n_train": 100_000}, "tokens_per_parameter"),
-    ({"n_train": 300_000, "num_epochs": 20.0}, "epochs"),
-    ({"n_train": 300_000, "num_epochs": 20.0}, "dropout"),
-    ({"batch_size": 1, "learning_rate": 1e-2}, "tokens_per_step"),
-    ({"max_steps": 1500, "warmup_steps": 1500}, "warmup"),
-    ({"n_val": 2000}, "validation"),
-    ({"eval_every": 10_000}, "evaluation_interval"),
-    ({"checkpoint_every": 10_000}, "checkpoint_interval"),
-])
-def test_every_warning_has_its_cause(tmp_path: Path, changes: dict[str, Any], key: str) -> None:
-    assert find_keys(tmp_path, **SOUND) == set()
-    assert key in find_keys(tmp_path, **SOUND | changes)
-
-
-def test_the_suggested_batch_and_rate_end_the_warning(tmp_path: Path) -> None:
-    flags = {"model_size": "small", "n_layers": None, "n_heads": None, "n_embeddings": None,
-             "context_length": None, "batch_size": 3}
-    config = build(flags)
-    model = config.model.resolve(50257)
-    folder = build_folder(tmp_path, 10**9, 10**6)
-
-    def find(**changes: Any) -> list[learnability.Advice]:
-        config = build(flags | changes)
-        plan = build_plan(config.training, config.control, 1024, 10**6, 10**3)
-        found = find_plan_warnings(config, model, plan, folder)
-        return [advice for advice in found if advice.key == "tokens_per_step"]
-
-    words = find()[0].fix.replace(",", "").split()
-    assert find(gradient_accumulation_steps=int(words[1])) == []
-    assert find(learning_rate=0.99 * float(words[4])) == []
-    assert find(gradient_accumulation_steps=64) == []
-
-
-def prepare_text(folder: Path, documents: list[str]) -> DataFolder:
-    source = folder / "text.txt"
-    source.write_text("|||".join(documents), encoding="utf-8")
-    values = {"text_file": [str(source)], "data_dir": str(folder / "data"),
-              "document_separator": "|||", "num_workers": 1}
-    return prepare_data(build(values).data, load_tokenizer("gpt2"), 16)
-
-
-def test_suspicious_content(tmp_path: Path) -> None:
-    tokenizer = load_tokenizer("gpt2")
-    documents = [f"Document {i} tells of {i * 7} ships and {i + 3} harbours, and of the "
-                 f"{i}th voyage to the {i * 13} islands." for i in range(400)]
-
-    def find(texts: list[str], name: str) -> tuple[learnability.Content, set[str]]:
-        (tmp_path / name).mkdir()
-        content = scan_content(prepare_text(tmp_path / name, texts), tokenizer)
-        return content, {advice.key for advice in find_content_warnings(content)}
-
-    content, keys = find(documents, "sound")
-    assert (keys, content.duplicate_documents, content.replacement_characters) == (set(), 0, 0)
-    assert content.n_documents == 400
-    content, keys = find(documents + documents[:40], "twice")
-    assert (keys, content.duplicate_documents) == ({"duplicates"}, 40)
-    content, keys = find([text.replace("ships", "sh\ufffdps\ufffd") for text in documents], "bad")
-    assert (keys, content.replacement_characters) == ({"replacement_characters"}, 800)
-    content, keys = find([*documents, " ".join(documents * 9)], "large")
-    assert keys == {"large_document"}
-    assert content.largest_tokens > 30_000
-
-
-def test_scanning_goes_on_across_shards_and_stops_at_its_limit(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    documents = [f"The {i}th line is here, and it has some {i * 3} words more to be counted, so "
-                 "that it is longer than sixteen tokens." for i in range(300)]
-    data = prepare_text(tmp_path, documents)
-    whole = scan_content(data, load_tokenizer("gpt2"))
-    monkeypatch.setattr(learnability, "_CHUNK_TOKENS", 100)
-    assert scan_content(data, load_tokenizer("gpt2")) == whole
-    assert whole.scanned_tokens == data.train.n_tokens + data.val.n_tokens
-    monkeypatch.setattr(learnability, "MAX_SCANNED_TOKENS", 1000)
-    part = scan_content(data, load_tokenizer("gpt2"))
-    assert 900 < part.scanned_tokens <= 1000
-    assert part.duplicate_documents == 0
-
-
-# ---- time ---------------------------------------------------------------------------------------
-
-
-def test_a_run_adds_up() -> None:
-    cost = RunCost(2.0, 0.1, 1.0, 5.0, 30.0, "test")
-    config = build({"max_steps": 100, "checkpoint_every": 30, "eval_every": 25,
-                    "checkpoint_minutes": 1.0})
-    plan = build_plan(config.training, config.control, 256, 10_000, 50)
-    found = estimate_run_time(cost, plan, config.control)
-    assert (found.n_checkpoints, found.n_evaluations) == (4, 4)
-    assert found.training_seconds == 200
-    assert found.checkpoint_seconds == 20
-    assert found.evaluation_seconds == pytest.approx(4 * (plan.eval_windows * 0.1 + 1), abs=4)
-    assert found.total_seconds == pytest.approx(sum(
-        (30, 200, found.evaluation_seconds, 20)))
-    rest = estimate_run_time(cost, plan, config.control, done_steps=60)
-    assert (rest.training_seconds, rest.n_evaluations, rest.n_checkpoints) == (80, 2, 2)
-    # Every minute is every 30 steps; every six seconds is every third.
-    often = dataclasses.replace(config.control, checkpoint_minutes=0.1)
-    assert estimate_run_time(cost, plan, often).n_checkpoints == 34
-
-
-def test_an_estimate_grows_with_the_work() -> None:
-    card = find_card("A100 SXM 80GB")
-    small = build({"model_size": "small"}).model.resolve(50257)
-
-    def rate(model: ModelConfig, batch: int, **flags: Any) -> float:
-        training = TrainingSettings(batch_size=batch)
-        cost = estimate_cost(model, training, dtype=torch.bfloat16, card=card, **flags)
-        return batch * model.context_length / cost.step_seconds
-
-    # Public runs of GPT-2 124M on an A100 lie between 90 and 190 thousand tokens a second.
-    assert 90_000 < rate(small, 16) < 190_000
-    assert rate(small, 16, compile_model=True) > rate(small, 16)
-    assert rate(small, 16, gradient_checkpointing=True) < rate(small, 16)
-    wide = dataclasses.replace(small, n_layers=24)
-    assert rate(wide, 16) < rate(small, 16)
-    assert rate(small, 1) < rate(small, 16)
-
-
-def test_long_steps_are_timed_in_part() -> None:
-    full = _Load(4, 8, 1024)
-    assert _choose_loads(full, 2.0, True) == (None, full)
-    low, high = _choose_loads(full, 12.0, True)
-    assert high == _Load(1, 8, 1024)
-    low, high = _choose_loads(full, 800.0, True)
-    assert (high.micro_steps, high.sequences) == (1, 1)
-    assert low is not None
-    assert low.tokens <= 8 < high.tokens < 1024
-    # Compiled or on CUDA the shapes stay.
-    assert _choose_loads(full, 100.0, False) == (_Load(1, 8, 1024), _Load(2, 8, 1024))
-    assert _choose_loads(_Load(1, 8, 1024), 100.0, False) == (None, _Load(1, 8, 1024))
-
-
-def test_a_part_scales_to_the_whole(
-    make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Time that is made to follow the work exactly is extrapolated exactly."""
-    config = make_config(batch_size=8, gradient_accumulation_steps=4)
-    tokenizer = load_tokenizer("gpt2")
-    data = prepare_data(config.data, tokenizer, 32)
-    model = config.model.resolve(tokenizer.vocab_size)
-    plan = build_plan(config.training, config.control, 32, 100, 10)
-    runtime = training_run.build_runtime(config.system, 20)
-    clock = [0.0]
-
-    def train_step(self: Any, step: int, batches: Any) -> Any:
-        flops = sum(_Load(1, len(x), x.shape[1]).count_flops(model) for x, _ in batches)
-        clock[0] += 0.5 + flops / 1e9
-        return type("Result", (), {"loss": torch.zeros(())})()
-
-    monkeypatch.setattr(performance.Trainer, "train_step", train_step)
-    monkeypatch.setattr(performance.time, "perf_counter", lambda: clock[0])
-    Path("training_output").mkdir()
-    cost = performance.measure_cost(config, model, plan, runtime, data, tokenizer, 100.0)
-    whole = 0.5 + _Load(4, 8, 32).count_flops(model) / 1e9
-    assert cost.step_seconds == pytest.approx(whole, rel=1e-6)
-    assert "scaled" in cost.basis
-    assert cost.peak_bytes is None
-
-
-def test_disk_and_product_rate() -> None:
-    config = build({"max_checkpoints": 3})
-    one = estimate_disk_bytes(MODEL, config.training, config.control, 1)
-    assert estimate_disk_bytes(MODEL, config.training, config.control) == 5 * one
-    assert measure_product_flops(torch.device("cpu"), torch.float32) > 1e8
 
 
 def test_values_read_well() -> None:

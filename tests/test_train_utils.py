@@ -15,10 +15,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import prepare
 import train_utils
 from config import DataSettings, ExitCode, PreflightError
-from prepare import DataFolder
+from prepare import prepare_data
+from shards import DataFolder, load_data_folder
 from tokenizer import load_tokenizer
 from train_utils import BatchLoader, count_windows, iterate_windows
 
@@ -32,7 +32,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> DataFolder:
     (folder / "text").write_text(" ".join(str(i * 7919 % 99991) for i in range(3500)))
     values = DataSettings(text_file=(str(folder / "text"),), data_dir=str(folder / "data"),
                           shard_size=1024)
-    return prepare.prepare_data(values, GPT2, 64)
+    return prepare_data(values, GPT2, 64)
 
 
 def read_all(data: DataFolder, split: str = "train") -> np.ndarray:
@@ -237,5 +237,5 @@ def test_batches_on_cuda_equal_those_on_cpu(data: DataFolder) -> None:
 
 def test_path_of_a_missing_folder(tmp_path: Path) -> None:
     with pytest.raises(PreflightError) as caught:
-        prepare.load_data_folder(tmp_path / "none", GPT2)
+        load_data_folder(tmp_path / "none", GPT2)
     assert caught.value.code == ExitCode.DATA

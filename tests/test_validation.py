@@ -11,7 +11,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import TINY_FLAGS, CommandRunner
 from torch import Tensor
 
 import prepare
@@ -19,6 +18,7 @@ import transformer_model
 import validation
 from checkpoint import load_weights
 from config import RunConfig, build_config
+from conftest import TINY_FLAGS, CommandRunner
 from storage import hash_file, read_json
 from tokenizer import Tokenizer, load_tokenizer
 from train_utils import BatchLoader

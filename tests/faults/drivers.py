@@ -9,31 +9,35 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import functools
+import itertools
+import math
 import os
-import random
+import resource
+import shutil
+import signal
+import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import tiktoken
 import torch
 import torch._dynamo  # an optimizer loads it at its first use: once here, not in every case
 from matplotlib.figure import Figure
 
-import checkpoint
 import generate
 import main
 import prepare
 import storage
+import train_utils
 import training_run
-from config import ExitCode, RunConfig
+from config import ExitCode, PreflightError, RunConfig
 from signals import StopFlag
-from tokenizer import Tokenizer, load_tokenizer
-
-__all__ = ["DRIVERS", "build_byte_tokenizer", "generate", "load_tokenizer"]
+from tokenizer import Tokenizer
+from trainer import Trainer
 
 
 @functools.cache
@@ -50,6 +54,7 @@ def lighten() -> None:
     tokenizer = build_byte_tokenizer()
     for module in (training_run, generate):
         module.load_tokenizer = lambda name: tokenizer  # type: ignore[attr-defined]
+    train_utils._POLL_SECONDS = 0.01  # else closing a loader waits half a second
     Figure.savefig = lambda self, file, **options: file.write(b"\x89PNG")  # type: ignore
 
 
@@ -67,6 +72,134 @@ def run_preparation(argv: list[str]) -> int:
 
     main.run_mode = prepare_only
     return main.main(argv)
+
+
+def run_stopped(argv: list[str], step: int) -> int:
+    """The whole command line; SIGTERM comes at the end of update `step`."""
+    original = Trainer.train_step
+
+    def stopping(self: Trainer, number: int, batches: Any) -> Any:
+        result = original(self, number, batches)
+        if result.step == step:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return result
+
+    Trainer.train_step = stopping  # type: ignore[method-assign]
+    return main.main(argv)
+
+
+def run_limited(argv: list[str], limit_bytes: int) -> int:
+    """The whole command line, with files of at most `limit_bytes`: a short write, then EFBIG."""
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit_bytes, limit_bytes))
+    return main.main(argv)
+
+
+def run_on_small_disk(argv: list[str], disk: str, size_kib: int, result: str) -> int:
+    """The command line on a tmpfs of that size at `disk`, then once more on a larger one.
+
+    What is there at the end is copied to `result`, since the file system ends with this process.
+    """
+    mount_privately(disk, f"size={size_kib}k")
+    first = main.main(argv)
+    print(f"first exit code {first}", file=sys.stderr)
+    subprocess.run(["mount", "-o", "remount,size=64m", disk], check=True)
+    second = main.main(argv)
+    shutil.copytree(disk, result)
+    return second
+
+
+def run_on_read_only_disk(argv: list[str], disk: str) -> int:
+    """The command line with a read-only file system at `disk`."""
+    mount_privately(disk, "ro")
+    return main.main(argv)
+
+
+def mount_privately(place: str, options: str) -> None:
+    """A tmpfs that no other process sees; without root, in a user namespace of its own."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    new_namespace, new_user = 0x00020000, 0x10000000
+    user, group = os.getuid(), os.getgid()
+    if libc.unshare(new_namespace | (new_user if user else 0)):
+        raise OSError(ctypes.get_errno(), "unshare")
+    if user:
+        Path("/proc/self/setgroups").write_text("deny")
+        Path("/proc/self/uid_map").write_text(f"0 {user} 1")
+        Path("/proc/self/gid_map").write_text(f"0 {group} 1")
+    subprocess.run(["mount", "--make-rprivate", "/"], check=True)
+    subprocess.run(["mount", "-t", "tmpfs", "-o", options, "tmpfs", place], check=True)
+
+
+def run_after_go(folder: str, go: str, release: str) -> int:
+    """Take a run's lock in the way and order of `run_training`, and hold it until `release`."""
+    wait_for_file(go)
+
+    def hold(mode: str, config: RunConfig) -> int:
+        output_dir = Path(folder)
+        storage.make_folder(output_dir)
+        with StopFlag(), storage.FolderLock(output_dir):
+            storage.check_writable(output_dir)
+            wait_for_file(release)
+        return ExitCode.DONE
+
+    main.run_mode = hold
+    return main.main(["--train"])
+
+
+def wait_for_file(path: str) -> None:
+    """Until there is one."""
+    while not os.path.exists(path):
+        time.sleep(0.001)
+
+
+# ---- what goes wrong in the middle of a run -----------------------------------------------------
+
+
+def fail_at_step(step: int, error: BaseException) -> None:
+    """A training step that raises."""
+    original = Trainer.train_step
+
+    def failing(self: Trainer, number: int, batches: Any) -> Any:
+        if number == step:
+            raise error
+        return original(self, number, batches)
+
+    Trainer.train_step = failing  # type: ignore[method-assign]
+
+
+def end_reading_thread() -> None:
+    """The thread that reads the data ends in the middle, without a word."""
+    original = train_utils._ShardReader.read
+    count = 0
+
+    def read(self: Any, starts: Any, length: int) -> Any:
+        nonlocal count
+        count += 1
+        if threading.current_thread() is not threading.main_thread() and count > 2:
+            raise SystemExit
+        return original(self, starts, length)
+
+    train_utils._ShardReader.read = read  # type: ignore[method-assign]
+    train_utils._CHUNK_TOKENS = 128
+
+
+def make_clock_jump() -> None:
+    """Ten years back and forth at each look at the clock."""
+    real, jumps = time.time, itertools.cycle((-1, 1))
+    time.time = lambda: real() + next(jumps) * 10 * 365 * 86400  # type: ignore[assignment]
+
+
+def make_gradients_infinite() -> None:
+    """From update 3 on the gradient's norm is not finite."""
+    original = torch.nn.utils.clip_grad_norm_
+    count = 0
+
+    def clip(parameters: Any, limit: float) -> Any:
+        nonlocal count
+        count += 1
+        norm = original(parameters, limit)
+        return norm * math.nan if count > 3 else norm
+
+    torch.nn.utils.clip_grad_norm_ = clip  # type: ignore[assignment]
 
 
 # ---- deliberately broken products, for the checks of the checks ---------------------------------
@@ -91,5 +224,43 @@ def break_publishing() -> None:
     storage.publish_file = in_place
 
 
-BREAKS = {"publishing": break_publishing}
-DRIVERS = {"main": run_main, "preparation": run_preparation}
+def break_locks() -> None:
+    """A lock that is a file with a process id, looked for and then written."""
+    class PidFile:
+        def __init__(self, folder: Path, *, shared: bool = False) -> None:
+            path = folder / "pid"
+            if path.exists():
+                raise PreflightError(ExitCode.LOCKED, "in use")
+            time.sleep(0.002)
+            path.write_text(str(os.getpid()))
+
+        def __enter__(self) -> PidFile:
+            return self
+
+        def __exit__(self, *unused: object) -> None:
+            return None
+
+    storage.FolderLock = PidFile  # type: ignore[assignment,misc]
+
+
+def break_resuming() -> None:
+    """A trainer that forgets the optimizer's state."""
+    torch.optim.AdamW.load_state_dict = lambda self, state: None  # type: ignore
+
+
+BREAKS = {
+    "publishing": break_publishing,
+    "locks": break_locks,
+    "resuming": break_resuming,
+    "reading thread": end_reading_thread,
+    "clock": make_clock_jump,
+    "gradients": make_gradients_infinite,
+    "device memory": lambda: fail_at_step(3, torch.OutOfMemoryError("CUDA out of memory. Tried to "
+                                                                    "allocate 20.00 MiB.")),
+    "host memory": lambda: fail_at_step(3, MemoryError()),
+}
+DRIVERS = {
+    "main": run_main, "preparation": run_preparation, "stopped": run_stopped,
+    "limited": run_limited, "small disk": run_on_small_disk,
+    "read-only disk": run_on_read_only_disk, "lock": run_after_go,
+}

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -69,7 +70,7 @@ class Process:
 
     def said(self) -> str:
         """What it wrote to stderr so far."""
-        return self.stderr.read_text(errors="replace") if self.stderr.exists() else ""
+        return self.stderr.read_text(errors="replace") if self.stderr.is_file() else ""
 
 
 class ForkServer:
@@ -93,14 +94,15 @@ class ForkServer:
         self._process.stdin.flush()
         return json.loads(self._process.stdout.readline())
 
-    def start(self, driver: str, *arguments: Any, cwd: Path, breaks: tuple[str, ...] = (),
-              stopped: bool = False, stdout: Path | None = None) -> Process:
+    def start(self, driver: str, *arguments: Any, cwd: Path, breaks: Sequence[str] = (),
+              stopped: bool = False, stdout: Path | None = None,
+              stderr: Path | None = None) -> Process:
         """Begin a case; with `stopped` it waits for a SIGCONT."""
         self._count += 1
         streams = [self._scratch / f"{self._count}.{name}" for name in ("out", "err")]
-        streams[0] = stdout or streams[0]
+        streams = [stdout or streams[0], stderr or streams[1]]
         pid = self.ask({"start": {
-            "driver": driver, "arguments": arguments, "cwd": str(cwd), "breaks": breaks,
+            "driver": driver, "arguments": arguments, "cwd": str(cwd), "breaks": list(breaks),
             "stopped": stopped, "stdout": str(streams[0]), "stderr": str(streams[1])}})
         return Process(self, pid, *streams)
 
@@ -161,6 +163,11 @@ class Point:
     call: str
     number: int
     text: str = field(compare=False)
+
+    @property
+    def paths(self) -> list[str]:
+        """Absolute paths in the call's arguments, descriptors' included."""
+        return re.findall(r'[<"](/[^>"]+)[>"]', self.text)
 
     def inject(self, what: str) -> str:
         """The strace expression that makes `what` happen at this call."""
@@ -239,8 +246,20 @@ def is_equal(a: Any, b: Any) -> bool:
     return type(a) is type(b) and a == b
 
 
-def find_message_faults(said: str) -> str:
-    """Why a message to the user is not a good one; empty when it is."""
+def read_message(said: str) -> list[str]:
+    """The closing message of a command that failed: its last lines that begin alike."""
+    lines = said.splitlines()
+    message: list[str] = []
+    while lines and lines[-1].startswith("preflight: "):
+        message.insert(0, lines.pop())
+    return message
+
+
+def find_message_faults(said: str, *words: str) -> str:
+    """Why what was said is no good message; empty when it is one."""
     if "Traceback" in said or "internal error" in said:
-        return f"a traceback or internal error: {said}"
-    return ""
+        return f"a traceback or an internal error: {said}"
+    message = read_message(said)
+    if not 1 <= len(message) <= 5:
+        return f"{len(message)} lines: {message}"
+    return "".join(f"no {word!r} in {message}" for word in words if word not in "\n".join(message))

@@ -1,0 +1,56 @@
+"""The fork server, a quick place to work in, and ``--full``."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from .harness import ForkServer
+
+TOOLS = ("strace", "unshare", "prlimit", "mount")
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Known where tests/faults is named on the command line, as `make test-faults` does."""
+    parser.addoption("--full", action="store_true", help="every point, not a sample of them")
+
+
+@pytest.fixture(scope="session")
+def full(request: pytest.FixtureRequest) -> bool:
+    """Whether everything is tried, or a sample."""
+    return bool(request.config.getoption("--full", default=False))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _tools() -> None:
+    missing = [tool for tool in TOOLS if shutil.which(tool) is None]
+    assert not missing, f"these tests need {', '.join(missing)}: apt-get install strace util-linux"
+
+
+@pytest.fixture(scope="session")
+def scratch() -> Iterator[Path]:
+    """In memory where the system has such a place: thousands of fsyncs cost nothing there."""
+    shm = Path("/dev/shm")
+    roomy = shm.is_dir() and shutil.disk_usage(shm).free > 2**30
+    with tempfile.TemporaryDirectory(dir=shm if roomy else None, prefix="faults-") as folder:
+        yield Path(folder)
+
+
+@pytest.fixture(scope="session")
+def server(scratch: Path) -> Iterator[ForkServer]:
+    (scratch / "server").mkdir()
+    fork_server = ForkServer(scratch / "server")
+    yield fork_server
+    fork_server.close()
+
+
+@pytest.fixture
+def place(scratch: Path, request: pytest.FixtureRequest) -> Iterator[Path]:
+    """An empty folder of the test's own."""
+    folder = Path(tempfile.mkdtemp(dir=scratch, prefix="case-"))
+    yield folder
+    shutil.rmtree(folder, ignore_errors=True)

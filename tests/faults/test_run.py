@@ -1,0 +1,105 @@
+"""What goes wrong in the middle of a run: the right exit code, and the last state is safe."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import time
+from pathlib import Path
+
+import pytest
+
+import checkpoint
+
+from .harness import (
+    TRAIN_FLAGS,
+    ForkServer,
+    find_message_faults,
+    is_equal,
+    make_text,
+    read_rows,
+    read_state,
+    wait_until,
+)
+
+
+def build_flags(place: Path, steps: int = 12) -> list[str]:
+    """A run with a checkpoint after each second step."""
+    (place / "text.txt").write_text(make_text(6000))
+    return [*TRAIN_FLAGS, "--data-dir", str(place / "data"), "--output-dir", str(place / "out"),
+            "--max-steps", str(steps), "--checkpoint-every", "2", "--eval-every", str(steps),
+            "--log-every", "1"]
+
+
+@pytest.mark.parametrize(("fault", "code", "words"), [
+    ("reading thread", 10, "the thread that reads the data"),
+    ("gradients", 9, "last good checkpoint"),
+    ("device memory", 8, "out of memory"),
+    ("host memory", 8, "out of memory"),
+])
+def test_fault_ends_the_run_and_the_next_goes_on(
+    server: ForkServer, place: Path, fault: str, code: int, words: str
+) -> None:
+    flags = build_flags(place, steps=30)
+    assert server.run("main", [*flags, "--output-dir", str(place / "whole")], cwd=place)[0] == 0
+    found, said = server.run("main", flags, cwd=place, breaks=[fault])
+    assert found == code, said
+    assert find_message_faults(said, words) == ""
+    newest = checkpoint.find_newest(place / "out")
+    assert newest is not None
+    assert newest.step >= 2
+    for tensor in checkpoint.load_weights(newest).values():
+        assert tensor.isfinite().all()
+    assert server.run("main", flags, cwd=place)[0] == 0
+    for compare in (lambda out: read_state(out, 30), read_rows):
+        assert is_equal(compare(place / "out"), compare(place / "whole"))
+
+
+@pytest.mark.parametrize("kind", ["removed", "replaced by a link"])
+def test_output_folder_is_taken_away(server: ForkServer, place: Path, kind: str) -> None:
+    process = server.start("main", build_flags(place, steps=1_000_000), cwd=place)
+    wait_until(lambda: "\nstep 3/" in process.said(), 30)
+    (place / "out").rename(place / "away")
+    if kind == "replaced by a link":
+        (place / "elsewhere").mkdir()
+        (place / "out").symlink_to(place / "elsewhere")
+    assert process.wait(20) == 6, process.said()
+    assert find_message_faults(process.said(), str(place / "out")) == ""
+    if kind == "replaced by a link":
+        assert not list((place / "elsewhere").glob("milestones/checkpoint-*"))
+    assert checkpoint.find_newest(place / "away") is not None
+
+
+def test_shard_is_edited_in_the_middle(server: ForkServer, place: Path) -> None:
+    process = server.start("main", build_flags(place, steps=1_000_000), cwd=place)
+    wait_until(lambda: "\nstep 3/" in process.said(), 30)
+    shard = next((place / "data" / "train").glob("*.npy"))
+    with open(shard, "r+b") as file:
+        file.seek(200)
+        file.write(b"\7")
+    assert process.wait(30) == 4, process.said()
+    assert find_message_faults(process.said(), shard.name, "changed") == ""
+    assert checkpoint.find_newest(place / "out") is not None
+
+
+def test_shard_is_deleted_in_the_middle(server: ForkServer, place: Path) -> None:
+    """What is open stays readable: the run goes on to its end."""
+    process = server.start("main", build_flags(place, steps=200), cwd=place)
+    wait_until(lambda: "\nstep 3/" in process.said(), 30)
+    shutil.rmtree(place / "data" / "train")
+    os.kill(process.pid, signal.SIGTERM)
+    assert process.wait(20) == 143, process.said()
+
+
+def test_clock_that_jumps(server: ForkServer, place: Path) -> None:
+    flags = build_flags(place)
+    assert server.run("main", [*flags, "--output-dir", str(place / "whole")], cwd=place)[0] == 0
+    code, said = server.run("main", flags, cwd=place, breaks=["clock"])
+    assert code == 0, said
+    assert is_equal(read_state(place / "out", 12), read_state(place / "whole", 12))
+    for number, folder in enumerate(sorted((place / "out" / "milestones").iterdir())):
+        os.utime(folder, (time.time() - number * 10**8,) * 2)  # age decides nothing
+    newest = checkpoint.find_newest(place / "out")
+    assert newest is not None
+    assert newest.step == 12

@@ -1,0 +1,140 @@
+"""The time of a run: estimates, parts scaled to the whole, and how the parts add up."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import performance
+import training_run
+from config import ModelConfig, RunConfig, TrainingSettings, build_config
+from hardware import find_card
+from performance import (
+    RunCost,
+    _choose_loads,
+    _Load,
+    estimate_cost,
+    estimate_disk_bytes,
+    estimate_run_time,
+    measure_product_flops,
+)
+from prepare import prepare_data
+from tokenizer import load_tokenizer
+from trainer import build_plan
+
+TINY = {
+    "model_size": "custom", "n_layers": 2, "n_heads": 2, "n_embeddings": 32, "context_length": 32,
+    "batch_size": 4, "device": "cpu", "mixed_precision": False, "max_steps": 20,
+    "num_workers": 1, "measure": False,
+}
+MODEL = ModelConfig(1000, 64, 64, 4, 3, 256)
+MakeConfig = Callable[..., RunConfig]
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> Iterator[None]:
+    """Models this small gain nothing from a second thread, and wait for it on a busy machine."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def build(values: dict[str, Any]) -> RunConfig:
+    return build_config(values, dict.fromkeys(values, "the command line"))
+
+
+@pytest.fixture
+def make_config(tmp_path: Path, tiny_text: Path, monkeypatch: pytest.MonkeyPatch) -> MakeConfig:
+    monkeypatch.chdir(tmp_path)
+    return lambda **flags: build(TINY | {"text_file": [str(tiny_text)]} | flags)
+
+
+def test_a_run_adds_up() -> None:
+    cost = RunCost(2.0, 0.1, 1.0, 5.0, 30.0, "test")
+    config = build({"max_steps": 100, "checkpoint_every": 30, "eval_every": 25,
+                    "checkpoint_minutes": 1.0})
+    plan = build_plan(config.training, config.control, 256, 10_000, 50)
+    found = estimate_run_time(cost, plan, config.control)
+    assert (found.n_checkpoints, found.n_evaluations) == (4, 4)
+    assert found.training_seconds == 200
+    assert found.checkpoint_seconds == 20
+    assert found.evaluation_seconds == pytest.approx(4 * (plan.eval_windows * 0.1 + 1), abs=4)
+    assert found.total_seconds == pytest.approx(sum(
+        (30, 200, found.evaluation_seconds, 20)))
+    rest = estimate_run_time(cost, plan, config.control, done_steps=60)
+    assert (rest.training_seconds, rest.n_evaluations, rest.n_checkpoints) == (80, 2, 2)
+    # Every minute is every 30 steps; every six seconds is every third.
+    often = dataclasses.replace(config.control, checkpoint_minutes=0.1)
+    assert estimate_run_time(cost, plan, often).n_checkpoints == 34
+
+
+def test_an_estimate_grows_with_the_work() -> None:
+    card = find_card("A100 SXM 80GB")
+    small = build({"model_size": "small"}).model.resolve(50257)
+
+    def rate(model: ModelConfig, batch: int, **flags: Any) -> float:
+        training = TrainingSettings(batch_size=batch)
+        cost = estimate_cost(model, training, dtype=torch.bfloat16, card=card, **flags)
+        return batch * model.context_length / cost.step_seconds
+
+    # Public runs of GPT-2 124M on an A100 lie between 90 and 190 thousand tokens a second.
+    assert 90_000 < rate(small, 16) < 190_000
+    assert rate(small, 16, compile_model=True) > rate(small, 16)
+    assert rate(small, 16, gradient_checkpointing=True) < rate(small, 16)
+    wide = dataclasses.replace(small, n_layers=24)
+    assert rate(wide, 16) < rate(small, 16)
+    assert rate(small, 1) < rate(small, 16)
+
+
+def test_long_steps_are_timed_in_part() -> None:
+    full = _Load(4, 8, 1024)
+    assert _choose_loads(full, 2.0, True) == (None, full)
+    low, high = _choose_loads(full, 12.0, True)
+    assert high == _Load(1, 8, 1024)
+    low, high = _choose_loads(full, 800.0, True)
+    assert (high.micro_steps, high.sequences) == (1, 1)
+    assert low is not None
+    assert low.tokens <= 8 < high.tokens < 1024
+    # Compiled or on CUDA the shapes stay.
+    assert _choose_loads(full, 100.0, False) == (_Load(1, 8, 1024), _Load(2, 8, 1024))
+    assert _choose_loads(_Load(1, 8, 1024), 100.0, False) == (None, _Load(1, 8, 1024))
+
+
+def test_a_part_scales_to_the_whole(
+    make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Time that is made to follow the work exactly is extrapolated exactly."""
+    config = make_config(batch_size=8, gradient_accumulation_steps=4)
+    tokenizer = load_tokenizer("gpt2")
+    data = prepare_data(config.data, tokenizer, 32)
+    model = config.model.resolve(tokenizer.vocab_size)
+    plan = build_plan(config.training, config.control, 32, 100, 10)
+    runtime = training_run.build_runtime(config.system, 20)
+    clock = [0.0]
+
+    def train_step(self: Any, step: int, batches: Any) -> Any:
+        flops = sum(_Load(1, len(x), x.shape[1]).count_flops(model) for x, _ in batches)
+        clock[0] += 0.5 + flops / 1e9
+        return type("Result", (), {"loss": torch.zeros(())})()
+
+    monkeypatch.setattr(performance.Trainer, "train_step", train_step)
+    monkeypatch.setattr(performance.time, "perf_counter", lambda: clock[0])
+    Path("training_output").mkdir()
+    cost = performance.measure_cost(config, model, plan, runtime, data, tokenizer, 100.0)
+    whole = 0.5 + _Load(4, 8, 32).count_flops(model) / 1e9
+    assert cost.step_seconds == pytest.approx(whole, rel=1e-6)
+    assert "scaled" in cost.basis
+    assert cost.peak_bytes is None
+
+
+def test_disk_and_product_rate() -> None:
+    config = build({"max_checkpoints": 3})
+    one = estimate_disk_bytes(MODEL, config.training, config.control, 1)
+    assert estimate_disk_bytes(MODEL, config.training, config.control) == 5 * one
+    assert measure_product_flops(torch.device("cpu"), torch.float32) > 1e8
