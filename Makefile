@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: setup setup-dev demo test lint clean
+.PHONY: setup setup-dev demo test test-faults lint clean
 
 setup: .venv/.installed
 setup-dev: .venv/.installed-dev
@@ -26,6 +26,10 @@ demo: setup
 
 test: setup-dev
 	$(BIN)/python -m pytest
+
+# Every fault a user can meet, in full: about twenty minutes; the figures are in RESULTS.md there.
+test-faults: setup-dev
+	$(BIN)/python -m pytest tests/faults --full -rP
 
 lint: setup-dev
 	$(BIN)/ruff check .

@@ -162,7 +162,9 @@ def main(argv: list[str] | None = None) -> int:
     try:
         mode, config = parse_command_line(sys.argv[1:] if argv is None else argv)
         output_dir = config.control.output_dir
-        return run_mode(mode, config)
+        code = run_mode(mode, config)
+        sys.stdout.flush()  # a full disk or a closed pipe shows here, not after the last line
+        return code
     except PreflightError as error:
         sys.stderr.write("\n".join(f"preflight: {line}" for line in error.lines) + "\n")
         return int(error.code)
@@ -170,15 +172,31 @@ def main(argv: list[str] | None = None) -> int:
         sys.stderr.write("preflight: stopped\n")
         return int(ExitCode.SIGINT)
     except BrokenPipeError:
-        # The reader of our output left; point stdout elsewhere so that exit does not fail too.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _silence_stdout()
         return int(ExitCode.SIGPIPE)
     except MemoryError:
         sys.stderr.write("preflight: this machine's memory is used up; "
                          "lower --batch-size, --context-length or --model-size\n")
         return int(ExitCode.OUT_OF_MEMORY)
-    except Exception as error:  # the last resort: a fault of ours, kept whole in a file
-        return _report_internal_error(error, output_dir)
+    except Exception as error:  # the last resort
+        return _report_disk_error(error) or _report_internal_error(error, output_dir)
+
+
+def _silence_stdout() -> None:
+    """Point stdout elsewhere, so that leaving does not fail on it once more."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def _report_disk_error(error: Exception) -> int:
+    """Tell of a full or failing disk that showed where nobody expected it; 0 for other errors."""
+    from storage import DISK_ERRNOS, storage_error
+
+    if not isinstance(error, OSError) or error.errno not in DISK_ERRNOS:
+        return 0
+    _silence_stdout()
+    told = storage_error(Path(error.filename or "the output"), error)
+    sys.stderr.write("\n".join(f"preflight: {line}" for line in told.lines) + "\n")
+    return int(told.code)
 
 
 def _report_internal_error(error: Exception, output_dir: str) -> int:

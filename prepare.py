@@ -33,6 +33,7 @@ from shards import (
     check_long_enough,
     load_data_folder,
     read_metadata,
+    render_metadata,
     verify_shard,
 )
 from signals import StopFlag
@@ -54,6 +55,7 @@ from storage import (
     free_bytes,
     fsync_folder,
     make_folder,
+    publish_file,
     read_json,
     remove_tree,
     write_json,
@@ -83,7 +85,9 @@ def prepare_data(
     data_dir = Path(settings.data_dir)
     building = data_dir / BUILDING_NAME
     inputs = find_inputs(settings)
-    is_complete = (data_dir / METADATA_NAME).exists() and not (building / METADATA_NAME).exists()
+    # A kill may leave a build that is done with; the text at hand tells whether it is.
+    unfinished = building if inputs else building / METADATA_NAME
+    is_complete = (data_dir / METADATA_NAME).exists() and not unfinished.exists()
     if not inputs and is_complete:
         return _reuse(load_data_folder(data_dir, tokenizer), context_length)
     sources: list[Source] | None = None
@@ -357,7 +361,9 @@ class _Builder:
         except PreflightError:
             remove_tree(self._building)
             raise
-        write_json(self._building / METADATA_NAME, metadata)
+        content = render_metadata(metadata)
+        with publish_file(self._building / METADATA_NAME, len(content)) as file:
+            file.write(content)
 
     def _resume(self) -> None:
         """Take over the shards that an interrupted build of the same plan finished.
@@ -413,6 +419,7 @@ class _Builder:
     ) -> None:
         documents, shards = self._plan.documents[split], self._shards[split]
         _, document, offset, skip = self._position
+        follower = "train" if split == "val" else "end"
         consumed, writer = 0, None
         bound = self._plan.count_bytes(split) + len(documents)
         blocks = read_blocks(documents, document, offset, block_bytes)
@@ -437,13 +444,13 @@ class _Builder:
                     self._stop.leave_if_stopping(
                         "stopped while preparing the text; finished shards are kept",
                         "run the same command to go on")
+            if writer is not None:
+                entry, writer = writer.close(), None
+                self._record(split, entry, [follower, 0, 0, 0])
         except BaseException as error:
             if writer is not None:
                 writer.abandon(error)
             raise
-        follower = "train" if split == "val" else "end"
-        if writer is not None:
-            self._record(split, writer.close(), [follower, 0, 0, 0])
         self._position = [follower, 0, 0, 0]
 
     def _record(self, split: str, entry: dict[str, Any], position: list[Any]) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import io
+import json
 import os
 import re
 from dataclasses import dataclass
@@ -18,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from config import ExitCode, PreflightError
-from storage import hash_file, publish_file, read_json
+from storage import MAX_JSON_BYTES, hash_file, parse_json, publish_file
 from tokenizer import Tokenizer
 
 FORMAT = "preflight-shards"
@@ -41,6 +42,7 @@ _SCHEMA = {
     "dtype": re.compile("uint16|uint32"), "shard_size": int,
     "document_separator": (str, type(None)), "split": {"val_split": float, "by": str},
     "sources": [{"name": str, "size": int, "sha256": _SHA256}], "train": _PART, "val": _PART,
+    "checksum": _SHA256,
 }
 
 
@@ -143,7 +145,9 @@ def read_metadata(data_dir: Path) -> dict[str, Any]:
     """The metadata, with every key, type and range checked; PreflightError (DATA) otherwise."""
     path = data_dir / METADATA_NAME
     try:
-        metadata = read_json(path)
+        with open(path, "rb") as file:
+            raw = file.read(MAX_JSON_BYTES + 1)
+        metadata = parse_json(raw)
         if isinstance(metadata, dict) and metadata.get("format") == FORMAT:
             version = metadata.get("version")
             if isinstance(version, int) and version > VERSION:
@@ -162,6 +166,8 @@ def read_metadata(data_dir: Path) -> dict[str, Any]:
                     raise ValueError(f"metadata.{name}: shard {index} has an unexpected name")
             if sum(entry["n_tokens"] for entry in shards) != metadata[name]["n_tokens"]:
                 raise ValueError(f"metadata.{name}: n_tokens is not the sum over its shards")
+        if render_metadata(metadata) != raw:
+            raise ValueError("its checksum does not match its content")
     except OSError as error:
         raise PreflightError(
             ExitCode.DATA, f"{path}: {error.strerror}",
@@ -170,6 +176,13 @@ def read_metadata(data_dir: Path) -> dict[str, Any]:
     except ValueError as error:
         raise _damaged(path, str(error)) from None
     return metadata
+
+
+def render_metadata(metadata: dict[str, Any]) -> bytes:
+    """metadata.json's bytes; last in it a checksum of all else, so that any flipped bit shows."""
+    content = {key: value for key, value in metadata.items() if key != "checksum"}
+    digest = hashlib.sha256(json.dumps(content).encode()).hexdigest()
+    return json.dumps(content | {"checksum": digest}, indent=2, allow_nan=False).encode() + b"\n"
 
 
 def _check_schema(value: Any, schema: Any, where: str) -> None:
@@ -281,6 +294,5 @@ class ShardWriter:
                 "n_bytes": self._path.stat().st_size, "sha256": sha256, "max_id": self._max_id}
 
     def abandon(self, error: BaseException) -> None:
-        """Delete what was written."""
-        with contextlib.suppress(BaseException):
-            self._opened.__exit__(type(error), error, error.__traceback__)
+        """Delete what was written; PreflightError (STORAGE) when `error` is the disk's."""
+        self._opened.__exit__(type(error), error, error.__traceback__)

@@ -34,24 +34,25 @@ MAX_JSON_BYTES = 16 * 2**20
 TEMPORARY_PREFIX = ".tmp-"
 LOCK_NAME = ".lock"
 _BLOCK_BYTES = 4 * 2**20
-# What a failing or full disk raises, as opposed to a wrong path.
-_STORAGE_ERRNOS = {
-    errno.ENOSPC, errno.EIO, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM,
-    errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG, errno.EMFILE, errno.ENFILE,
-    errno.ENXIO, errno.ENODEV, errno.ESTALE, errno.ELOOP, errno.EBUSY, errno.EEXIST,
-    errno.ENOTEMPTY,
+# What only a failing or full disk raises, never a mistake of ours.
+DISK_ERRNOS = {errno.ENOSPC, errno.EIO, errno.EDQUOT, errno.EFBIG, errno.EROFS}
+# What a writer meets there, or at a wrong path.
+_STORAGE_ERRNOS = DISK_ERRNOS | {
+    errno.EACCES, errno.EPERM, errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG,
+    errno.EMFILE, errno.ENFILE, errno.ENXIO, errno.ENODEV, errno.ESTALE,
+    errno.ELOOP, errno.EBUSY, errno.EEXIST, errno.ENOTEMPTY,
 }
 
 
 def storage_error(path: Path, error: OSError, needed_bytes: int = 0) -> PreflightError:
     """The user's message for a failed write: what, where, how many bytes are missing."""
     lines = [f"cannot write {path}: {error.strerror or error}"]
-    if needed_bytes and error.errno in (errno.ENOSPC, errno.EDQUOT):
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
         with contextlib.suppress(OSError):
             free = free_bytes(path)
+            needed = f"{format_bytes(needed_bytes)} needed, " if needed_bytes else ""
             missing = max(needed_bytes - free, 1)
-            lines.append(f"{format_bytes(needed_bytes)} needed, {format_bytes(free)} free, "
-                         f"{missing:,} bytes missing")
+            lines.append(f"{needed}{format_bytes(free)} free, at least {missing:,} bytes missing")
     lines.append("what was there before is unchanged; free space or choose another folder, "
                  "then run the same command again")
     return PreflightError(ExitCode.STORAGE, *lines)
@@ -81,6 +82,9 @@ def fsync_folder(folder: Path) -> None:
     descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     try:
         os.fsync(descriptor)
+    except OSError as error:
+        error.filename = str(folder)  # so that whoever tells of it can name the place
+        raise
     finally:
         os.close(descriptor)
 

@@ -64,6 +64,7 @@ REPORT_NAME = "check_report.json"
 FORMAT, VERSION = "preflight-check", 1
 SECTIONS = ("model", "dataset", "training configuration", "memory analysis",
             "performance estimation", "system information", "warnings", "recommendations")
+_TIMED_PHASES = ("training step", "optimizer step", "evaluation")
 _SHOWN_CHARACTERS = 240  # of the decoded window
 _ROOMY_SHARE = 0.4  # of the memory in use, below which a larger batch is worth a try
 _HOPPER_AND_LATER = ("H100", "H200", "GH200", "B200")
@@ -405,15 +406,14 @@ class _Gatherer:
             rows[f"peak_in_{phase.replace(' ', '_')}_bytes"] = size
         on_cpu, needed = self.target.device_type == "cpu", self._needed_bytes(estimate)
         measured = self.cost.peak_bytes if self.cost else None
-        if on_cpu:
+        timed = max(estimate.phases[phase] for phase in _TIMED_PHASES)
+        rows["allocated_bytes"] = compare(timed, None if on_cpu else measured)
+        rows["allocated_to_within_share"] = estimate.error_share
+        if on_cpu:  # what an allocator holds is not known there, but what the process does
             rows["resident_bytes"] = compare(estimate.host_bytes, measured)
         else:
-            timed = ("training step", "optimizer step", "evaluation")
-            peak = max(estimate.phases[phase] for phase in timed)
-            rows["allocated_bytes"] = compare(peak, measured)
             rows["reserved_bytes"] = compare(
                 estimate.reserved_bytes, self.cost.reserved_bytes if self.cost else None)
-        rows["predicted_to_within_share"] = estimate.error_share
         rows["needed_bytes"] = needed
         rows["available_bytes"] = self.target.limit_bytes
         verdict = judge_fit(needed, self.target.limit_bytes)

@@ -5,6 +5,7 @@ Every mode that measures goes through `Trainer`, so that it measures the real th
 
 from __future__ import annotations
 
+import contextlib
 import math
 import sys
 from collections.abc import Iterable
@@ -321,5 +322,6 @@ class Trainer:
 
 def say(line: str) -> None:
     """One line on stderr that does not break a progress bar."""
-    tqdm.write(line, file=sys.stderr)
-    sys.stderr.flush()
+    with contextlib.suppress(OSError):  # whoever read it has left: no reason to lose a run
+        tqdm.write(line, file=sys.stderr)
+        sys.stderr.flush()

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
+import os
 import re
 import time
 from collections import deque
@@ -40,7 +42,7 @@ from runtime import Runtime, build_runtime, is_out_of_memory, is_progress_shown
 from sampling import generate_text
 from shards import DataFolder
 from signals import StopFlag
-from storage import FolderLock, check_writable, format_bytes
+from storage import FolderLock, check_writable, format_bytes, make_folder
 from tokenizer import Tokenizer, load_tokenizer
 from train_utils import BatchLoader, count_windows, iterate_windows
 from trainer import StepResult, Trainer, TrainState, build_plan, say
@@ -61,8 +63,9 @@ def run_training(config: RunConfig) -> int:
         PreflightError: with the code of whatever stands in the way.
     """
     output_dir = Path(config.control.output_dir)
-    check_writable(output_dir)
+    make_folder(output_dir)
     with StopFlag() as stop, FolderLock(output_dir):
+        check_writable(output_dir)  # under the lock: two probes at once would disturb each other
         checkpoints.remove_leftovers(output_dir)
         origin = _find_origin(config, output_dir)
         if origin is not None:
@@ -200,6 +203,7 @@ class TrainingRun:
         self.config, self.tokenizer, self.data, self.stop = config, tokenizer, data, stop
         self.model_config = model_config
         self.output_dir = Path(config.control.output_dir)
+        self._place = self.output_dir.stat()
         self.log = MetricsLog(self.output_dir / METRICS_NAME)
         self.state, saved = self._read_state(origin)
         context = model_config.context_length
@@ -226,7 +230,9 @@ class TrainingRun:
         # On CUDA a step's figures are read when the next one is under way: no waiting.
         self._lag = 1 if self.runtime.device.type == "cuda" else 0
         self._saved_step = self.state.step if origin is not None else -1
-        self._saved: Checkpoint | None = None
+        # Evaluated only now, it still gets its validation loss; one of another run never does.
+        own = self.output_dir / checkpoints.MILESTONES_NAME
+        self._saved = origin if origin is not None and origin.path.parent == own else None
         self._curve_drawn = self._last_save = self._last_row = time.monotonic()
         self._bar = tqdm(
             total=self.plan.total_steps, initial=self.state.step, unit="step", dynamic_ncols=True,
@@ -273,7 +279,7 @@ class TrainingRun:
     def run(self) -> int:
         """Train to the end of the plan, or until a signal; the exit code."""
         self._announce()
-        if self.state.step >= self.plan.total_steps:
+        if self.state.step > self.plan.total_steps or self._is_finished():
             say(f"this run is finished: {self.state.step:,} steps trained; "
                 f"to train longer: --max-steps {2 * self.state.step}")
             return ExitCode.DONE
@@ -301,7 +307,9 @@ class TrainingRun:
 
     def _loop(self, loader: BatchLoader) -> None:
         accumulation = self.config.training.gradient_accumulation_steps
-        self._evaluate_if_due()  # a run cut between a save and its evaluation
+        if self._saved is not None:  # a run cut between a save and its rotation
+            self._retire(self._saved)
+        self._evaluate_if_due()  # or between a save and its evaluation
         while self.state.step < self.plan.total_steps and not self.stop.stopping:
             batches = (loader.next_batch() for _ in range(accumulation))
             result = self.trainer.train_step(self.state.step, batches)
@@ -381,6 +389,7 @@ class TrainingRun:
         self._write_rows(0)
         if self._saved_step == self.state.step or self._skipped_in_a_row:
             return
+        self._check_place()
         began = time.monotonic()
         self.stop.save_requested = False
         self._saved = checkpoints.save_checkpoint(
@@ -394,12 +403,34 @@ class TrainingRun:
             self._describe_run(),
             {"val_loss": None},
         )
-        checkpoints.retire_checkpoints(
-            self.output_dir, self.config.control.max_checkpoints, protect=self._saved.path
-        )
+        self._retire(self._saved)
         self._saved_step = self.state.step
         self._last_save = time.monotonic()
         self._last_row += self._last_save - began  # not part of a step's time
+
+    def _is_finished(self) -> bool:
+        """Whether the last step is evaluated too: a run may be cut between save and evaluation."""
+        told = any(row.get("event") == "sample" and row.get("step") == self.state.step
+                   for row in reversed(read_metrics(self.log.path)))
+        drawn = (self.output_dir / CURVE_NAME).exists()
+        return self.state.step == self.plan.total_steps and told and drawn
+
+    def _check_place(self) -> None:
+        """Never follow what has been put in the place of the folder that is locked."""
+        with contextlib.suppress(FileNotFoundError):  # the save says that it is gone
+            if os.path.samestat(self.output_dir.stat(), self._place):
+                return
+            raise PreflightError(
+                ExitCode.STORAGE,
+                f"cannot save step {self.state.step:,}: {self.output_dir} is no longer the folder "
+                "that this run began in",
+                "put that folder back, then run the same command again",
+            )
+
+    def _retire(self, newest: Checkpoint) -> None:
+        checkpoints.retire_checkpoints(
+            self.output_dir, self.config.control.max_checkpoints, protect=newest.path
+        )
 
     def _describe_run(self) -> dict[str, Any]:
         """What ``config.json`` says: enough to generate and to resume without any flag."""

@@ -327,10 +327,10 @@ def _read_own_text(subject: Subject) -> tuple[str, str]:
                 return file.read(_ROUND_TRIP_BYTES).decode("utf-8", errors="ignore"), name
     assert subject.tokenizer is not None
     try:
-        shards = subject.data.train.open()
+        parts = subject.data.train.open()
     except PreflightError:
         raise Lacking(4) from None
-    ids = shards[0][: _ROUND_TRIP_BYTES // 4].tolist()
+    ids = parts[0][: _ROUND_TRIP_BYTES // 4].tolist()
     pieces = [i for i in ids if i != subject.tokenizer.end_of_text_id]
     text = subject.tokenizer.decode_bytes(pieces).decode("utf-8", errors="ignore")
     return text, str(subject.data.path)

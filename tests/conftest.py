@@ -12,6 +12,9 @@ import pytest
 import torch
 from hypothesis import HealthCheck, settings
 
+# The tests run in one process per core, on shapes too small for a second thread to help.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+torch.set_num_threads(1)
 # Machines are noisy: a slow draw is no fault of the code under test.
 settings.register_profile("preflight", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("preflight")

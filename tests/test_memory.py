@@ -63,27 +63,20 @@ NANO = ModelSettings("nano").resolve(50257)
 CASES = [
     Case("small", SMALL, settings(4)),
     Case("small, batch 1", SMALL, settings(1)),
-    Case("small, batch 13", SMALL, settings(13)),
     Case("small, bf16", SMALL, settings(4), BF16),
     Case("small, checkpointing", SMALL, settings(4), gradient_checkpointing=True),
     Case("small, accumulation 2", SMALL, settings(4, 2)),
-    Case("small, accumulation 4", SMALL, settings(2, 4)),
     Case("small, adam", SMALL, settings(4, 1, "adam")),
     Case("small, sgd", SMALL, settings(4, 2, "sgd")),
     Case("small, dropout", replace(SMALL, dropout=0.1), settings(4)),
     Case("small, all", replace(SMALL, dropout=0.1), settings(3, 2, "sgd"), BF16, True),
-    Case("small, relu", replace(SMALL, activation="relu"), settings(4)),
     Case("deep", DEEP, settings(6)),
     Case("deep, bf16, accumulation 2", DEEP, settings(6, 2), BF16),
     Case("deep, checkpointing", DEEP, settings(6), gradient_checkpointing=True),
-    Case("deep, checkpointing, batch 1", DEEP, settings(1), gradient_checkpointing=True),
     Case("deep, dropout", replace(DEEP, dropout=0.2), settings(5, 3)),
     Case("wide", WIDE, settings(4)),
     Case("wide, bf16, checkpointing", WIDE, settings(4), BF16, True),
-    Case("wide, tiny batch", WIDE, settings(1, 2)),
     Case("nano", NANO, settings(8)),
-    Case("nano, accumulation 2", NANO, settings(1, 2)),
-    Case("nano, sgd, checkpointing", NANO, settings(4, 1, "sgd"), gradient_checkpointing=True),
 ]
 
 
@@ -141,7 +134,6 @@ def test_training_step_is_predicted_within_one_percent(case: Case) -> None:
 COMPILED = [
     Case("small", SMALL, settings(4)),
     Case("small, bf16, accumulation 2", SMALL, settings(4, 2), BF16),
-    Case("deep, checkpointing", DEEP, settings(6), gradient_checkpointing=True),
 ]
 
 
@@ -172,9 +164,7 @@ def test_a_forgotten_optimizer_state_is_noticed(monkeypatch: pytest.MonkeyPatch)
 
 
 @pytest.mark.parametrize(("device_type", "dtype", "checkpointing", "batch", "dropout"), [
-    ("cpu", FP32, True, 1, 0.0), ("cpu", BF16, False, 20, 0.1),
-    ("cuda", BF16, False, 5, 0.1), ("cuda", torch.float16, True, 40, 0.1),
-    ("cuda", FP32, True, 2, 0.0),
+    ("cpu", FP32, True, 1, 0.0), ("cpu", BF16, False, 20, 0.1), ("cuda", BF16, True, 5, 0.1),
 ])
 def test_depth_is_extended_exactly(
     device_type: str, dtype: torch.dtype, checkpointing: bool, batch: int, dropout: float

@@ -113,7 +113,7 @@ def test_measured_figures_stand_beside_predicted_ones(make_config: MakeConfig) -
 
 @pytest.mark.slow
 def test_predicted_time_against_a_real_run(make_config: MakeConfig) -> None:
-    config = make_config(measure=True, max_steps=40)
+    config = make_config(measure=True, max_steps=20)
     total = build_report(config).sections["performance estimation"]["total_seconds"]
     began = time.perf_counter()
     training_run.run_training(config)
@@ -151,7 +151,7 @@ def test_a_size_that_does_not_fit(make_config: MakeConfig) -> None:
         gradient_accumulation_steps=math.ceil(128 / batch)))
     assert again.problems == []
     assert "not_known" in again.sections["performance estimation"]
-    hopeless = build_report(make_config(gpu_memory=0.6, **flags))
+    hopeless = build_report(make_config(gpu_memory=0.3, batch_size=2))
     assert "no batch size fits" in problems_of(hopeless)
 
 

@@ -94,19 +94,19 @@ def stop_after(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
 
 
 def test_a_run_leaves_checkpoints_metrics_and_a_picture(run: Run, tmp_path: Path) -> None:
-    assert run(output_dir="out", max_steps=40, learning_rate=0.01, max_checkpoints=2) == 0
+    assert run(output_dir="out", max_steps=20, learning_rate=0.02, max_checkpoints=2) == 0
     out = tmp_path / "out"
     rows = read_rows(out)
-    assert [row["step"] for row in rows] == list(range(1, 41))
+    assert [row["step"] for row in rows] == list(range(1, 21))
     assert rows[0]["loss"] == pytest.approx(math.log(50257), abs=0.3)
-    assert rows[-1]["loss"] < 6
+    assert rows[-1]["loss"] < 8
     assert all(row["grad_norm"] > 0 and row["tokens_per_second"] > 0 for row in rows)
-    assert [row["step"] for row in read_rows(out, "eval")] == list(range(4, 41, 4))
+    assert [row["step"] for row in read_rows(out, "eval")] == list(range(2, 21, 2))
     assert (out / "loss_curve.png").read_bytes().startswith(b"\x89PNG")
     kept = checkpoints.list_checkpoints(out)
-    assert [c.step for c in kept][:2] == [40, 36]
+    assert [c.step for c in kept][:2] == [20, 18]
     losses = {row["step"]: row["val_loss"] for row in read_rows(out, "eval")}
-    assert kept[0].val_loss == pytest.approx(losses[40])
+    assert kept[0].val_loss == pytest.approx(losses[20])
     assert checkpoints.find_best(out).val_loss == pytest.approx(min(losses.values()))
 
 
@@ -120,6 +120,7 @@ def test_weights_and_log_of_a_cut_run_equal_the_unbroken_one(
         "gradient_accumulation_steps": 2,
         "dropout": 0.1,
         "checkpoint_every": 6,
+        "eval_every": 12,
     }
     assert run(output_dir="whole", **flags) == 0
     whole = read_state(tmp_path / "whole", 24)
@@ -128,7 +129,7 @@ def test_weights_and_log_of_a_cut_run_equal_the_unbroken_one(
         for r in read_rows(tmp_path / "whole")
     ]
     assert whole[1]["state"]["cursor"] > 300  # an epoch end lies inside
-    for cuts in ((1, 6), (16, 17, 23)):
+    for cuts in ((6,), (16, 17)):
         shutil.rmtree(tmp_path / "cut", ignore_errors=True)
         for cut in cuts:
             with monkeypatch.context() as patch:

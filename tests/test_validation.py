@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 import prepare
+import shards
 import transformer_model
 import validation
 from checkpoint import load_weights
@@ -105,7 +106,7 @@ def plant_ids_beyond_the_vocabulary(part: str) -> None:
     metadata = read_json(Path("data/metadata.json"))
     entry = metadata[part]["shards"][0]
     entry["sha256"], entry["max_id"] = hash_file(path), 60_000
-    Path("data/metadata.json").write_text(json.dumps(metadata))
+    Path("data/metadata.json").write_bytes(shards.render_metadata(metadata))
 
 
 def test_five_planted_faults_in_one_run(

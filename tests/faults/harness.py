@@ -119,6 +119,7 @@ class ForkServer:
         command = ["strace", "-f", "-y", "-s", "0", "-qq", "-o", str(log), "-e", "signal=none",
                    "-e", "trace=" + ",".join("?" + name for name in CALLS + OPENING)]
         command += ["-e", f"inject={inject}"] if inject else []
+        wait_until(lambda: read_status(process.pid, "State") in ("T", "Z", ""), 20)
         tracer = subprocess.Popen([*command, "-p", str(process.pid)], stderr=subprocess.PIPE)
         wait_until(lambda: read_status(process.pid, "TracerPid") not in ("0", ""), 10)
         os.kill(process.pid, signal.SIGCONT)

@@ -29,6 +29,7 @@ def run_case(job: dict[str, Any]) -> NoReturn:
             descriptor = os.open(path, flags, 0o644)
             os.dup2(descriptor, number)
             os.close(descriptor)
+        sys.stdin = open(0, encoding="utf-8")  # noqa: SIM115  # ours has been read from already
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, signal.default_int_handler if number == signal.SIGINT
                           else signal.SIG_DFL)

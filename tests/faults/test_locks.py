@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import time
 from pathlib import Path
 
 from .harness import ForkServer
@@ -16,12 +18,13 @@ def start_together(server: ForkServer, place: Path, number: int, *breaks: str) -
             for _ in range(STARTS)]
     go.touch()
     codes: dict[int, int] = {}
-    for run in runs:
-        status = server.ask({"wait": [run.pid, 0.3 if len(codes) == 0 else 2.0]})
-        if status is not None:
-            codes[run.pid] = status >> 8
-        if len(codes) == STARTS - 1:
-            break
+    deadline = time.monotonic() + (2 if breaks else 30)
+    while len(codes) < STARTS - 1 and time.monotonic() < deadline:
+        for run in runs:
+            status = None if run.pid in codes else server.ask({"wait": [run.pid, 0]})
+            if status is not None:
+                codes[run.pid] = os.waitstatus_to_exitcode(status)
+        time.sleep(0.01)
     if not breaks:  # those that did not go on say who did
         holder = next(run.pid for run in runs if run.pid not in codes)
         for run in runs:

@@ -92,6 +92,21 @@ def test_shard_is_deleted_in_the_middle(server: ForkServer, place: Path) -> None
     assert process.wait(20) == 143, process.said()
 
 
+@pytest.mark.parametrize("name", ["a b", "new\nline", "-n", "\u6f22\U0001f600", "x" * 200, "\udcff"])
+def test_odd_names_in_a_cramped_place(server: ForkServer, place: Path, name: str) -> None:
+    (place / name).mkdir()
+    (place / name / name).write_text(make_text(6000))
+    flags = build_flags(place, steps=4)
+    for old, new in (("text.txt", name), ("data", "data"), ("out", name + "o")):
+        old = old if old == "text.txt" else str(place / old)
+        flags[flags.index(old)] = str(place / name / new)
+    code, said = server.run("cramped", flags, cwd=place)
+    assert code == 0, said
+    newest = checkpoint.find_newest(place / name / f"{name}o")
+    assert newest is not None
+    assert newest.step == 4
+
+
 def test_clock_that_jumps(server: ForkServer, place: Path) -> None:
     flags = build_flags(place)
     assert server.run("main", [*flags, "--output-dir", str(place / "whole")], cwd=place)[0] == 0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+import select
 import shutil
 import signal
 import time
@@ -141,6 +142,7 @@ def test_reader_of_the_messages_leaves(server: ForkServer, place: Path, flags: l
     reader = os.open(place / "pipe", os.O_RDONLY | os.O_NONBLOCK)
     flags = ["10" if flag == "1000000" else flag for flag in flags]
     process = server.start("main", flags, cwd=place, stderr=place / "pipe")
+    wait_until(lambda: select.select([reader], [], [], 0)[0] and os.read(reader, 1), 30)
     os.close(reader)
     assert process.wait() == 0
     assert check_saved(place / "out") == 10
