@@ -92,7 +92,10 @@ def test_shard_is_deleted_in_the_middle(server: ForkServer, place: Path) -> None
     assert process.wait(20) == 143, process.said()
 
 
-@pytest.mark.parametrize("name", ["a b", "new\nline", "-n", "\u6f22\U0001f600", "x" * 200, "\udcff"])
+ODD_NAMES = ["a b", "new\nline", "-n", "\u6f22\U0001f600", "x" * 200, "\udcff"]
+
+
+@pytest.mark.parametrize("name", ODD_NAMES)
 def test_odd_names_in_a_cramped_place(server: ForkServer, place: Path, name: str) -> None:
     (place / name).mkdir()
     (place / name / name).write_text(make_text(6000))
