@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
@@ -62,7 +63,8 @@ class MetricsLog:
                 os.close(descriptor)
         except OSError as error:
             if not self._warned:
-                sys.stderr.write(f"warning: {self.path}: {error}; training goes on\n")
+                with contextlib.suppress(OSError):
+                    sys.stderr.write(f"warning: {self.path}: {error}; training goes on\n")
             self._warned = True
         else:
             self._warned = False

@@ -7,6 +7,7 @@ never on the rows beside it. Shapes: B rows, V ids, K candidates of a row.
 from __future__ import annotations
 
 import codecs
+import contextlib
 import functools
 import random
 import sys
@@ -350,4 +351,5 @@ def _list_unwritable_ids(tokenizer: Tokenizer) -> list[int]:
 
 @functools.cache
 def _say_once(message: str) -> None:
-    sys.stderr.write(f"preflight: {message}\n")
+    with contextlib.suppress(OSError):  # whoever read it has left: no reason to lose a run
+        sys.stderr.write(f"preflight: {message}\n")

@@ -6,6 +6,7 @@ without saving. SIGUSR1: save now and go on.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import sys
@@ -39,11 +40,15 @@ class StopFlag:
 
     def _note_stop(self, number: int, frame: FrameType | None) -> None:
         if number == signal.SIGINT and self.received is not None:
-            os.write(2, b"\npreflight: stopped at once; what was saved before is intact\n")
+            self._tell(b"\npreflight: stopped at once; what was saved before is intact\n")
             os._exit(int(ExitCode.SIGINT))
         self.received = number
+        self._tell(b"\npreflight: stopping after this step (Ctrl-C again: at once)\n")
+
+    def _tell(self, line: bytes) -> None:
         # sys.stderr may be in the middle of a write; os.write is safe in a handler.
-        os.write(2, b"\npreflight: stopping after this step (Ctrl-C again: at once)\n")
+        with contextlib.suppress(OSError):  # the terminal may be what has just gone
+            os.write(2, line)
 
     def _note_save(self, number: int, frame: FrameType | None) -> None:
         self.save_requested = True

@@ -15,6 +15,7 @@ import inspect
 import json
 import os
 import platform
+import re
 import select
 import shlex
 import stat
@@ -87,8 +88,9 @@ class Document:
 
 def say(text: str) -> None:
     """Tell the user on stderr."""
-    sys.stderr.write(f"preflight: {text}\n")
-    sys.stderr.flush()
+    with contextlib.suppress(OSError):  # whoever read it has left: no reason to stop
+        sys.stderr.write(f"preflight: {text}\n")
+        sys.stderr.flush()
 
 
 def text_error(path: Path | str, what: str, *more: str) -> PreflightError:
@@ -420,7 +422,13 @@ def _build_sample() -> list[str]:
             if text:
                 documents.append(text + "\n")
                 size += len(text.encode()) + 1
-    return [text.replace(_SAMPLE_SEPARATOR, " ") for text in documents]
+    return [_flow(text.replace(_SAMPLE_SEPARATOR, " ")) for text in documents]
+
+
+def _flow(text: str) -> str:
+    """Paragraphs on one line each: a small model then learns words, not runs of spaces."""
+    paragraphs = (" ".join(part.split()) for part in re.split(r"\n\s*\n", text))
+    return "\n\n".join(part for part in paragraphs if part) + "\n"
 
 
 def _find_docstrings(tree: ast.Module, name: str) -> Iterator[str]:

@@ -7,6 +7,7 @@ anything itself: torch's threads do not survive a fork.
 
 from __future__ import annotations
 
+import ctypes
 import gc
 import json
 import os
@@ -23,6 +24,8 @@ def run_case(job: dict[str, Any]) -> NoReturn:
     """In the forked process: the streams, then the driver; its result is the exit code."""
     code = 99
     try:
+        libc, die_with_parent = ctypes.CDLL(None), 1  # PR_SET_PDEATHSIG
+        libc.prctl(die_with_parent, signal.SIGKILL)
         os.chdir(job["cwd"])
         for number, path in ((0, os.devnull), (1, job["stdout"]), (2, job["stderr"])):
             flags = os.O_RDONLY if number == 0 else os.O_WRONLY | os.O_CREAT | os.O_APPEND
