@@ -41,12 +41,12 @@ TIMED_STEPS = 5
 LONG_SECONDS = 3.0  # a step longer than this is timed fewer times, or in part
 _SHORT_TOTAL_SECONDS, _LONG_TOTAL_SECONDS = 1.0, 15.0  # time spent on quick and on long steps
 _SAMPLE_BYTES = 64 * 2**20  # of a checkpoint, to time writing and reading back
-_CURVE_SECONDS = 0.6  # drawing the loss curve, measured on one CPU core
+_CURVE_SECONDS = 0.6  # drawing the loss curve, on one CPU core; a guess
 
 # Shares of the sheet's rates that a training step reaches in its products and in its memory
 # traffic, each taken alone: leads from public runs of GPT-2 on A100 and H100, not measurements.
 CUDA_PRODUCT_SHARE, CUDA_BANDWIDTH_SHARE = 0.6, 0.7
-# Of the rate of one large product, on the CPU: measured with nano and micro on two cores.
+# Of the rate of one large product, on the CPU; a guess, measured runs gave 0.2 to 0.8 of it.
 CPU_PRODUCT_SHARE = 0.7
 _ASSUMED_DISK_BYTES_PER_SECOND = 500e6  # written, read back and hashed
 _ASSUMED_COMPILE_SECONDS = 60.0
