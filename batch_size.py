@@ -30,14 +30,14 @@ from config import (
     RunConfig,
     build_options,
 )
+from console import format_bytes, say
 from memory import MemoryEstimate, build_batch_curve, estimate_memory, estimate_savings
 from runtime import Runtime, describe_device
 from shards import METADATA_NAME, DataFolder, load_data_folder
 from signals import StopFlag
-from storage import FolderLock, format_bytes
+from storage import FolderLock
 from tokenizer import Tokenizer, load_tokenizer
 from train_utils import count_windows
-from trainer import say
 from trial import Order, Trial, run_trial
 
 REPORT_NAME = "batch_size_report.json"

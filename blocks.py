@@ -26,8 +26,8 @@ import regex  # comes with tiktoken
 import tiktoken
 
 from config import ExitCode, PreflightError
-from sources import Document, changed_error, open_source, say, text_error
-from storage import format_bytes
+from console import format_bytes, say
+from sources import Document, changed_error, open_source, text_error
 from tokenizer import Tokenizer
 
 BLOCK_BYTES = 512 * 1024  # tiktoken 0.14 panics on a run of a million spaces

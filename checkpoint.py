@@ -35,7 +35,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 import storage
-from config import ExitCode, PreflightError, model_config_from_dict
+from config import ExitCode, ModelConfig, PreflightError, model_config_from_dict
 
 WEIGHTS_NAME = "model.safetensors"
 STATE_NAME = "checkpoint.pt"
@@ -73,7 +73,7 @@ class Checkpoint:
 
     @functools.cached_property
     def config(self) -> dict[str, Any]:
-        """``config.json``, verified; its ``model`` section makes a valid `ModelConfig`.
+        """``config.json``, verified; it describes a possible model and names a tokenizer.
 
         Raises:
             PreflightError: code CHECKPOINT.
@@ -85,9 +85,20 @@ class Checkpoint:
             if not isinstance(config, dict):
                 raise ValueError("not an object")
             model_config_from_dict(config.get("model"))
+            tokenizer = config.get("tokenizer")
+            keys = ("name", "fingerprint")
+            if not isinstance(tokenizer, dict) or not all(
+                isinstance(tokenizer.get(key), str) for key in keys
+            ):
+                raise ValueError("it does not name a tokenizer")
         except ValueError as error:
             raise _damaged(self.path / CONFIG_NAME, str(error)) from None
         return config
+
+    @property
+    def model_config(self) -> ModelConfig:
+        """The architecture that ``config.json`` describes."""
+        return model_config_from_dict(self.config["model"])
 
 
 def save_checkpoint(

@@ -226,7 +226,8 @@ class DataSettings:
     """Where the text is and where its shards go."""
 
     text_file: tuple[str, ...] = _option(
-        (), "text to learn from: files, folders (each file a document) or globs", metavar="PATH"
+        (), "text to learn from: files, folders (each file a document), globs, - for stdin",
+        metavar="PATH",
     )
     data_dir: str = _option("data", "folder of the tokenised shards", metavar="DIR")
     shard_size: int = _option(10_000_000, "tokens per shard", lower=1024, upper=_MAX_COUNT)

@@ -19,13 +19,13 @@ from tqdm import tqdm
 from checkpoint import Checkpoint, find_best, load_weights, open_checkpoint
 from config import (
     ExitCode,
-    ModelConfig,
     PreflightError,
     RunConfig,
     SamplingConfig,
     build_config,
-    model_config_from_dict,
 )
+from console import say
+from resume import check_model_flags, check_tokenizer
 from runtime import build_runtime, is_out_of_memory
 from sampling import Generation, generate_batch, generate_text, stream_text
 from signals import StopFlag
@@ -77,8 +77,8 @@ def run_generation(config: RunConfig) -> int:
     checkpoint = open_checkpoint(path) if path else find_best(Path(config.control.output_dir))
     try:
         model, tokenizer = load_model(checkpoint, runtime.device, runtime.dtype)
-        check_model_flags(config, checkpoint, model.config)
-        _say(f"{checkpoint.path}: step {checkpoint.step:,}, {model.config.label}, "
+        check_model_flags(config, checkpoint)
+        say(f"{checkpoint.path}: step {checkpoint.step:,}, {model.config.label}, "
              f"{runtime.device}, {str(runtime.dtype).removeprefix('torch.')}")
         if interactive:
             return Session(model, tokenizer, config.sampling).run(prompts)
@@ -101,60 +101,16 @@ def load_model(
     Raises:
         PreflightError: code CHECKPOINT, when its parts are damaged or do not belong together.
     """
-    described = checkpoint.config.get("tokenizer")
     try:
-        model_config = model_config_from_dict(checkpoint.config.get("model"))
-        if not isinstance(described, dict) or not isinstance(described.get("name"), str):
-            raise ValueError("it does not name a tokenizer")
-        tokenizer = load_tokenizer(described["name"])
-    except ValueError as error:
-        raise PreflightError(ExitCode.CHECKPOINT, f"{checkpoint.path}: {error}") from None
+        tokenizer = load_tokenizer(checkpoint.config["tokenizer"]["name"])
     except PreflightError as error:  # there it is a flag's fault, here the checkpoint asks for it
         raise PreflightError(ExitCode.CHECKPOINT, f"{checkpoint.path}:", *error.lines) from None
-    if described.get("fingerprint") != tokenizer.fingerprint:
-        raise PreflightError(
-            ExitCode.CHECKPOINT,
-            f"{checkpoint.path} was trained with another vocabulary than {tokenizer.name} is here",
-            f"fingerprint in the checkpoint: {described.get('fingerprint')}",
-            f"fingerprint of {tokenizer.name} here: {tokenizer.fingerprint}",
-        )
-    if model_config.vocab_size < tokenizer.vocab_size:
-        raise PreflightError(
-            ExitCode.CHECKPOINT,
-            f"{checkpoint.path}: {model_config.vocab_size:,} embeddings are too few for the "
-            f"{tokenizer.vocab_size:,} ids of {tokenizer.name}",
-        )
+    check_tokenizer(checkpoint, tokenizer)
     with torch.device("meta"):  # shapes alone: the weights come from the file
-        model = DecoderOnlyTransformer(model_config)
+        model = DecoderOnlyTransformer(checkpoint.model_config)
     shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
     model.load_state_dict(load_weights(checkpoint, shapes), assign=True)
     return model.to(device=device, dtype=dtype).eval().requires_grad_(False), tokenizer
-
-
-def check_model_flags(config: RunConfig, checkpoint: Checkpoint, saved: ModelConfig) -> None:
-    """Refuse model flags that were given and disagree with the checkpoint.
-
-    Raises:
-        PreflightError: code CHECKPOINT, naming both values of each.
-    """
-    asked = config.model.resolve(config.model.vocab_size or saved.vocab_size)
-    names = {f.name for f in dataclasses.fields(ModelConfig)} - {"dropout"}  # dropout: training's
-    given = names & set(config.sources)
-    if "model_size" in config.sources:
-        given |= names - {"vocab_size", "activation"}
-    odd = [
-        f"--{name.replace('_', '-')} {getattr(asked, name)}, checkpoint {getattr(saved, name)}"
-        for name in sorted(given)
-        if getattr(asked, name) != getattr(saved, name)
-    ]
-    tokenizer = checkpoint.config["tokenizer"]["name"]
-    if "tokenizer" in config.sources and config.model.tokenizer != tokenizer:
-        odd.append(f"--tokenizer {config.model.tokenizer}, checkpoint {tokenizer}")
-    if odd:
-        raise PreflightError(
-            ExitCode.CHECKPOINT, f"{checkpoint.path} disagrees with the flags", "; ".join(odd),
-            "drop these flags: --generate takes everything from the checkpoint",
-        )
 
 
 def is_interactive(config: RunConfig) -> bool:
@@ -305,7 +261,7 @@ def _save_answers(
         content = f"\n{SEPARATOR}\n".join(f"{r['prompt']}{r['text']}\n" for r in records)
     with publish_file(path, len(data := content.encode())) as file:
         file.write(data)
-    _say(f"{len(records):,} answers in {path}")
+    say(f"{len(records):,} answers in {path}")
 
 
 class Session:
@@ -325,7 +281,7 @@ class Session:
             return int(ExitCode.DONE)
         terminal = sys.stdin.isatty()
         if terminal:
-            _say("/help lists the commands, Ctrl-D leaves")
+            say("/help lists the commands, Ctrl-D leaves")
         while True:
             try:
                 line = input("> " if terminal else "")
@@ -357,30 +313,30 @@ class Session:
             _show("\n")
         except KeyboardInterrupt:
             _show("\n")
-            _say("stopped")
+            say("stopped")
         _say_rate(1, sum(steps), time.perf_counter() - began)
 
     def command(self, line: str) -> None:
         """Carry out a line that starts with a slash; a wrong one changes nothing."""
         name, _, value = line.strip().partition(" ")
         if name == "/help":
-            _say(HELP)
+            say(HELP)
             return
         field = COMMANDS.get(name)
         if field is None:
-            _say(f"{name}: no such command; /help lists them")
+            say(f"{name}: no such command; /help lists them")
             return
         if not value.strip():
-            _say(f"{name} is {getattr(self.sampling, field)}")
+            say(f"{name} is {getattr(self.sampling, field)}")
             return
         try:
             checked = build_config({field: value.strip()}, {}).sampling
         except PreflightError as error:
-            _say(error.lines[0].replace("--" + field.replace("_", "-"), name))
+            say(error.lines[0].replace("--" + field.replace("_", "-"), name))
             return
         self.sampling = dataclasses.replace(self.sampling, **{field: getattr(checked, field)})
         self._n_answers = 0 if field == "seed" else self._n_answers
-        _say(f"{name} is now {getattr(self.sampling, field)}")
+        say(f"{name} is now {getattr(self.sampling, field)}")
 
 
 def _show(text: str) -> None:
@@ -399,11 +355,7 @@ def _show(text: str) -> None:
                              "free space or use --output-file on another disk") from None
 
 
-def _say(line: str) -> None:
-    tqdm.write(f"preflight: {line}", file=sys.stderr)
-
-
 def _say_rate(n_answers: int, n_tokens: int, seconds: float) -> None:
     what = "answer" if n_answers == 1 else "answers"
-    _say(f"{n_answers:,} {what}, {n_tokens:,} tokens in {seconds:.1f} s, "
+    say(f"{n_answers:,} {what}, {n_tokens:,} tokens in {seconds:.1f} s, "
          f"{n_tokens / max(seconds, 1e-9):,.1f} tokens/s")

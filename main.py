@@ -153,6 +153,10 @@ def _merge_config_file(
 def run_mode(mode: str, config: RunConfig) -> int:
     """Run one mode; its module, and with it torch, is loaded here."""
     _, module, function = MODES[mode]
+    if mode == "train":
+        from storage import check_access
+
+        check_access(Path(config.control.output_dir))
     return getattr(importlib.import_module(module), function)(config)
 
 

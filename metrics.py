@@ -19,6 +19,7 @@ from storage import publish_file
 
 METRICS_NAME = "metrics.jsonl"
 CURVE_NAME = "loss_curve.png"
+CURVE_EVERY_SECONDS = 60  # how often a run draws it anew
 Row = dict[str, Any]
 
 
@@ -112,7 +113,7 @@ def save_loss_curve(path: Path, rows: list[Row], title: str) -> None:
         top.annotate(
             f"best {values[lowest]:.3f}\nperplexity {math.exp(min(values[lowest], 50)):,.1f}",
             (places[lowest], values[lowest]), xytext=(0, 28), textcoords="offset points",
-            ha="center", color="#c8501e", fontsize=9, arrowprops={"arrowstyle": "-", "lw": 0.7},
+            ha="right" if places[lowest] > max(places) / 2 else "left", color="#c8501e", fontsize=9, arrowprops={"arrowstyle": "-", "lw": 0.7},
         )
     top.set_ylabel("loss (nats per token)")
     top.set_title(title, loc="left", fontsize=11)
@@ -145,11 +146,3 @@ def _format_count(value: float) -> str:
         if abs(value) >= limit:
             return f"{value / limit:g}{unit}"
     return f"{value:g}"
-
-
-def format_seconds(seconds: float) -> str:
-    """A duration for people: ``48 s``, ``12 min``, ``3 h 05 min``."""
-    if seconds < 90:
-        return f"{seconds:.0f} s"
-    minutes = round(seconds / 60)
-    return f"{minutes} min" if minutes < 90 else f"{minutes // 60} h {minutes % 60:02d} min"

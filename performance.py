@@ -27,14 +27,14 @@ from checkpoint import save_checkpoint
 from config import ControlSettings, ModelConfig, RunConfig, SamplingConfig, TrainingSettings
 from hardware import Card
 from memory import estimate_checkpoint_bytes
+from metrics import CURVE_EVERY_SECONDS
 from runtime import Runtime
-from sampling import generate_text
+from sampling import SAMPLE_TOKENS, generate_text
 from shards import DataFolder
 from storage import TEMPORARY_PREFIX
 from tokenizer import Tokenizer
 from train_utils import BatchLoader, count_windows, iterate_windows
 from trainer import Trainer, TrainingPlan
-from training_run import CURVE_EVERY_SECONDS, SAMPLE_TOKENS
 from transformer_model import count_parameters, estimate_flops_per_token
 
 TIMED_STEPS = 5

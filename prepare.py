@@ -21,6 +21,7 @@ from tqdm import tqdm
 
 from blocks import BLOCK_BYTES, Encoders, read_blocks
 from config import DataSettings, ExitCode, PreflightError
+from console import format_bytes, say
 from shards import (
     FORMAT,
     METADATA_NAME,
@@ -46,12 +47,10 @@ from sources import (
     find_inputs,
     gather_sources,
     open_source,
-    say,
     scan_inputs,
 )
 from storage import (
     FolderLock,
-    format_bytes,
     free_bytes,
     fsync_folder,
     make_folder,

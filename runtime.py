@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
-import shutil
 import sys
 from dataclasses import dataclass
 
@@ -168,8 +167,3 @@ def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, RuntimeError) and (
         "can't allocate memory" in text or "not enough memory" in text or "out of memory" in text
     )
-
-
-def is_progress_shown() -> bool:
-    """A progress bar only on a terminal that is wide enough; plain lines elsewhere."""
-    return sys.stderr.isatty() and shutil.get_terminal_size().columns >= 40

@@ -7,10 +7,8 @@ never on the rows beside it. Shapes: B rows, V ids, K candidates of a row.
 from __future__ import annotations
 
 import codecs
-import contextlib
 import functools
 import random
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -18,9 +16,11 @@ import torch
 from torch import Tensor
 
 from config import SamplingConfig
+from console import say_once
 from tokenizer import Tokenizer
 from transformer_model import DecoderOnlyTransformer, KVCache
 
+SAMPLE_TOKENS = 48  # of the text that a run writes at each evaluation
 # Tokens read in one pass when windows are filled; bounds the memory of activations.
 FILL_TOKENS = 8192
 # Below this temperature every other token's probability underflows in fp32.
@@ -263,13 +263,13 @@ class _Decoder:
             # An empty prompt starts as every document does: after an end of text.
             ids = tokenizer.encode(prompt) or [tokenizer.end_of_text_id]
             if len(ids) > self._context:
-                _say_once(f"a prompt is longer than the context: its last {self._context:,} "
+                say_once(f"a prompt is longer than the context: its last {self._context:,} "
                           "tokens are used")
             rows.append(_Row(index, ids[-self._context :], tokenizer, self.config))
         # Longest first: windows filled together then need little padding.
         rows.sort(key=lambda row: -len(row.tokens))
         if len(rows[0].tokens) + self.config.max_new_tokens > self._context:
-            _say_once(f"past {self._context:,} tokens the window slides: the start of the text "
+            say_once(f"past {self._context:,} tokens the window slides: the start of the text "
                       "goes out of the model's sight")
         return rows
 
@@ -347,9 +347,3 @@ def _list_unwritable_ids(tokenizer: Tokenizer) -> list[int]:
     """Ids that stand for no text: gaps in the vocabulary, special tokens but the end of text."""
     written = {*tokenizer.encoding._mergeable_ranks.values(), tokenizer.end_of_text_id}
     return [i for i in range(tokenizer.vocab_size) if i not in written]
-
-
-@functools.cache
-def _say_once(message: str) -> None:
-    with contextlib.suppress(OSError):  # whoever read it has left: no reason to lose a run
-        sys.stderr.write(f"preflight: {message}\n")

@@ -19,7 +19,6 @@ import re
 import select
 import shlex
 import stat
-import sys
 import sysconfig
 import time
 from array import array
@@ -29,6 +28,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from config import DataSettings, ExitCode, PreflightError
+from console import say
 from signals import StopFlag
 from storage import hash_file, publish_file
 
@@ -86,13 +86,6 @@ class Document:
         return self.end - self.begin
 
 
-def say(text: str) -> None:
-    """Tell the user on stderr."""
-    with contextlib.suppress(OSError):  # whoever read it has left: no reason to stop
-        sys.stderr.write(f"preflight: {text}\n")
-        sys.stderr.flush()
-
-
 def text_error(path: Path | str, what: str, *more: str) -> PreflightError:
     """The error to raise for a fault in the text at `path`."""
     return PreflightError(ExitCode.TEXT, f"{path}: {what}", *more)
@@ -110,8 +103,8 @@ def find_inputs(settings: DataSettings) -> list[Input]:
     """
     inputs: dict[str, Input] = {}
     for given in settings.text_file:
-        found = [Path(given)]
-        if not os.path.lexists(given) and glob.has_magic(given):
+        found = [Path("/dev/stdin" if given == "-" else given)]
+        if given != "-" and not os.path.lexists(given) and glob.has_magic(given):
             found = [Path(name) for name in sorted(glob.glob(given, recursive=True))]
             if not found:
                 raise text_error(given, "no file matches")
@@ -141,11 +134,11 @@ def find_inputs(settings: DataSettings) -> list[Input]:
 
 
 def _walk(folder: Path, data_dir: Path) -> list[Path]:
-    """Every file below `folder` but hidden ones and our own data folder, in a fixed order."""
+    """Every file below `folder`, in a fixed order; neither hidden ones nor our data nor caches."""
     files: list[Path] = []
     own = os.path.realpath(data_dir)
     for place, folders, names in os.walk(folder):
-        folders[:] = [name for name in folders if not name.startswith(".")
+        folders[:] = [name for name in folders if not name.startswith((".", "__pycache__"))
                       and os.path.realpath(os.path.join(place, name)) != own]
         files += [Path(place, name) for name in names if not name.startswith(".")]
     return sorted(files)

@@ -24,6 +24,7 @@ from typing import IO, Any
 import filelock  # comes with torch; the same locks on Linux, macOS and Windows
 
 from config import ExitCode, PreflightError
+from console import format_bytes
 
 try:
     import fcntl
@@ -58,21 +59,17 @@ def storage_error(path: Path, error: OSError, needed_bytes: int = 0) -> Prefligh
     return PreflightError(ExitCode.STORAGE, *lines)
 
 
-def format_bytes(count: float) -> str:
-    """A byte count for people, in powers of 1024: ``1.5 GiB``."""
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if abs(count) < 1024:
-            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
-        count /= 1024
-    return f"{count:.1f} TiB"
-
-
 def free_bytes(path: Path) -> int:
     """Bytes that can still be written at `path`, or at its nearest existing parent."""
+    return shutil.disk_usage(_find_nearest(path)).free
+
+
+def _find_nearest(path: Path) -> Path:
+    """`path`, or the nearest of its parents that exists."""
     place = path.absolute()
     while not place.exists() and place != place.parent:
         place = place.parent
-    return shutil.disk_usage(place).free
+    return place
 
 
 def fsync_folder(folder: Path) -> None:
@@ -311,6 +308,17 @@ def _finite_float(word: str) -> float:
     if not math.isfinite(value):
         raise ValueError(f"{word} is too large")
     return value
+
+
+def check_access(folder: Path) -> None:
+    """Refuse a folder that plainly cannot be written, without writing; `check_writable` is sure.
+
+    Raises:
+        PreflightError: code STORAGE.
+    """
+    place = _find_nearest(folder)
+    if place.is_dir() and not os.access(place, os.W_OK | os.X_OK):
+        raise storage_error(folder, OSError(errno.EACCES, "read-only, or no permission"))
 
 
 def check_writable(folder: Path) -> None:

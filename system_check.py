@@ -12,8 +12,7 @@ import json
 import os
 import platform
 import sys
-from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +20,9 @@ import numpy as np
 import psutil
 import torch
 
-import training_run
 from checkpoint import Checkpoint
-from config import ExitCode, ModelConfig, PreflightError, RunConfig, describe_choices
+from config import ExitCode, ModelConfig, RunConfig, describe_choices
+from console import format_bytes
 from hardware import Card, find_card, match_device
 from learnability import Advice, find_content_warnings, find_plan_warnings, scan_content
 from memory import (
@@ -34,7 +33,6 @@ from memory import (
     estimate_savings,
     judge_fit,
 )
-from metrics import format_seconds
 from performance import (
     RunCost,
     RunTime,
@@ -45,6 +43,8 @@ from performance import (
     measure_product_flops,
 )
 from prepare import prepare_data
+from report import Problem, Report, compare
+from resume import adopt_settings, find_origin, resolve_model
 from runtime import (
     MIN_STEPS_TO_COMPILE,
     Runtime,
@@ -54,28 +54,17 @@ from runtime import (
 )
 from shards import DataFolder
 from signals import StopFlag
-from storage import check_writable, format_bytes, free_bytes, write_json
+from storage import check_writable, free_bytes, write_json
 from tokenizer import Tokenizer, load_tokenizer
 from train_utils import count_windows, iterate_windows
 from trainer import TrainingPlan, TrainState, build_plan
 from transformer_model import count_parameters, estimate_flops_per_token
 
 REPORT_NAME = "check_report.json"
-FORMAT, VERSION = "preflight-check", 1
-SECTIONS = ("model", "dataset", "training configuration", "memory analysis",
-            "performance estimation", "system information", "warnings", "recommendations")
 _TIMED_PHASES = ("training step", "optimizer step", "evaluation")
 _SHOWN_CHARACTERS = 240  # of the decoded window
 _ROOMY_SHARE = 0.4  # of the memory in use, below which a larger batch is worth a try
 _HOPPER_AND_LATER = ("H100", "H200", "GH200", "B200")
-
-
-@dataclass(frozen=True)
-class Problem:
-    """Something that stands in the way, and the flag that mends it."""
-
-    text: str
-    fix: str
 
 
 @dataclass(frozen=True)
@@ -98,99 +87,6 @@ class Target:
             hopper = self.card.name.startswith(_HOPPER_AND_LATER)
         return {"dtype": self.dtype, "compile_model": self.compile_model,
                 "device_type": self.device_type, "hopper_or_newer": hopper}
-
-
-@dataclass
-class Report:
-    """Rows by section; a row is a key, which carries its unit, and a plain JSON value."""
-
-    sections: dict[str, dict[str, Any]] = field(
-        default_factory=lambda: {name: {} for name in SECTIONS[:-2]})
-    warnings: list[Advice] = field(default_factory=list)
-    recommendations: list[str] = field(default_factory=list)
-    problems: list[Problem] = field(default_factory=list)
-    is_writable: bool = True
-
-    @contextlib.contextmanager
-    def guard(self, section: str) -> Iterator[None]:
-        """Note a `PreflightError` as a problem and go on; signals still end the program."""
-        try:
-            yield
-        except PreflightError as error:
-            if error.code in (ExitCode.SIGINT, ExitCode.SIGTERM):
-                raise
-            self.problems.append(Problem(error.lines[0], "; ".join(error.lines[1:])))
-            self.sections[section].setdefault("not_known", error.lines[0])
-
-    def to_dict(self) -> dict[str, Any]:
-        """The report as plain JSON types, in the order of `SECTIONS`."""
-        return {
-            "format": FORMAT, "version": VERSION, "ok": not self.problems,
-            **{name.replace(" ", "_"): rows for name, rows in self.sections.items()},
-            "warnings": [vars(advice) for advice in self.warnings],
-            "recommendations": self.recommendations,
-            "problems": [vars(problem) for problem in self.problems],
-        }
-
-    def to_text(self) -> str:
-        """The report for people: the same rows, formatted by the unit in their key."""
-        lines = []
-        for name, rows in self.sections.items():
-            lines += ["", name.capitalize()]
-            lines += [f"  {format_label(key):<28} {format_value(key, value)}"
-                      for key, value in rows.items()]
-        lines += ["", "Warnings"]
-        for advice in self.warnings:
-            lines += [f"  - {advice.text}", f"    {advice.fix}"]
-        lines += ["", "Recommendations"]
-        lines += [f"  - {text}" for text in self.recommendations]
-        lines += [""]
-        if self.problems:
-            lines.append(f"{len(self.problems)} problem{'s' * (len(self.problems) > 1)} in the way")
-            for number, problem in enumerate(self.problems, 1):
-                lines += [f"  {number}. {problem.text}"] + [f"     {problem.fix}"] * bool(
-                    problem.fix)
-        else:
-            lines.append("Nothing stands in the way.")
-        return "\n".join(lines[1:]) + "\n"
-
-
-def format_label(key: str) -> str:
-    """A key for people; its unit is shown with the value."""
-    for unit in ("_bytes", "_seconds", "_share"):
-        key = key.removesuffix(unit)
-    return key.replace("_", " ")
-
-
-def format_value(key: str, value: Any) -> str:
-    """A value for people, by the unit that its key ends with."""
-    if isinstance(value, dict):
-        unit = key if key.endswith(("_bytes", "_seconds", "_share")) else ""
-        return ", ".join(f"{name.replace('_', ' ')} {format_value(unit or name, item)}"
-                         if name != "ratio" else f"ratio {item:.3f}"
-                         for name, item in value.items())
-    if isinstance(value, bool):
-        return "yes" if value else "no"
-    if isinstance(value, str) or value is None:
-        return value or "unknown"
-    if key.endswith("bytes"):
-        return format_bytes(value)
-    if key.endswith("share"):
-        return f"{value:.1%}"
-    if key.endswith("seconds"):
-        if value < 10:
-            return f"{value:.2f} s" if value >= 1 else f"{value * 1000:.1f} ms"
-        return format_seconds(value)
-    if key.endswith("learning_rate"):
-        return f"{value:.2e}"
-    return f"{value:,}" if isinstance(value, int) else f"{value:,.2f}"
-
-
-def compare(predicted: float, measured: float | None) -> Any:
-    """A figure beside a figure: both and their ratio, or the prediction alone."""
-    if measured is None:
-        return predicted
-    return {"predicted": predicted, "measured": measured, "ratio": round(measured / predicted, 4)}
 
 
 def run_check(config: RunConfig) -> int:
@@ -261,9 +157,9 @@ class _Gatherer:
 
     def _find_origin(self) -> None:
         """The checkpoint that `--train` would continue, and its settings."""
-        origin = training_run._find_origin(self.config, self.output_dir)
+        origin = find_origin(self.config, self.output_dir)
         if origin is not None:
-            self.config = training_run._adopt_settings(self.config, origin)
+            self.config = adopt_settings(self.config, origin)
             self.origin = origin
             samples = (self.config.training.batch_size
                        * self.config.training.gradient_accumulation_steps)
@@ -278,7 +174,7 @@ class _Gatherer:
             return
         own = replace(self.config.model, vocab_size=None)
         self.model_config = own.resolve(self.tokenizer.vocab_size)
-        self.model_config = training_run._resolve_model(self.config, self.tokenizer, self.origin)
+        self.model_config = resolve_model(self.config, self.tokenizer, self.origin)
 
     def _read_data(self) -> None:
         rows = self.report.sections["dataset"]

@@ -5,7 +5,6 @@ Every mode that measures goes through `Trainer`, so that it measures the real th
 
 from __future__ import annotations
 
-import contextlib
 import math
 import sys
 from collections.abc import Iterable
@@ -14,7 +13,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from config import (
     ControlSettings,
@@ -23,6 +21,7 @@ from config import (
     PreflightError,
     TrainingSettings,
 )
+from console import say
 from runtime import Runtime, is_out_of_memory
 from signals import StopFlag
 from transformer_model import DecoderOnlyTransformer
@@ -318,10 +317,3 @@ class Trainer:
         if state.get("device") != self.runtime.device.type:
             say(f"note: trained on {state.get('device')}, going on on {self.runtime.device.type}: "
                  "equal samples, not equal bits")
-
-
-def say(line: str) -> None:
-    """One line on stderr that does not break a progress bar."""
-    with contextlib.suppress(OSError):  # whoever read it has left: no reason to lose a run
-        tqdm.write(line, file=sys.stderr)
-        sys.stderr.flush()

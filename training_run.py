@@ -24,36 +24,35 @@ from config import (
     PreflightError,
     RunConfig,
     SamplingConfig,
-    TrainingSettings,
     describe_choices,
-    model_config_from_dict,
 )
+from console import format_bytes, format_seconds, is_progress_shown, say
 from memory import CUDA_CONTEXT_BYTES, MemoryEstimate, build_batch_curve, estimate_savings
 from metrics import (
+    CURVE_EVERY_SECONDS,
     CURVE_NAME,
     METRICS_NAME,
     MetricsLog,
-    format_seconds,
     read_metrics,
     save_loss_curve,
 )
 from prepare import prepare_data
-from runtime import Runtime, build_runtime, is_out_of_memory, is_progress_shown
-from sampling import generate_text
+from resume import adopt_settings, find_origin, resolve_model
+from runtime import Runtime, build_runtime, is_out_of_memory
+from sampling import SAMPLE_TOKENS, generate_text
 from shards import DataFolder
 from signals import StopFlag
-from storage import FolderLock, check_writable, format_bytes, make_folder
+from sources import find_inputs
+from storage import FolderLock, check_writable, make_folder
 from tokenizer import Tokenizer, load_tokenizer
 from train_utils import BatchLoader, count_windows, iterate_windows
-from trainer import StepResult, Trainer, TrainState, build_plan, say
+from trainer import StepResult, Trainer, TrainState, build_plan
 from transformer_model import count_parameters
 
 # Updates in a row that may be skipped for a loss or gradient that is not finite. A gradient
 # scaler starts at 2^16 and halves at each overflow, so fp16 may need more of them.
 MAX_SKIPPED_IN_A_ROW = 10
 MAX_SKIPPED_IN_A_ROW_FP16 = 40
-CURVE_EVERY_SECONDS = 60
-SAMPLE_TOKENS = 48
 
 
 def run_training(config: RunConfig) -> int:
@@ -62,130 +61,21 @@ def run_training(config: RunConfig) -> int:
     Raises:
         PreflightError: with the code of whatever stands in the way.
     """
+    find_inputs(config.data)  # a misspelt file is told before any folder is made
     output_dir = Path(config.control.output_dir)
     make_folder(output_dir)
     with StopFlag() as stop, FolderLock(output_dir):
         check_writable(output_dir)  # under the lock: two probes at once would disturb each other
         checkpoints.remove_leftovers(output_dir)
-        origin = _find_origin(config, output_dir)
+        origin = find_origin(config, output_dir)
         if origin is not None:
-            config = _adopt_settings(config, origin)
+            config = adopt_settings(config, origin)
         tokenizer = load_tokenizer(config.model.tokenizer)
-        model_config = _resolve_model(config, tokenizer, origin)
+        model_config = resolve_model(config, tokenizer, origin)
         data = prepare_data(config.data, tokenizer, model_config.context_length, stop)
         # Readers share the data folder; a preparation that would replace it is locked out.
         with FolderLock(Path(config.data.data_dir), shared=True):
             return TrainingRun(config, model_config, tokenizer, data, origin, stop).run()
-
-
-def _find_origin(config: RunConfig, output_dir: Path) -> Checkpoint | None:
-    """The checkpoint to continue from, if any."""
-    if config.control.resume_from:
-        origin = checkpoints.open_checkpoint(config.control.resume_from)
-        newer = [c for c in checkpoints.list_checkpoints(output_dir) if c.step > origin.step]
-        if newer:
-            raise PreflightError(
-                ExitCode.FLAGS,
-                f"--resume-from {config.control.resume_from} is at step {origin.step:,}, but "
-                f"{output_dir} holds step {newer[0].step:,}",
-                "branch off into another --output-dir, so that neither run loses its checkpoints",
-            )
-        return origin
-    newest = checkpoints.find_newest(output_dir)
-    if newest is not None and not config.control.auto_resume:
-        raise PreflightError(
-            ExitCode.FLAGS, f"{output_dir} holds a run at step {newest.step:,}",
-            "drop --no-auto-resume to continue it, or choose another --output-dir",
-        )
-    return newest
-
-
-def _adopt_settings(config: RunConfig, origin: Checkpoint) -> RunConfig:
-    """The checkpoint's settings where no flag says otherwise; every difference is told."""
-    saved = origin.config.get("training", {})
-    tokenizer = origin.config["tokenizer"]["name"]
-    if "tokenizer" in config.sources and config.model.tokenizer != tokenizer:
-        raise PreflightError(
-            ExitCode.CHECKPOINT,
-            f"{origin.path} was trained with tokenizer {tokenizer}, "
-            f"--tokenizer asks for {config.model.tokenizer}",
-            "drop --tokenizer, or start anew in another --output-dir",
-        )
-    length_flags = {"max_steps", "num_epochs"}
-    longer = length_flags & set(config.sources)
-    values: dict[str, Any] = {}
-    for field in dataclasses.fields(TrainingSettings):
-        if field.name not in saved:
-            continue
-        asked, before = getattr(config.training, field.name), saved[field.name]
-        explicit = field.name in config.sources or (longer and field.name in length_flags)
-        if not explicit:
-            values[field.name] = before
-        elif asked != before and field.name in ("seed", "optimizer"):
-            raise PreflightError(
-                ExitCode.CHECKPOINT,
-                f"{origin.path}: --{field.name} was {before}, now {asked}; it cannot change "
-                "within a run", "drop the flag, or start anew in another --output-dir",
-            )
-        elif asked != before:
-            say(f"changed since the checkpoint: {field.name} {before} -> {asked}")
-    training = dataclasses.replace(config.training, **values)
-    model = dataclasses.replace(config.model, tokenizer=tokenizer)
-    return dataclasses.replace(config, training=training, model=model)
-
-
-def _resolve_model(
-    config: RunConfig, tokenizer: Tokenizer, origin: Checkpoint | None
-) -> ModelConfig:
-    """The architecture: the checkpoint's where there is one, and flags may not disagree.
-
-    Raises:
-        PreflightError: code CHECKPOINT, naming both values of each field that disagrees; code
-            FLAGS for a vocabulary smaller than the tokenizer's.
-    """
-    if origin is None:
-        if config.model.vocab_size and config.model.vocab_size < tokenizer.vocab_size:
-            raise PreflightError(
-                ExitCode.FLAGS, f"--vocab-size {config.model.vocab_size} is smaller than the "
-                f"{tokenizer.vocab_size:,} ids of {tokenizer.name}; raise it or drop it",
-            )
-        return config.model.resolve(tokenizer.vocab_size)
-    if origin.config["tokenizer"]["fingerprint"] != tokenizer.fingerprint:
-        raise PreflightError(
-            ExitCode.CHECKPOINT, f"{origin.path} was trained with another vocabulary",
-            f"expected fingerprint {origin.config['tokenizer']['fingerprint'][:16]}, "
-            f"found {tokenizer.fingerprint[:16]} for {tokenizer.name}",
-        )
-    saved = model_config_from_dict(origin.config["model"])
-    check_architecture(config, saved, origin.path)
-    # Dropout is a setting of the training, not a shape: a flag may change it.
-    dropout = config.model.dropout if "dropout" in config.sources else saved.dropout
-    return dataclasses.replace(saved, dropout=dropout)
-
-
-def check_architecture(config: RunConfig, saved: ModelConfig, where: Path) -> None:
-    """Refuse model flags that disagree with a checkpoint.
-
-    Raises:
-        PreflightError: code CHECKPOINT, with each field's two values.
-    """
-    names = [f.name for f in dataclasses.fields(ModelConfig) if f.name != "dropout"]
-    if "model_size" in config.sources and config.model.model_size != "custom":
-        asked = config.model.resolve(config.model.vocab_size or saved.vocab_size)
-        wanted = {name: getattr(asked, name) for name in names if name != "activation"}
-    else:
-        wanted = {}
-    given = {n: getattr(config.model, n) for n in names if n in config.sources}
-    odd = [
-        f"{name}: checkpoint {getattr(saved, name)}, flags {value}"
-        for name, value in {**wanted, **given}.items()
-        if value != getattr(saved, name)
-    ]
-    if odd:
-        raise PreflightError(
-            ExitCode.CHECKPOINT, f"{where} is another architecture than the flags ask for",
-            "; ".join(odd), "drop the model flags, or choose another --output-dir",
-        )
 
 
 class TrainingRun:

@@ -42,7 +42,7 @@ from config import (
     TrainingSettings,
 )
 from runtime import Runtime, build_runtime, is_out_of_memory
-from sampling import generate_text
+from sampling import SAMPLE_TOKENS, generate_text
 from shards import DataFolder
 from signals import StopFlag
 from tokenizer import load_tokenizer
@@ -51,7 +51,6 @@ from trainer import Trainer, TrainingPlan, build_plan
 
 MAX_TRIAL_SECONDS = 1800.0
 TIMED_STEPS, TIMED_SECONDS, SLOW_STEP_SECONDS = 5, 6.0, 4.0
-SAMPLE_TOKENS = 48  # as a run writes after an evaluation
 Batch = tuple[Tensor, Tensor]
 
 

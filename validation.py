@@ -22,7 +22,6 @@ import torch
 from torch import Tensor
 
 import shards
-import training_run
 from checkpoint import load_training_state, load_weights, save_checkpoint, verify_checkpoint
 from config import (
     ControlSettings,
@@ -32,13 +31,15 @@ from config import (
     RunConfig,
     SamplingConfig,
 )
+from console import format_bytes
 from performance import estimate_disk_bytes
 from prepare import prepare_data
+from resume import adopt_settings, find_origin, resolve_model
 from runtime import Runtime, build_runtime, has_fast_bf16, is_out_of_memory
 from sampling import generate_text
 from shards import DataFolder
 from signals import StopFlag
-from storage import TEMPORARY_PREFIX, check_writable, format_bytes, free_bytes
+from storage import TEMPORARY_PREFIX, check_writable, free_bytes
 from tokenizer import Tokenizer, load_tokenizer
 from train_utils import BatchLoader, iterate_windows
 from trainer import Trainer, build_plan
@@ -246,10 +247,10 @@ def _try(faults: list[tuple[str, str]], work: Callable[[], Any]) -> Any:
 def check_configuration(subject: Subject) -> str:
     """Tokenizer, device, the run to continue, and an architecture that suits them."""
     faults: list[tuple[str, str]] = []
-    origin = _try(faults, lambda: training_run._find_origin(subject.config, subject.output_dir))
+    origin = _try(faults, lambda: find_origin(subject.config, subject.output_dir))
     if origin is not None:
         subject.config = _try(
-            faults, lambda: training_run._adopt_settings(subject.config, origin)) or subject.config
+            faults, lambda: adopt_settings(subject.config, origin)) or subject.config
     config = subject.config
     subject.tokenizer = tokenizer = _try(faults, lambda: load_tokenizer(config.model.tokenizer))
     # Compiling is left to the run unless it was asked for: it takes longer than all checks.
@@ -258,7 +259,7 @@ def check_configuration(subject: Subject) -> str:
     subject.runtime = runtime = _try(faults, lambda: build_runtime(system, 1))
     if tokenizer is not None:
         subject.model_config = _try(
-            faults, lambda: training_run._resolve_model(config, tokenizer, origin))
+            faults, lambda: resolve_model(config, tokenizer, origin))
     if runtime is not None and config.system.mixed_precision and not has_fast_bf16(runtime.device):
         name = str(runtime.dtype).removeprefix("torch.")
         subject.warnings.append(

@@ -272,7 +272,7 @@ def test_on_a_terminal_it_answers_then_asks(terminal: Callable[..., Terminal]) -
     while len(screen.seen) < 20:  # it streams
         screen.read_some()
     screen.write(b"\x03")  # Ctrl-C stops this answer
-    screen.read_until(b"preflight: stopped")
+    screen.read_until(b"stopped\r\n")
     screen.read_until(b"> ")
     screen.write(b"/len 2\n")
     screen.read_until(b"> ")
@@ -371,8 +371,8 @@ def test_default_prompts(run: Run) -> None:
 def test_flags_that_disagree_with_the_checkpoint(run: Run) -> None:
     done = run("--n-embeddings", "64", "--n-heads", "4", "--context-length", "16", *GREEDY)
     assert done.returncode == 5
-    assert b"--n-embeddings 64, checkpoint 16" in done.stderr
-    assert b"--n-heads 4, checkpoint 2" in done.stderr
+    assert b"n_embeddings: checkpoint 16, flags 64" in done.stderr
+    assert b"n_heads: checkpoint 2, flags 4" in done.stderr
     assert b"context" not in done.stderr
 
 

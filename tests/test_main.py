@@ -98,16 +98,16 @@ def test_flags_win_over_the_file() -> None:
 
 
 LAYERS = [
-    {"config"},
+    {"config", "console"},
     {"hardware", "storage", "tokenizer", "signals"},
     {"metrics", "runtime", "shards", "sources", "transformer_model"},
     {"blocks", "train_utils", "sampling", "checkpoint"},
     {"prepare", "trainer"},
-    {"memory_compiled"},
+    {"memory_compiled", "resume"},
     {"memory_trace"},
     {"memory"},
     {"training_run", "trial", "learnability"},
-    {"performance", "generate", "batch_size"},
+    {"performance", "generate", "batch_size", "report"},
     {"system_check", "validation"},
     {"main"},
 ]

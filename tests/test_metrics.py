@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 import metrics
-from metrics import MetricsLog, format_seconds, read_metrics, save_loss_curve
+from console import format_seconds
+from metrics import MetricsLog, read_metrics, save_loss_curve
 
 
 def fill(log: MetricsLog, steps: range) -> None:

@@ -29,6 +29,7 @@ import prepare
 import sources
 from blocks import Encoders
 from config import DataSettings, ExitCode, PreflightError
+from conftest import TINY_FLAGS, CommandRunner
 from prepare import prepare_data
 from shards import DataFolder, load_data_folder
 from signals import StopFlag
@@ -338,6 +339,22 @@ def test_pipe_is_copied_first(tmp_path: Path) -> None:
     writer.join()
     assert data.metadata["sources"][0]["size"] == len(GOOD)
     assert sorted(p.name for p in data.path.iterdir()) == [".lock", "metadata.json", "train", "val"]
+
+
+def test_standard_input(preflight: CommandRunner, tmp_path: Path) -> None:
+    result = preflight("--train", "--text-file", "-", "--max-steps", "1", *TINY_FLAGS,
+                       stdin=GOOD * 20)
+    assert result.returncode == 0, result.stderr
+    metadata = json.loads((tmp_path / "data" / "metadata.json").read_bytes())
+    assert metadata["sources"][0]["size"] == len(GOOD) * 20
+
+
+def test_compiled_python_is_not_looked_at(tmp_path: Path) -> None:
+    (tmp_path / "texts" / "__pycache__").mkdir(parents=True)
+    (tmp_path / "texts" / "a.py").write_text(GOOD)
+    (tmp_path / "texts" / "__pycache__" / "a.pyc").write_bytes(b"\0" * 99)
+    found = sources.find_inputs(DataSettings(text_file=(str(tmp_path / "texts"),)))
+    assert [item.path.name for item in found] == ["a.py"]
 
 
 def test_file_that_changes_between_the_passes_publishes_nothing(

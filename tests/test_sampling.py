@@ -14,6 +14,7 @@ from torch import Tensor
 from transformers import LogitsProcessorList
 from transformers.generation import logits_process as hf
 
+import console
 import sampling
 from config import ModelConfig, SamplingConfig
 from sampling import (
@@ -312,7 +313,7 @@ def test_generating_under_autocast(model: DecoderOnlyTransformer, tokenizer: Tok
 def test_a_window_that_loses_text_is_told_once(
     model: DecoderOnlyTransformer, tokenizer: Tokenizer, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    sampling._say_once.cache_clear()
+    console.say_once.cache_clear()
     config = dataclasses.replace(GREEDY, max_new_tokens=1)
     generate_text(model, tokenizer, "x" * (CONTEXT - 1), config)
     assert capsys.readouterr().err == ""

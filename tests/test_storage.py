@@ -17,6 +17,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import console
 import storage
 from config import ExitCode, PreflightError
 
@@ -219,12 +220,24 @@ def test_what_cannot_be_deleted_is_told(tmp_path: Path, monkeypatch: pytest.Monk
 
 
 def test_writable_folder_is_left_empty(tmp_path: Path) -> None:
+    storage.check_access(tmp_path / "a" / "b")
+    assert names(tmp_path) == []
     storage.check_writable(tmp_path / "a" / "b")
     assert names(tmp_path / "a" / "b") == []
     (tmp_path / "file").write_text("x")
     with pytest.raises(PreflightError) as caught:
         storage.check_writable(tmp_path / "file" / "b")
     assert caught.value.code == ExitCode.STORAGE
+
+
+def test_folder_without_permission_is_refused_unwritten(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "access", lambda place, mode: place != tmp_path)
+    with pytest.raises(PreflightError, match="no permission") as caught:
+        storage.check_access(tmp_path / "a" / "b")
+    assert caught.value.code == ExitCode.STORAGE
+    assert names(tmp_path) == []
 
 
 # --------------------------------------------------------------------------------------- reading
@@ -286,9 +299,9 @@ def test_written_json_is_read_back(tmp_path: Path) -> None:
 def test_hash_and_sizes(tmp_path: Path) -> None:
     (tmp_path / "a").write_bytes(b"abc")
     assert storage.hash_file(tmp_path / "a").startswith("ba7816bf8f01cfea")
-    assert storage.format_bytes(0) == "0 B"
-    assert storage.format_bytes(1536) == "1.5 KiB"
-    assert storage.format_bytes(3 * 2**40) == "3.0 TiB"
+    assert console.format_bytes(0) == "0 B"
+    assert console.format_bytes(1536) == "1.5 KiB"
+    assert console.format_bytes(3 * 2**40) == "3.0 TiB"
     assert storage.free_bytes(tmp_path / "not" / "there") > 0
 
 

@@ -18,8 +18,9 @@ import training_run
 from config import RunConfig, build_config
 from hardware import find_card
 from prepare import prepare_data
+from report import SECTIONS, Report, compare, format_label, format_value
 from storage import read_json
-from system_check import SECTIONS, Report, build_report, compare, format_label, format_value
+from system_check import build_report
 from tokenizer import load_tokenizer
 
 TINY = {

@@ -150,7 +150,7 @@ def test_read_only_disk(server: ForkServer, place: Path) -> None:
     flags = [flag.replace(str(place), str(disk)) for flag in scenario.flags]
     code, said = server.run("read-only disk", flags, str(disk), cwd=place)
     assert code == 6
-    assert find_message_faults(said, str(disk), "Read-only file system") == ""
+    assert find_message_faults(said, str(disk), "read-only") == ""
 
 
 def test_output_that_takes_nothing(server: ForkServer, place: Path) -> None:

@@ -1,0 +1,164 @@
+"""What a run continues from: its checkpoint, the settings kept, and what may not differ."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import checkpoint as checkpoints
+from checkpoint import Checkpoint
+from config import (
+    ExitCode,
+    ModelConfig,
+    PreflightError,
+    RunConfig,
+    TrainingSettings,
+    build_config,
+)
+from console import say
+from tokenizer import Tokenizer
+
+LENGTH_FLAGS = {"max_steps", "num_epochs"}  # either one replaces both
+
+
+def find_origin(config: RunConfig, output_dir: Path) -> Checkpoint | None:
+    """The checkpoint to continue from: the one that is named, else the newest, if any.
+
+    Raises:
+        PreflightError: code FLAGS, when continuing would bury newer checkpoints or was ruled out;
+            code CHECKPOINT, when what is there is damaged.
+    """
+    if config.control.resume_from:
+        origin = checkpoints.open_checkpoint(config.control.resume_from)
+        newer = [c for c in checkpoints.list_checkpoints(output_dir) if c.step > origin.step]
+        if newer:
+            raise PreflightError(
+                ExitCode.FLAGS,
+                f"--resume-from {config.control.resume_from} is at step {origin.step:,}, but "
+                f"{output_dir} holds step {newer[0].step:,}",
+                "branch off into another --output-dir, so that neither run loses its checkpoints",
+            )
+        return origin
+    newest = checkpoints.find_newest(output_dir)
+    if newest is not None and not config.control.auto_resume:
+        raise PreflightError(
+            ExitCode.FLAGS, f"{output_dir} holds a run at step {newest.step:,}",
+            "drop --no-auto-resume to continue it, or choose another --output-dir",
+        )
+    return newest
+
+
+def adopt_settings(config: RunConfig, origin: Checkpoint) -> RunConfig:
+    """The checkpoint's settings where no flag says otherwise; every difference is told.
+
+    Raises:
+        PreflightError: code CHECKPOINT, for a flag that cannot change within a run.
+    """
+    check_model_flags(config, origin)
+    saved = _read_saved_settings(origin)
+    longer = LENGTH_FLAGS & set(config.sources)
+    values: dict[str, Any] = {}
+    for name, before in saved.items():
+        asked = getattr(config.training, name)
+        explicit = name in config.sources or (longer and name in LENGTH_FLAGS)
+        if not explicit:
+            values[name] = before
+        elif asked != before and name in ("seed", "optimizer"):
+            raise PreflightError(
+                ExitCode.CHECKPOINT,
+                f"{origin.path}: --{name} was {before}, now {asked}; it cannot change "
+                "within a run", "drop the flag, or start anew in another --output-dir",
+            )
+        elif asked != before:
+            say(f"changed since the checkpoint: {name} {before} -> {asked}")
+    training = dataclasses.replace(config.training, **values)
+    model = dataclasses.replace(config.model, tokenizer=origin.config["tokenizer"]["name"])
+    return dataclasses.replace(config, training=training, model=model)
+
+
+def _read_saved_settings(origin: Checkpoint) -> dict[str, Any]:
+    """The training settings in a checkpoint, each as valid as a flag has to be."""
+    saved = origin.config.get("training", {})
+    try:
+        if not isinstance(saved, dict):
+            raise PreflightError(ExitCode.FLAGS, "the training section is not an object")
+        names = [f.name for f in dataclasses.fields(TrainingSettings) if f.name in saved]
+        training = build_config({name: saved[name] for name in names}, {}).training
+    except PreflightError as error:
+        raise PreflightError(
+            ExitCode.CHECKPOINT, f"{origin.path}/{checkpoints.CONFIG_NAME}: {error.lines[0]}"
+        ) from None
+    return {name: getattr(training, name) for name in names}
+
+
+def resolve_model(
+    config: RunConfig, tokenizer: Tokenizer, origin: Checkpoint | None
+) -> ModelConfig:
+    """The architecture: the checkpoint's where there is one.
+
+    Raises:
+        PreflightError: code CHECKPOINT for another vocabulary than the checkpoint's; code FLAGS
+            for one smaller than the tokenizer's.
+    """
+    if origin is None:
+        if config.model.vocab_size and config.model.vocab_size < tokenizer.vocab_size:
+            raise PreflightError(
+                ExitCode.FLAGS, f"--vocab-size {config.model.vocab_size} is smaller than the "
+                f"{tokenizer.vocab_size:,} ids of {tokenizer.name}; raise it or drop it",
+            )
+        return config.model.resolve(tokenizer.vocab_size)
+    check_tokenizer(origin, tokenizer)
+    # Dropout is a setting of the training, not a shape: a flag may change it.
+    saved = origin.model_config
+    dropout = config.model.dropout if "dropout" in config.sources else saved.dropout
+    return dataclasses.replace(saved, dropout=dropout)
+
+
+def check_tokenizer(origin: Checkpoint, tokenizer: Tokenizer) -> None:
+    """Refuse a vocabulary that a checkpoint was not trained with.
+
+    Raises:
+        PreflightError: code CHECKPOINT.
+    """
+    expected = origin.config["tokenizer"]["fingerprint"]
+    if expected != tokenizer.fingerprint:
+        raise PreflightError(
+            ExitCode.CHECKPOINT,
+            f"{origin.path} was trained with another vocabulary than {tokenizer.name} is here",
+            f"fingerprint in the checkpoint: {expected[:64]}",
+            f"fingerprint of {tokenizer.name} here: {tokenizer.fingerprint}",
+        )
+    n_rows = origin.model_config.vocab_size
+    if n_rows < tokenizer.vocab_size:
+        raise PreflightError(
+            ExitCode.CHECKPOINT, f"{origin.path}: {n_rows:,} embeddings are too few for the "
+            f"{tokenizer.vocab_size:,} ids of {tokenizer.name}",
+        )
+
+
+def check_model_flags(config: RunConfig, origin: Checkpoint) -> None:
+    """Refuse model flags that were given and disagree with a checkpoint.
+
+    Raises:
+        PreflightError: code CHECKPOINT, with both values of each.
+    """
+    saved = origin.model_config
+    asked = config.model.resolve(config.model.vocab_size or saved.vocab_size)
+    names = {f.name for f in dataclasses.fields(ModelConfig)} - {"dropout"}
+    given = names & set(config.sources)
+    if "model_size" in config.sources:
+        given |= names - {"vocab_size", "activation"}
+    odd = [
+        f"{name}: checkpoint {getattr(saved, name)}, flags {getattr(asked, name)}"
+        for name in sorted(given)
+        if getattr(asked, name) != getattr(saved, name)
+    ]
+    tokenizer = origin.config["tokenizer"]["name"]
+    if "tokenizer" in config.sources and config.model.tokenizer != tokenizer:
+        odd.append(f"tokenizer: checkpoint {tokenizer}, flags {config.model.tokenizer}")
+    if odd:
+        raise PreflightError(
+            ExitCode.CHECKPOINT, f"{origin.path} is another model than the flags ask for",
+            "; ".join(odd), "drop these flags, or choose another --output-dir",
+        )
