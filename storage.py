@@ -67,7 +67,7 @@ def free_bytes(path: Path) -> int:
 def _find_nearest(path: Path) -> Path:
     """`path`, or the nearest of its parents that exists."""
     place = path.absolute()
-    while not place.exists() and place != place.parent:
+    while not os.path.exists(place) and place != place.parent:
         place = place.parent
     return place
 
@@ -187,7 +187,11 @@ def remove_tree(path: Path) -> None:
     if path.is_symlink() or path.is_file():
         path.unlink()
     elif path.exists():
-        shutil.rmtree(path)
+        try:
+            shutil.rmtree(path)
+        except OSError as error:
+            error.filename = str(path)  # it names what is inside without the folder
+            raise
 
 
 def retire_folder(folder: Path) -> None:
@@ -318,7 +322,7 @@ def check_access(folder: Path) -> None:
     """
     place = _find_nearest(folder)
     if place.is_dir() and not os.access(place, os.W_OK | os.X_OK):
-        raise storage_error(folder, OSError(errno.EACCES, "read-only, or no permission"))
+        raise storage_error(folder, OSError(errno.EACCES, "Permission denied, or read-only"))
 
 
 def check_writable(folder: Path) -> None:

@@ -234,7 +234,7 @@ def test_folder_without_permission_is_refused_unwritten(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(os, "access", lambda place, mode: place != tmp_path)
-    with pytest.raises(PreflightError, match="no permission") as caught:
+    with pytest.raises(PreflightError, match="Permission denied") as caught:
         storage.check_access(tmp_path / "a" / "b")
     assert caught.value.code == ExitCode.STORAGE
     assert names(tmp_path) == []
