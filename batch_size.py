@@ -18,7 +18,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import psutil
 import torch
 
 import storage
@@ -32,7 +31,7 @@ from config import (
 )
 from console import format_bytes, say
 from memory import MemoryEstimate, build_batch_curve, estimate_memory, estimate_savings
-from runtime import Runtime, describe_device
+from runtime import Runtime, available_host_bytes, describe_device
 from shards import METADATA_NAME, DataFolder, load_data_folder
 from signals import StopFlag
 from storage import FolderLock
@@ -317,7 +316,7 @@ def measure_limit(runtime: Runtime, margin: float) -> tuple[int, int]:
     if runtime.device.type == "cuda":
         total = torch.cuda.get_device_properties(runtime.device).total_memory
     else:
-        total = psutil.virtual_memory().available
+        total = available_host_bytes()
     return int(total * (1 - margin)), total
 
 
@@ -332,7 +331,7 @@ class _Mode:
         self.on_cuda = self.runtime.device.type == "cuda"
         self.limit_bytes, self.total_bytes = measure_limit(
             self.runtime, self.settings.gpu_safety_margin)
-        self.host_bytes = psutil.virtual_memory().available
+        self.host_bytes = available_host_bytes()
         self.keep: int | None = None
         if self.settings.tokens_per_step:
             self.keep = max(1, round(self.settings.tokens_per_step / self.context))

@@ -134,6 +134,13 @@ def estimate_checkpoint_bytes(model_config: ModelConfig, training: TrainingSetti
     return 4 * count_parameters(model_config) * (1 + copies) + framing
 
 
+def estimate_least_bytes(model_config: ModelConfig, training: TrainingSettings) -> int:
+    """What any step holds in any precision: weights, gradients, each block's input."""
+    tokens = training.batch_size * model_config.context_length
+    inputs = 2 * tokens * model_config.n_embeddings * model_config.n_layers  # in 16 bit
+    return 8 * count_parameters(model_config) + inputs
+
+
 def build_batch_curve(
     model_config: ModelConfig, training: TrainingSettings, **options: Any
 ) -> Callable[[int], MemoryEstimate]:

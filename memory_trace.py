@@ -35,6 +35,7 @@ ITEMS = ("weights", "gradients", "optimizer", "activations kept", "logits and lo
          "context and workspace", "headroom")
 # Deeper models are traced at these depths. Three: a first, a last, and one of those between.
 DEPTHS = (3, 4)
+_LOSS_CHUNKS = 4  # that are traced: a first, two after another one, and a last, perhaps shorter
 CUDA_BLOCK_BYTES = 512  # every CUDA allocation is a multiple of it
 
 Region = tuple[str, str]  # phase, stretch of it
@@ -182,20 +183,30 @@ def _pretend(device_type: str) -> Iterator[AllocationLog]:
     """Fake tensors on the CPU, with the kernels and the loss layout of `device_type`."""
     log = AllocationLog(device_type)
     kernels = contextlib.nullcontext() if device_type == "cpu" else _CudaSoftmax()
-    with _loss_layout_of(device_type), torch.random.fork_rng(devices=[]), FakeTensorMode(), \
+    with _loss_of(device_type, whole=False), torch.random.fork_rng(devices=[]), FakeTensorMode(), \
             kernels, log:
         yield log
 
 
 @contextlib.contextmanager
-def _loss_layout_of(device_type: str) -> Iterator[None]:
-    own = transformer_model.loss_layout
-    layout = own(device_type)
+def _loss_of(device_type: str, *, whole: bool) -> Iterator[None]:
+    """The loss as that device computes it; unless `whole`, a few of its chunks, which are alike."""
+    own_layout, own_chunks = transformer_model.loss_layout, transformer_model.split_loss_rows
+    layout = own_layout(device_type)
+
+    def few_chunks(hidden: Tensor) -> list[slice]:
+        chunks = own_chunks(hidden)
+        if whole or len(chunks) <= _LOSS_CHUNKS:
+            return chunks
+        return [*chunks[: _LOSS_CHUNKS - 1], chunks[-1]]
+
     transformer_model.loss_layout = lambda device_type: layout
+    transformer_model.split_loss_rows = few_chunks
     try:
         yield
     finally:
-        transformer_model.loss_layout = own
+        transformer_model.loss_layout = own_layout
+        transformer_model.split_loss_rows = own_chunks
 
 
 @dataclass(frozen=True)
@@ -272,7 +283,8 @@ def _replace_step(peaks: Peaks, case: TraceCase) -> Peaks:
     """The stretches of the compiled step in place of those of the eager one."""
     config, training = case.model_config, case.training
     runtime = Runtime(torch.device("cpu"), case.dtype, False, ())
-    with _loss_layout_of(case.device_type), torch.random.fork_rng(devices=[]), \
+    # The compiler joins chunks, and lets some of their gradients live longer: all are needed.
+    with _loss_of(case.device_type, whole=True), torch.random.fork_rng(devices=[]), \
             FakeTensorMode(allow_non_fake_inputs=True):
         model = transformer_model.DecoderOnlyTransformer(
             config, gradient_checkpointing=case.gradient_checkpointing)

@@ -48,9 +48,11 @@ from resume import adopt_settings, find_origin, resolve_model
 from runtime import (
     MIN_STEPS_TO_COMPILE,
     Runtime,
+    available_host_bytes,
     build_runtime,
     has_fast_bf16,
     is_out_of_memory,
+    reachable_host_bytes,
 )
 from shards import DataFolder
 from signals import StopFlag
@@ -267,7 +269,7 @@ class _Gatherer:
             return Target(properties.name, "cuda", runtime.dtype, runtime.compile_model, limit,
                           card, runtime)
         # Predicted as resident memory of the whole process: what it holds now comes on top.
-        limit = psutil.virtual_memory().available + psutil.Process().memory_info().rss
+        limit = reachable_host_bytes()
         return Target(str(device), "cpu", runtime.dtype, runtime.compile_model, limit,
                       runtime=runtime)
 
@@ -365,7 +367,7 @@ class _Gatherer:
         assert self.memory is not None
         assert self.model_config is not None
         if self.target is not None and self.target.device_type != "cpu":
-            available = psutil.virtual_memory().available + psutil.Process().memory_info().rss
+            available = reachable_host_bytes()
             rows["host_needed_bytes"] = self.memory.host_bytes
             if self.target.runtime is not None:  # a card that is not here has another host
                 rows["host_available_bytes"] = available
@@ -516,7 +518,7 @@ class _Gatherer:
         rows["cpu_cores"] = os.cpu_count() or 1
         rows["torch_threads"] = torch.get_num_threads()
         rows["host_memory_bytes"] = memory.total
-        rows["host_memory_free_bytes"] = memory.available
+        rows["host_memory_free_bytes"] = available_host_bytes()
         rows["cuda"] = torch.version.cuda or "not in this torch"
         for index in range(torch.cuda.device_count() if torch.cuda.is_available() else 0):
             properties = torch.cuda.get_device_properties(index)

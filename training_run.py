@@ -12,7 +12,6 @@ from collections import deque
 from pathlib import Path
 from typing import Any
 
-import psutil
 import torch
 from tqdm import tqdm
 
@@ -27,7 +26,14 @@ from config import (
     describe_choices,
 )
 from console import format_bytes, format_seconds, is_progress_shown, say
-from memory import CUDA_CONTEXT_BYTES, MemoryEstimate, build_batch_curve, estimate_savings
+from memory import (
+    CUDA_CONTEXT_BYTES,
+    MemoryEstimate,
+    build_batch_curve,
+    estimate_least_bytes,
+    estimate_memory,
+    estimate_savings,
+)
 from metrics import (
     CURVE_EVERY_SECONDS,
     CURVE_NAME,
@@ -38,7 +44,13 @@ from metrics import (
 )
 from prepare import prepare_data
 from resume import adopt_settings, find_origin, resolve_model
-from runtime import Runtime, build_runtime, is_out_of_memory
+from runtime import (
+    Runtime,
+    available_host_bytes,
+    build_runtime,
+    is_out_of_memory,
+    reachable_host_bytes,
+)
 from sampling import SAMPLE_TOKENS, generate_text
 from shards import DataFolder
 from signals import StopFlag
@@ -53,6 +65,7 @@ from transformer_model import count_parameters
 # scaler starts at 2^16 and halves at each overflow, so fp16 may need more of them.
 MAX_SKIPPED_IN_A_ROW = 10
 MAX_SKIPPED_IN_A_ROW_FP16 = 40
+_ROOMY = 64  # a step needs less than this many times what it needs at least
 
 
 def run_training(config: RunConfig) -> int:
@@ -107,6 +120,12 @@ class TrainingRun:
         self.runtime: Runtime = build_runtime(
             config.system, self.plan.total_steps - self.state.step
         )
+        self._saved_step = self.state.step if origin is not None else -1
+        # Evaluated only now, it still gets its validation loss; one of another run never does.
+        own = self.output_dir / checkpoints.MILESTONES_NAME
+        self._saved = origin if origin is not None and origin.path.parent == own else None
+        self._origin_path = origin.path if origin is not None else None
+        self._check_memory()
         self.trainer = Trainer(
             model_config, config.training, self.runtime, self.plan, config.peak_learning_rate,
             gradient_checkpointing=config.system.gradient_checkpointing,
@@ -114,15 +133,10 @@ class TrainingRun:
         if origin is not None:
             shapes = {n: tuple(p.shape) for n, p in self.trainer.model.named_parameters()}
             self.trainer.load_state_dict(checkpoints.load_weights(origin, shapes), saved["trainer"])
-            self._origin_path = origin.path
         self._skipped_in_a_row = 0
         self._pending: deque[StepResult] = deque()
         # On CUDA a step's figures are read when the next one is under way: no waiting.
         self._lag = 1 if self.runtime.device.type == "cuda" else 0
-        self._saved_step = self.state.step if origin is not None else -1
-        # Evaluated only now, it still gets its validation loss; one of another run never does.
-        own = self.output_dir / checkpoints.MILESTONES_NAME
-        self._saved = origin if origin is not None and origin.path.parent == own else None
         self._curve_drawn = self._last_save = self._last_row = time.monotonic()
         self._bar = tqdm(
             total=self.plan.total_steps, initial=self.state.step, unit="step", dynamic_ncols=True,
@@ -165,6 +179,30 @@ class TrainingRun:
                 "keep --batch-size x --gradient-accumulation-steps, or give --allow-batch-change",
             )
         say(f"tokens per step change from {before:,} to {self.plan.tokens_per_step:,}")
+
+    def _check_memory(self) -> None:
+        """On the CPU what does not fit would not fail but thrash for hours: said before it starts.
+
+        Raises:
+            PreflightError: code OUT_OF_MEMORY.
+        """
+        least = estimate_least_bytes(self.model_config, self.config.training)
+        reachable = _measure_reachable_bytes(self.runtime)
+        if self.runtime.device.type != "cpu" or _ROOMY * least < reachable:
+            return  # the prediction would take seconds, and its answer is clear
+        needed = estimate_memory(
+            self.model_config, self.config.training, **self._memory_options()).host_bytes
+        if needed > reachable:
+            raise self._explain_out_of_memory(MemoryError(
+                f"{format_bytes(needed)} are needed, {format_bytes(reachable)} can be had"))
+
+    def _memory_options(self) -> dict[str, Any]:
+        """What `estimate_memory` wants to know of this run."""
+        return {
+            "dtype": self.runtime.dtype, "compile_model": self.runtime.compile_model,
+            "device_type": "cuda" if self.runtime.device.type == "cuda" else "cpu",
+            "gradient_checkpointing": self.config.system.gradient_checkpointing,
+        }
 
     def run(self) -> int:
         """Train to the end of the plan, or until a signal; the exit code."""
@@ -441,16 +479,12 @@ class TrainingRun:
         return ExitCode.DONE
 
     def _newest_path(self) -> Path | str:
-        return self._saved.path if self._saved else getattr(self, "_origin_path", "nothing yet")
+        return self._saved.path if self._saved else self._origin_path or "nothing yet"
 
     def _explain_out_of_memory(self, error: BaseException) -> PreflightError:
         """What was tried, what to set to keep the tokens per step, and what is safe."""
         training, checkpointing = self.config.training, self.config.system.gradient_checkpointing
-        options: dict[str, Any] = {
-            "dtype": self.runtime.dtype, "compile_model": self.runtime.compile_model,
-            "device_type": "cuda" if self.runtime.device.type == "cuda" else "cpu",
-            "gradient_checkpointing": checkpointing,
-        }
+        options = self._memory_options()
         batch, n_sequences = training.batch_size, self.plan.samples_per_step
         lines = [
             f"out of memory with {batch} sequences of {self.model_config.context_length} tokens: "
@@ -492,7 +526,7 @@ def _measure_reachable_bytes(runtime: Runtime) -> int:
     if runtime.device.type == "cuda":
         return torch.cuda.get_device_properties(runtime.device).total_memory - max(
             0, _count_foreign_bytes(runtime))
-    return psutil.virtual_memory().available + psutil.Process().memory_info().rss
+    return reachable_host_bytes()
 
 
 def _count_foreign_bytes(runtime: Runtime) -> int:
@@ -514,6 +548,6 @@ def _describe_shortage(error: BaseException, runtime: Runtime) -> str:
     if free:
         return f"tried to allocate {amount}, {free[1]} were free"
     if runtime.device.type != "cuda":
-        available = format_bytes(psutil.virtual_memory().available)
-        return f"tried to allocate {amount}, {available} are available"
+        free_now = format_bytes(available_host_bytes())
+        return f"tried to allocate {amount}, {free_now} are available"
     return f"tried to allocate {amount}"

@@ -324,13 +324,14 @@ def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor) -> Ten
         if torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad):
             return _LinearCrossEntropy.apply(hidden, weight, targets, padding)
         total = hidden.new_zeros((), dtype=torch.float32)
-        for rows in _loss_chunks(hidden):
+        for rows in split_loss_rows(hidden):
             log_p = _log_probabilities(hidden[rows], weight, padding)
             total -= log_p.gather(1, targets[rows, None]).sum()
         return total / len(hidden)
 
 
-def _loss_chunks(hidden: Tensor) -> list[slice]:
+def split_loss_rows(hidden: Tensor) -> list[slice]:
+    """The rows of the loss (N C), as many at a time as `loss_layout` says."""
     rows, _ = loss_layout(hidden.device.type)
     return [slice(start, start + rows) for start in range(0, len(hidden), rows)]
 
@@ -352,7 +353,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         grad_hidden = torch.empty_like(hidden)
         # Summed over chunks in fp32: in bf16 the later chunks would be rounded away.
         grad_weight = torch.zeros_like(weight, dtype=torch.float32)
-        for rows in _loss_chunks(hidden):
+        for rows in split_loss_rows(hidden):
             log_p = _log_probabilities(hidden[rows], weight, padding)
             target = targets[rows, None]
             total -= log_p.gather(1, target).sum()

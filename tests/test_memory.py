@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
+import memory_trace
 from checkpoint import save_checkpoint
 from config import ControlSettings, ModelConfig, ModelSettings, TrainingSettings
 from memory import (
@@ -178,6 +179,18 @@ def test_depth_is_extended_exactly(
         assert sum(extended[region].values()) == pytest.approx(total), region
     top = max(totals, key=lambda region: totals[region])
     assert extended[top] == pytest.approx(whole[top])
+
+
+@pytest.mark.parametrize(("batch", "dtype"), [(20, FP32), (19, BF16)])
+def test_a_few_chunks_of_the_loss_stand_for_all(
+    monkeypatch: pytest.MonkeyPatch, batch: int, dtype: torch.dtype
+) -> None:
+    case = TraceCase(SMALL, settings(batch, 2), dtype, "cpu", False, False, 1)
+    few = trace_whole(case)
+    monkeypatch.setattr(memory_trace, "_LOSS_CHUNKS", 10**9)
+    assert trace_whole(case) == few
+    monkeypatch.setattr(memory_trace, "_LOSS_CHUNKS", 1)  # too few: the second comes after one
+    assert trace_whole(case) != few
 
 
 @pytest.mark.parametrize(("device_type", "checkpointing"), [("cpu", False), ("cuda", True)])

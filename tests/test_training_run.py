@@ -17,6 +17,7 @@ import pytest
 import torch
 
 import checkpoint as checkpoints
+import resume
 import training_run
 from config import ExitCode, PreflightError, build_config
 from conftest import ROOT, TINY_FLAGS, CommandRunner
@@ -315,6 +316,37 @@ def test_out_of_memory_names_the_way_out(
         "checkpoint-3",
         checkpoint_every=3,
     )
+
+
+def test_what_cannot_fit_is_refused_before_it_starts(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    began: list[int] = []
+    monkeypatch.setattr(training_run.TrainingRun, "_loop", lambda *unused: began.append(1))
+    monkeypatch.setattr(training_run, "reachable_host_bytes", lambda: 8 * 2**30)
+    expect(
+        run, ExitCode.OUT_OF_MEMORY, "8.0 GiB can be had", "--gradient-accumulation-steps",
+        batch_size=100_000,
+    )
+    assert not began
+
+
+def test_what_fits_is_not_refused(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(training_run, "reachable_host_bytes", lambda: 2**30)  # tight, and traced
+    assert run(max_steps=1) == 0
+
+
+def test_settings_of_a_forged_checkpoint_are_judged(run: Run, tmp_path: Path) -> None:
+    assert run(max_steps=2) == 0
+    newest = checkpoints.find_newest(tmp_path / "training_output")
+    assert newest is not None
+    for name, value in (("learning_rate", "fast"), ("batch_size", -4), ("optimizer", "magic")):
+        newest.config["training"] |= {name: value}
+        with pytest.raises(PreflightError) as caught:
+            resume.adopt_settings(build_config({}, {}), newest)
+        assert caught.value.code == ExitCode.CHECKPOINT
+        assert name.replace("_", "-") in str(caught.value)
+        newest.config["training"] |= {"learning_rate": 1e-3, "batch_size": 4, "optimizer": "adamw"}
 
 
 def test_two_runs_do_not_share_an_output_folder(

@@ -171,9 +171,9 @@ def find_accepted_mutants(folder: Path, count: int, draw: random.Random) -> list
     return faults
 
 
-def test_mutated_checkpoints(run_folder: Path, full: bool) -> None:
+def test_mutated_checkpoints(run_folder: Path) -> None:
     folder = run_folder / "out" / "milestones" / "checkpoint-3"
-    count = 1200 if full else 360
+    count = 1200
     assert find_accepted_mutants(folder, count, random.Random(1)) == []
     print(f"{count} mutated checkpoints")
 
@@ -214,8 +214,8 @@ def find_accepted_data(folder: Path, count: int, draw: random.Random) -> list[st
     return faults
 
 
-def test_mutated_data_folders(run_folder: Path, full: bool) -> None:
-    count = 800 if full else 240
+def test_mutated_data_folders(run_folder: Path) -> None:
+    count = 800
     assert find_accepted_data(run_folder / "data", count, random.Random(2)) == []
     print(f"{count} mutated data folders")
 

@@ -1,0 +1,69 @@
+"""Choices for the machine: precision, compilation, and how much memory there is."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import psutil
+import pytest
+import torch
+
+import runtime
+from config import ExitCode, PreflightError, SystemSettings
+from runtime import available_host_bytes, build_runtime, is_out_of_memory
+
+
+def make_group(folder: Path, names: tuple[str, str], limit: str, used: int, idle: int) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / names[0]).write_text(f"{limit}\n")
+    (folder / names[1]).write_text(f"{used}\n")
+    (folder / "memory.stat").write_text(f"anon 1\ninactive_file {idle}\n")
+
+
+V1, V2 = ("memory.limit_in_bytes", "memory.usage_in_bytes"), ("memory.max", "memory.current")
+
+
+@pytest.mark.parametrize(("line", "own", "above", "names"), [
+    ("0::/box/inner", "box/inner", "box", V2),
+    ("4:memory:/box/inner", "memory/box/inner", "memory/box", V1),
+])
+def test_a_container_counts(
+    tmp_path: Path, line: str, own: str, above: str, names: tuple[str, str]
+) -> None:
+    (tmp_path / "proc/self").mkdir(parents=True)
+    (tmp_path / "proc/self/cgroup").write_text(f"7:cpu:/x\n{line}\n")
+    mount = tmp_path / "sys/fs/cgroup"
+    free = psutil.virtual_memory().available
+    assert available_host_bytes(tmp_path) == pytest.approx(free, rel=0.1)
+    make_group(mount / own, names, "max", 0, 0)
+    assert available_host_bytes(tmp_path) == pytest.approx(free, rel=0.1)
+    make_group(mount / above, names, "1000", 700, 100)  # a limit above binds what is below
+    assert available_host_bytes(tmp_path) == 400
+    make_group(mount / own, names, "500", 450, 50)
+    assert available_host_bytes(tmp_path) == 100
+    make_group(mount / own, names, "500", 900, 0)
+    assert available_host_bytes(tmp_path) == 0
+
+
+def test_the_real_machine_has_memory() -> None:
+    assert 0 < available_host_bytes() <= psutil.virtual_memory().total
+    assert runtime.reachable_host_bytes() > available_host_bytes() - 2**28
+
+
+def test_choices_on_the_cpu() -> None:
+    plain = build_runtime(SystemSettings(device="cpu", mixed_precision=False), 10**6)
+    assert (plain.dtype, plain.compile_model, plain.needs_scaler) == (torch.float32, False, False)
+    mixed = build_runtime(SystemSettings(device="cpu", mixed_precision=True, compile_model=True), 1)
+    assert (mixed.dtype, mixed.compile_model) == (torch.bfloat16, True)
+
+
+def test_a_device_that_is_not_there() -> None:
+    with pytest.raises(PreflightError) as caught:
+        build_runtime(SystemSettings(device="cuda:77"))
+    assert caught.value.code == ExitCode.FLAGS
+
+
+def test_what_is_out_of_memory() -> None:
+    assert is_out_of_memory(MemoryError())
+    assert is_out_of_memory(RuntimeError("DefaultCPUAllocator: can't allocate memory"))
+    assert not is_out_of_memory(RuntimeError("shapes do not match"))
