@@ -22,7 +22,6 @@ import math
 import os
 import platform
 import re
-import sys
 import zipfile
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
@@ -36,6 +35,7 @@ from torch import Tensor
 
 import storage
 from config import ExitCode, ModelConfig, PreflightError, model_config_from_dict
+from console import say
 
 WEIGHTS_NAME = "model.safetensors"
 STATE_NAME = "checkpoint.pt"
@@ -457,8 +457,7 @@ def _choose_verified(
             passed_over[checkpoint.path] = error.lines[0]
             continue
         for path, reason in passed_over.items():
-            sys.stderr.write(f"preflight: warning: {path.name} is damaged, {checkpoint.path.name} "
-                             f"is used: {reason}\n")
+            say(f"{path.name} is damaged, {checkpoint.path.name} is used: {reason}", "warning")
         return checkpoint
     raise PreflightError(
         ExitCode.CHECKPOINT,

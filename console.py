@@ -9,9 +9,22 @@ import sys
 
 from tqdm import tqdm
 
+from config import LOG_LEVELS
 
-def say(line: str) -> None:
-    """One line on stderr that does not break a progress bar."""
+_threshold = LOG_LEVELS.index("info")
+
+
+def set_log_level(name: str) -> None:
+    """From now on `say` only what is of this level of `LOG_LEVELS`, or graver."""
+    global _threshold
+    _threshold = LOG_LEVELS.index(name)
+
+
+def say(line: str, level: str = "info") -> None:
+    """One line on stderr that does not break a progress bar; a warning is marked as one."""
+    if LOG_LEVELS.index(level) < _threshold:
+        return
+    line = f"warning: {line}" if level == "warning" else line
     with contextlib.suppress(OSError):  # whoever read it has left: no reason to lose a run
         tqdm.write(line, file=sys.stderr)
         sys.stderr.flush()
@@ -25,6 +38,8 @@ def say_once(line: str) -> None:
 
 def is_progress_shown() -> bool:
     """A progress bar only on a terminal that is wide enough; plain lines elsewhere."""
+    if LOG_LEVELS.index("info") < _threshold:
+        return False
     return sys.stderr.isatty() and shutil.get_terminal_size().columns >= 40
 
 

@@ -152,6 +152,9 @@ def _merge_config_file(
 
 def run_mode(mode: str, config: RunConfig) -> int:
     """Run one mode; its module, and with it torch, is loaded here."""
+    from console import set_log_level
+
+    set_log_level(config.system.log_level)
     _, module, function = MODES[mode]
     if mode == "train":
         from storage import check_access

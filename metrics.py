@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import math
 import os
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +13,7 @@ import matplotlib
 matplotlib.use("Agg")  # no display is needed, or looked for
 from matplotlib.figure import Figure
 
+from console import say
 from storage import publish_file
 
 METRICS_NAME = "metrics.jsonl"
@@ -64,8 +63,7 @@ class MetricsLog:
                 os.close(descriptor)
         except OSError as error:
             if not self._warned:
-                with contextlib.suppress(OSError):
-                    sys.stderr.write(f"warning: {self.path}: {error}; training goes on\n")
+                say(f"{self.path}: {error}; training goes on", "warning")
             self._warned = True
         else:
             self._warned = False

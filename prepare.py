@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from blocks import BLOCK_BYTES, Encoders, read_blocks
 from config import DataSettings, ExitCode, PreflightError
-from console import format_bytes, say
+from console import format_bytes, is_progress_shown, say
 from shards import (
     FORMAT,
     METADATA_NAME,
@@ -307,7 +307,7 @@ class _Progress:
     def __init__(self, total: int, done: int) -> None:
         """`done`: bytes that an earlier run finished."""
         self._bar = tqdm(total=total, initial=done, unit="B", unit_scale=True, desc="preparing",
-                         disable=None)
+                         disable=not is_progress_shown())
         self._total, self._first, self._done = total, done, done
         self._began = self._said = time.monotonic()
 

@@ -246,7 +246,7 @@ class Trainer:
             if self._forward is self.model or is_out_of_memory(error.__cause__ or error):
                 raise
             reason = (str(error).strip().splitlines() or ["no reason given"])[0]
-            say(f"warning: torch.compile failed ({reason[:120]}); going on without it")
+            say(f"torch.compile failed ({reason[:120]}); going on without it", "warning")
             self._forward = self.model
             with self.runtime.autocast():
                 return self.model(inputs, targets)

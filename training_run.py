@@ -335,6 +335,7 @@ class TrainingRun:
         self._saved_step = self.state.step
         self._last_save = time.monotonic()
         self._last_row += self._last_save - began  # not part of a step's time
+        say(f"step {self.state.step:,}: saved in {self._last_save - began:.2f} s", "debug")
 
     def _is_finished(self) -> bool:
         """Whether the last step is evaluated too: a run may be cut between save and evaluation."""
@@ -415,7 +416,9 @@ class TrainingRun:
         self._sample()
         if time.monotonic() - self._curve_drawn > CURVE_EVERY_SECONDS:
             self._draw_curve()
-        self._last_row += time.monotonic() - began
+        seconds = time.monotonic() - began
+        self._last_row += seconds
+        say(f"  evaluation and sample took {seconds:.2f} s", "debug")
 
     def _sample(self) -> None:
         """Let the model write a little, so that a person sees what it has learned."""

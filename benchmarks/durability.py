@@ -136,7 +136,9 @@ def main() -> None:
         folder, repeats = Path(name), 3 if smoke else 5
         report = measure_training("nano" if smoke else "micro", folder, repeats)
         report |= measure_verification(folder, repeats, 100_000 if smoke else 5_000_000)
-    print(json.dumps(report, indent=2))
+    for name, value in report.items():
+        print(f"{name:34} {value if isinstance(value, str) else f'{value:.4g}':>12}")
+    print(json.dumps(report))
 
 
 if __name__ == "__main__":

@@ -109,7 +109,8 @@ def test_true_maximum_when_the_prediction_is_wrong(
     result = device.search(affine(base * (1 + offset), slope * factor), int(limit))
     expected = true_maximum(device.needs, int(limit))
     assert (result.largest or 0) == expected
-    assert len(result.trials) <= (8 if physical > 1.1 else 16)
+    # A trial that ran out of memory tells nothing but that: then it is a bisection, and its ends.
+    assert len(result.trials) <= (8 if physical > 1.1 else 20)
     if expected:
         check_border(device, result, limit)
         assert result.bound == "memory"

@@ -98,7 +98,8 @@ def test_flags_win_over_the_file() -> None:
 
 
 LAYERS = [
-    {"config", "console"},
+    {"config"},
+    {"console"},
     {"hardware", "storage", "tokenizer", "signals"},
     {"metrics", "runtime", "shards", "sources", "transformer_model"},
     {"blocks", "train_utils", "sampling", "checkpoint"},

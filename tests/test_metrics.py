@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 import metrics
-from console import format_seconds
+from console import format_seconds, say, set_log_level
 from metrics import MetricsLog, read_metrics, save_loss_curve
 
 
@@ -71,3 +71,16 @@ def test_the_curve_is_drawn_from_any_amount_of_rows(tmp_path: Path) -> None:
 @pytest.mark.parametrize(("seconds", "text"), [(5, "5 s"), (600, "10 min"), (11_100, "3 h 05 min")])
 def test_durations_read_well(seconds: float, text: str) -> None:
     assert format_seconds(seconds) == text
+
+
+def test_log_level(capsys: pytest.CaptureFixture[str]) -> None:
+    try:
+        for level, expected in (("debug", "a\nb\nwarning: c\n"), ("info", "b\nwarning: c\n"),
+                                ("warning", "warning: c\n"), ("error", "")):
+            set_log_level(level)
+            say("a", "debug")
+            say("b")
+            say("c", "warning")
+            assert capsys.readouterr().err == expected
+    finally:
+        set_log_level("info")

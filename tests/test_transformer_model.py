@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import GPT2Config, GPT2LMHeadModel
 
+from benchmarks.peers import build_hugging_face, to_hugging_face
 from config import MODEL_PRESETS, ModelConfig, ModelSettings
 from transformer_model import (
     LOSS_ROWS_CPU,
@@ -48,41 +48,6 @@ def test_parameter_counts_are_those_of_the_design(size: str) -> None:
         model = DecoderOnlyTransformer(config)
     assert count_parameters(config) == PARAMETERS[size]
     assert sum(p.numel() for p in model.parameters()) == PARAMETERS[size]
-
-
-def build_hugging_face(ours: DecoderOnlyTransformer) -> tuple[GPT2LMHeadModel, dict[str, str]]:
-    """GPT-2 of the same weights, and its parameter names by ours."""
-    config = ours.config
-    peer = GPT2LMHeadModel(GPT2Config(
-        vocab_size=config.vocab_size, n_positions=config.context_length,
-        n_embd=config.n_embeddings, n_layer=config.n_layers, n_head=config.n_heads,
-        n_inner=config.ffn_hid_dim, activation_function="gelu_new", resid_pdrop=0.0,
-        embd_pdrop=0.0, attn_pdrop=0.0, layer_norm_epsilon=1e-5,
-    ))
-    parts = {
-        "attention_norm": "ln_1", "attention.qkv": "attn.c_attn",
-        "attention.projection": "attn.c_proj", "feed_forward_norm": "ln_2",
-        "feed_forward.expand": "mlp.c_fc", "feed_forward.contract": "mlp.c_proj",
-    }
-    names = {"token_embedding.weight": "transformer.wte.weight",
-             "position_embedding.weight": "transformer.wpe.weight"}
-    names |= {f"final_norm.{kind}": f"transformer.ln_f.{kind}" for kind in ("weight", "bias")}
-    names |= {
-        f"blocks.{i}.{part}.{kind}": f"transformer.h.{i}.{theirs}.{kind}"
-        for i in range(config.n_layers) for part, theirs in parts.items()
-        for kind in ("weight", "bias")
-    }
-    theirs = dict(peer.named_parameters())
-    with torch.no_grad():
-        for name, parameter in ours.named_parameters():
-            theirs[names[name]].copy_(to_hugging_face(name, parameter))
-    return peer, names
-
-
-def to_hugging_face(name: str, tensor: Tensor) -> Tensor:
-    """Conv1D keeps its weights as (in, out), nn.Linear as (out, in)."""
-    is_linear = tensor.dim() == 2 and "embedding" not in name
-    return tensor.T if is_linear else tensor
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,182 @@
+"""Writing speed: ours beside Hugging Face's `generate` and the floor, alternating in one run.
+
+    python benchmarks/generate.py             (small; the GPU, two minutes; else the CPU, some four)
+    python benchmarks/generate.py --smoke     (a tiny model on the CPU; seconds)
+
+Both write greedily from the same weights, and the texts have to be equal before anything is timed.
+On the CPU the peer runs in fp32 and in bf16, and ours is set against its better one, in the same
+precision. The floor on the CPU is the weights' products of a token alone; on CUDA the time that
+reading the weights and the cache takes at the card's bandwidth.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
+
+from peers import (  # noqa: E402
+    alternate,
+    build_hugging_face,
+    list_weight_shapes,
+    print_rows,
+)
+
+from config import ModelConfig, ModelSettings, SamplingConfig, SystemSettings  # noqa: E402
+from hardware import match_device  # noqa: E402
+from runtime import build_runtime, describe_device  # noqa: E402
+from sampling import generate_batch  # noqa: E402
+from tokenizer import load_tokenizer  # noqa: E402
+from transformer_model import DecoderOnlyTransformer, count_parameters  # noqa: E402
+
+PROMPT = "In the beginning the machine was quiet, and then"
+Row = tuple[str, Any, str]
+
+
+def build_peer(
+    model: DecoderOnlyTransformer, prompts: list[list[int]], n_tokens: int, dtype: torch.dtype,
+    device: torch.device,
+) -> Callable[[], Tensor]:
+    """Hugging Face's `generate`, greedy, with its KV cache; the ids that it adds."""
+    peer = build_hugging_face(model)[0].to(device=device, dtype=dtype).eval()
+    ids = torch.tensor(prompts, device=device)
+    mask = torch.ones_like(ids)
+
+    def write() -> Tensor:
+        with torch.inference_mode():
+            return peer.generate(ids, attention_mask=mask, max_new_tokens=n_tokens,
+                                 min_new_tokens=n_tokens, do_sample=False, use_cache=True,
+                                 pad_token_id=0)[:, ids.shape[1]:]
+
+    return write
+
+
+def build_own(
+    model: DecoderOnlyTransformer, n_prompts: int, n_tokens: int, dtype: torch.dtype,
+    device: torch.device,
+) -> Callable[[], list[str]]:
+    """Ours, through what `--generate` uses."""
+    own = copy.deepcopy(model).to(device=device, dtype=dtype).eval().requires_grad_(False)
+    tokenizer = load_tokenizer("gpt2")
+    config = SamplingConfig(max_new_tokens=n_tokens, temperature=0.0)
+
+    def write() -> list[str]:
+        answers = generate_batch(own, tokenizer, [PROMPT] * n_prompts, config)
+        assert all(answer.n_tokens == n_tokens for answer in answers)
+        return [answer.text for answer in answers]
+
+    return write
+
+
+def build_floor(
+    model: DecoderOnlyTransformer, n_tokens: int, dtype: torch.dtype
+) -> Callable[[], None]:
+    """Every weight times one vector, once a token."""
+    pairs = [(torch.randn(n_out, n_in).to(dtype), torch.randn(1, n_in).to(dtype))
+             for n_out, n_in in list_weight_shapes(model)]
+
+    def multiply() -> None:
+        with torch.inference_mode():
+            for _ in range(n_tokens):
+                for weight, x in pairs:
+                    torch.nn.functional.linear(x, weight)
+
+    return multiply
+
+
+def build_model(shape: ModelConfig) -> DecoderOnlyTransformer:
+    """Random weights, spread out so that greedy choices are no ties."""
+    torch.manual_seed(0)
+    model = DecoderOnlyTransformer(shape)
+    with torch.no_grad():
+        model.final_norm.weight.mul_(4)
+    return model.eval()
+
+
+def compare_on_cpu(shape: ModelConfig, n_tokens: int, repeats: int) -> list[Row]:
+    """Batch 1: the peer in both precisions, ours and the floor in the peer's better one."""
+    device, model = torch.device("cpu"), build_model(shape)
+    tokenizer = load_tokenizer("gpt2")
+    prompts = [tokenizer.encode(PROMPT)]
+    peers = {dtype: build_peer(model, prompts, n_tokens, dtype, device)
+             for dtype in (torch.float32, torch.bfloat16)}
+    expected = tokenizer.decode(peers[torch.float32]()[0].tolist())
+    assert build_own(model, 1, n_tokens, torch.float32, device)() == [expected]
+    trial = alternate({str(dtype): write for dtype, write in peers.items()}, 1, warm_up=0)
+    better = min(peers, key=lambda dtype: trial[str(dtype)])
+    name = str(better).removeprefix("torch.")
+    seconds = alternate({
+        "peer": peers[better], "ours": build_own(model, 1, n_tokens, better, device),
+        "floor": build_floor(model, n_tokens, better),
+    }, repeats)
+    return [
+        (f"tokens/s, ours, {name}", n_tokens / seconds["ours"], ""),
+        (f"tokens/s, Hugging Face, {name} (its better)", n_tokens / seconds["peer"], ""),
+        ("Hugging Face, seconds fp32 over bf16",
+         trial["torch.float32"] / trial["torch.bfloat16"], ""),
+        ("ours over Hugging Face", seconds["peer"] / seconds["ours"], ">= 1.7"),
+        ("share of the weights' products alone", seconds["floor"] / seconds["ours"], ">= 0.8"),
+    ]
+
+
+def compare_on_cuda(shape: ModelConfig, n_tokens: int, repeats: int) -> list[Row]:
+    """Batch 1 and 32 in the card's precision."""
+    runtime = build_runtime(SystemSettings(device="cuda"))
+    model, prompt = build_model(shape), load_tokenizer("gpt2").encode(PROMPT)
+    card = match_device(torch.cuda.get_device_name(),
+                        torch.cuda.get_device_properties(0).total_memory)
+    rows: list[Row] = []
+    for batch in (1, 32):
+        seconds = alternate({
+            "peer": build_peer(model, [prompt] * batch, n_tokens, runtime.dtype, runtime.device),
+            "ours": build_own(model, batch, n_tokens, runtime.dtype, runtime.device),
+        }, repeats)
+        rows += [
+            (f"tokens/s, ours, batch {batch}", batch * n_tokens / seconds["ours"], ""),
+            (f"tokens/s, Hugging Face, batch {batch}", batch * n_tokens / seconds["peer"], ""),
+            (f"ours over Hugging Face, batch {batch}", seconds["peer"] / seconds["ours"],
+             ">= 3" if batch == 1 else ""),
+        ]
+        if card is not None:
+            length = len(prompt) + n_tokens / 2
+            cache = 2 * shape.n_layers * shape.n_embeddings * length * batch
+            size = runtime.dtype.itemsize * (count_parameters(shape) + cache)
+            least = n_tokens * size / (card.bandwidth_gb_per_second * 1e9)
+            rows.append((f"share of the bandwidth limit, batch {batch}",
+                         least / seconds["ours"], ">= 0.7"))
+    return rows
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--smoke", action="store_true", help="a tiny model, on the CPU")
+    parser.add_argument("--tokens", type=int, default=None, help="new tokens")
+    given = parser.parse_args()
+    on_cuda = torch.cuda.is_available() and not given.smoke
+    small = ModelSettings(model_size="small").resolve(50257)
+    if on_cuda:
+        rows = compare_on_cuda(small, given.tokens or 256, repeats=3)
+    elif given.smoke:
+        rows = compare_on_cpu(ModelConfig(50257, 64, 64, 4, 2, 256), given.tokens or 24, repeats=2)
+    else:
+        rows = compare_on_cpu(small, given.tokens or 256, repeats=3)
+    print_rows(rows)
+    device = torch.device("cuda" if on_cuda else "cpu")
+    print(json.dumps({"device": describe_device(device), "torch": str(torch.__version__),
+                      "threads": torch.get_num_threads(), "rows": rows}))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,81 @@
+"""What the benchmarks share: Hugging Face's GPT-2 with our weights, and runs in alternation."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import GPT2Config, GPT2LMHeadModel
+
+from transformer_model import DecoderOnlyTransformer
+
+
+def build_hugging_face(
+    ours: DecoderOnlyTransformer, **options: Any
+) -> tuple[GPT2LMHeadModel, dict[str, str]]:
+    """GPT-2 of the same weights, and its parameter names by ours; `options` are its config's."""
+    config = ours.config
+    peer = GPT2LMHeadModel(GPT2Config(
+        vocab_size=config.vocab_size, n_positions=config.context_length,
+        n_embd=config.n_embeddings, n_layer=config.n_layers, n_head=config.n_heads,
+        n_inner=config.ffn_hid_dim, activation_function="gelu_new", resid_pdrop=0.0,
+        embd_pdrop=0.0, attn_pdrop=0.0, layer_norm_epsilon=1e-5, **options,
+    ))
+    parts = {
+        "attention_norm": "ln_1", "attention.qkv": "attn.c_attn",
+        "attention.projection": "attn.c_proj", "feed_forward_norm": "ln_2",
+        "feed_forward.expand": "mlp.c_fc", "feed_forward.contract": "mlp.c_proj",
+    }
+    names = {"token_embedding.weight": "transformer.wte.weight",
+             "position_embedding.weight": "transformer.wpe.weight"}
+    names |= {f"final_norm.{kind}": f"transformer.ln_f.{kind}" for kind in ("weight", "bias")}
+    names |= {
+        f"blocks.{i}.{part}.{kind}": f"transformer.h.{i}.{theirs}.{kind}"
+        for i in range(config.n_layers) for part, theirs in parts.items()
+        for kind in ("weight", "bias")
+    }
+    theirs = dict(peer.named_parameters())
+    with torch.no_grad():
+        for name, parameter in ours.named_parameters():
+            theirs[names[name]].copy_(to_hugging_face(name, parameter))
+    return peer, names
+
+
+def to_hugging_face(name: str, tensor: Tensor) -> Tensor:
+    """Conv1D keeps its weights as (in, out), nn.Linear as (out, in)."""
+    is_linear = tensor.dim() == 2 and "embedding" not in name
+    return tensor.T if is_linear else tensor
+
+
+def alternate(
+    subjects: Mapping[str, Callable[[], Any]], repeats: int, warm_up: int = 1
+) -> dict[str, float]:
+    """Median seconds of each subject. They take turns, so that noise meets all of them alike."""
+    seconds: dict[str, list[float]] = {name: [] for name in subjects}
+    for number in range(warm_up + repeats):
+        for name, act in subjects.items():
+            began = time.perf_counter()
+            act()
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()
+            if number >= warm_up:
+                seconds[name].append(time.perf_counter() - began)
+    return {name: statistics.median(each) for name, each in seconds.items()}
+
+
+def list_weight_shapes(model: DecoderOnlyTransformer) -> list[tuple[int, int]]:
+    """(out, in) of every weight that takes part in a product, the head among them."""
+    return [(p.shape[0], p.shape[1]) for name, p in model.named_parameters()
+            if p.dim() == 2 and name != "position_embedding.weight"]
+
+
+def print_rows(rows: list[tuple[str, Any, str]]) -> None:
+    """Name, figure and goal, a line each."""
+    for name, value, goal in rows:
+        shown = f"{value:,.3f}" if isinstance(value, float) and value < 100 else (
+            f"{value:,.0f}" if isinstance(value, (int, float)) else str(value))
+        print(f"{name:58} {shown:>12} {goal:>10}")

@@ -1,0 +1,356 @@
+"""Training speed: ours beside Hugging Face's GPT-2 and the floor, alternating in one run.
+
+    python benchmarks/train.py             (the GPU, some four minutes; else the CPU, some six)
+    python benchmarks/train.py --smoke     (tiny shapes on the CPU; under a minute)
+
+CPU: 6 layers, width 384, context 256, batch 8, vocabulary 50,257; default flags against the usual
+fp32 loop and the same under bf16 autocast. The floor is the step's matrix products alone, forward
+and backward, in our precision. CUDA: small, context 1024, against torch.compile, SDPA and fused
+AdamW in bf16, each at its best batch. All begin with the same weights, and their first losses are
+compared before anything is timed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+from torch import Tensor
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
+
+from peers import (  # noqa: E402
+    alternate,
+    build_hugging_face,
+    list_weight_shapes,
+    print_rows,
+)
+
+from config import (  # noqa: E402
+    ControlSettings,
+    ModelConfig,
+    ModelSettings,
+    SystemSettings,
+    TrainingSettings,
+    build_config,
+)
+from hardware import match_device  # noqa: E402
+from metrics import read_metrics  # noqa: E402
+from runtime import Runtime, build_runtime, describe_device  # noqa: E402
+from trainer import Trainer, build_plan  # noqa: E402
+from training_run import run_training  # noqa: E402
+from transformer_model import estimate_flops_per_token  # noqa: E402
+
+CPU_SHAPE, CPU_BATCH = ModelConfig(50257, 256, 384, 6, 6, 1536), 8
+SMOKE_SHAPE, SMOKE_BATCH = ModelConfig(5000, 64, 64, 4, 2, 256), 4
+CUDA_BATCHES = (8, 16, 32, 64)
+Row = tuple[str, Any, str]
+
+
+def build_trainer(
+    shape: ModelConfig, batch: int, system: SystemSettings, **options: Any
+) -> Trainer:
+    """Ours, as `--train` builds it for a long run."""
+    training = TrainingSettings(batch_size=batch)
+    plan = build_plan(training, ControlSettings(), shape.context_length, 10**6, 100)
+    return Trainer(shape, training, build_runtime(system, 10**5), plan, 1e-4, **options)
+
+
+def draw_batch(shape: ModelConfig, batch: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Random ids and the ids that follow."""
+    ids = torch.randint(0, shape.vocab_size, (batch, shape.context_length + 1),
+                        generator=torch.Generator().manual_seed(0)).to(device)
+    return ids[:, :-1].contiguous(), ids[:, 1:].contiguous()
+
+
+def build_peer_step(
+    trainer: Trainer, batch: tuple[Tensor, Tensor], dtype: torch.dtype, *, compiled: bool = False
+) -> Callable[[], float]:
+    """The usual loop around Hugging Face's model with our weights: AdamW, clipping, its own loss.
+    """
+    device = trainer.runtime.device
+    options = {"attn_implementation": "sdpa", "use_cache": False}
+    model = build_hugging_face(trainer.model, **options)[0].to(device).train()
+    forward = torch.compile(model) if compiled else model
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, betas=(0.9, 0.95),
+                                  weight_decay=0.1, fused=device.type == "cuda")
+    inputs, targets = batch
+    # Its loss shifts labels by one: the last target has no place there.
+    labels = torch.cat([inputs[:, :1], targets[:, :-1]], dim=1)
+
+    def step() -> float:
+        with torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32):
+            loss = forward(input_ids=inputs, labels=labels).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        return float(loss.detach())
+
+    return step
+
+
+def build_own_step(trainer: Trainer, batch: tuple[Tensor, Tensor]) -> Callable[[], float]:
+    """Our step, its loss read as a run reads it."""
+    return lambda: float(trainer.train_step(100, [batch]).loss)
+
+
+def build_floor(trainer: Trainer, n_tokens: int) -> Callable[[], None]:
+    """Every weight's three products of a step, forward and backward, and nothing else."""
+    dtype, device = trainer.runtime.dtype, trainer.runtime.device
+    products = []
+    for n_out, n_in in list_weight_shapes(trainer.model):
+        weight = torch.randn(n_out, n_in, device=device).to(dtype)
+        rows = min(n_tokens, 512) if n_out > 8192 else n_tokens  # logits in chunks near the cache
+        x = torch.randn(rows, n_in, device=device).to(dtype)
+        products.append((weight, x, torch.randn(rows, n_out, device=device).to(dtype),
+                         n_tokens // rows))
+
+    def multiply() -> None:
+        for weight, x, grad, repeats in products:
+            for _ in range(repeats):
+                x @ weight.T
+                grad @ weight
+                grad.T @ x
+
+    return multiply
+
+
+def compare_on_cpu(shape: ModelConfig, batch_size: int, repeats: int) -> list[Row]:
+    """Ours, the peer in fp32 and in bf16, and the floor."""
+    trainer = build_trainer(shape, batch_size, SystemSettings(device="cpu"))
+    batch = draw_batch(shape, batch_size, trainer.runtime.device)
+    n_tokens = batch[0].numel()
+    subjects: dict[str, Callable[[], Any]] = {
+        "peer fp32": build_peer_step(trainer, batch, torch.float32),
+        "peer bf16": build_peer_step(trainer, batch, torch.bfloat16),
+        "ours": build_own_step(trainer, batch),
+        "products": build_floor(trainer, n_tokens),
+    }
+    losses = [subjects[name]() for name in ("peer fp32", "peer bf16", "ours")]
+    assert max(losses) - min(losses) < 0.02, f"the losses differ: {losses}"
+    seconds = alternate(subjects, repeats, warm_up=0)
+    fast = trainer.runtime.dtype == torch.bfloat16
+    return [
+        ("tokens/s, ours", n_tokens / seconds["ours"], ""),
+        ("tokens/s, Hugging Face fp32", n_tokens / seconds["peer fp32"], ""),
+        ("tokens/s, Hugging Face bf16 autocast", n_tokens / seconds["peer bf16"], ""),
+        ("ours over fp32", seconds["peer fp32"] / seconds["ours"], ">= 3" if fast else ""),
+        ("ours over bf16 autocast", seconds["peer bf16"] / seconds["ours"],
+         ">= 2" if fast else ""),
+        (f"share of products alone ({str(trainer.runtime.dtype).removeprefix('torch.')})",
+         seconds["products"] / seconds["ours"], ">= 0.8"),
+    ]
+
+
+# ---- CUDA ---------------------------------------------------------------------------------------
+
+
+def measure_on_cuda(act: Callable[[], Any], steps: int) -> tuple[float, int] | None:
+    """Median seconds of a step and peak bytes; None when it does not fit."""
+    try:
+        for _ in range(4):  # compiles
+            act()
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        seconds = []
+        for _ in range(steps):
+            began = time.perf_counter()
+            act()
+            torch.cuda.synchronize()
+            seconds.append(time.perf_counter() - began)
+        return statistics.median(seconds), torch.cuda.max_memory_allocated()
+    except torch.OutOfMemoryError:
+        return None
+
+
+def clear_cuda() -> None:
+    """Free what the subject before held, compiled code included."""
+    torch._dynamo.reset()
+    gc.collect()
+    torch.cuda.empty_cache()
+
+
+def measure_own(
+    shape: ModelConfig, batch_size: int, steps: int, **options: Any
+) -> tuple[float, int] | None:
+    """Ours on CUDA: seconds and peak bytes."""
+    clear_cuda()
+    trainer = build_trainer(shape, batch_size, SystemSettings(device="cuda"), **options)
+    batch = draw_batch(shape, batch_size, trainer.runtime.device)
+    return measure_on_cuda(lambda: trainer.train_step(100, [batch]), steps)
+
+
+def measure_peer(shape: ModelConfig, batch_size: int, steps: int) -> tuple[float, int] | None:
+    """Hugging Face on CUDA: seconds and peak bytes."""
+    clear_cuda()
+    trainer = build_trainer(shape, 1, SystemSettings(device="cuda", compile_model=False))
+    batch = draw_batch(shape, batch_size, trainer.runtime.device)
+    step = build_peer_step(trainer, batch, torch.bfloat16, compiled=True)
+    del trainer
+    return measure_on_cuda(step, steps)
+
+
+def compare_on_cuda(steps: int) -> list[Row]:
+    """Best batch against best batch, utilisation, memory, and what checkpointing costs."""
+    small, medium = (ModelSettings(model_size=size).resolve(50257) for size in ("small", "medium"))
+    tokens = small.context_length
+    card = match_device(torch.cuda.get_device_name(),
+                        torch.cuda.get_device_properties(0).total_memory)
+    rows: list[Row] = []
+    own, peer = {}, {}
+    for size in CUDA_BATCHES:  # in turns
+        own[size], peer[size] = measure_own(small, size, steps), measure_peer(small, size, steps)
+    rates = {name: {size: size * tokens / found[0] for size, found in each.items() if found}
+             for name, each in (("ours", own), ("peer", peer))}
+    best = {name: max(each, key=each.__getitem__) for name, each in rates.items()}
+    for name, each in rates.items():
+        for size, rate in each.items():
+            rows.append((f"tokens/s, {name}, batch {size}", rate, ""))
+    rows.append(("ours over Hugging Face, best batch each",
+                 rates["ours"][best["ours"]] / rates["peer"][best["peer"]], ">= 1.25"))
+    both = [size for size in CUDA_BATCHES if own[size] and peer[size]]
+    rows.append((f"peak memory over Hugging Face's, batch {both[-1]}",
+                 own[both[-1]][1] / peer[both[-1]][1], "<= 0.6"))
+    for name, shape, goal in (("small", small, ">= 0.55"), ("medium", medium, ">= 0.6")):
+        found = max((size * tokens / result[0] for size in (16, 32)
+                     if (result := measure_own(shape, size, steps))), default=0.0)
+        if card is not None:
+            share = found * estimate_flops_per_token(shape) / (card.rate_tflops("bfloat16") * 1e12)
+            rows.append((f"model FLOPs utilisation, {name}", share, goal))
+    plain, again = (measure_own(small, 16, steps, gradient_checkpointing=flag)
+                    for flag in (False, True))
+    assert plain is not None
+    assert again is not None
+    held = 16 * sum(out * into for out, into in list_weight_shapes(
+        build_trainer(small, 1, SystemSettings(device="cuda", compile_model=False)).model))
+    rows.append(("gradient checkpointing, tokens/s lost", 1 - plain[0] / again[0], "<= 0.3"))
+    rows.append(("gradient checkpointing, activation memory saved",
+                 1 - (again[1] - held) / (plain[1] - held), ">= 0.6"))
+    return rows
+
+
+# ---- the loop around the step -------------------------------------------------------------------
+
+
+def measure_loop(runtime: Runtime, steps: int) -> list[Row]:
+    """What logging, progress, checks and signals cost, and whether speed and memory stay flat."""
+    shape = {"model_size": "custom", "n_layers": 2, "n_heads": 2, "n_embeddings": 64,
+             "context_length": 64, "batch_size": 4}
+    with tempfile.TemporaryDirectory() as folder:
+        (Path(folder) / "text.txt").write_text("a line of words to learn from, and more\n" * 20_000)
+        flags = shape | {
+            "text_file": [f"{folder}/text.txt"], "data_dir": f"{folder}/data",
+            "output_dir": f"{folder}/out", "device": str(runtime.device), "max_steps": steps,
+            "eval_every": steps, "checkpoint_every": steps, "log_level": "error",
+            "compile_model": False}
+        config = build_config(flags, dict.fromkeys(flags, "the benchmark"))
+        resident: list[int] = []
+        inside: list[float] = []
+        original = Trainer.train_step
+
+        def timed(self: Trainer, *arguments: Any) -> Any:
+            began = time.perf_counter()
+            result = original(self, *arguments)
+            float(result.loss)  # a CPU step is over then; a CUDA loop reads it a step later
+            inside.append(time.perf_counter() - began)
+            resident.append(psutil.Process().memory_info().rss)
+            return result
+
+        Trainer.train_step = timed  # type: ignore[method-assign]
+        try:
+            run_training(config)
+        finally:
+            Trainer.train_step = original  # type: ignore[method-assign]
+        rows = [r for r in read_metrics(Path(folder) / "out/metrics.jsonl") if r["event"] == "step"]
+    tokens = 4 * 64
+    whole = [tokens / row["tokens_per_second"] for row in rows]
+    tenth = steps // 10
+    around = statistics.median(a - b for a, b in zip(whole[tenth:], inside[tenth:], strict=True))
+    rates = [row["tokens_per_second"] for row in rows]
+    return [
+        ("milliseconds of the loop around a step", 1000 * around, ""),
+        (f"tokens/s, last tenth of {steps} steps over the second",
+         statistics.median(rates[-tenth:]) / statistics.median(rates[tenth : 2 * tenth]),
+         "0.95-1.05"),
+        (f"resident memory, step {steps} over step {tenth}",
+         resident[-1] / resident[tenth], "<= 1.02"),
+    ]
+
+
+def measure_start(repeats: int) -> list[Row]:
+    """Seconds of `--help`, and from the command to the first step's line: nano, data prepared."""
+    main = [sys.executable, str(ROOT / "main.py")]
+    helps, firsts = [], []
+    with tempfile.TemporaryDirectory() as folder:
+        (Path(folder) / "text.txt").write_text("a line of words to learn from, and more\n" * 20_000)
+        train = [*main, "--train", "--model-size", "nano", "--text-file", "text.txt",
+                 "--batch-size", "4", "--no-compile-model", "--max-steps"]
+        subprocess.run([*train, "1", "--output-dir", "first"], cwd=folder, check=True,
+                       capture_output=True)
+        for number in range(repeats):
+            began = time.perf_counter()
+            subprocess.run([*main, "--help"], check=True, capture_output=True)
+            helps.append(time.perf_counter() - began)
+            began = time.perf_counter()
+            command = [*train, "500", "--output-dir", f"out{number}"]
+            with subprocess.Popen(command, cwd=folder, stderr=subprocess.PIPE, text=True) as run:
+                assert run.stderr is not None
+                for line in run.stderr:
+                    if line.startswith("step 1/"):
+                        firsts.append(time.perf_counter() - began)
+                        run.kill()
+    return [("seconds, --help", statistics.median(helps), "<= 0.15"),
+            ("seconds to the first training step, nano", statistics.median(firsts), "<= 5")]
+
+
+def run(smoke: bool) -> Iterator[Row]:
+    """All rows, as they come."""
+    on_cuda = torch.cuda.is_available() and not smoke
+    runtime = build_runtime(SystemSettings(device="cuda" if on_cuda else "cpu"))
+    if on_cuda:
+        yield from compare_on_cuda(steps=12)
+    elif smoke:
+        yield from compare_on_cpu(SMOKE_SHAPE, SMOKE_BATCH, repeats=3)
+    else:
+        yield from compare_on_cpu(CPU_SHAPE, CPU_BATCH, repeats=5)
+    yield from measure_loop(runtime, 60 if smoke else 1000)
+    nano = build_trainer(
+        replace(ModelSettings(model_size="nano").resolve(50257)), 8,
+        SystemSettings(device=runtime.device.type, compile_model=False))
+    batch = draw_batch(nano.model.config, 8, nano.runtime.device)
+    step = alternate({"step": build_own_step(nano, batch)}, 3 if smoke else 10)["step"]
+    yield "milliseconds of a step, nano, batch 8", 1000 * step, ""
+    yield from measure_start(1 if smoke else 5)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--smoke", action="store_true", help="tiny shapes, on the CPU")
+    given = parser.parse_args()
+    rows = list(run(given.smoke))
+    print_rows(rows)
+    device = torch.device("cuda" if torch.cuda.is_available() and not given.smoke else "cpu")
+    print(json.dumps({"device": describe_device(device), "torch": str(torch.__version__),
+                      "threads": torch.get_num_threads(), "cores": os.cpu_count(),
+                      "rows": rows}))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
