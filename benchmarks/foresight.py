@@ -3,20 +3,19 @@
     python benchmarks/foresight.py             (the GPU, else the CPU; under ten minutes)
     python benchmarks/foresight.py --smoke     (tiny shapes on the CPU; about a minute)
 
-Each configuration has a process of its own. It predicts the memory, times what `--check` times,
-predicts the time of a run of about `--seconds`, and then makes that run with `--train`'s own code.
-Goals on CUDA: allocated within 3 %, reserved within 5 %, time within 10 %. On the CPU what is
-allocated is read from the profiler, in three steps after the run, and has to be within 1 %;
+Each configuration has two processes of its own. One predicts the memory, times what `--check`
+times, and predicts the time of a run of about `--seconds`; the other makes that run with the code
+of `--train`. Goals on CUDA: allocated within 3 %, reserved within 5 %, time within 10 %. On the CPU
+what is allocated is read from the profiler, in three steps after the run, and has to be within 1 %;
 resident memory, of which the libraries' part varies, has no goal.
 """
 
 from __future__ import annotations
 
 import argparse
-import dataclasses
-import gc
 import json
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -83,56 +82,68 @@ ON_CPU: list[dict[str, Any]] = [
 _TINY = {"model_size": "custom", "n_layers": 2, "n_heads": 2, "n_embeddings": 64,
          "context_length": 64, "batch_size": 4, "mixed_precision": False}
 SMOKE: list[dict[str, Any]] = [_TINY | change for change in (
-    {}, {"batch_size": 16, "context_length": 128}, {"gradient_checkpointing": True},
-    {"gradient_accumulation_steps": 2, "optimizer": "sgd"}, {"n_layers": 4, "dropout": 0.1},
+    {}, {"gradient_accumulation_steps": 2, "gradient_checkpointing": True},
+    {"n_layers": 4, "dropout": 0.1, "optimizer": "sgd"},
 )]
 
 
-def run_one(flags: dict[str, Any], data_dir: str, seconds: float) -> dict[str, Any]:
-    """Predict and make one run in this process; the row of the table."""
-    with tempfile.TemporaryDirectory(dir=Path(data_dir).parent) as output:
-        values = EAGER | flags | {"data_dir": data_dir, "output_dir": output, "max_steps": 1000}
-        config = build_config(values, dict.fromkeys(values, "the benchmark"))
-        tokenizer = load_tokenizer(config.model.tokenizer)
-        model = config.model.resolve(tokenizer.vocab_size)
-        data = prepare_data(config.data, tokenizer, model.context_length)
-        runtime = build_runtime(config.system, 1000)
-        predicted = estimate_memory(
-            model, config.training, dtype=runtime.dtype, device_type=runtime.device.type,
-            compile_model=runtime.compile_model,
-            gradient_checkpointing=config.system.gradient_checkpointing)
-        flops = measure_product_flops(runtime.device, runtime.dtype)
-        guess = estimate_cost(
-            model, config.training, dtype=runtime.dtype, cpu_flops=flops,
-            gradient_checkpointing=config.system.gradient_checkpointing,
-            compile_model=runtime.compile_model)
-        windows = [count_windows(part.n_tokens, model.context_length)
-                   for part in (data.train, data.val)]
-        plan = build_plan(config.training, config.control, model.context_length, *windows)
-        cost = measure_cost(config, model, plan, runtime, data, tokenizer, guess.step_seconds)
-        config = shorten(config, max(4, round(seconds / cost.step_seconds)))
-        plan = build_plan(config.training, config.control, model.context_length, *windows)
-        expected = estimate_run_time(cost, plan, config.control).total_seconds
-        if runtime.compile_model:
-            torch._dynamo.reset()
-        gc.collect()
-        if runtime.device.type == "cuda":
-            torch.cuda.empty_cache()
-            torch.cuda.reset_peak_memory_stats()
-        began = time.perf_counter()
-        code = run_training(config)
-        real = time.perf_counter() - began
-        row = {"flags": flags, "steps": plan.total_steps, "exit_code": code,
-               "step_seconds": cost.step_seconds, "timed_steps": cost.n_timed,
-               "time": [expected, real]}
-        if runtime.device.type == "cuda":
-            row["allocated"] = [predicted.peak_bytes, torch.cuda.max_memory_allocated()]
-            row["reserved"] = [predicted.reserved_bytes, torch.cuda.max_memory_reserved()]
-        else:
-            row["resident"] = [predicted.host_bytes, runtime.peak_memory_bytes()]
-            timed = max(predicted.phases["training step"], predicted.phases["optimizer step"])
-            row["allocated"] = [timed, measure_allocated(config, model, plan, runtime)]
-        return row
+def predict_one(flags: dict[str, Any], folder: str, seconds: float) -> dict[str, Any]:
+    """What is predicted of a run of about `seconds`, and the flags that make it."""
+    values = EAGER | flags | {"data_dir": f"{folder}/data", "output_dir": f"{folder}/predicted",
+                              "max_steps": 1000}
+    config = build_config(values, dict.fromkeys(values, "the benchmark"))
+    Path(config.control.output_dir).mkdir(exist_ok=True)
+    tokenizer = load_tokenizer(config.model.tokenizer)
+    model = config.model.resolve(tokenizer.vocab_size)
+    data = prepare_data(config.data, tokenizer, model.context_length)
+    runtime = build_runtime(config.system, 1000)
+    memory = estimate_memory(
+        model, config.training, dtype=runtime.dtype, device_type=runtime.device.type,
+        compile_model=runtime.compile_model,
+        gradient_checkpointing=config.system.gradient_checkpointing)
+    guess = estimate_cost(
+        model, config.training, dtype=runtime.dtype,
+        cpu_flops=measure_product_flops(runtime.device, runtime.dtype),
+        gradient_checkpointing=config.system.gradient_checkpointing,
+        compile_model=runtime.compile_model)
+    windows = [count_windows(part.n_tokens, model.context_length)
+               for part in (data.train, data.val)]
+    plan = build_plan(config.training, config.control, model.context_length, *windows)
+    cost = measure_cost(config, model, plan, runtime, data, tokenizer, guess.step_seconds)
+    # An evaluation and a checkpoint at half and end.
+    steps = max(4, round(seconds / cost.step_seconds))
+    half = max(1, steps // 2)
+    values |= {"max_steps": steps, "num_epochs": 1e6, "checkpoint_every": half, "eval_every": half}
+    config = build_config(values, dict.fromkeys(values, "the benchmark"))
+    plan = build_plan(config.training, config.control, model.context_length, *windows)
+    on_cuda = runtime.device.type == "cuda"
+    timed = max(memory.phases["training step"], memory.phases["optimizer step"])
+    return {
+        "values": values, "steps": steps, "step_seconds": cost.step_seconds,
+        "guessed_step_seconds": guess.step_seconds, "timed_steps": cost.n_timed,
+        "time": estimate_run_time(cost, plan, config.control).total_seconds,
+    } | ({"allocated": memory.peak_bytes, "reserved": memory.reserved_bytes} if on_cuda else
+         {"allocated": timed, "resident": memory.host_bytes})
+
+
+def run_one(values: dict[str, Any], folder: str) -> dict[str, Any]:
+    """Make the run: its seconds and its peaks."""
+    values = values | {"output_dir": f"{folder}/run"}
+    config = build_config(values, dict.fromkeys(values, "the benchmark"))
+    runtime = build_runtime(config.system, 1000)
+    if runtime.device.type == "cuda":  # the context: a run pays it once, whatever its length
+        torch.zeros(1, device=runtime.device)
+    began = time.perf_counter()
+    assert run_training(config) == 0
+    found: dict[str, Any] = {"time": time.perf_counter() - began}
+    if runtime.device.type == "cuda":
+        return found | {"allocated": torch.cuda.max_memory_allocated(),
+                        "reserved": torch.cuda.max_memory_reserved()}
+    resident = runtime.peak_memory_bytes()
+    model = config.model.resolve(load_tokenizer(config.model.tokenizer).vocab_size)
+    plan = build_plan(config.training, config.control, model.context_length, 100, 10)
+    return found | {"resident": resident,
+                    "allocated": measure_allocated(config, model, plan, runtime)}
 
 
 def measure_allocated(
@@ -154,17 +165,8 @@ def measure_allocated(
     return peak
 
 
-def shorten(config: RunConfig, steps: int) -> RunConfig:
-    """The same run, of so many steps, with an evaluation and a checkpoint at half and end."""
-    half = max(1, steps // 2)
-    return dataclasses.replace(
-        config,
-        training=dataclasses.replace(config.training, max_steps=steps, num_epochs=1e6),
-        control=dataclasses.replace(config.control, checkpoint_every=half, eval_every=half))
-
-
 def run_all(given: argparse.Namespace) -> list[dict[str, Any]]:
-    """Every configuration in a process of its own, within the time allowed."""
+    """Every configuration in turn, within the time allowed."""
     began, rows = time.monotonic(), []
     with tempfile.TemporaryDirectory(dir=given.dir) as folder:
         on_device = ON_CUDA if torch.cuda.is_available() else ON_CPU
@@ -173,30 +175,40 @@ def run_all(given: argparse.Namespace) -> list[dict[str, Any]]:
             if left < 3 * given.seconds:
                 rows.append({"flags": flags, "error": "no time left"})
                 continue
-            one = {"flags": flags, "data_dir": str(Path(folder) / "data"),
-                   "seconds": given.seconds}
-            if given.smoke:
-                one["flags"] = flags | {"device": "cpu"}
-            rows.append(start_one(one, left, "1" if given.smoke else None))
+            flags = flags | ({"device": "cpu"} if given.smoke else {})
+            rows.append(make_row(flags, folder, given.seconds, left, given.smoke))
+            for name in ("predicted", "run"):
+                shutil.rmtree(Path(folder) / name, ignore_errors=True)
             print(f"{number:>2} {describe(flags)}: {time.monotonic() - began:.0f} s so far",
                   file=sys.stderr)
     return rows
 
 
-def start_one(one: dict[str, Any], timeout: float, threads: str | None) -> dict[str, Any]:
-    """The row that a process of its own makes; an error instead of one that fails."""
+def make_row(
+    flags: dict[str, Any], folder: str, seconds: float, timeout: float, smoke: bool
+) -> dict[str, Any]:
+    """Predicted and measured figures of one configuration; an error instead if one fails."""
     # Both compilations, the timed one and the run's, are then made from nothing.
     environment = os.environ | {"TORCHINDUCTOR_FORCE_DISABLE_CACHES": "1"}
-    if threads:  # tiny shapes gain nothing from a second one, and wait for it on a busy machine
-        environment["OMP_NUM_THREADS"] = threads
-    try:
-        done = subprocess.run([sys.executable, __file__, "--one", json.dumps(one)], timeout=timeout,
-                              capture_output=True, text=True, check=False, env=environment)
-    except subprocess.TimeoutExpired:
-        return {"flags": one["flags"], "error": "no time left"}
-    if done.returncode or not done.stdout.strip():
-        return {"flags": one["flags"], "error": done.stderr.strip()[-400:]}
-    return json.loads(done.stdout.strip().splitlines()[-1])
+    if smoke:  # tiny shapes gain nothing from a second thread, and wait for it on a busy machine
+        environment["OMP_NUM_THREADS"] = "1"
+    row: dict[str, Any] = {"flags": flags}
+    found: list[dict[str, Any]] = []
+    for part in ("predict", "run"):
+        order = [flags, folder, seconds] if part == "predict" else [found[0]["values"], folder]
+        try:
+            done = subprocess.run(
+                [sys.executable, __file__, f"--{part}", json.dumps(order)], timeout=timeout,
+                capture_output=True, text=True, check=False, env=environment)
+        except subprocess.TimeoutExpired:
+            return row | {"error": "no time left"}
+        if done.returncode or not done.stdout.strip():
+            return row | {"error": done.stderr.strip()[-400:] or "it said nothing"}
+        found.append(json.loads(done.stdout.strip().splitlines()[-1]))
+    predicted, measured = found
+    named = ("steps", "step_seconds", "guessed_step_seconds", "timed_steps")
+    row |= {name: predicted[name] for name in named}
+    return row | {name: [predicted[name], value] for name, value in measured.items()}
 
 
 def describe(flags: dict[str, Any]) -> str:
@@ -248,14 +260,16 @@ def main() -> int:
     parser.add_argument("--budget", type=float, default=570, help="seconds for all of it")
     parser.add_argument("--output", default=None, metavar="FILE", help="write the JSON there too")
     parser.add_argument("--dir", default=None, help="folder for data and checkpoints")
-    parser.add_argument("--one", default=None, help=argparse.SUPPRESS)
+    for part in ("--predict", "--run"):  # one configuration, in a process of its own
+        parser.add_argument(part, default=None, help=argparse.SUPPRESS)
     given = parser.parse_args()
-    if given.one:
-        row = run_one(**json.loads(given.one))
-        print(json.dumps(row))
+    if given.predict or given.run:
+        found = (predict_one(*json.loads(given.predict)) if given.predict
+                 else run_one(*json.loads(given.run)))
+        print(json.dumps(found))
         return 0
-    given.seconds = given.seconds or (1.0 if given.smoke else 10.0 if torch.cuda.is_available()
-                                      else 25.0)
+    given.seconds = given.seconds or (1.0 if given.smoke else 8.0 if torch.cuda.is_available()
+                                      else 30.0)
     rows = run_all(given)
     use_cpu = given.smoke or not torch.cuda.is_available()
     device = torch.device("cpu" if use_cpu else "cuda:0")

@@ -7,10 +7,13 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from hypothesis import HealthCheck, settings
+
+from config import RunConfig, build_config
 
 # The tests run in one process per core, on shapes too small for a second thread to help.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -68,6 +71,26 @@ def tiny_text(tmp_path: Path) -> Path:
     path = tmp_path / "tiny.txt"
     path.write_text("".join(lines), encoding="utf-8")
     return path
+
+
+TINY = {
+    "model_size": "custom", "n_layers": 2, "n_heads": 2, "n_embeddings": 32, "context_length": 32,
+    "batch_size": 4, "device": "cpu", "mixed_precision": False, "max_steps": 20,
+    "num_workers": 1, "measure": False,
+}
+MakeConfig = Callable[..., RunConfig]
+
+
+def build(values: dict[str, Any]) -> RunConfig:
+    """The configuration of these flags, as if typed."""
+    return build_config(values, dict.fromkeys(values, "the command line"))
+
+
+@pytest.fixture
+def make_config(tmp_path: Path, tiny_text: Path, monkeypatch: pytest.MonkeyPatch) -> MakeConfig:
+    """A tiny run in a folder of its own; keywords are flags."""
+    monkeypatch.chdir(tmp_path)
+    return lambda **flags: build(TINY | {"text_file": [str(tiny_text)]} | flags)
 
 
 CommandRunner = Callable[..., "subprocess.CompletedProcess[str]"]

@@ -400,6 +400,34 @@ def test_given_sizes_on_the_command_line_then_train(
     assert "2 steps of 256 tokens" in trained.stderr
 
 
+def test_the_named_size_survives_the_run(
+    preflight: CommandRunner, tmp_path: Path, tiny_text: Path
+) -> None:
+    """Trained at through evaluation, save and sample, killed and resumed, in the memory told."""
+    result = preflight("--get-optimal-bs", *TINY_FLAGS, "--test-batch-sizes", "64", "--json")
+    assert result.returncode == 0, result.stderr
+    report = json.loads(result.stdout)
+    needed = next(t["needed_bytes"] for t in report["trials"] if t["batch_size"] == 64)
+    flags = ["--train", *TINY_FLAGS, *report["flags"].split(), "--max-steps", "30",
+             "--eval-every", "5", "--text-file", str(tiny_text)]
+    run = subprocess.Popen([sys.executable, str(ROOT / "main.py"), *flags], cwd=tmp_path,
+                           stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline and not (
+            tmp_path / "training_output/milestones/checkpoint-10").exists():
+        time.sleep(0.02)
+    run.kill()
+    run.wait()
+    resumed = preflight(*flags)
+    assert resumed.returncode == 0, resumed.stderr
+    assert "continuing from" in resumed.stderr
+    rows = [json.loads(line) for line in
+            (tmp_path / "training_output/metrics.jsonl").read_text().splitlines()]
+    assert {"step", "eval", "sample", "resume"} <= {row["event"] for row in rows}
+    peak = max(row["peak_memory_bytes"] for row in rows if row["event"] == "step")
+    assert peak < 1.15 * needed, (peak, needed)  # the loss curve's library is not in a trial
+
+
 def run_in_process(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, device: Device, limit: int, **flags: Any
 ) -> int:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +11,8 @@ import torch
 
 import performance
 import training_run
-from config import ModelConfig, RunConfig, TrainingSettings, build_config
+from config import ModelConfig, TrainingSettings
+from conftest import MakeConfig, build
 from hardware import find_card
 from performance import (
     RunCost,
@@ -27,32 +27,7 @@ from prepare import prepare_data
 from tokenizer import load_tokenizer
 from trainer import build_plan
 
-TINY = {
-    "model_size": "custom", "n_layers": 2, "n_heads": 2, "n_embeddings": 32, "context_length": 32,
-    "batch_size": 4, "device": "cpu", "mixed_precision": False, "max_steps": 20,
-    "num_workers": 1, "measure": False,
-}
 MODEL = ModelConfig(1000, 64, 64, 4, 3, 256)
-MakeConfig = Callable[..., RunConfig]
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    """Models this small gain nothing from a second thread, and wait for it on a busy machine."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
-def build(values: dict[str, Any]) -> RunConfig:
-    return build_config(values, dict.fromkeys(values, "the command line"))
-
-
-@pytest.fixture
-def make_config(tmp_path: Path, tiny_text: Path, monkeypatch: pytest.MonkeyPatch) -> MakeConfig:
-    monkeypatch.chdir(tmp_path)
-    return lambda **flags: build(TINY | {"text_file": [str(tiny_text)]} | flags)
 
 
 def test_a_run_adds_up() -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,39 +14,13 @@ import torch
 
 import system_check
 import training_run
-from config import RunConfig, build_config
+from conftest import MakeConfig
 from hardware import find_card
 from prepare import prepare_data
 from report import SECTIONS, Report, compare, format_label, format_value
 from storage import read_json
 from system_check import build_report
 from tokenizer import load_tokenizer
-
-TINY = {
-    "model_size": "custom", "n_layers": 2, "n_heads": 2, "n_embeddings": 32, "context_length": 32,
-    "batch_size": 4, "device": "cpu", "mixed_precision": False, "max_steps": 20,
-    "num_workers": 1, "measure": False,
-}
-MakeConfig = Callable[..., RunConfig]
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    """Models this small gain nothing from a second thread, and wait for it on a busy machine."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
-def build(values: dict[str, Any]) -> RunConfig:
-    return build_config(values, dict.fromkeys(values, "the command line"))
-
-
-@pytest.fixture
-def make_config(tmp_path: Path, tiny_text: Path, monkeypatch: pytest.MonkeyPatch) -> MakeConfig:
-    monkeypatch.chdir(tmp_path)
-    return lambda **flags: build(TINY | {"text_file": [str(tiny_text)]} | flags)
 
 
 def list_tree(folder: Path) -> dict[str, int]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,40 +17,14 @@ import shards
 import transformer_model
 import validation
 from checkpoint import load_weights
-from config import RunConfig, build_config
-from conftest import TINY_FLAGS, CommandRunner
+from config import RunConfig
+from conftest import TINY_FLAGS, CommandRunner, MakeConfig
 from storage import hash_file, read_json
 from tokenizer import Tokenizer, load_tokenizer
 from train_utils import BatchLoader
 from trainer import Evaluation, Trainer
 from transformer_model import DecoderOnlyTransformer
 from validation import CHECKS, Result, Subject, run_check
-
-TINY = {
-    "model_size": "custom", "n_layers": 2, "n_heads": 2, "n_embeddings": 32, "context_length": 32,
-    "batch_size": 4, "device": "cpu", "mixed_precision": False, "max_steps": 20, "num_workers": 1,
-}
-MakeConfig = Callable[..., RunConfig]
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    """Models this small gain nothing from a second thread, and wait for it on a busy machine."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
-@pytest.fixture
-def make_config(tmp_path: Path, tiny_text: Path, monkeypatch: pytest.MonkeyPatch) -> MakeConfig:
-    monkeypatch.chdir(tmp_path)
-
-    def make(**flags: Any) -> RunConfig:
-        values = TINY | {"text_file": [str(tiny_text)]} | flags
-        return build_config(values, dict.fromkeys(values, "the command line"))
-
-    return make
 
 
 def run_all(config: RunConfig) -> list[Result]:
