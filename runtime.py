@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import importlib.util
 import sys
 from collections.abc import Iterator
@@ -21,6 +22,7 @@ except ImportError:  # Windows
 
 # A compilation takes about a minute; below this many steps it is not earned back.
 MIN_STEPS_TO_COMPILE = 300
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # <malloc.h>
 
 
 @dataclass(frozen=True)
@@ -84,12 +86,27 @@ def build_runtime(settings: SystemSettings, planned_steps: int | None = None) ->
         # TF32 for what stays in fp32: eight times the rate, ten bits of mantissa.
         torch.set_float32_matmul_precision("high")
         torch.backends.cudnn.allow_tf32 = True
+    if device.type == "cpu":
+        _keep_freed_memory()
     notes = (
         f"device: {describe_device(device)}",
         f"precision: {str(dtype).removeprefix('torch.')} ({why_dtype})",
         f"compilation: {'on' if compile_model else 'off'} ({why_compile})",
     )
     return Runtime(device, dtype, compile_model, notes)
+
+
+def _keep_freed_memory() -> None:
+    """Have malloc keep what a step frees for the next one, where it is glibc's.
+
+    Else it hands large blocks back to the system, which gives them out again page by page, zeroed:
+    a quarter of a small model's step (benchmarks/LOG.md). Source: mallopt(3); 32 MiB is the
+    highest threshold it takes.
+    """
+    with contextlib.suppress(OSError, AttributeError, TypeError):  # another C library
+        mallopt = ctypes.CDLL(None).mallopt
+        mallopt(_M_MMAP_THRESHOLD, 32 * 2**20)
+        mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
 
 
 def _choose_device(name: str) -> torch.device:
