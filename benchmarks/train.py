@@ -1,13 +1,13 @@
 """Training speed: ours beside Hugging Face's GPT-2 and the floor, alternating in one run.
 
-    python benchmarks/train.py             (the GPU, some four minutes; else the CPU, some six)
+    python benchmarks/train.py             (the GPU, some four minutes; else the CPU, some three)
     python benchmarks/train.py --smoke     (tiny shapes on the CPU; under a minute)
 
 CPU: 6 layers, width 384, context 256, batch 8, vocabulary 50,257; default flags against the usual
-fp32 loop and the same under bf16 autocast. The floor is the step's matrix products alone, forward
-and backward, in our precision. CUDA: small, context 1024, against torch.compile, SDPA and fused
-AdamW in bf16, each at its best batch. All begin with the same weights, and their first losses are
-compared before anything is timed.
+fp32 loop and, where the CPU has bf16, the same under bf16 autocast. The floor is the step's matrix
+products alone, forward and backward, in our precision. CUDA: small, context 1024, against
+torch.compile, SDPA and fused AdamW in bf16, each at its best batch. All begin with the same
+weights, and their first losses are compared before anything is timed.
 """
 
 from __future__ import annotations
@@ -141,20 +141,22 @@ def compare_on_cpu(shape: ModelConfig, batch_size: int, repeats: int) -> list[Ro
         "ours": build_own_step(trainer, batch),
         "products": build_floor(trainer, n_tokens),
     }
-    losses = [subjects[name]() for name in ("peer fp32", "peer bf16", "ours")]
+    fast = trainer.runtime.dtype == torch.bfloat16
+    if not fast:  # emulated there, a minute a step: nobody would use it
+        del subjects["peer bf16"]
+    losses = [act() for name, act in subjects.items() if name != "products"]
     assert max(losses) - min(losses) < 0.02, f"the losses differ: {losses}"
     seconds = alternate(subjects, repeats, warm_up=0)
-    fast = trainer.runtime.dtype == torch.bfloat16
-    return [
+    rows = [
         ("tokens/s, ours", n_tokens / seconds["ours"], ""),
         ("tokens/s, Hugging Face fp32", n_tokens / seconds["peer fp32"], ""),
-        ("tokens/s, Hugging Face bf16 autocast", n_tokens / seconds["peer bf16"], ""),
         ("ours over fp32", seconds["peer fp32"] / seconds["ours"], ">= 3" if fast else ""),
-        ("ours over bf16 autocast", seconds["peer bf16"] / seconds["ours"],
-         ">= 2" if fast else ""),
         (f"share of products alone ({str(trainer.runtime.dtype).removeprefix('torch.')})",
          seconds["products"] / seconds["ours"], ">= 0.8"),
     ]
+    if fast:
+        rows.append(("ours over bf16 autocast", seconds["peer bf16"] / seconds["ours"], ">= 2"))
+    return rows
 
 
 # ---- CUDA ---------------------------------------------------------------------------------------
@@ -250,7 +252,7 @@ def compare_on_cuda(steps: int) -> list[Row]:
 def measure_loop(runtime: Runtime, steps: int) -> list[Row]:
     """What logging, progress, checks and signals cost, and whether speed and memory stay flat."""
     shape = {"model_size": "custom", "n_layers": 2, "n_heads": 2, "n_embeddings": 64,
-             "context_length": 64, "batch_size": 4}
+             "context_length": 32, "batch_size": 1}
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / "text.txt").write_text("a line of words to learn from, and more\n" * 20_000)
         flags = shape | {
@@ -277,7 +279,7 @@ def measure_loop(runtime: Runtime, steps: int) -> list[Row]:
         finally:
             Trainer.train_step = original  # type: ignore[method-assign]
         rows = [r for r in read_metrics(Path(folder) / "out/metrics.jsonl") if r["event"] == "step"]
-    tokens = 4 * 64
+    tokens = 32
     whole = [tokens / row["tokens_per_second"] for row in rows]
     tenth = steps // 10
     around = statistics.median(a - b for a, b in zip(whole[tenth:], inside[tenth:], strict=True))
@@ -343,8 +345,11 @@ def main() -> int:
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--smoke", action="store_true", help="tiny shapes, on the CPU")
     given = parser.parse_args()
-    rows = list(run(given.smoke))
-    print_rows(rows)
+    rows = []
+    for row in run(given.smoke):
+        rows.append(row)
+        print_rows([row])
+        sys.stdout.flush()
     device = torch.device("cuda" if torch.cuda.is_available() and not given.smoke else "cpu")
     print(json.dumps({"device": describe_device(device), "torch": str(torch.__version__),
                       "threads": torch.get_num_threads(), "cores": os.cpu_count(),
