@@ -258,7 +258,13 @@ def break_resuming() -> None:
     torch.optim.AdamW.load_state_dict = lambda self, state: None  # type: ignore
 
 
+def break_saving() -> None:
+    """A run that leaves on a signal, with the right code, and without what it was to save."""
+    training_run.TrainingRun._save = lambda self: None  # type: ignore[method-assign]
+
+
 BREAKS = {
+    "saving": break_saving,
     "publishing": break_publishing,
     "locks": break_locks,
     "resuming": break_resuming,

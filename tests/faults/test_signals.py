@@ -81,6 +81,18 @@ def test_stopped_at_random_times(
     print(f"longest wait {longest:.2f} s")
 
 
+def test_a_run_that_leaves_without_saving_is_found(
+    server: ForkServer, place: Path, flags: list[str]
+) -> None:
+    """The check of the check."""
+    process = server.start("main", flags, cwd=place, breaks=["saving"])
+    wait_until(lambda: "\nstep 3/" in process.said(), 30)
+    os.kill(process.pid, signal.SIGTERM)
+    assert process.wait(STEP_AND_TEN_SECONDS) == 143
+    with pytest.raises(AssertionError):
+        check_saved(place / "out")
+
+
 def test_stopped_while_preparing(server: ForkServer, place: Path, full: bool) -> None:
     (place / "text.txt").write_text(make_text(300_000))
     flags = [*PREPARE_FLAGS, "--data-dir"]
