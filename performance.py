@@ -71,7 +71,8 @@ class RunCost:
         window_seconds: evaluation of one window.
         sample_seconds: the text written at each evaluation.
         checkpoint_seconds: one checkpoint, written and read back.
-        start_seconds: building the model and the first step, compilation included.
+        start_seconds: building the model, and what the first step takes beyond the others,
+            compilation included.
         compile_seconds: of the start.
         peak_bytes: most memory in use: allocated on CUDA, resident on the CPU.
         reserved_bytes: most memory held by CUDA's caching allocator.
@@ -186,7 +187,7 @@ def estimate_cost(
         sample_seconds=SAMPLE_TOKENS * token_seconds,
         checkpoint_seconds=(estimate_checkpoint_bytes(model_config, training)
                             / _ASSUMED_DISK_BYTES_PER_SECOND),
-        start_seconds=step + compile_seconds,
+        start_seconds=compile_seconds,
         basis=basis, compile_seconds=compile_seconds,
     )
 
@@ -312,7 +313,7 @@ def measure_cost(
     return RunCost(
         step_seconds=step, window_seconds=window, sample_seconds=sample,
         checkpoint_seconds=_measure_checkpoint(config, model_config, runtime),
-        start_seconds=build_seconds + first,
+        start_seconds=build_seconds + max(0.0, first - statistics.median(times)),
         basis=f"measured: median of {len(times)} steps{part}",
         spread_share=(max(times) - min(times)) / statistics.median(times), n_timed=len(times),
         compile_seconds=compile_seconds,
