@@ -27,7 +27,7 @@ demo: setup
 test: setup-dev
 	$(BIN)/python -m pytest
 
-# Every fault a user can meet, in full: about twenty minutes; the figures are in RESULTS.md there.
+# Every fault a user can meet, in full: about nine minutes; the figures are in RESULTS.md there.
 test-faults: setup-dev
 	$(BIN)/python -m pytest tests/faults --full -rP
 

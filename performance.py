@@ -46,8 +46,9 @@ _CURVE_SECONDS = 0.6  # drawing the loss curve, on one CPU core; a guess
 # Shares of the sheet's rates that a training step reaches in its products and in its memory
 # traffic, each taken alone: leads from public runs of GPT-2 on A100 and H100, not measurements.
 CUDA_PRODUCT_SHARE, CUDA_BANDWIDTH_SHARE = 0.6, 0.7
-# Of the rate of one large product, on the CPU; a guess, measured runs gave 0.2 to 0.8 of it.
-CPU_PRODUCT_SHARE = 0.7
+# Of the rate of one large product, on the CPU: the median of 13 configurations, which gave 0.36
+# to 0.68 (benchmarks/RESULTS.md).
+CPU_PRODUCT_SHARE = 0.53
 _ASSUMED_DISK_BYTES_PER_SECOND = 500e6  # written, read back and hashed
 _ASSUMED_COMPILE_SECONDS = 60.0
 _LAUNCH_SECONDS = 5e-6  # of one CUDA kernel
