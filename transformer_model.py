@@ -29,7 +29,7 @@ ACTIVATION_FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
 }
 # Rows of logits held at once by the loss. On the CPU a block of logits should stay near the
 # cache; on CUDA the products want enough rows to fill the card (measured, benchmarks/LOG.md).
-LOSS_ROWS_CPU = 128
+LOSS_ROWS_CPU = 256
 LOSS_ROWS_CUDA = 2048
 # Tensor cores want every dimension to be a multiple of this; 50,257 is odd.
 CUDA_VOCAB_MULTIPLE = 64
@@ -325,8 +325,7 @@ def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor) -> Ten
             return _LinearCrossEntropy.apply(hidden, weight, targets, padding)
         total = hidden.new_zeros((), dtype=torch.float32)
         for rows in split_loss_rows(hidden):
-            log_p = _log_probabilities(hidden[rows], weight, padding)
-            total -= log_p.gather(1, targets[rows, None]).sum()
+            total += _score_rows(hidden[rows], weight, targets[rows, None], padding)[0]
         return total / len(hidden)
 
 
@@ -336,12 +335,38 @@ def split_loss_rows(hidden: Tensor) -> list[slice]:
     return [slice(start, start + rows) for start in range(0, len(hidden), rows)]
 
 
-def _log_probabilities(hidden: Tensor, weight: Tensor, padding: int) -> Tensor:
-    """Log-softmax in fp32 of one chunk's logits; padded ids have probability zero."""
+def _score_rows(
+    hidden: Tensor, weight: Tensor, targets: Tensor, padding: int
+) -> tuple[Tensor, Tensor]:
+    """One chunk's summed cross-entropy (scalar) and its softmax (R V), both in fp32.
+
+    Args:
+        hidden: rows (R C).
+        weight: the tied embedding (V C), its last `padding` ids without meaning.
+        targets: ids (R 1).
+    """
+    if _reads_weight_first(hidden):
+        logits = (weight @ hidden.T).T
+        largest = logits.amax(dim=1, keepdim=True)
+        chosen = logits.gather(1, targets)
+        # Step by step and in place: torch's softmax would copy logits that lie in columns.
+        exponentials = logits.sub_(largest).exp_()
+        sums = exponentials.sum(dim=1, keepdim=True)
+        return (largest + sums.log() - chosen).sum(), exponentials.div_(sums)
     logits = hidden @ weight.T
     if padding:
         logits[:, -padding:] = -math.inf
-    return torch.log_softmax(logits, dim=1, dtype=torch.float32)
+    log_p = torch.log_softmax(logits, dim=1, dtype=torch.float32)
+    return -log_p.gather(1, targets).sum(), log_p.exp_()
+
+
+def _reads_weight_first(hidden: Tensor) -> bool:
+    """Whether to multiply V C by C R: MKL is up to 1.7 times faster so than with R C by C V.
+
+    The compiler's own kernels want rows.
+    """
+    return (hidden.device.type == "cpu" and hidden.dtype == torch.float32
+            and not torch.compiler.is_compiling())
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
@@ -354,12 +379,11 @@ class _LinearCrossEntropy(torch.autograd.Function):
         # Summed over chunks in fp32: in bf16 the later chunks would be rounded away.
         grad_weight = torch.zeros_like(weight, dtype=torch.float32)
         for rows in split_loss_rows(hidden):
-            log_p = _log_probabilities(hidden[rows], weight, padding)
             target = targets[rows, None]
-            total -= log_p.gather(1, target).sum()
+            loss, grad = _score_rows(hidden[rows], weight, target, padding)
+            total += loss
             # d loss / d logits = softmax - one-hot. The division by N waits for the backward
             # pass, where a gradient scaler's factor comes in: in fp16 it would underflow here.
-            grad = log_p.exp_()
             grad.scatter_add_(1, target, grad.new_full((), -1.0).expand(target.shape))
             grad = grad.to(hidden.dtype)
             torch.mm(grad, weight, out=grad_hidden[rows])
