@@ -155,7 +155,7 @@ def _merge_in_windows(
 
 def _find_last_cut(buffer: bytearray) -> int:
     """Bytes before the last safe place to cut, 0 when there is none; the end may cut a letter."""
-    for size in (4096, len(buffer)):
+    for size in (128, 4096, len(buffer)):  # most texts have one near
         begin = max(0, len(buffer) - size)
         while begin < len(buffer) and buffer[begin] & 0xC0 == 0x80:  # inside a character
             begin += 1

@@ -23,6 +23,7 @@ import sysconfig
 import time
 from array import array
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -164,15 +165,16 @@ def scan_inputs(inputs: list[Input], separator: str | None, stop: StopFlag | Non
     """
     sources: list[Source] = []
     skipped: list[PreflightError] = []
-    for item in inputs:
-        if stop is not None:
-            stop.leave_if_stopping("stopped while reading the text; nothing was changed")
-        try:
-            sources.append(_scan_file(item, separator))
-        except PreflightError as error:
-            if not item.from_folder:
-                raise
-            skipped.append(error)
+    with ThreadPoolExecutor(1) as hasher:  # hashes while the text is judged
+        for item in inputs:
+            if stop is not None:
+                stop.leave_if_stopping("stopped while reading the text; nothing was changed")
+            try:
+                sources.append(_scan_file(item, separator, hasher))
+            except PreflightError as error:
+                if not item.from_folder:
+                    raise
+                skipped.append(error)
     if skipped:
         say(f"skipped {len(skipped)} of {len(inputs)} files, the first: {skipped[0].lines[0]}")
     if not any(source.spans for source in sources):
@@ -181,7 +183,7 @@ def scan_inputs(inputs: list[Input], separator: str | None, stop: StopFlag | Non
     return sources
 
 
-def _scan_file(item: Input, separator: str | None) -> Source:
+def _scan_file(item: Input, separator: str | None, hasher: ThreadPoolExecutor) -> Source:
     """Read one file to its end, whatever its size claims to be, and judge it as text.
 
     Raises:
@@ -189,7 +191,8 @@ def _scan_file(item: Input, separator: str | None) -> Source:
     """
     path, digest, decoder = item.path, hashlib.sha256(), codecs.getincrementaldecoder("utf-8")()
     finder = _SeparatorFinder(separator.encode() if separator else None)
-    size = lines = nuls = specials = 0
+    size = nuls = specials = 0
+    hashed = hasher.submit(digest.update, b"")
     tail, blank = b"", True
     try:
         if not path.is_file():  # asked before opening: a pipe within a folder would block
@@ -203,25 +206,26 @@ def _scan_file(item: Input, separator: str | None) -> Source:
                     if block.startswith(codecs.BOM_UTF8):
                         finder.begin = len(codecs.BOM_UTF8)
                         say(f"{path}: a byte order mark at its beginning is left out")
-                digest.update(block)
-                nuls += block.count(0)
+                hashed.result()
+                hashed = hasher.submit(digest.update, block)
+                nuls += block.count(0) if b"\0" in block else 0  # to look is faster than to count
                 if nuls * 10 > size + len(block):
                     raise text_error(path, "binary data (many NUL bytes), not text")
                 waiting = len(decoder.getstate()[0])
                 try:
                     text = decoder.decode(block, final=not block)
                 except UnicodeDecodeError as error:
-                    raise _explain_not_utf8(path, error, size - waiting, lines) from None
+                    raise _explain_not_utf8(path, error, size - waiting) from None
                 if not block:
                     break
                 blank = blank and not text.strip("\ufeff \t\r\n\v\f\0")
-                lines += block.count(b"\n")
                 specials += (tail + block).count(b"<|endoftext|>")
                 tail = (tail + block)[-12:]
                 finder.feed(block)
                 size += len(block)
     except OSError as error:
         raise text_error(path, error.strerror or str(error)) from None
+    hashed.result()
     if blank:
         raise text_error(path, "empty" if not size else "holds only whitespace",
                          "give a file with text in it")
@@ -279,13 +283,15 @@ def _refuse_binary(path: Path, head: bytes) -> None:
 
 
 def _explain_not_utf8(
-    path: Path, error: UnicodeDecodeError, base: int, lines: int
+    path: Path, error: UnicodeDecodeError, base: int
 ) -> PreflightError:
-    line = lines + error.object[: error.start].count(b"\n") + 1
+    offset, line = base + error.start, 1
+    with open(path, "rb") as file:  # counted here alone: it would cost every scan a quarter
+        for begin in range(0, offset, _READ_BYTES):
+            line += file.read(min(_READ_BYTES, offset - begin)).count(b"\n")
     return text_error(
         path,
-        f"not UTF-8: byte 0x{error.object[error.start]:02x} at offset "
-        f"{base + error.start:,} (line {line:,})",
+        f"not UTF-8: byte 0x{error.object[error.start]:02x} at offset {offset:,} (line {line:,})",
         f"if it is Latin-1: iconv -f ISO-8859-1 -t UTF-8 {shlex.quote(str(path))} > utf8.txt",
     )
 
@@ -361,7 +367,7 @@ def gather_sources(
     content = _SAMPLE_SEPARATOR.join(_build_sample()).encode()
     with publish_file(path, len(content)) as file:
         file.write(content)
-    return [_scan_file(Input(name, path), _SAMPLE_SEPARATOR)]
+    return scan_inputs([Input(name, path)], _SAMPLE_SEPARATOR, stop)
 
 
 def _spool_pipe(path: Path, target: Path, stop: StopFlag | None) -> Path:
