@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import statistics
 import time
 from collections.abc import Callable, Mapping
+from multiprocessing.connection import Connection
 from typing import Any
 
 import torch
@@ -65,6 +67,32 @@ def alternate(
             if number >= warm_up:
                 seconds[name].append(time.perf_counter() - began)
     return {name: statistics.median(each) for name, each in seconds.items()}
+
+
+def run_apart(build: Callable[..., Callable[[], Any]], *arguments: Any) -> Callable[[], Any]:
+    """What ``build(*arguments)`` gives, called in a process of its own.
+
+    So a peer runs as it would alone: what ours asks of malloc is not asked for it.
+    """
+    context = multiprocessing.get_context("spawn")
+    here, there = context.Pipe()
+    context.Process(target=_serve, args=(there, build, arguments), daemon=True).start()
+    there.close()  # so that a peer that fails is noticed here
+
+    def act() -> Any:
+        here.send(None)
+        return here.recv()
+
+    return act
+
+
+def _serve(
+    connection: Connection, build: Callable[..., Callable[[], Any]], arguments: tuple[Any, ...]
+) -> None:
+    act = build(*arguments)
+    while True:
+        connection.recv()
+        connection.send(act())
 
 
 def list_weight_shapes(model: DecoderOnlyTransformer) -> list[tuple[int, int]]:

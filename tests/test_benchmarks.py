@@ -12,7 +12,10 @@ import pytest
 ROOT = Path(__file__).parent.parent
 
 
-@pytest.mark.parametrize("name", ["train", "generate", "prepare", "foresight", "durability"])
+NAMES = ["train", "generate", "prepare", "foresight", "durability", "curves"]
+
+
+@pytest.mark.parametrize("name", NAMES)
 def test_smoke(name: str, tmp_path: Path) -> None:
     done = subprocess.run(
         [sys.executable, str(ROOT / "benchmarks" / f"{name}.py"), "--smoke"], cwd=tmp_path,
