@@ -7,13 +7,15 @@ CPU: 6 layers, width 384, context 256, batch 8, vocabulary 50,257; default flags
 fp32 loop and, where the CPU has bf16, the same under bf16 autocast. The floor is the step's matrix
 products alone, forward and backward, in our precision. CUDA: small, context 1024, against
 torch.compile, SDPA and fused AdamW in bf16, each at its best batch. All begin with the same
-weights, and their first losses are compared before anything is timed.
+weights, and their first losses are compared before anything is timed. Where litgpt is installed
+(pip install litgpt), its loop runs beside them on the CPU.
 """
 
 from __future__ import annotations
 
 import argparse
 import gc
+import importlib.util
 import json
 import os
 import statistics
@@ -112,6 +114,37 @@ def build_peer_step(
     return step
 
 
+def build_litgpt_step(shape: ModelConfig, batch_size: int) -> Callable[[], float]:
+    """litgpt's GPT of this shape in its pretraining loop, fp32 on the CPU.
+
+    Its positions are rotary and its head is a matrix of its own, so that its weights are not ours;
+    the products of a step are as many.
+    """
+    from litgpt.config import Config
+    from litgpt.model import GPT
+    from litgpt.utils import chunked_cross_entropy
+
+    model = GPT(Config(
+        name="peer", block_size=shape.context_length, vocab_size=shape.vocab_size,
+        padded_vocab_size=shape.vocab_size, n_layer=shape.n_layers, n_head=shape.n_heads,
+        n_embd=shape.n_embeddings, intermediate_size=shape.ffn_hid_dim, rotary_percentage=0.25,
+        parallel_residual=False, bias=True, norm_class_name="LayerNorm",
+        mlp_class_name="GptNeoxMLP"))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, betas=(0.9, 0.95),
+                                  weight_decay=0.1)
+    inputs, targets = draw_batch(shape, batch_size, torch.device("cpu"))
+
+    def step() -> float:
+        loss = chunked_cross_entropy(model(inputs), targets)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        return float(loss.detach())
+
+    return step
+
+
 def build_own_step(trainer: Trainer, batch: tuple[Tensor, Tensor]) -> Callable[[], float]:
     """Our step, its loss read as a run reads it."""
     return lambda: float(trainer.train_step(100, [batch]).loss)
@@ -162,7 +195,10 @@ def compare_on_cpu(shape: ModelConfig, batch_size: int, repeats: int) -> list[Ro
     subjects |= {"ours": build_own_step(trainer, batch), "products": build_floor(trainer, n_tokens)}
     losses = [act() for name, act in subjects.items() if name != "products"]
     assert max(losses) - min(losses) < 0.02, f"the losses differ: {losses}"
-    seconds = alternate(subjects, repeats, warm_up=0)
+    has_litgpt = importlib.util.find_spec("litgpt") is not None
+    if has_litgpt:  # with weights of its own
+        subjects["litgpt"] = run_apart(build_litgpt_step, shape, batch_size)
+    seconds = alternate(subjects, repeats)
     rows = [
         ("tokens/s, ours", n_tokens / seconds["ours"], ""),
         ("tokens/s, Hugging Face fp32", n_tokens / seconds["peer fp32"], ""),
@@ -170,6 +206,9 @@ def compare_on_cpu(shape: ModelConfig, batch_size: int, repeats: int) -> list[Ro
         (f"share of products alone ({str(trainer.runtime.dtype).removeprefix('torch.')})",
          seconds["products"] / seconds["ours"], ">= 0.8"),
     ]
+    if has_litgpt:
+        rows += [("tokens/s, litgpt fp32", n_tokens / seconds["litgpt"], ""),
+                 ("ours over litgpt fp32", seconds["litgpt"] / seconds["ours"], "")]
     if fast:
         rows.append(("ours over bf16 autocast", seconds["peer bf16"] / seconds["ours"], ">= 2"))
     return rows
