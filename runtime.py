@@ -22,7 +22,7 @@ except ImportError:  # Windows
 
 # A compilation takes about a minute; below this many steps it is not earned back.
 MIN_STEPS_TO_COMPILE = 300
-_M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # <malloc.h>
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # <malloc.h>
 
 
 @dataclass(frozen=True)
@@ -99,13 +99,13 @@ def build_runtime(settings: SystemSettings, planned_steps: int | None = None) ->
 def _keep_freed_memory() -> None:
     """Have malloc keep what a step frees for the next one, where it is glibc's.
 
-    Else it maps large blocks one by one and gives them back when they are freed, to get them again
-    page by page, zeroed: a tenth to a quarter of a small model's step (benchmarks/LOG.md).
-    Source: mallopt(3).
+    Else it hands large blocks back to the system, which gives them out again page by page, zeroed:
+    a quarter of a small model's step (benchmarks/LOG.md). Source: mallopt(3); 32 MiB is the
+    highest threshold it takes.
     """
     with contextlib.suppress(OSError, AttributeError, TypeError):  # another C library
         mallopt = ctypes.CDLL(None).mallopt
-        mallopt(_M_MMAP_MAX, 0)
+        mallopt(_M_MMAP_THRESHOLD, 32 * 2**20)
         mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
 
 

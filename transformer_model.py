@@ -28,9 +28,9 @@ ACTIVATION_FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "relu": F.relu,
     "silu": F.silu,
 }
-# Rows of logits held at once by the loss. On the CPU a block of logits should stay near the
-# cache; on CUDA the products want enough rows to fill the card (measured, benchmarks/LOG.md).
-LOSS_ROWS_CPU = 256
+# Rows of logits held at once by the loss (measured, benchmarks/LOG.md). On the CPU those of GPT-2
+# stay under the 32 MiB up to which malloc keeps freed blocks; on CUDA they fill the card.
+LOSS_ROWS_CPU = 160
 LOSS_ROWS_CUDA = 2048
 # Tensor cores want every dimension to be a multiple of this; 50,257 is odd.
 CUDA_VOCAB_MULTIPLE = 64
