@@ -306,7 +306,8 @@ class _Decoder:
             for i, row in enumerate(self.rows):
                 self._seen[i, torch.tensor(row.tokens, device=self._device)] = True
         self._fill_windows()
-        with leave_cores_to_numpy(self._cache.layers[0][0][:, 0, 0]):
+        weight = self.model.token_embedding.weight
+        with leave_cores_to_numpy(self._cache.layers[0][0][:, 0, 0], weight):
             logits = self.model.read(self._newest, self._cache)[:, : self._vocab_size]  # B V
             if len(self._banned):
                 logits[:, self._banned] = -torch.inf

@@ -144,20 +144,22 @@ class _ReadStep:
         return keys[:, :, : self.used], values[:, :, : self.used]
 
 
-def is_single_row(x: Tensor) -> bool:
-    """Whether `x` is one real vector in fp32 on the CPU, read without gradients.
+def is_single_row(x: Tensor, weight: Tensor) -> bool:
+    """Whether `x` is one real vector in fp32 on the CPU, and the weights are not being trained.
 
     numpy's BLAS multiplies a matrix by it at the memory's full rate, twice as fast as torch's on
-    AMD (benchmarks/LOG.md). Fake tensors and those that a tracer holds have no data to hand over.
+    AMD (benchmarks/LOG.md); its buffers take 150 MB, which a training run is not told of. Fake
+    tensors and those that a tracer holds have no data to hand over.
     """
     return (type(x) is Tensor and x.numel() == x.shape[-1] and x.dtype == torch.float32
-            and x.device.type == "cpu" and torch.is_inference_mode_enabled()
+            and x.device.type == "cpu" and not weight.requires_grad
+            and torch.is_inference_mode_enabled()
             and not torch.compiler.is_compiling())
 
 
 def apply_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """``x @ weight.T + bias``: (... C) -> (... out)."""
-    if not is_single_row(x):
+    if not is_single_row(x, weight):
         return F.linear(x, weight, bias)
     product = torch.from_numpy(weight.detach().numpy() @ x.reshape(-1).numpy())
     if bias is not None:
@@ -166,13 +168,13 @@ def apply_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tenso
 
 
 @contextlib.contextmanager
-def leave_cores_to_numpy(x: Tensor) -> Iterator[None]:
-    """Keep torch on one thread while rows like `x` are multiplied in numpy.
+def leave_cores_to_numpy(x: Tensor, weight: Tensor) -> Iterator[None]:
+    """Keep torch on one thread while `weight` and rows like `x` are multiplied in numpy.
 
     torch's idle threads wait busily, on the cores that numpy's need: five times slower.
     """
     n_threads = torch.get_num_threads()
-    if is_single_row(x):
+    if is_single_row(x, weight):
         torch.set_num_threads(1)
     try:
         yield

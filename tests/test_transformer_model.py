@@ -18,6 +18,7 @@ from transformer_model import (
     DecoderOnlyTransformer,
     Linear,
     LossLayout,
+    apply_linear,
     count_parameters,
     estimate_flops_per_token,
     is_single_row,
@@ -222,10 +223,12 @@ def test_a_single_row_equals_the_product_of_torch(bias: bool) -> None:
         expected = F.linear(x, layer.weight, layer.bias)
         assert layer(x).requires_grad  # gradients flow wherever they are asked for
         with torch.inference_mode():
-            assert is_single_row(x) == (shape != (3, 48))
+            assert not is_single_row(x, layer.weight)  # it is being trained
+            frozen = layer.weight.detach()
+            assert is_single_row(x, frozen) == (shape != (3, 48))
+            torch.testing.assert_close(apply_linear(x, frozen, layer.bias), expected.detach())
             torch.testing.assert_close(layer(x), expected.detach())
-            assert layer(x.double().float()).shape == expected.shape
-            assert not is_single_row(x.bfloat16())
+            assert not is_single_row(x.bfloat16(), frozen)
 
 
 def test_torch_steps_aside_for_a_single_row_alone() -> None:
@@ -234,7 +237,7 @@ def test_torch_steps_aside_for_a_single_row_alone() -> None:
         torch.set_num_threads(2)
         try:
             for x in (torch.zeros(1, 8), torch.zeros(2, 8)):
-                with leave_cores_to_numpy(x):
+                with leave_cores_to_numpy(x, torch.zeros(4, 8)):
                     threads.append(torch.get_num_threads())
                 threads.append(torch.get_num_threads())
         finally:
