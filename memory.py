@@ -152,7 +152,7 @@ def build_batch_curve(
     `estimate_memory`.
     """
     device_type = options["device_type"]
-    rows, _ = transformer_model.loss_layout(device_type)
+    rows = transformer_model.loss_layout(device_type).rows
     first = -(-4 * rows // model_config.context_length)
     workspace = _estimate_workspace(device_type, options.pop("hopper_or_newer", None))
     base = TraceCase(model_config, training, **{

@@ -63,10 +63,7 @@ class Runtime:
         """Most memory in use so far: allocated on CUDA, resident in the process elsewhere."""
         if self.device.type == "cuda":
             return torch.cuda.max_memory_allocated(self.device)
-        if resource is None:
-            return psutil.Process().memory_info().peak_wset
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        return peak if sys.platform == "darwin" else peak * 1024
+        return peak_resident_bytes()
 
 
 def build_runtime(settings: SystemSettings, planned_steps: int | None = None) -> Runtime:
@@ -186,6 +183,19 @@ def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, RuntimeError) and (
         "can't allocate memory" in text or "not enough memory" in text or "out of memory" in text
     )
+
+
+def peak_resident_bytes() -> int:
+    """Most that this process has held in memory."""
+    if resource is None:
+        return psutil.Process().memory_info().peak_wset
+    # Linux's getrusage starts with what the parent held; proc_pid_status(5) does not.
+    with contextlib.suppress(OSError, StopIteration):
+        with open("/proc/self/status", encoding="ascii", errors="replace") as file:
+            line = next(line for line in file if line.startswith("VmHWM:"))
+        return int(line.split()[1]) * 1024
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
 
 
 def available_host_bytes(root: Path = Path("/")) -> int:

@@ -18,7 +18,7 @@ from torch import Tensor
 from config import SamplingConfig
 from console import say_once
 from tokenizer import Tokenizer
-from transformer_model import DecoderOnlyTransformer, KVCache
+from transformer_model import DecoderOnlyTransformer, KVCache, leave_cores_to_numpy
 
 SAMPLE_TOKENS = 48  # of the text that a run writes at each evaluation
 # Tokens read in one pass when windows are filled; bounds the memory of activations.
@@ -306,10 +306,12 @@ class _Decoder:
             for i, row in enumerate(self.rows):
                 self._seen[i, torch.tensor(row.tokens, device=self._device)] = True
         self._fill_windows()
-        logits = self.model.read(self._newest, self._cache)[:, : self._vocab_size]  # B V
-        if len(self._banned):
-            logits[:, self._banned] = -torch.inf
-        ids = choose_tokens(logits, self.config, uniforms, self._seen)
+        weight = self.model.token_embedding.weight
+        with leave_cores_to_numpy(self._cache.layers[0][0][:, 0, 0], weight):
+            logits = self.model.read(self._newest, self._cache)[:, : self._vocab_size]  # B V
+            if len(self._banned):
+                logits[:, self._banned] = -torch.inf
+            ids = choose_tokens(logits, self.config, uniforms, self._seen)
         if self._seen is not None:
             self._seen.scatter_(1, ids[:, None], True)
         return ids

@@ -9,10 +9,11 @@ learned positions, layer normalisation before each part, GELU, tied embeddings.
 
 from __future__ import annotations
 
+import contextlib
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -27,19 +28,35 @@ ACTIVATION_FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "relu": F.relu,
     "silu": F.silu,
 }
-# Rows of logits held at once by the loss. On the CPU a block of logits should stay near the
-# cache; on CUDA the products want enough rows to fill the card (measured, benchmarks/LOG.md).
-LOSS_ROWS_CPU = 128
+# Rows of logits held at once by the loss (measured, benchmarks/LOG.md). On the CPU, GPT-2's are
+# over the 32 MiB up to which malloc keeps freed blocks; on CUDA they fill the card.
+LOSS_ROWS_CPU = 256
 LOSS_ROWS_CUDA = 2048
 # Tensor cores want every dimension to be a multiple of this; 50,257 is odd.
 CUDA_VOCAB_MULTIPLE = 64
 
 
-def loss_layout(device_type: str) -> tuple[int, int]:
-    """Rows of logits held at once, and what the vocabulary is padded to a multiple of."""
+class LossLayout(NamedTuple):
+    """How a device computes the loss.
+
+    Attributes:
+        rows: of logits held at once.
+        vocab_multiple: the vocabulary is padded to a multiple of this.
+        weight_first: whether fp32 logits are V C times C R, and lie in columns: MKL is up to 1.7
+            times faster so than with R C times C V.
+    """
+
+    rows: int
+    vocab_multiple: int
+    weight_first: bool
+
+
+def loss_layout(device_type: str) -> LossLayout:
+    """What is fastest on that device."""
     if device_type == "cuda":
-        return LOSS_ROWS_CUDA, CUDA_VOCAB_MULTIPLE
-    return (LOSS_ROWS_CPU if device_type == "cpu" else LOSS_ROWS_CUDA), 1
+        return LossLayout(LOSS_ROWS_CUDA, CUDA_VOCAB_MULTIPLE, weight_first=False)
+    on_cpu = device_type == "cpu"
+    return LossLayout(LOSS_ROWS_CPU if on_cpu else LOSS_ROWS_CUDA, 1, weight_first=on_cpu)
 
 
 class KVCache:
@@ -127,6 +144,53 @@ class _ReadStep:
         return keys[:, :, : self.used], values[:, :, : self.used]
 
 
+def is_single_row(x: Tensor, weight: Tensor) -> bool:
+    """Whether `x` is one real vector in fp32 on the CPU, and the weights are not being trained.
+
+    numpy's BLAS multiplies a matrix by it at the memory's full rate, twice as fast as torch's on
+    AMD (benchmarks/LOG.md); its buffers take 150 MB, which a training run is not told of. Fake
+    tensors and those that a tracer holds have no data to hand over.
+    """
+    return (type(x) is Tensor and x.numel() == x.shape[-1] and x.dtype == torch.float32
+            and x.device.type == "cpu" and not weight.requires_grad
+            and torch.is_inference_mode_enabled()
+            and not torch.compiler.is_compiling())
+
+
+def apply_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """``x @ weight.T + bias``: (... C) -> (... out)."""
+    if not is_single_row(x, weight):
+        return F.linear(x, weight, bias)
+    product = torch.from_numpy(weight.detach().numpy() @ x.reshape(-1).numpy())
+    if bias is not None:
+        product += bias
+    return product.view(*x.shape[:-1], -1)
+
+
+@contextlib.contextmanager
+def leave_cores_to_numpy(x: Tensor, weight: Tensor) -> Iterator[None]:
+    """Keep torch on one thread while `weight` and rows like `x` are multiplied in numpy.
+
+    torch's idle threads wait busily, on the cores that numpy's need: five times slower.
+    """
+    n_threads = torch.get_num_threads()
+    if is_single_row(x, weight):
+        torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        if torch.get_num_threads() != n_threads:
+            torch.set_num_threads(n_threads)
+
+
+class Linear(nn.Linear):
+    """`nn.Linear`, fast for a single row as well."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        """(... C) -> (... out)."""
+        return apply_linear(input, self.weight, self.bias)
+
+
 class Attention(nn.Module):
     """Causal self-attention over all heads at once."""
 
@@ -134,8 +198,8 @@ class Attention(nn.Module):
         super().__init__()
         self.n_heads = config.n_heads
         self.dropout = config.dropout
-        self.qkv = nn.Linear(config.n_embeddings, 3 * config.n_embeddings)
-        self.projection = nn.Linear(config.n_embeddings, config.n_embeddings)
+        self.qkv = Linear(config.n_embeddings, 3 * config.n_embeddings)
+        self.projection = Linear(config.n_embeddings, config.n_embeddings)
 
     def forward(self, x: Tensor, layer: int, step: _FillStep | _ReadStep | None) -> Tensor:
         """(B T C) -> (B T C); with a cache step, over the cached tokens as well."""
@@ -160,9 +224,9 @@ class FeedForward(nn.Module):
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        self.expand = nn.Linear(config.n_embeddings, config.ffn_hid_dim)
+        self.expand = Linear(config.n_embeddings, config.ffn_hid_dim)
         self.activation = ACTIVATION_FUNCTIONS[config.activation]
-        self.contract = nn.Linear(config.ffn_hid_dim, config.n_embeddings)
+        self.contract = Linear(config.ffn_hid_dim, config.n_embeddings)
 
     def forward(self, x: Tensor) -> Tensor:
         """(B T C) -> (B T C)."""
@@ -287,7 +351,7 @@ class DecoderOnlyTransformer(nn.Module):
         for layer, block in enumerate(self.blocks):
             x = block(x, layer, step)
         cache.lengths = [length + 1 for length in cache.lengths]
-        return F.linear(self.final_norm(x[:, 0]), self.token_embedding.weight)
+        return apply_linear(self.final_norm(x[:, 0]), self.token_embedding.weight)
 
     def _check_capacity(self, n_tokens: int, cache: KVCache) -> None:
         if n_tokens > cache.capacity:
@@ -318,30 +382,62 @@ def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor) -> Ten
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
     with torch.autocast(device, enabled=False):
         hidden, weight = hidden.to(dtype), weight.to(dtype)
-        padding = -len(weight) % loss_layout(device)[1]
+        padding = -len(weight) % loss_layout(device).vocab_multiple
         if padding:
             weight = F.pad(weight, (0, 0, 0, padding))
         if torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad):
             return _LinearCrossEntropy.apply(hidden, weight, targets, padding)
         total = hidden.new_zeros((), dtype=torch.float32)
+        buffer = _make_logits_buffer(hidden, weight)
         for rows in split_loss_rows(hidden):
-            log_p = _log_probabilities(hidden[rows], weight, padding)
-            total -= log_p.gather(1, targets[rows, None]).sum()
+            total += _score_rows(hidden[rows], weight, targets[rows, None], padding, buffer)[0]
         return total / len(hidden)
 
 
 def split_loss_rows(hidden: Tensor) -> list[slice]:
     """The rows of the loss (N C), as many at a time as `loss_layout` says."""
-    rows, _ = loss_layout(hidden.device.type)
+    rows = loss_layout(hidden.device.type).rows
     return [slice(start, start + rows) for start in range(0, len(hidden), rows)]
 
 
-def _log_probabilities(hidden: Tensor, weight: Tensor, padding: int) -> Tensor:
-    """Log-softmax in fp32 of one chunk's logits; padded ids have probability zero."""
-    logits = hidden @ weight.T
+def _make_logits_buffer(hidden: Tensor, weight: Tensor) -> Tensor | None:
+    """Room for one chunk's logits, for every chunk to use again, where they are to lie in columns;
+    ``None`` where rows are faster.
+    """
+    # The compiler's kernels, and products in bf16, want rows.
+    rows, _, weight_first = loss_layout(hidden.device.type)
+    if not weight_first or hidden.dtype != torch.float32 or torch.compiler.is_compiling():
+        return None
+    return hidden.new_empty(len(weight) * min(rows, len(hidden)))
+
+
+def _score_rows(
+    hidden: Tensor, weight: Tensor, targets: Tensor, padding: int, buffer: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """One chunk's summed cross-entropy (scalar) and its softmax (R V), both in fp32.
+
+    Args:
+        hidden: rows (R C).
+        weight: the tied embedding (V C), its last `padding` ids without meaning.
+        targets: ids (R 1).
+        buffer: of `_make_logits_buffer`; the softmax returned lies there.
+    """
+    if buffer is None:
+        logits = hidden @ weight.T
+    else:
+        columns = buffer[: len(weight) * len(hidden)].view(len(weight), len(hidden))  # V R
+        logits = torch.mm(weight, hidden.T, out=columns).T
     if padding:
         logits[:, -padding:] = -math.inf
-    return torch.log_softmax(logits, dim=1, dtype=torch.float32)
+    if buffer is None:
+        log_p = torch.log_softmax(logits, dim=1, dtype=torch.float32)
+        return -log_p.gather(1, targets).sum(), log_p.exp_()
+    # Step by step and in place: torch's softmax would copy columns into rows.
+    largest = logits.amax(dim=1, keepdim=True)
+    chosen = logits.gather(1, targets)
+    exponentials = logits.sub_(largest).exp_()
+    sums = exponentials.sum(dim=1, keepdim=True)
+    return (largest + sums.log() - chosen).sum(), exponentials.div_(sums)
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
@@ -353,13 +449,13 @@ class _LinearCrossEntropy(torch.autograd.Function):
         grad_hidden = torch.empty_like(hidden)
         # Summed over chunks in fp32: in bf16 the later chunks would be rounded away.
         grad_weight = torch.zeros_like(weight, dtype=torch.float32)
+        buffer = _make_logits_buffer(hidden, weight)
         for rows in split_loss_rows(hidden):
-            log_p = _log_probabilities(hidden[rows], weight, padding)
             target = targets[rows, None]
-            total -= log_p.gather(1, target).sum()
+            loss, grad = _score_rows(hidden[rows], weight, target, padding, buffer)
+            total += loss
             # d loss / d logits = softmax - one-hot. The division by N waits for the backward
             # pass, where a gradient scaler's factor comes in: in fp16 it would underflow here.
-            grad = log_p.exp_()
             grad.scatter_add_(1, target, grad.new_full((), -1.0).expand(target.shape))
             grad = grad.to(hidden.dtype)
             torch.mm(grad, weight, out=grad_hidden[rows])

@@ -39,9 +39,9 @@ from config import (
     PreflightError,
     RunConfig,
     SamplingConfig,
-    TrainingSettings,
 )
-from runtime import Runtime, build_runtime, is_out_of_memory
+from metrics import CURVE_NAME, save_loss_curve
+from runtime import Runtime, build_runtime, is_out_of_memory, peak_resident_bytes
 from sampling import SAMPLE_TOKENS, generate_text
 from shards import DataFolder
 from signals import StopFlag
@@ -152,20 +152,11 @@ class _Meter:
             # Beside the allocator's: the context, and what other processes hold.
             needed = reserved + total - free - torch.cuda.memory_reserved(self.device)
         else:
-            needed, reserved = _read_peak_resident_bytes(), 0
+            needed, reserved = peak_resident_bytes(), 0
             peak = max(0, needed - self._base)
         self.phases[self.name] = peak
         self.reserved_bytes = max(self.reserved_bytes, reserved)
         self.needed_bytes = max(self.needed_bytes, needed)
-
-
-def _read_peak_resident_bytes() -> int:
-    """Most resident since the last reset. Not `getrusage`: that starts with the parent's peak."""
-    with contextlib.suppress(OSError, StopIteration):
-        with open("/proc/self/status", encoding="ascii", errors="replace") as file:
-            line = next(line for line in file if line.startswith("VmHWM:"))
-        return int(line.split()[1]) * 1024
-    return Runtime(torch.device("cpu"), torch.float32, False, ()).peak_memory_bytes()
 
 
 def measure(order: Order) -> Trial:
@@ -177,7 +168,7 @@ def measure(order: Order) -> Trial:
     training, plan, runtime = order.config.training, order.plan(), order.runtime()
     tokenizer = load_tokenizer(order.config.model.tokenizer)
     if runtime.device.type != "cuda":
-        _load_libraries(training, runtime)
+        _load_libraries(order, runtime)
     meter = _Meter(runtime)
     seconds: list[float] = []
     failure = ""
@@ -218,12 +209,14 @@ def measure(order: Order) -> Trial:
         meter.phases)
 
 
-def _load_libraries(training: TrainingSettings, runtime: Runtime) -> None:
-    """A step of a tiny model: what the libraries take for themselves is then there, and not
-    counted as the model's.
+def _load_libraries(order: Order, runtime: Runtime) -> None:
+    """A step of a tiny model and a loss curve: what the libraries take for themselves is then
+    there, and not counted as the model's.
     """
+    save_loss_curve(order.folder / CURVE_NAME,
+                    [{"event": "step", "tokens": 1, "loss": 1.0, "learning_rate": 1.0}], "")
     tiny = ModelConfig(64, 16, 16, 2, 1, 64)
-    one = replace(training, batch_size=1, gradient_accumulation_steps=1)
+    one = replace(order.config.training, batch_size=1, gradient_accumulation_steps=1)
     runtime = replace(runtime, compile_model=False)
     trainer = Trainer(tiny, one, runtime, build_plan(one, ControlSettings(), 16, 1, 1), 1e-3)
     tokens = torch.zeros((1, 16), dtype=torch.long, device=runtime.device)

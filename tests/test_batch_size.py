@@ -425,7 +425,7 @@ def test_the_named_size_survives_the_run(
             (tmp_path / "training_output/metrics.jsonl").read_text().splitlines()]
     assert {"step", "eval", "sample", "resume"} <= {row["event"] for row in rows}
     peak = max(row["peak_memory_bytes"] for row in rows if row["event"] == "step")
-    assert peak < 1.15 * needed, (peak, needed)  # the loss curve's library is not in a trial
+    assert peak < 1.1 * needed, (peak, needed)
 
 
 def run_in_process(

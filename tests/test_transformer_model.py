@@ -10,14 +10,21 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
+import transformer_model
 from benchmarks.peers import build_hugging_face, to_hugging_face
 from config import MODEL_PRESETS, ModelConfig, ModelSettings
 from transformer_model import (
     LOSS_ROWS_CPU,
     DecoderOnlyTransformer,
+    Linear,
+    LossLayout,
+    apply_linear,
     count_parameters,
     estimate_flops_per_token,
+    is_single_row,
+    leave_cores_to_numpy,
     linear_cross_entropy,
+    loss_layout,
 )
 
 torch.set_num_threads(1)
@@ -94,7 +101,14 @@ def test_no_token_sees_a_later_one(spread_model: DecoderOnlyTransformer) -> None
 
 @pytest.mark.parametrize("n_rows", [1, LOSS_ROWS_CPU, 2 * LOSS_ROWS_CPU + 7])
 @pytest.mark.parametrize("factor", [1.0, 1024.0])
-def test_loss_equals_cross_entropy(n_rows: int, factor: float) -> None:
+@pytest.mark.parametrize("layout", [
+    loss_layout("cpu"), loss_layout("cpu")._replace(vocab_multiple=64),
+    loss_layout("cuda")._replace(rows=LOSS_ROWS_CPU),
+], ids=["cpu", "cpu, padded", "cuda"])
+def test_loss_equals_cross_entropy(
+    n_rows: int, factor: float, layout: LossLayout, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(transformer_model, "loss_layout", lambda device_type: layout)
     generator = torch.Generator().manual_seed(n_rows)
     hidden = torch.randn(n_rows, 16, generator=generator)
     weight = torch.randn(53, 16, generator=generator)
@@ -198,3 +212,34 @@ def test_flops_per_token_are_those_of_torch() -> None:
     expected = estimate_flops_per_token(CONFIG) - attention
     assert counter.get_total_flops() == expected * tokens.numel()
     assert estimate_flops_per_token(CONFIG) == 3 * estimate_flops_per_token(CONFIG, training=False)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_a_single_row_equals_the_product_of_torch(bias: bool) -> None:
+    torch.manual_seed(0)
+    layer = Linear(48, 96, bias=bias)
+    for shape in ((48,), (1, 48), (1, 1, 48), (3, 48)):
+        x = torch.randn(shape)
+        expected = F.linear(x, layer.weight, layer.bias)
+        assert layer(x).requires_grad  # gradients flow wherever they are asked for
+        with torch.inference_mode():
+            assert not is_single_row(x, layer.weight)  # it is being trained
+            frozen = layer.weight.detach()
+            assert is_single_row(x, frozen) == (shape != (3, 48))
+            torch.testing.assert_close(apply_linear(x, frozen, layer.bias), expected.detach())
+            torch.testing.assert_close(layer(x), expected.detach())
+            assert not is_single_row(x.bfloat16(), frozen)
+
+
+def test_torch_steps_aside_for_a_single_row_alone() -> None:
+    threads = []
+    with torch.inference_mode():
+        torch.set_num_threads(2)
+        try:
+            for x in (torch.zeros(1, 8), torch.zeros(2, 8)):
+                with leave_cores_to_numpy(x, torch.zeros(4, 8)):
+                    threads.append(torch.get_num_threads())
+                threads.append(torch.get_num_threads())
+        finally:
+            torch.set_num_threads(1)
+    assert threads == [1, 2, 2, 2]
