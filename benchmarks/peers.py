@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import multiprocessing
 import statistics
 import time
@@ -90,9 +91,10 @@ def _serve(
     connection: Connection, build: Callable[..., Callable[[], Any]], arguments: tuple[Any, ...]
 ) -> None:
     act = build(*arguments)
-    while True:
-        connection.recv()
-        connection.send(act())
+    with contextlib.suppress(EOFError):  # the benchmark has ended
+        while True:
+            connection.recv()
+            connection.send(act())
 
 
 def list_weight_shapes(model: DecoderOnlyTransformer) -> list[tuple[int, int]]:
