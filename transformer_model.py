@@ -135,8 +135,8 @@ class _ReadStep:
         """Write the new keys and values (B H 1 D); return all of them (B H used D)."""
         keys, values = self.layers[layer]
         if self.mask is None:
-            keys[:, :, self.used - 1] = key[:, :, 0]
-            values[:, :, self.used - 1] = value[:, :, 0]
+            keys[:, :, self.used - 1 : self.used] = key
+            values[:, :, self.used - 1 : self.used] = value
         else:
             # Two index tensors around a slice put the slice last: B H D.
             keys[self.rows, :, self.positions] = key[:, :, 0]
@@ -161,10 +161,8 @@ def apply_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tenso
     """``x @ weight.T + bias``: (... C) -> (... out)."""
     if not is_single_row(x, weight):
         return F.linear(x, weight, bias)
-    product = torch.from_numpy(weight.detach().numpy() @ x.reshape(-1).numpy())
-    if bias is not None:
-        product += bias
-    return product.view(*x.shape[:-1], -1)
+    product = torch.from_numpy(x.numpy() @ weight.numpy().T)
+    return product if bias is None else product.add_(bias)
 
 
 @contextlib.contextmanager
@@ -204,10 +202,8 @@ class Attention(nn.Module):
     def forward(self, x: Tensor, layer: int, step: _FillStep | _ReadStep | None) -> Tensor:
         """(B T C) -> (B T C); with a cache step, over the cached tokens as well."""
         B, T, C = x.shape
-        q, k, v = (
-            part.view(B, T, self.n_heads, C // self.n_heads).transpose(1, 2)  # B H T D
-            for part in self.qkv(x).split(C, dim=2)
-        )
+        heads = self.qkv(x).view(B, T, 3, self.n_heads, C // self.n_heads)
+        q, k, v = (part.transpose(1, 2) for part in heads.unbind(2))  # B H T D
         if step is None:
             dropout = self.dropout if self.training else 0.0
             mixed = F.scaled_dot_product_attention(q, k, v, is_causal=True, dropout_p=dropout)

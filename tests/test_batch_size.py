@@ -408,13 +408,13 @@ def test_the_named_size_survives_the_run(
     assert result.returncode == 0, result.stderr
     report = json.loads(result.stdout)
     needed = next(t["needed_bytes"] for t in report["trials"] if t["batch_size"] == 64)
-    flags = ["--train", *TINY_FLAGS, *report["flags"].split(), "--max-steps", "30",
-             "--eval-every", "5", "--text-file", str(tiny_text)]
+    flags = ["--train", *TINY_FLAGS, *report["flags"].split(), "--max-steps", "12",
+             "--eval-every", "3", "--checkpoint-every", "6", "--text-file", str(tiny_text)]
     run = subprocess.Popen([sys.executable, str(ROOT / "main.py"), *flags], cwd=tmp_path,
                            stderr=subprocess.DEVNULL)
     deadline = time.monotonic() + 60
     while time.monotonic() < deadline and not (
-            tmp_path / "training_output/milestones/checkpoint-10").exists():
+            tmp_path / "training_output/milestones/checkpoint-6").exists():
         time.sleep(0.02)
     run.kill()
     run.wait()
