@@ -6,20 +6,17 @@ a smaller one is timed and scaled by its floating-point operations, and that is 
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import itertools
 import math
 import statistics
 import tempfile
-import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-import psutil
 import torch
 from torch import Tensor
 
@@ -46,9 +43,9 @@ _CURVE_SECONDS = 0.6  # drawing the loss curve, on one CPU core; a guess
 # Shares of the sheet's rates that a training step reaches in its products and in its memory
 # traffic, each taken alone: leads from public runs of GPT-2 on A100 and H100, not measurements.
 CUDA_PRODUCT_SHARE, CUDA_BANDWIDTH_SHARE = 0.6, 0.7
-# Of the rate of one large product, on the CPU: the median of 13 configurations, which gave 0.36
-# to 0.68 (benchmarks/RESULTS.md).
-CPU_PRODUCT_SHARE = 0.53
+# Of the rate of one large product, on the CPU: the median of 13 configurations, which gave 0.43
+# to 1.06 (benchmarks/RESULTS.md).
+CPU_PRODUCT_SHARE = 0.57
 _ASSUMED_DISK_BYTES_PER_SECOND = 500e6  # written, read back and hashed
 _ASSUMED_COMPILE_SECONDS = 60.0
 _LAUNCH_SECONDS = 5e-6  # of one CUDA kernel
@@ -286,8 +283,7 @@ def measure_cost(
                  model_config.context_length)
     may_shrink = runtime.device.type == "cpu" and not runtime.compile_model
     low, high = _choose_loads(full, expected_seconds, may_shrink)
-    if runtime.device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(runtime.device)
+    runtime.reset_peak_memory()
     began = time.perf_counter()
     trainer = Trainer(model_config, training, runtime, plan, config.peak_learning_rate,
                       gradient_checkpointing=config.system.gradient_checkpointing)
@@ -296,16 +292,14 @@ def measure_cost(
     loader = BatchLoader(data, "train", batch_size=training.batch_size,
                          context_length=model_config.context_length, seed=training.seed,
                          device=runtime.device)
-    with loader, _ResidentPeak(runtime) as resident:
+    with loader:
         first, times, step = _measure_steps(trainer, loader, model_config, low, high, full)
         window = _measure_evaluation(trainer, data, plan, model_config, high)
         sample = _measure_sample(trainer, tokenizer)
-    peak, reserved = resident.peak_bytes, None
-    if runtime.device.type == "cuda":
-        peak = torch.cuda.max_memory_allocated(runtime.device)
-        reserved = torch.cuda.max_memory_reserved(runtime.device)
+    peak, reserved = runtime.peak_memory_bytes(), None
     del trainer
     if runtime.device.type == "cuda":
+        reserved = torch.cuda.max_memory_reserved(runtime.device)
         torch.cuda.empty_cache()
     compile_seconds = max(0.0, first - statistics.median(times)) if runtime.compile_model else 0.0
     part = "" if low is None else (
@@ -411,31 +405,3 @@ def _measure_checkpoint(config: RunConfig, model_config: ModelConfig, runtime: R
                         {"model": dataclasses.asdict(model_config)}, {"val_loss": None})
         seconds = time.perf_counter() - began
     return seconds * whole / size
-
-
-class _ResidentPeak(contextlib.AbstractContextManager):
-    """Most resident memory while entered, on the CPU; looked at every few milliseconds.
-
-    The process's own high-water mark would count what came before: preparing the text.
-    """
-
-    def __init__(self, runtime: Runtime) -> None:
-        self.peak_bytes = 0
-        self._is_needed = runtime.device.type != "cuda"
-        self._done = threading.Event()
-        self._thread = threading.Thread(target=self._watch, daemon=True)
-
-    def _watch(self) -> None:
-        process = psutil.Process()
-        while not self._done.wait(0.005):
-            self.peak_bytes = max(self.peak_bytes, process.memory_info().rss)
-
-    def __enter__(self) -> _ResidentPeak:
-        if self._is_needed:
-            self._thread.start()
-        return self
-
-    def __exit__(self, *unused: object) -> None:
-        self._done.set()
-        if self._is_needed:
-            self._thread.join()

@@ -60,10 +60,20 @@ class Runtime:
             torch.mps.synchronize()
 
     def peak_memory_bytes(self) -> int:
-        """Most memory in use so far: allocated on CUDA, resident in the process elsewhere."""
+        """Most memory in use since the start, or since `reset_peak_memory`: allocated on CUDA,
+        resident in the process elsewhere.
+        """
         if self.device.type == "cuda":
             return torch.cuda.max_memory_allocated(self.device)
-        return peak_resident_bytes()
+        return _peak_resident_bytes()
+
+    def reset_peak_memory(self) -> None:
+        """Have the peak count from now on: on CUDA and on Linux; elsewhere it goes on."""
+        if self.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self.device)
+            return
+        with contextlib.suppress(OSError):  # proc_pid_clear_refs(5)
+            Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
 
 
 def build_runtime(settings: SystemSettings, planned_steps: int | None = None) -> Runtime:
@@ -185,8 +195,7 @@ def is_out_of_memory(error: BaseException) -> bool:
     )
 
 
-def peak_resident_bytes() -> int:
-    """Most that this process has held in memory."""
+def _peak_resident_bytes() -> int:
     if resource is None:
         return psutil.Process().memory_info().peak_wset
     # Linux's getrusage starts with what the parent held; proc_pid_status(5) does not.

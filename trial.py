@@ -41,7 +41,7 @@ from config import (
     SamplingConfig,
 )
 from metrics import CURVE_NAME, save_loss_curve
-from runtime import Runtime, build_runtime, is_out_of_memory, peak_resident_bytes
+from runtime import Runtime, build_runtime, is_out_of_memory
 from sampling import SAMPLE_TOKENS, generate_text
 from shards import DataFolder
 from signals import StopFlag
@@ -119,8 +119,8 @@ class _Meter:
     """Peaks of memory, phase by phase."""
 
     def __init__(self, runtime: Runtime) -> None:
-        self.device = runtime.device
-        self.on_cuda = self.device.type == "cuda"
+        self.runtime = runtime
+        self.on_cuda = runtime.device.type == "cuda"
         self.name = "set-up"
         self.phases: dict[str, int] = {}
         self.reserved_bytes = self.needed_bytes = 0
@@ -131,29 +131,23 @@ class _Meter:
         """Measure what the block needs; the figures are kept when it fails."""
         self.name = name
         gc.collect()
-        self._reset()
+        self.runtime.reset_peak_memory()
         try:
             yield
         finally:
             self._read()
 
-    def _reset(self) -> None:
-        if self.on_cuda:
-            torch.cuda.reset_peak_memory_stats(self.device)
-            return
-        with contextlib.suppress(OSError):  # Linux; elsewhere the peak is that of all phases
-            Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
-
     def _read(self) -> None:
+        peak = self.runtime.peak_memory_bytes()
         if self.on_cuda:
-            peak = torch.cuda.max_memory_allocated(self.device)
-            reserved = torch.cuda.max_memory_reserved(self.device)
-            free, total = torch.cuda.mem_get_info(self.device)
+            device = self.runtime.device
+            reserved = torch.cuda.max_memory_reserved(device)
+            free, total = torch.cuda.mem_get_info(device)
             # Beside the allocator's: the context, and what other processes hold.
-            needed = reserved + total - free - torch.cuda.memory_reserved(self.device)
+            needed = reserved + total - free - torch.cuda.memory_reserved(device)
         else:
-            needed, reserved = peak_resident_bytes(), 0
-            peak = max(0, needed - self._base)
+            needed, reserved = peak, 0
+            peak = max(0, peak - self._base)
         self.phases[self.name] = peak
         self.reserved_bytes = max(self.reserved_bytes, reserved)
         self.needed_bytes = max(self.needed_bytes, needed)

@@ -102,8 +102,21 @@ def test_freed_memory_is_kept_for_the_next_step() -> None:
 def test_the_peak_is_this_process_s_own() -> None:
     """A large parent's memory is not ours: Linux's getrusage counts it."""
     child = f"import sys; sys.path.insert(0, {str(ROOT)!r}); import runtime; " \
-            "held = b'x' * 100_000_000; del held; print(runtime.peak_resident_bytes())"
+            "held = b'x' * 100_000_000; del held; print(runtime._peak_resident_bytes())"
     parent = f"held = b'x' * 1_500_000_000; import subprocess, sys; " \
              f"subprocess.run([sys.executable, '-c', {child!r}], check=True)"
     result = subprocess.run([sys.executable, "-c", parent], check=True, capture_output=True)
     assert 200e6 < int(result.stdout) < 1e9
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="Linux's")
+def test_the_peak_can_be_counted_anew() -> None:
+    machine = build_runtime(SystemSettings(device="cpu"))
+    held = b"x" * 300_000_000
+    del held
+    before = machine.peak_memory_bytes()
+    machine.reset_peak_memory()
+    assert machine.peak_memory_bytes() < before - 200_000_000
+    held = b"x" * 300_000_000
+    assert machine.peak_memory_bytes() > before - 50_000_000
+    del held
