@@ -18,7 +18,7 @@ from torch import Tensor
 from config import SamplingConfig
 from console import say_once
 from tokenizer import Tokenizer
-from transformer_model import DecoderOnlyTransformer, KVCache, leave_cores_to_numpy
+from transformer_model import DecoderOnlyTransformer, KVCache, multiply_in_numpy
 
 SAMPLE_TOKENS = 48  # of the text that a run writes at each evaluation
 # Tokens read in one pass when windows are filled; bounds the memory of activations.
@@ -307,7 +307,7 @@ class _Decoder:
                 self._seen[i, torch.tensor(row.tokens, device=self._device)] = True
         self._fill_windows()
         weight = self.model.token_embedding.weight
-        with leave_cores_to_numpy(self._cache.layers[0][0][:, 0, 0], weight):
+        with multiply_in_numpy(self._cache.layers[0][0][:, 0, 0], weight):
             logits = self.model.read(self._newest, self._cache)[:, : self._vocab_size]  # B V
             if len(self._banned):
                 logits[:, self._banned] = -torch.inf

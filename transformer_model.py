@@ -144,41 +144,40 @@ class _ReadStep:
         return keys[:, :, : self.used], values[:, :, : self.used]
 
 
-def is_single_row(x: Tensor, weight: Tensor) -> bool:
-    """Whether `x` is one real vector in fp32 on the CPU, and the weights are not being trained.
-
-    numpy's BLAS multiplies a matrix by it at the memory's full rate, twice as fast as torch's on
-    AMD (benchmarks/LOG.md); its buffers take 150 MB, which a training run is not told of. Fake
-    tensors and those that a tracer holds have no data to hand over.
-    """
-    return (type(x) is Tensor and x.numel() == x.shape[-1] and x.dtype == torch.float32
-            and x.device.type == "cpu" and not weight.requires_grad
-            and torch.is_inference_mode_enabled()
-            and not torch.compiler.is_compiling())
+_in_numpy = False  # whether products are numpy's for now
 
 
 def apply_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """``x @ weight.T + bias``: (... C) -> (... out)."""
-    if not is_single_row(x, weight):
+    if not _in_numpy:
         return F.linear(x, weight, bias)
     product = torch.from_numpy(x.numpy() @ weight.numpy().T)
     return product if bias is None else product.add_(bias)
 
 
 @contextlib.contextmanager
-def leave_cores_to_numpy(x: Tensor, weight: Tensor) -> Iterator[None]:
-    """Keep torch on one thread while `weight` and rows like `x` are multiplied in numpy.
+def multiply_in_numpy(x: Tensor, weight: Tensor) -> Iterator[None]:
+    """Have `apply_linear` multiply in numpy where every input is one fp32 vector on the CPU, as `x`
+    is, and the weights, as `weight`, are not being trained; else nothing changes.
 
-    torch's idle threads wait busily, on the cores that numpy's need: five times slower.
+    numpy's BLAS multiplies a matrix by a vector at the memory's full rate, twice as fast as torch's
+    on AMD (benchmarks/LOG.md); its buffers take 150 MB, which a training run is not told of.
+    torch keeps to one thread meanwhile: its idle threads wait busily, on the cores that numpy's
+    need, which makes it five times slower.
     """
+    global _in_numpy
+    if (x.numel() != x.shape[-1] or x.dtype != torch.float32 or x.device.type != "cpu"
+            or weight.requires_grad or not torch.is_inference_mode_enabled()):
+        yield
+        return
     n_threads = torch.get_num_threads()
-    if is_single_row(x, weight):
-        torch.set_num_threads(1)
+    torch.set_num_threads(1)
+    _in_numpy = True
     try:
         yield
     finally:
-        if torch.get_num_threads() != n_threads:
-            torch.set_num_threads(n_threads)
+        _in_numpy = False
+        torch.set_num_threads(n_threads)
 
 
 class Linear(nn.Linear):
@@ -244,8 +243,12 @@ class Block(nn.Module):
         self, x: Tensor, layer: int, step: _FillStep | _ReadStep | None = None
     ) -> Tensor:
         """(B T C) -> (B T C)."""
-        x = x + self.dropout(self.attention(self.attention_norm(x), layer, step))
-        return x + self.dropout(self.feed_forward(self.feed_forward_norm(x)))
+        x = x + self._drop(self.attention(self.attention_norm(x), layer, step))
+        return x + self._drop(self.feed_forward(self.feed_forward_norm(x)))
+
+    def _drop(self, x: Tensor) -> Tensor:
+        # Not called where it does nothing: 2 % of the time of writing on the CPU.
+        return self.dropout(x) if self.training else x
 
 
 class DecoderOnlyTransformer(nn.Module):

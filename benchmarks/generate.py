@@ -41,7 +41,7 @@ from transformer_model import (  # noqa: E402
     DecoderOnlyTransformer,
     apply_linear,
     count_parameters,
-    leave_cores_to_numpy,
+    multiply_in_numpy,
 )
 
 PROMPT = "In the beginning the machine was quiet, and then"
@@ -91,7 +91,7 @@ def build_floor(
              for n_out, n_in in list_weight_shapes(model)]
 
     def multiply() -> None:
-        with torch.inference_mode(), leave_cores_to_numpy(*pairs[0][::-1]):
+        with torch.inference_mode(), multiply_in_numpy(*pairs[0][::-1]):
             for _ in range(n_tokens):
                 for weight, x in pairs:
                     apply_linear(x, weight)
