@@ -15,6 +15,7 @@ from benchmarks.peers import build_hugging_face, to_hugging_face
 from config import MODEL_PRESETS, ModelConfig, ModelSettings
 from transformer_model import (
     LOSS_ROWS_CPU,
+    Block,
     DecoderOnlyTransformer,
     Linear,
     LossLayout,
@@ -248,3 +249,13 @@ def test_torch_steps_aside_for_a_single_row_alone() -> None:
     finally:
         torch.set_num_threads(1)
     assert threads == [1, 2, 2, 2, 2, 2, 2, 2]
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_what_a_block_drops(training: bool) -> None:
+    """Where both of its parts are dropped, the input comes through: a share p * p of all places."""
+    torch.manual_seed(0)
+    block = Block(dataclasses.replace(CONFIG, dropout=0.5)).train(training)
+    x = torch.randn(64, 16, CONFIG.n_embeddings)
+    unchanged = (block(x, 0) == x).float().mean()
+    assert float(unchanged) == pytest.approx(0.25 if training else 0, abs=0.02)
