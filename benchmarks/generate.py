@@ -91,7 +91,8 @@ def build_floor(
              for n_out, n_in in list_weight_shapes(model)]
 
     def multiply() -> None:
-        with torch.inference_mode(), multiply_in_numpy(*pairs[0][::-1]):
+        weight, x = pairs[0]
+        with torch.inference_mode(), multiply_in_numpy(x, weight):
             for _ in range(n_tokens):
                 for weight, x in pairs:
                     apply_linear(x, weight)

@@ -94,8 +94,8 @@ def measure_tiktoken(
 def measure_tiktoken_together(path: Path, n_bytes: int, n_workers: int) -> float:
     """The same of `n_workers` bare processes at once: what the machine has to give."""
     with ProcessPoolExecutor(n_workers, multiprocessing.get_context("spawn")) as pool:
-        return sum(pool.map(measure_tiktoken, *zip(
-            *[(path, n_bytes, time.perf_counter)] * n_workers, strict=True)))
+        return sum(pool.map(measure_tiktoken, [path] * n_workers, [n_bytes] * n_workers,
+                            [time.perf_counter] * n_workers))
 
 
 def measure_preparation(path: Path, n_workers: int, every: float = 0.5) -> dict[str, Any]:
