@@ -7,6 +7,7 @@ never on the rows beside it. Shapes: B rows, V ids, K candidates of a row.
 from __future__ import annotations
 
 import codecs
+import contextlib
 import functools
 import random
 from collections.abc import Callable, Iterator, Sequence
@@ -17,8 +18,9 @@ from torch import Tensor
 
 from config import SamplingConfig
 from console import say_once
+from single_row import choose_reader, one_torch_thread
 from tokenizer import Tokenizer
-from transformer_model import DecoderOnlyTransformer, KVCache, multiply_in_numpy
+from transformer_model import DecoderOnlyTransformer, KVCache
 
 SAMPLE_TOKENS = 48  # of the text that a run writes at each evaluation
 # Tokens read in one pass when windows are filled; bounds the memory of activations.
@@ -254,6 +256,7 @@ class _Decoder:
         with torch.inference_mode():
             self._cache = KVCache(model.config, len(self.rows), self._device, dtype,
                                   capacity=len(rows[0].tokens) + config.max_new_tokens)
+        self._reader = choose_reader(model, self._cache)
         self._newest: Tensor | None = None  # the rows' last tokens, while they are on the device
         self._seen: Tensor | None = None  # which ids (B V) each row holds, for the penalty
 
@@ -306,9 +309,9 @@ class _Decoder:
             for i, row in enumerate(self.rows):
                 self._seen[i, torch.tensor(row.tokens, device=self._device)] = True
         self._fill_windows()
-        weight = self.model.token_embedding.weight
-        with multiply_in_numpy(self._cache.layers[0][0][:, 0, 0], weight):
-            logits = self.model.read(self._newest, self._cache)[:, : self._vocab_size]  # B V
+        in_torch = self._reader is self.model
+        with contextlib.nullcontext() if in_torch else one_torch_thread():
+            logits = self._reader.read(self._newest, self._cache)[:, : self._vocab_size]  # B V
             if len(self._banned):
                 logits[:, self._banned] = -torch.inf
             ids = choose_tokens(logits, self.config, uniforms, self._seen)
@@ -340,6 +343,7 @@ class _Decoder:
         kept = [i for i, row in enumerate(self.rows) if not row.finish_reason]
         if kept and len(kept) < len(self.rows):
             self._cache.keep_rows(kept)
+            self._reader = choose_reader(self.model, self._cache)
         self.rows = [self.rows[i] for i in kept]
         self._newest = self._seen = None
 

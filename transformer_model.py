@@ -9,9 +9,8 @@ learned positions, layer normalisation before each part, GELU, tied embeddings.
 
 from __future__ import annotations
 
-import contextlib
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -88,6 +87,11 @@ class KVCache:
         ]
         self.lengths = [0] * batch_size
 
+    def check_capacity(self, n_tokens: int) -> None:
+        """Raise `ValueError` where a row cannot hold so many."""
+        if n_tokens > self.capacity:
+            raise ValueError(f"{n_tokens} tokens are more than the cache's {self.capacity}")
+
     def keep_rows(self, rows: list[int]) -> None:
         """Drop every row but these, which move up in the order given."""
         self.layers = [(keys[rows], values[rows]) for keys, values in self.layers]
@@ -144,50 +148,6 @@ class _ReadStep:
         return keys[:, :, : self.used], values[:, :, : self.used]
 
 
-_in_numpy = False  # whether products are numpy's for now
-
-
-def apply_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """``x @ weight.T + bias``: (... C) -> (... out)."""
-    if not _in_numpy:
-        return F.linear(x, weight, bias)
-    product = torch.from_numpy(x.numpy() @ weight.numpy().T)
-    return product if bias is None else product.add_(bias)
-
-
-@contextlib.contextmanager
-def multiply_in_numpy(x: Tensor, weight: Tensor) -> Iterator[None]:
-    """Have `apply_linear` multiply in numpy where every input is one fp32 vector on the CPU, as `x`
-    is, and the weights, as `weight`, are not being trained; else nothing changes.
-
-    numpy's BLAS multiplies a matrix by a vector at the memory's full rate, twice as fast as torch's
-    on AMD (benchmarks/LOG.md); its buffers take 150 MB, which a training run is not told of.
-    torch keeps to one thread meanwhile: its idle threads wait busily, on the cores that numpy's
-    need, which makes it five times slower.
-    """
-    global _in_numpy
-    if (x.numel() != x.shape[-1] or x.dtype != torch.float32 or x.device.type != "cpu"
-            or weight.requires_grad or not torch.is_inference_mode_enabled()):
-        yield
-        return
-    n_threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    _in_numpy = True
-    try:
-        yield
-    finally:
-        _in_numpy = False
-        torch.set_num_threads(n_threads)
-
-
-class Linear(nn.Linear):
-    """`nn.Linear`, fast for a single row as well."""
-
-    def forward(self, input: Tensor) -> Tensor:
-        """(... C) -> (... out)."""
-        return apply_linear(input, self.weight, self.bias)
-
-
 class Attention(nn.Module):
     """Causal self-attention over all heads at once."""
 
@@ -195,8 +155,8 @@ class Attention(nn.Module):
         super().__init__()
         self.n_heads = config.n_heads
         self.dropout = config.dropout
-        self.qkv = Linear(config.n_embeddings, 3 * config.n_embeddings)
-        self.projection = Linear(config.n_embeddings, config.n_embeddings)
+        self.qkv = nn.Linear(config.n_embeddings, 3 * config.n_embeddings)
+        self.projection = nn.Linear(config.n_embeddings, config.n_embeddings)
 
     def forward(self, x: Tensor, layer: int, step: _FillStep | _ReadStep | None) -> Tensor:
         """(B T C) -> (B T C); with a cache step, over the cached tokens as well."""
@@ -219,9 +179,9 @@ class FeedForward(nn.Module):
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        self.expand = Linear(config.n_embeddings, config.ffn_hid_dim)
+        self.expand = nn.Linear(config.n_embeddings, config.ffn_hid_dim)
         self.activation = ACTIVATION_FUNCTIONS[config.activation]
-        self.contract = Linear(config.ffn_hid_dim, config.n_embeddings)
+        self.contract = nn.Linear(config.ffn_hid_dim, config.n_embeddings)
 
     def forward(self, x: Tensor) -> Tensor:
         """(B T C) -> (B T C)."""
@@ -243,12 +203,8 @@ class Block(nn.Module):
         self, x: Tensor, layer: int, step: _FillStep | _ReadStep | None = None
     ) -> Tensor:
         """(B T C) -> (B T C)."""
-        x = x + self._drop(self.attention(self.attention_norm(x), layer, step))
-        return x + self._drop(self.feed_forward(self.feed_forward_norm(x)))
-
-    def _drop(self, x: Tensor) -> Tensor:
-        # Not called where it does nothing: 2 % of the time of writing on the CPU.
-        return self.dropout(x) if self.training else x
+        x = x + self.dropout(self.attention(self.attention_norm(x), layer, step))
+        return x + self.dropout(self.feed_forward(self.feed_forward_norm(x)))
 
 
 class DecoderOnlyTransformer(nn.Module):
@@ -324,7 +280,7 @@ class DecoderOnlyTransformer(nn.Module):
             ValueError: T is more than the cache holds.
         """
         T = tokens.shape[1]
-        self._check_capacity(T, cache)
+        cache.check_capacity(T)
         positions = torch.arange(T, device=tokens.device)
         x = self.token_embedding(tokens) + self.position_embedding(positions)
         step = _FillStep(cache, rows, T)
@@ -343,18 +299,14 @@ class DecoderOnlyTransformer(nn.Module):
         Raises:
             ValueError: a row is full.
         """
-        self._check_capacity(max(cache.lengths) + 1, cache)
+        cache.check_capacity(max(cache.lengths) + 1)
         step = _ReadStep(cache, tokens.device)
         x = self.token_embedding(tokens) + self.position_embedding(step.positions)
         x = x[:, None]  # B 1 C
         for layer, block in enumerate(self.blocks):
             x = block(x, layer, step)
         cache.lengths = [length + 1 for length in cache.lengths]
-        return apply_linear(self.final_norm(x[:, 0]), self.token_embedding.weight)
-
-    def _check_capacity(self, n_tokens: int, cache: KVCache) -> None:
-        if n_tokens > cache.capacity:
-            raise ValueError(f"{n_tokens} tokens are more than the cache's {cache.capacity}")
+        return F.linear(self.final_norm(x[:, 0]), self.token_embedding.weight)
 
     def _checked_length(self, tokens: Tensor) -> int:
         length = tokens.shape[1]

@@ -36,12 +36,11 @@ from config import ModelConfig, ModelSettings, SamplingConfig, SystemSettings  #
 from hardware import match_device  # noqa: E402
 from runtime import build_runtime, describe_device  # noqa: E402
 from sampling import generate_batch  # noqa: E402
+from single_row import one_torch_thread  # noqa: E402
 from tokenizer import load_tokenizer  # noqa: E402
 from transformer_model import (  # noqa: E402
     DecoderOnlyTransformer,
-    apply_linear,
     count_parameters,
-    multiply_in_numpy,
 )
 
 PROMPT = "In the beginning the machine was quiet, and then"
@@ -86,16 +85,19 @@ def build_own(
 def build_floor(
     model: DecoderOnlyTransformer, n_tokens: int, dtype: torch.dtype
 ) -> Callable[[], None]:
-    """Every weight times one vector, once a token, by the same call as ours."""
-    pairs = [(torch.randn(n_out, n_in).to(dtype), torch.randn(1, n_in).to(dtype))
-             for n_out, n_in in list_weight_shapes(model)]
+    """Every weight times one vector, once a token, by what ours multiplies with."""
+    pairs: list[tuple[Any, Any]] = [
+        (torch.randn(n_out, n_in).to(dtype), torch.randn(n_in).to(dtype))
+        for n_out, n_in in list_weight_shapes(model)
+    ]
+    if dtype == torch.float32:  # ours multiplies in numpy
+        pairs = [(weight.numpy(), x.numpy()) for weight, x in pairs]
 
     def multiply() -> None:
-        weight, x = pairs[0]
-        with torch.inference_mode(), multiply_in_numpy(x, weight):
+        with one_torch_thread():
             for _ in range(n_tokens):
                 for weight, x in pairs:
-                    apply_linear(x, weight)
+                    weight @ x
 
     return multiply
 

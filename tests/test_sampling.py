@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import random
+from typing import Any
 
 import pytest
 import tiktoken
@@ -27,6 +29,7 @@ from sampling import (
     stream_text,
     window_start,
 )
+from single_row import SingleRowReader
 from tokenizer import END_OF_TEXT, Tokenizer
 from transformer_model import DecoderOnlyTransformer, KVCache
 
@@ -288,6 +291,30 @@ def test_a_repetition_penalty_keeps_greedy_text_from_repeating(
         ids = tokenizer.encode(prompt) + list(row.text.encode("utf-8", "replace"))
         if "\ufffd" not in row.text:
             assert len(set(ids)) == len(ids)
+
+
+def test_numpy_writes_what_torch_writes(
+    model: DecoderOnlyTransformer, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rows end at different times and windows slide; the last row left is read in numpy."""
+    config = SamplingConfig(max_new_tokens=40, temperature=0.9)
+    expected = generate_batch(model, tokenizer, PROMPTS[:4], config, batch_size=3)
+    threads = []
+    read = SingleRowReader.read
+
+    def spy(*given: Any) -> Tensor:
+        threads.append(torch.get_num_threads())
+        return read(*given)
+
+    monkeypatch.setattr(SingleRowReader, "read", spy)
+    frozen = copy.deepcopy(model).requires_grad_(False)
+    torch.set_num_threads(2)
+    try:
+        assert generate_batch(frozen, tokenizer, PROMPTS[:4], config, batch_size=3) == expected
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(1)
+    assert set(threads) == {1}
 
 
 def test_the_model_is_left_in_its_mode_and_outside_inference(

@@ -17,14 +17,11 @@ from transformer_model import (
     LOSS_ROWS_CPU,
     Block,
     DecoderOnlyTransformer,
-    Linear,
     LossLayout,
-    apply_linear,
     count_parameters,
     estimate_flops_per_token,
     linear_cross_entropy,
     loss_layout,
-    multiply_in_numpy,
 )
 
 torch.set_num_threads(1)
@@ -212,43 +209,6 @@ def test_flops_per_token_are_those_of_torch() -> None:
     expected = estimate_flops_per_token(CONFIG) - attention
     assert counter.get_total_flops() == expected * tokens.numel()
     assert estimate_flops_per_token(CONFIG) == 3 * estimate_flops_per_token(CONFIG, training=False)
-
-
-@pytest.mark.parametrize("bias", [True, False])
-def test_a_single_row_equals_the_product_of_torch(
-    bias: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    torch.manual_seed(0)
-    layer = Linear(48, 96, bias=bias).requires_grad_(False)
-    for shape in ((48,), (1, 48), (1, 1, 48)):
-        x = torch.randn(shape)
-        expected = F.linear(x, layer.weight, layer.bias)
-        with monkeypatch.context() as patch, torch.inference_mode():
-            patch.setattr(F, "linear", None)  # the product is not torch's
-            with multiply_in_numpy(x, layer.weight):
-                found = layer(x)
-        torch.testing.assert_close(found, expected)
-
-
-def test_torch_steps_aside_for_a_single_row_alone() -> None:
-    row, frozen = torch.zeros(1, 8), torch.zeros(4, 8)
-    trained = torch.zeros(4, 8, requires_grad=True)
-    cases = [(row, frozen), (torch.zeros(2, 8), frozen), (row.bfloat16(), frozen), (row, trained)]
-    threads = []
-    torch.set_num_threads(2)
-    try:
-        for x, weight in cases:
-            with torch.inference_mode(), multiply_in_numpy(x, weight):
-                threads.append(torch.get_num_threads())
-            threads.append(torch.get_num_threads())
-        with multiply_in_numpy(row, frozen):  # gradients flow wherever they are asked for
-            assert apply_linear(row, trained).requires_grad
-        with pytest.raises(KeyError), torch.inference_mode(), multiply_in_numpy(row, frozen):
-            raise KeyError
-        assert apply_linear(row, trained).requires_grad
-    finally:
-        torch.set_num_threads(1)
-    assert threads == [1, 2, 2, 2, 2, 2, 2, 2]
 
 
 @pytest.mark.parametrize("training", [True, False])

@@ -1,0 +1,129 @@
+"""One text on the CPU: `DecoderOnlyTransformer.read` for a single row in fp32, in numpy.
+
+A token costs each weight's product with one vector, for which the memory's rate is the floor.
+numpy's BLAS comes near it, twice as fast as torch's on AMD, and what is left, small operations on
+one vector, takes numpy a third of torch's time (benchmarks/LOG.md). BLAS's buffers take 150 MB,
+of which a training run is not told: there torch reads.
+
+Shapes as in transformer_model, without B and T: C width, H heads, D width of a head, V vocabulary,
+N tokens in the cache with the new one.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import cast
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from transformer_model import Block, DecoderOnlyTransformer, KVCache
+
+Array = NDArray[np.float32]
+
+
+def choose_reader(
+    model: DecoderOnlyTransformer, cache: KVCache
+) -> DecoderOnlyTransformer | SingleRowReader:
+    """What reads a token into `cache` fastest: `model`, or numpy for it where there is one row in
+    fp32 on the CPU and the weights are not being trained.
+    """
+    weight = model.token_embedding.weight
+    fits = (len(cache.lengths) == 1 and weight.device.type == "cpu" and not weight.requires_grad
+            and weight.dtype == cache.layers[0][0].dtype == torch.float32)
+    return SingleRowReader(model) if fits else model
+
+
+class SingleRowReader:
+    """Reads tokens as `model` does; holds no copy of its weights."""
+
+    def __init__(self, model: DecoderOnlyTransformer) -> None:
+        self._embedding = model.token_embedding.weight.numpy()  # V C
+        self._positions = model.position_embedding.weight.numpy()
+        self._blocks = [_SingleRowBlock(cast(Block, block)) for block in model.blocks]
+        self._final_norm = _Norm(model.final_norm)
+
+    def read(self, tokens: Tensor, cache: KVCache) -> Tensor:
+        """As `DecoderOnlyTransformer.read`: an id (1,) to logits (1 V).
+
+        Raises:
+            ValueError: the row is full.
+        """
+        [n_earlier] = cache.lengths
+        cache.check_capacity(n_earlier + 1)
+        x = self._embedding[int(tokens)] + self._positions[n_earlier]  # C
+        for block, (keys, values) in zip(self._blocks, cache.layers, strict=True):
+            block.add_to(x, keys.numpy()[0], values.numpy()[0], n_earlier)
+        cache.lengths = [n_earlier + 1]
+        return torch.from_numpy(self._final_norm(x) @ self._embedding.T)[None]
+
+
+class _Norm:
+    """`nn.LayerNorm` of one vector."""
+
+    def __init__(self, norm: nn.LayerNorm) -> None:
+        self.weight, self.bias = norm.weight.numpy(), norm.bias.numpy()
+        self.eps = norm.eps
+
+    def __call__(self, x: Array) -> Array:
+        centred = x - np.add.reduce(x) / len(x)
+        centred *= 1 / np.sqrt(centred @ centred / len(x) + self.eps)
+        centred *= self.weight
+        centred += self.bias
+        return centred
+
+
+class _Map:
+    """`nn.Linear` of one vector."""
+
+    def __init__(self, linear: nn.Linear) -> None:
+        self.weight, self.bias = linear.weight.numpy().T, linear.bias.numpy()
+
+    def __call__(self, x: Array) -> Array:
+        product: Array = x @ self.weight
+        product += self.bias
+        return product
+
+
+class _SingleRowBlock:
+    """`Block` of one vector."""
+
+    def __init__(self, block: Block) -> None:
+        self.n_heads = block.attention.n_heads
+        self.attention_norm = _Norm(block.attention_norm)
+        self.qkv = _Map(block.attention.qkv)
+        self.projection = _Map(block.attention.projection)
+        self.feed_forward_norm = _Norm(block.feed_forward_norm)
+        self.expand = _Map(block.feed_forward.expand)
+        self.activation = block.feed_forward.activation
+        self.contract = _Map(block.feed_forward.contract)
+
+    def add_to(self, x: Array, keys: Array, values: Array, n_earlier: int) -> None:
+        """Add to `x` (C) what the block makes of it, and its key and value to the cache (H S D)."""
+        q, k, v = self.qkv(self.attention_norm(x)).reshape(3, self.n_heads, -1)  # H D each
+        keys[:, n_earlier], values[:, n_earlier] = k, v
+        q *= q.shape[1] ** -0.5
+        weights: Array = keys[:, : n_earlier + 1] @ q[:, :, None]  # H N 1
+        weights -= np.maximum.reduce(weights, axis=1, keepdims=True)
+        np.exp(weights, out=weights)
+        weights /= np.add.reduce(weights, axis=1, keepdims=True)
+        mixed = weights.transpose(0, 2, 1) @ values[:, : n_earlier + 1]  # H 1 D
+        x += self.projection(mixed.reshape(-1))
+        hidden = torch.from_numpy(self.expand(self.feed_forward_norm(x)))
+        x += self.contract(self.activation(hidden).numpy())
+
+
+@contextlib.contextmanager
+def one_torch_thread() -> Iterator[None]:
+    """Keep torch to one thread: its idle threads wait busily, on the cores that numpy's need, which
+    makes a token five times slower.
+    """
+    n_threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(n_threads)
