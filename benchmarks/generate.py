@@ -1,6 +1,6 @@
 """Writing speed: ours beside Hugging Face's `generate` and the floor, alternating in one run.
 
-    python benchmarks/generate.py             (small; the GPU, two minutes; else the CPU, some four)
+    python benchmarks/generate.py             (small; the GPU, two minutes; else the CPU, five)
     python benchmarks/generate.py --smoke     (a tiny model on the CPU; seconds)
 
 Both write greedily from the same weights, and the texts have to be equal before anything is timed.
@@ -178,7 +178,7 @@ def main() -> int:
     elif given.smoke:
         rows = compare_on_cpu(ModelConfig(50257, 64, 64, 4, 2, 256), given.tokens or 24, repeats=2)
     else:
-        rows = compare_on_cpu(small, given.tokens or 256, repeats=3)
+        rows = compare_on_cpu(small, given.tokens or 256, repeats=5)
     print_rows(rows)
     device = torch.device("cuda" if on_cuda else "cpu")
     print(json.dumps({"device": describe_device(device), "torch": str(torch.__version__),
