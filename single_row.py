@@ -33,7 +33,7 @@ def choose_reader(
     """
     weight = model.token_embedding.weight
     fits = (len(cache.lengths) == 1 and weight.device.type == "cpu" and not weight.requires_grad
-            and weight.dtype == cache.layers[0][0].dtype == torch.float32)
+            and weight.dtype == cache.layers[0].dtype == torch.float32)
     return SingleRowReader(model) if fits else model
 
 
@@ -55,8 +55,8 @@ class SingleRowReader:
         [n_earlier] = cache.lengths
         cache.check_capacity(n_earlier + 1)
         x = self._embedding[int(tokens)] + self._positions[n_earlier]  # C
-        for block, (keys, values) in zip(self._blocks, cache.layers, strict=True):
-            block.add_to(x, keys.numpy()[0], values.numpy()[0], n_earlier)
+        for block, keys_values in zip(self._blocks, cache.layers, strict=True):
+            block.add_to(x, keys_values.numpy()[:, 0], n_earlier)
         cache.lengths = [n_earlier + 1]
         return torch.from_numpy(self._final_norm(x) @ self._embedding.T)[None]
 
@@ -67,10 +67,11 @@ class _Norm:
     def __init__(self, norm: nn.LayerNorm) -> None:
         self.weight, self.bias = norm.weight.numpy(), norm.bias.numpy()
         self.eps = norm.eps
+        self.shares = np.full_like(self.bias, 1 / len(self.bias))
 
     def __call__(self, x: Array) -> Array:
-        centred = x - np.add.reduce(x) / len(x)
-        centred *= 1 / np.sqrt(centred @ centred / len(x) + self.eps)
+        centred = x - x.dot(self.shares)  # the mean in one call
+        centred *= 1 / np.sqrt(centred.dot(centred) / len(x) + self.eps)
         centred *= self.weight
         centred += self.bias
         return centred
@@ -101,16 +102,18 @@ class _SingleRowBlock:
         self.activation = block.feed_forward.activation
         self.contract = _Map(block.feed_forward.contract)
 
-    def add_to(self, x: Array, keys: Array, values: Array, n_earlier: int) -> None:
-        """Add to `x` (C) what the block makes of it, and its key and value to the cache (H S D)."""
-        q, k, v = self.qkv(self.attention_norm(x)).reshape(3, self.n_heads, -1)  # H D each
-        keys[:, n_earlier], values[:, n_earlier] = k, v
-        q *= q.shape[1] ** -0.5
-        weights: Array = keys[:, : n_earlier + 1] @ q[:, :, None]  # H N 1
+    def add_to(self, x: Array, keys_values: Array, n_earlier: int) -> None:
+        """Add to `x` (C) what the block makes of it, and its key and value to the cache (2 H S D).
+        """
+        heads = self.qkv(self.attention_norm(x)).reshape(3, self.n_heads, -1)  # 3 H D
+        keys_values[:, :, n_earlier] = heads[1:]
+        keys, values = keys_values[:, :, : n_earlier + 1]  # H N D
+        query = heads[0] * heads.shape[2] ** -0.5
+        weights: Array = keys @ query[:, :, None]  # H N 1
         weights -= np.maximum.reduce(weights, axis=1, keepdims=True)
         np.exp(weights, out=weights)
         weights /= np.add.reduce(weights, axis=1, keepdims=True)
-        mixed = weights.transpose(0, 2, 1) @ values[:, : n_earlier + 1]  # H 1 D
+        mixed = weights.transpose(0, 2, 1) @ values  # H 1 D
         x += self.projection(mixed.reshape(-1))
         hidden = torch.from_numpy(self.expand(self.feed_forward_norm(x)))
         x += self.contract(self.activation(hidden).numpy())

@@ -78,12 +78,10 @@ class KVCache:
     ) -> None:
         self.capacity = min(capacity or config.context_length, config.context_length)
         head_width = config.n_embeddings // config.n_heads
-        shape = (batch_size, config.n_heads, self.capacity, head_width)  # B H S D
+        shape = (2, batch_size, config.n_heads, self.capacity, head_width)
         # Zeros, not garbage: a hidden value is multiplied by zero, and 0 * NaN is NaN.
-        self.layers = [
-            (torch.zeros(shape, device=device, dtype=dtype),
-             torch.zeros(shape, device=device, dtype=dtype))
-            for _ in range(config.n_layers)
+        self.layers = [  # keys and values in one tensor: a step writes once
+            torch.zeros(shape, device=device, dtype=dtype) for _ in range(config.n_layers)
         ]
         self.lengths = [0] * batch_size
 
@@ -94,7 +92,7 @@ class KVCache:
 
     def keep_rows(self, rows: list[int]) -> None:
         """Drop every row but these, which move up in the order given."""
-        self.layers = [(keys[rows], values[rows]) for keys, values in self.layers]
+        self.layers = [keys_values[:, rows] for keys_values in self.layers]
         self.lengths = [self.lengths[row] for row in rows]
 
 
@@ -110,12 +108,10 @@ class _FillStep:
         all_rows = list(range(len(cache.lengths)))
         self.rows: slice | list[int] = slice(None) if rows == all_rows else rows
 
-    def append(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-        """Write the new keys and values (B H T D); return what there is to look at."""
-        keys, values = self.layers[layer]
-        keys[self.rows, :, : self.n_tokens] = key
-        values[self.rows, :, : self.n_tokens] = value
-        return key, value
+    def append(self, layer: int, keys_values: Tensor) -> Tensor:
+        """Write the new keys and values (2 B H T D); return those to look at."""
+        self.layers[layer][:, self.rows, :, : self.n_tokens] = keys_values
+        return keys_values
 
 
 class _ReadStep:
@@ -135,17 +131,15 @@ class _ReadStep:
         places = torch.arange(self.used, device=device)
         self.mask = (places <= self.positions[:, None])[:, None, None]  # B 1 1 used
 
-    def append(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-        """Write the new keys and values (B H 1 D); return all of them (B H used D)."""
-        keys, values = self.layers[layer]
+    def append(self, layer: int, keys_values: Tensor) -> Tensor:
+        """Write the new keys and values (2 B H 1 D); return all of them (2 B H used D)."""
+        cached = self.layers[layer]
         if self.mask is None:
-            keys[:, :, self.used - 1 : self.used] = key
-            values[:, :, self.used - 1 : self.used] = value
+            cached[:, :, :, self.used - 1 : self.used] = keys_values
         else:
-            # Two index tensors around a slice put the slice last: B H D.
-            keys[self.rows, :, self.positions] = key[:, :, 0]
-            values[self.rows, :, self.positions] = value[:, :, 0]
-        return keys[:, :, : self.used], values[:, :, : self.used]
+            # Two index tensors around a slice put what they index first: B 2 H D.
+            cached[:, self.rows, :, self.positions] = keys_values[:, :, :, 0].transpose(0, 1)
+        return cached[:, :, :, : self.used]
 
 
 class Attention(nn.Module):
@@ -162,14 +156,16 @@ class Attention(nn.Module):
         """(B T C) -> (B T C); with a cache step, over the cached tokens as well."""
         B, T, C = x.shape
         heads = self.qkv(x).view(B, T, 3, self.n_heads, C // self.n_heads)
-        q, k, v = (part.transpose(1, 2) for part in heads.unbind(2))  # B H T D
         if step is None:
+            # Taken apart before it is turned: so its gradient is put together in one piece.
+            q, k, v = (part.transpose(1, 2) for part in heads.unbind(2))  # B H T D
             dropout = self.dropout if self.training else 0.0
             mixed = F.scaled_dot_product_attention(q, k, v, is_causal=True, dropout_p=dropout)
         else:
-            k, v = step.append(layer, k, v)
+            heads = heads.permute(2, 0, 3, 1, 4)  # 3 B H T D
+            k, v = step.append(layer, heads[1:])
             mixed = F.scaled_dot_product_attention(
-                q, k, v, attn_mask=step.mask, is_causal=step.is_causal
+                heads[0], k, v, attn_mask=step.mask, is_causal=step.is_causal
             )
         return self.projection(mixed.transpose(1, 2).reshape(B, T, C))
 
