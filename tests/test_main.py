@@ -99,7 +99,7 @@ def test_flags_win_over_the_file() -> None:
 
 
 def test_imports_go_strictly_downwards() -> None:
-    """As the README's table of modules has them."""
+    """By the layers of the README's table, which names every module."""
     table = re.findall(r"^\| (\d+) \| `(\w+)\.py` \|", (ROOT / "README.md").read_text(), re.M)
     rank = {name: int(layer) for layer, name in table}
     modules = {path.stem: path for path in ROOT.glob("*.py")}
