@@ -93,6 +93,12 @@ def make_config(tmp_path: Path, tiny_text: Path, monkeypatch: pytest.MonkeyPatch
     return lambda **flags: build(TINY | {"text_file": [str(tiny_text)]} | flags)
 
 
+@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.cuda)])
+def device(request: pytest.FixtureRequest) -> str:
+    """Each kind of device that the same test has to pass on."""
+    return str(request.param)
+
+
 CommandRunner = Callable[..., "subprocess.CompletedProcess[str]"]
 
 

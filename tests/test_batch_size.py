@@ -275,8 +275,8 @@ def short_trials(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
 
 
-def test_a_trial_runs_every_phase(tmp_path: Path) -> None:
-    order = build_order(tmp_path, batch_size=4, gradient_accumulation_steps=2)
+def test_a_trial_runs_every_phase(tmp_path: Path, device: str) -> None:
+    order = build_order(tmp_path, batch_size=4, gradient_accumulation_steps=2, device=device)
     order.folder.mkdir()
     trial = trials.measure(order)
     assert list(trial.phases) == ["training step", "evaluation", "generation", "save", "resume"]
@@ -381,9 +381,10 @@ def test_a_killed_parent_leaves_nothing(tmp_path: Path) -> None:
 
 
 def test_given_sizes_on_the_command_line_then_train(
-    preflight: CommandRunner, tmp_path: Path, tiny_text: Path
+    preflight: CommandRunner, tmp_path: Path, tiny_text: Path, device: str
 ) -> None:
-    result = preflight("--get-optimal-bs", *TINY_FLAGS, "--test-batch-sizes", "4", "2", "--json",
+    flags = [*TINY_FLAGS, "--device", device]
+    result = preflight("--get-optimal-bs", *flags, "--test-batch-sizes", "4", "2", "--json",
                        "--tokens-per-step", "256")
     assert result.returncode == 0, result.stderr
     report = json.loads(result.stdout)
@@ -394,7 +395,7 @@ def test_given_sizes_on_the_command_line_then_train(
     assert report["chosen"] * report["accumulation"] * 32 == 256
     assert sorted(p.name for p in (tmp_path / "training_output").iterdir()) == [
         ".lock", "batch_size_report.json"]
-    trained = preflight("--train", *TINY_FLAGS, *report["flags"].split(), "--max-steps", "2",
+    trained = preflight("--train", *flags, *report["flags"].split(), "--max-steps", "2",
                         "--text-file", str(tiny_text))
     assert trained.returncode == 0, trained.stderr
     assert "2 steps of 256 tokens" in trained.stderr

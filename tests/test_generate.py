@@ -102,8 +102,11 @@ def greedy_answer(output_dir: Path, prompt: str) -> str:
     return generate_text(model, tokenizer, prompt, SamplingConfig(6, temperature=0.0))
 
 
-def test_prompt_and_text_on_stdout_statistics_on_stderr(output_dir: Path, run: Run) -> None:
-    done = run("--prompts", "Hello there", "A caf\u00e9", *GREEDY, "--stop", "never")
+def test_prompt_and_text_on_stdout_statistics_on_stderr(
+    output_dir: Path, run: Run, device: str
+) -> None:
+    done = run("--prompts", "Hello there", "A caf\u00e9", *GREEDY, "--stop", "never", "--device",
+               device)
     assert done.returncode == 0, done.stderr
     rule = f"\n{generate.SEPARATOR}\n"
     expected = rule.join(

@@ -82,11 +82,11 @@ def continue_greedily(
 
 @pytest.mark.parametrize("prompt", PROMPTS)
 def test_cached_equals_uncached_past_three_contexts(
-    model: DecoderOnlyTransformer, tokenizer: Tokenizer, prompt: str
+    model: DecoderOnlyTransformer, tokenizer: Tokenizer, prompt: str, device: str
 ) -> None:
     n_tokens = 4 * CONTEXT + 3
     config = dataclasses.replace(GREEDY, max_new_tokens=n_tokens)
-    text = generate_text(model, tokenizer, prompt, config)
+    text = generate_text(copy.deepcopy(model).to(device), tokenizer, prompt, config)
     expected = continue_greedily(model, tokenizer, prompt, n_tokens)
     assert len(set(expected)) > 8
     assert text == tokenizer.decode(expected)
@@ -283,10 +283,10 @@ def test_ids_without_a_text_are_never_chosen(tokenizer: Tokenizer) -> None:
 
 
 def test_a_repetition_penalty_keeps_greedy_text_from_repeating(
-    model: DecoderOnlyTransformer, tokenizer: Tokenizer
+    model: DecoderOnlyTransformer, tokenizer: Tokenizer, device: str
 ) -> None:
     config = dataclasses.replace(GREEDY, max_new_tokens=40, repetition_penalty=1e5)
-    rows = generate_batch(model, tokenizer, ["x", "xyz"], config)
+    rows = generate_batch(copy.deepcopy(model).to(device), tokenizer, ["x", "xyz"], config)
     for prompt, row in zip(("x", "xyz"), rows, strict=True):
         ids = tokenizer.encode(prompt) + list(row.text.encode("utf-8", "replace"))
         if "\ufffd" not in row.text:
@@ -330,10 +330,12 @@ def test_the_model_is_left_in_its_mode_and_outside_inference(
     assert generate_batch(model, tokenizer, [], GREEDY) == []
 
 
-def test_generating_under_autocast(model: DecoderOnlyTransformer, tokenizer: Tokenizer) -> None:
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        answers = generate_batch(model, tokenizer, PROMPTS, dataclasses.replace(
-            GREEDY, max_new_tokens=20))
+def test_generating_under_autocast(
+    model: DecoderOnlyTransformer, tokenizer: Tokenizer, device: str
+) -> None:
+    with torch.autocast(device, dtype=torch.bfloat16):
+        answers = generate_batch(copy.deepcopy(model).to(device), tokenizer, PROMPTS,
+                                 SamplingConfig(max_new_tokens=20))
     assert all(answer.n_tokens for answer in answers)
 
 

@@ -282,10 +282,11 @@ def test_runtime_says_what_it_chose() -> None:
 
 
 @pytest.mark.cuda
+@pytest.mark.parametrize("compiled", [False, True])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_cuda_follows_the_cpu(dtype: torch.dtype) -> None:
+def test_cuda_follows_the_cpu(dtype: torch.dtype, compiled: bool) -> None:
     plain = build_trainer()
-    mixed = build_trainer(Runtime(torch.device("cuda", 0), dtype, False, ()))
+    mixed = build_trainer(Runtime(torch.device("cuda", 0), dtype, compiled, ()))
     mixed.model.load_state_dict(plain.model.state_dict())
     for step, (inputs, targets) in enumerate(draw_batches(10)):
         a = plain.train_step(step, [(inputs, targets)])

@@ -44,16 +44,16 @@ def list_tree(folder: Path) -> set[str]:
 
 
 def test_a_sound_run_passes_and_leaves_only_the_data(
-    make_config: MakeConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    make_config: MakeConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str], device: str
 ) -> None:
     before = list_tree(tmp_path)
-    assert validation.run_validation(make_config(mixed_precision=True)) == 0
+    assert validation.run_validation(make_config(mixed_precision=True, device=device)) == 0
     out = capsys.readouterr().out
     assert out.count(" passed ") == 12
     assert "12 of 12 checks passed" in out
     assert {name.split("/")[0] for name in list_tree(tmp_path) - before} == {"data"}
     before = list_tree(tmp_path)
-    assert validation.run_validation(make_config(json=True)) == 0
+    assert validation.run_validation(make_config(json=True, device=device)) == 0
     report = json.loads(capsys.readouterr().out)
     assert [check["number"] for check in report["checks"]] == list(range(1, 13))
     assert list_tree(tmp_path) == before
