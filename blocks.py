@@ -28,7 +28,7 @@ import tiktoken
 from config import ExitCode, PreflightError
 from console import format_bytes, say
 from sources import Document, changed_error, open_source, text_error
-from tokenizer import Tokenizer
+from tokenizer import Tokenizer, load_tokenizer
 
 BLOCK_BYTES = 512 * 1024  # tiktoken 0.14 panics on a run of a million spaces
 MAX_RUN_BYTES = 208 * 2**20  # text without one safe place to cut is held whole up to this
@@ -267,16 +267,16 @@ def _cut_document(
 
 # ---- worker processes ---------------------------------------------------------------------------
 
-_worker_state: tuple[tiktoken.Encoding, np.dtype, int] | None = None
+_worker_tokenizer: Tokenizer | None = None
 _blocks_done = 0
 
 
-def _start_worker(encoding: tiktoken.Encoding, dtype: np.dtype, end_of_text_id: int) -> None:
+def _start_worker(tokenizer_name: str) -> None:
     """Set a worker process up: deaf to Ctrl-C, which the parent handles; gone with its parent."""
-    global _worker_state
+    global _worker_tokenizer
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=_leave_with_parent, daemon=True).start()
-    _worker_state = (encoding, dtype, end_of_text_id)
+    _worker_tokenizer = load_tokenizer(tokenizer_name)
 
 
 def _leave_with_parent() -> None:
@@ -288,20 +288,18 @@ def _leave_with_parent() -> None:
 
 def _encode_in_worker(parts: list[tuple[bytes, bool]]) -> bytes:
     global _blocks_done
-    assert _worker_state is not None
+    assert _worker_tokenizer is not None
     _blocks_done += 1
     if _blocks_done % 50 == 0:
         # glibc's heap frays: it grew by 160 KB with each MB of text until it was trimmed.
         with contextlib.suppress(OSError, AttributeError, TypeError):
             ctypes.CDLL(None).malloc_trim(0)
-    return _encode_parts(parts, *_worker_state).tobytes()
+    return _encode_parts(parts, _worker_tokenizer).tobytes()
 
 
-def _encode_parts(
-    parts: list[tuple[bytes, bool]], encoding: tiktoken.Encoding, dtype: np.dtype,
-    end_of_text_id: int,
-) -> np.ndarray:
+def _encode_parts(parts: list[tuple[bytes, bool]], tokenizer: Tokenizer) -> np.ndarray:
     """Ids of parts of documents, the end-of-text id after each that ends one."""
+    encoding, dtype = tokenizer.encoding, tokenizer.dtype
     pieces = []
     for data, ends_document in parts:
         text = str(data, "utf-8")
@@ -312,7 +310,7 @@ def _encode_parts(
         except BaseException:  # a panic in tiktoken's Rust is no Exception
             pieces += [ids.astype(dtype) for ids in encode_run(encoding, text)]
         if ends_document:
-            pieces.append(np.array([end_of_text_id], dtype))
+            pieces.append(np.array([tokenizer.end_of_text_id], dtype))
     return np.concatenate(pieces)
 
 
@@ -320,12 +318,14 @@ class Encoders:
     """Blocks in, ids out, in order: in worker processes, or here where they would not pay."""
 
     def __init__(self, tokenizer: Tokenizer, n_workers: int) -> None:
-        self._state = (tokenizer.encoding, tokenizer.dtype, tokenizer.end_of_text_id)
+        self._tokenizer = tokenizer
         self._n_workers = n_workers
         self._pool: concurrent.futures.ProcessPoolExecutor | None = None
         if n_workers:
+            # By name: half a megabyte of vocabulary would not go into the pipe at once, and Python
+            # waits forever for a worker that dies before it has read all.
             self._pool = concurrent.futures.ProcessPoolExecutor(
-                n_workers, multiprocessing.get_context("spawn"), _start_worker, self._state
+                n_workers, multiprocessing.get_context("spawn"), _start_worker, (tokenizer.name,)
             )
 
     def close(self) -> None:
@@ -362,10 +362,10 @@ class Encoders:
     ) -> tuple[Block, np.ndarray, bool]:
         if future is not None:
             try:
-                return block, np.frombuffer(future.result(), self._state[1]), True
+                return block, np.frombuffer(future.result(), self._tokenizer.dtype), True
             except BrokenProcessPool:
                 self._go_on_alone()
-        return block, _encode_parts(block.parts, *self._state), True
+        return block, _encode_parts(block.parts, self._tokenizer), True
 
     def _go_on_alone(self) -> None:
         if self._pool is not None:
@@ -373,8 +373,8 @@ class Encoders:
             self.close()
 
     def _encode_run(self, block: Block) -> Iterator[tuple[Block, np.ndarray, bool]]:
-        encoding, dtype, end_of_text_id = self._state
+        tokenizer = self._tokenizer
         text, ends = block.parts.pop()
-        for ids in encode_run(encoding, text):
-            yield block, ids.astype(dtype), False
-        yield block, np.array([end_of_text_id] if ends else [], dtype), True
+        for ids in encode_run(tokenizer.encoding, text):
+            yield block, ids.astype(tokenizer.dtype), False
+        yield block, np.array([tokenizer.end_of_text_id] if ends else [], tokenizer.dtype), True

@@ -136,6 +136,29 @@ def test_worker_killed_then_in_process(
     assert "a tokenising process was lost" in capsys.readouterr().err
 
 
+def test_workers_that_die_as_they_start(tmp_path: Path) -> None:
+    """As a process that memory has no room for does: `false` stands for the interpreter."""
+    code = """
+import multiprocessing.resource_tracker
+from config import DataSettings
+from prepare import prepare_data
+from tokenizer import load_tokenizer
+if __name__ == "__main__":
+    multiprocessing.resource_tracker.ensure_running()
+    multiprocessing.set_executable("/bin/false")
+    tokenizer = load_tokenizer("gpt2")
+    settings = DataSettings(text_file=("text.txt",), num_workers=2)
+    print(prepare_data(settings, tokenizer, 32).train.n_tokens)
+"""
+    (tmp_path / "text.txt").write_text("some words of text, again and again. " * 100_000)
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True,
+                          text=True, timeout=60, check=False,
+                          env=os.environ | {"PYTHONPATH": str(ROOT)})
+    assert done.returncode == 0, done.stderr
+    assert int(done.stdout) > 800_000
+    assert "a tokenising process was lost" in done.stderr
+
+
 # ---- documents and the split --------------------------------------------------------------------
 
 
