@@ -8,11 +8,6 @@ import os
 from pathlib import Path
 from typing import Any
 
-import matplotlib
-
-matplotlib.use("Agg")  # no display is needed, or looked for
-from matplotlib.figure import Figure
-
 from console import say
 from storage import publish_file
 
@@ -96,6 +91,10 @@ def save_loss_curve(path: Path, rows: list[Row], title: str) -> None:
     evals = [row for row in rows if row.get("event") == "eval" and row.get("val_loss") is not None]
     if not steps:
         return
+    os.environ["MPLBACKEND"] = "agg"  # a backend of another name, or unknown, would end the run
+    # Here, not above: a run's first step need not wait half a second for it.
+    from matplotlib.figure import Figure
+
     figure = Figure(figsize=(9, 5.5), dpi=130, layout="constrained")
     grid = figure.add_gridspec(2, 1, height_ratios=[4, 1])
     top = figure.add_subplot(grid[0])

@@ -225,6 +225,7 @@ class TrainingRun:
                 if not is_out_of_memory(error):
                     raise
                 failure: BaseException | None = error.with_traceback(None)
+                del self.trainer  # room for the picture and the explanation
             else:
                 failure = None
             finally:

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import json
 import math
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
 import metrics
+from conftest import ROOT
 from console import format_seconds, say, set_log_level
 from metrics import MetricsLog, read_metrics, save_loss_curve
 
@@ -84,3 +88,20 @@ def test_log_level(capsys: pytest.CaptureFixture[str]) -> None:
             assert capsys.readouterr().err == expected
     finally:
         set_log_level("info")
+
+
+def test_drawing_waits_for_its_time_and_heeds_no_backend(tmp_path: Path) -> None:
+    code = """
+import sys
+from pathlib import Path
+import training_run
+from metrics import save_loss_curve
+assert "matplotlib" not in sys.modules
+save_loss_curve(Path("curve.png"), [{"event": "step", "tokens": 1, "loss": 1.0,
+                                     "learning_rate": 1.0}], "")
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True,
+                          text=True, timeout=60, check=False,
+                          env=os.environ | {"PYTHONPATH": str(ROOT), "MPLBACKEND": "nonsense"})
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "curve.png").read_bytes().startswith(b"\x89PNG")
