@@ -1,7 +1,7 @@
 """Everything that wants a GPU, in one command and within its time: tests, speed, foresight.
 
     python benchmarks/gpu.py --output FOLDER             (under ten minutes)
-    python benchmarks/gpu.py --output FOLDER --smoke     (tiny shapes on the CPU; two minutes)
+    python benchmarks/gpu.py --output FOLDER --smoke     (tiny shapes on the CPU; a minute)
 
 Each part has a process of its own. Its lines are shown as they come and kept in FOLDER/PART.txt,
 so that a part whose time ends has lost nothing of what it found. `--parts foresight` gives all of
@@ -29,7 +29,7 @@ GRACE = 10  # for foresight to print its table
 def build_command(part: str, limit: float, smoke: bool) -> list[str]:
     """The part's command line."""
     if part == "tests":
-        chosen = ["-n0", "-k", "cached_equals_uncached"] if smoke else ["-n4", "-m", "cuda"]
+        chosen = ["-n0", "tests/test_hardware.py"] if smoke else ["-n4", "-m", "cuda"]
         return [sys.executable, "-m", "pytest", "-q", *chosen]
     command = [sys.executable, str(ROOT / "benchmarks" / f"{part}.py")]
     if part == "foresight":
