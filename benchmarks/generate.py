@@ -15,12 +15,13 @@ import argparse
 import copy
 import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
@@ -86,18 +87,20 @@ def build_floor(
     model: DecoderOnlyTransformer, n_tokens: int, dtype: torch.dtype
 ) -> Callable[[], None]:
     """Every weight times one vector, once a token, by what ours multiplies with."""
+    in_numpy = dtype == torch.float32
     pairs: list[tuple[Any, Any]] = [
-        (torch.randn(n_out, n_in).to(dtype), torch.randn(n_in).to(dtype))
+        (torch.randn(1, n_in).to(dtype), torch.randn(n_out, n_in).to(dtype))
         for n_out, n_in in list_weight_shapes(model)
     ]
-    if dtype == torch.float32:  # ours multiplies in numpy
-        pairs = [(weight.numpy(), x.numpy()) for weight, x in pairs]
+    if in_numpy:
+        pairs = [(x[0].numpy(), weight.numpy()) for x, weight in pairs]
+    product = (lambda x, weight: x @ weight.T) if in_numpy else functional.linear
 
     def multiply() -> None:
-        with one_torch_thread():
+        with one_torch_thread() if in_numpy else torch.inference_mode():
             for _ in range(n_tokens):
-                for weight, x in pairs:
-                    weight @ x
+                for x, weight in pairs:
+                    product(x, weight)
 
     return multiply
 
@@ -137,32 +140,27 @@ def compare_on_cpu(shape: ModelConfig, n_tokens: int, repeats: int) -> list[Row]
     ]
 
 
-def compare_on_cuda(shape: ModelConfig, n_tokens: int, repeats: int) -> list[Row]:
+def compare_on_cuda(shape: ModelConfig, n_tokens: int, repeats: int) -> Iterator[Row]:
     """Batch 1 and 32 in the card's precision."""
     runtime = build_runtime(SystemSettings(device="cuda"))
     model, prompt = build_model(shape), load_tokenizer("gpt2").encode(PROMPT)
     card = match_device(torch.cuda.get_device_name(),
                         torch.cuda.get_device_properties(0).total_memory)
-    rows: list[Row] = []
     for batch in (1, 32):
         seconds = alternate({
             "peer": build_peer(model, [prompt] * batch, n_tokens, runtime.dtype, runtime.device),
             "ours": build_own(model, batch, n_tokens, runtime.dtype, runtime.device),
         }, repeats)
-        rows += [
-            (f"tokens/s, ours, batch {batch}", batch * n_tokens / seconds["ours"], ""),
-            (f"tokens/s, Hugging Face, batch {batch}", batch * n_tokens / seconds["peer"], ""),
-            (f"ours over Hugging Face, batch {batch}", seconds["peer"] / seconds["ours"],
-             ">= 3" if batch == 1 else ""),
-        ]
+        yield f"tokens/s, ours, batch {batch}", batch * n_tokens / seconds["ours"], ""
+        yield f"tokens/s, Hugging Face, batch {batch}", batch * n_tokens / seconds["peer"], ""
+        yield (f"ours over Hugging Face, batch {batch}", seconds["peer"] / seconds["ours"],
+               ">= 3" if batch == 1 else "")
         if card is not None:
             length = len(prompt) + n_tokens / 2
             cache = 2 * shape.n_layers * shape.n_embeddings * length * batch
             size = runtime.dtype.itemsize * (count_parameters(shape) + cache)
             least = n_tokens * size / (card.bandwidth_gb_per_second * 1e9)
-            rows.append((f"share of the bandwidth limit, batch {batch}",
-                         least / seconds["ours"], ">= 0.7"))
-    return rows
+            yield f"share of the bandwidth limit, batch {batch}", least / seconds["ours"], ">= 0.7"
 
 
 def main() -> int:
@@ -173,13 +171,17 @@ def main() -> int:
     given = parser.parse_args()
     on_cuda = torch.cuda.is_available() and not given.smoke
     small = ModelSettings(model_size="small").resolve(50257)
+    found: Iterable[Row]
     if on_cuda:
-        rows = compare_on_cuda(small, given.tokens or 256, repeats=3)
+        found = compare_on_cuda(small, given.tokens or 256, repeats=3)
     elif given.smoke:
-        rows = compare_on_cpu(ModelConfig(50257, 64, 64, 4, 2, 256), given.tokens or 24, repeats=2)
+        found = compare_on_cpu(ModelConfig(50257, 64, 64, 4, 2, 256), given.tokens or 24, repeats=2)
     else:
-        rows = compare_on_cpu(small, given.tokens or 256, repeats=5)
-    print_rows(rows)
+        found = compare_on_cpu(small, given.tokens or 256, repeats=5)
+    rows = []
+    for row in found:
+        rows.append(row)
+        print_rows([row])
     device = torch.device("cuda" if on_cuda else "cpu")
     print(json.dumps({"device": describe_device(device), "torch": str(torch.__version__),
                       "threads": torch.get_num_threads(), "rows": rows}))

@@ -41,7 +41,8 @@ def run_part(command: list[str], limit: float, file: Path) -> str:
     """Run it, its lines to stdout and to `file`; how it ended."""
     with (file.open("w", encoding="utf-8") as copy,
           subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-                           text=True, errors="replace", start_new_session=True) as process):
+                           text=True, errors="replace", start_new_session=True,
+                           env=os.environ | {"PYTHONUNBUFFERED": "1"}) as process):
 
         def kill() -> None:  # its own processes too: they hold the pipe open
             with contextlib.suppress(ProcessLookupError):
