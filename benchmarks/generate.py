@@ -1,6 +1,6 @@
 """Writing speed: ours beside Hugging Face's `generate` and the floor, alternating in one run.
 
-    python benchmarks/generate.py             (small; the GPU, two minutes; else the CPU, five)
+    python benchmarks/generate.py             (small; the GPU, two minutes; else the CPU, seven)
     python benchmarks/generate.py --smoke     (a tiny model on the CPU; seconds)
 
 Both write greedily from the same weights, and the texts have to be equal before anything is timed.
@@ -126,17 +126,17 @@ def compare_on_cpu(shape: ModelConfig, n_tokens: int, repeats: int) -> list[Row]
     trial = alternate({str(dtype): write for dtype, write in peers.items()}, 1, warm_up=0)
     better = min(peers, key=lambda dtype: trial[str(dtype)])
     name = str(better).removeprefix("torch.")
-    seconds = alternate({
-        "peer": peers[better], "ours": build_own(model, 1, n_tokens, better, device),
-        "floor": build_floor(model, n_tokens, better),
-    }, repeats)
+    own = build_own(model, 1, n_tokens, better, device)
+    seconds = alternate({"peer": peers[better], "ours": own}, repeats)
+    # Apart, and in more turns: they differ by less than the machine does from turn to turn.
+    close = alternate({"ours": own, "floor": build_floor(model, n_tokens, better)}, 3 * repeats)
     return [
         (f"tokens/s, ours, {name}", n_tokens / seconds["ours"], ""),
         (f"tokens/s, Hugging Face, {name} (its better)", n_tokens / seconds["peer"], ""),
         ("Hugging Face, seconds fp32 over bf16",
          trial["torch.float32"] / trial["torch.bfloat16"], ""),
         ("ours over Hugging Face", seconds["peer"] / seconds["ours"], ">= 1.7"),
-        ("share of the weights' products alone", seconds["floor"] / seconds["ours"], ">= 0.8"),
+        ("share of the weights' products alone", close["floor"] / close["ours"], ">= 0.8"),
     ]
 
 

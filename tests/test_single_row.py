@@ -43,6 +43,13 @@ def test_it_reads_as_the_model_does(activation: str) -> None:
         reader.read(tokens[:1], cache)
 
 
+def test_a_reader_keeps_to_its_cache() -> None:
+    model = build_model()
+    own, other = (KVCache(model.config, 1, CPU, torch.float32) for _ in range(2))
+    with pytest.raises(ValueError, match="another cache"):
+        SingleRowReader(model, own).read(torch.tensor([1]), other)
+
+
 def test_scores_beyond_the_exponential_do_no_harm() -> None:
     model = build_model()
     for block in model.blocks:
