@@ -97,9 +97,9 @@ def _serve(
             connection.send(act())
 
 
-def list_weight_shapes(model: DecoderOnlyTransformer) -> list[tuple[int, int]]:
-    """(out, in) of every weight that takes part in a product, the head among them."""
-    return [(p.shape[0], p.shape[1]) for name, p in model.named_parameters()
+def list_product_weights(model: DecoderOnlyTransformer) -> list[Tensor]:
+    """Every weight (out, in) that takes part in a product, the head among them."""
+    return [p for name, p in model.named_parameters()
             if p.dim() == 2 and name != "position_embedding.weight"]
 
 

@@ -38,7 +38,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 from peers import (  # noqa: E402
     alternate,
     build_hugging_face,
-    list_weight_shapes,
+    list_product_weights,
     print_rows,
     run_apart,
 )
@@ -158,7 +158,7 @@ def build_floor(trainer: Trainer, n_tokens: int) -> Callable[[], None]:
     dtype, device = trainer.runtime.dtype, trainer.runtime.device
     embedding = trainer.model.token_embedding.weight
     products = []
-    for n_out, n_in in list_weight_shapes(trainer.model):
+    for n_out, n_in in (each.shape for each in list_product_weights(trainer.model)):
         rows = min(n_tokens, 512) if n_out == len(embedding) else n_tokens
         weight = torch.randn(n_out, n_in, device=device).to(dtype)
         x = torch.randn(rows, n_in, device=device).to(dtype)
@@ -281,7 +281,7 @@ def compare_on_cuda(steps: int) -> Iterator[Row]:
     plain = own[16]
     again = measure_own(small, 16, steps, gradient_checkpointing=True)
     assert again is not None
-    held = 16 * sum(out * into for out, into in list_weight_shapes(
+    held = 16 * sum(weight.numel() for weight in list_product_weights(
         build_trainer(small, 1, SystemSettings(device="cuda", compile_model=False)).model))
     yield "gradient checkpointing, tokens/s lost", 1 - plain[0] / again[0], "<= 0.3"
     yield ("gradient checkpointing, activation memory saved",
