@@ -91,7 +91,7 @@ def build_own(
 def build_floor(own: DecoderOnlyTransformer, n_tokens: int) -> Callable[[], None]:
     """Each of the weights times one vector, once a token, by what ours multiplies with.
 
-    The weights themselves, not others like them: where they lie in memory moves it by 3 %.
+    The weights themselves, not others like them: where they lie in memory moves it by some percent.
     """
     weights = list_product_weights(own)
     in_numpy = weights[0].dtype == torch.float32
