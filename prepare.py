@@ -14,6 +14,7 @@ import math
 import os
 import time
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -57,6 +58,7 @@ from storage import (
     publish_file,
     read_json,
     remove_tree,
+    verify_all,
     write_json,
 )
 from tokenizer import Tokenizer
@@ -374,9 +376,8 @@ class _Builder:
             journal = read_json(self._building / _JOURNAL_NAME)
             if journal["key"] == self._plan.key:
                 for split in SPLITS:
-                    for entry in journal["shards"][split]:
-                        verify_shard(self._building / split / entry["name"], entry,
-                                     self._tokenizer)
+                    verify = partial(verify_shard, self._building / split, self._tokenizer)
+                    verify_all(verify, journal["shards"][split])
                 self._shards, self._position = journal["shards"], journal["position"]
         n_kept = sum(map(len, self._shards.values()))
         if n_kept:

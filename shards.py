@@ -13,13 +13,14 @@ import json
 import os
 import re
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from config import ExitCode, PreflightError
-from storage import MAX_JSON_BYTES, hash_file, parse_json, publish_file
+from storage import MAX_JSON_BYTES, hash_file, parse_json, publish_file, verify_all
 from tokenizer import Tokenizer
 
 FORMAT = "preflight-shards"
@@ -27,7 +28,7 @@ VERSION = 1
 SPLITS = ("val", "train")  # in the order of building; each split's ids are one stream
 METADATA_NAME = "metadata.json"
 SHARD_NAME = re.compile(r"shard_\d{5,}\.npy")
-_READ_BYTES = 4 * 2**20
+_READ_BYTES = 2**20
 
 # The whole of metadata.json: an object has exactly these keys, a list any number of such items,
 # a pattern describes a string; no number is negative.
@@ -107,10 +108,9 @@ def load_data_folder(data_dir: Path, tokenizer: Tokenizer) -> DataFolder:
         for extra in sorted(present - {entry["name"] for entry in part["shards"]}):
             raise _damaged(folder / extra, f"{METADATA_NAME} does not know it")
         digest.update(name.encode())
-        shards = []
         for entry in part["shards"]:
-            shards.append(verify_shard(folder / entry["name"], entry, tokenizer))
             digest.update(entry["sha256"].encode())
+        shards = verify_all(partial(verify_shard, folder, tokenizer), part["shards"])
         splits[name] = Split(tuple(shards), part["n_tokens"], part["n_documents"], part["n_bytes"])
     return DataFolder(data_dir, metadata, digest.hexdigest(), splits["train"], splits["val"],
                       tokenizer.vocab_size, tokenizer.dtype)
@@ -220,12 +220,13 @@ def _build_npy_header(dtype: np.dtype, n_tokens: int) -> bytes:
     return stream.getvalue()
 
 
-def verify_shard(path: Path, entry: dict[str, Any], tokenizer: Tokenizer) -> Shard:
+def verify_shard(folder: Path, tokenizer: Tokenizer, entry: dict[str, Any]) -> Shard:
     """Check size, header, SHA-256 and largest id of one shard in one read.
 
     Raises:
         PreflightError: code DATA when anything differs from its `entry` in the metadata.
     """
+    path = folder / entry["name"]
     header = _build_npy_header(tokenizer.dtype, entry["n_tokens"])
     expected = len(header) + entry["n_tokens"] * tokenizer.dtype.itemsize
     try:

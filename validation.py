@@ -359,9 +359,8 @@ def _find_data_faults(subject: Subject, error: PreflightError) -> list[tuple[str
         metadata = shards.read_metadata(data_dir)
         for part in ("train", "val"):
             for entry in metadata[part]["shards"]:
-                path = data_dir / part / entry["name"]
                 _try(faults, functools.partial(
-                    shards.verify_shard, path, entry, subject.tokenizer))
+                    shards.verify_shard, data_dir / part, subject.tokenizer, entry))
             _try(faults, functools.partial(
                 shards.check_long_enough, metadata[part], part, subject.context_length))
     return list(dict.fromkeys(faults))

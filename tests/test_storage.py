@@ -305,6 +305,21 @@ def test_hash_and_sizes(tmp_path: Path) -> None:
     assert storage.free_bytes(tmp_path / "not" / "there") > 0
 
 
+def test_all_are_verified_and_the_first_fault_is_told() -> None:
+    """Later items end sooner: neither the results nor the fault may follow who was quickest."""
+    def verify(number: int) -> int:
+        time.sleep((7 - number) / 100)
+        if number in faulty:
+            raise PreflightError(ExitCode.DATA, f"item {number}")
+        return number
+
+    faulty: set[int] = set()
+    assert storage.verify_all(verify, range(8)) == list(range(8))
+    faulty = {2, 5}
+    with pytest.raises(PreflightError, match="item 2"):
+        storage.verify_all(verify, range(8))
+
+
 # ----------------------------------------------------------------------------------------- locks
 
 HOLDER = """

@@ -290,13 +290,13 @@ def test_a_reader_without_hashes_is_found(
     path.write_bytes(raw)
     tokenizer = build_byte_tokenizer()
     with pytest.raises(PreflightError):
-        shards.verify_shard(path, entry, tokenizer)
+        shards.verify_shard(path.parent, tokenizer, entry)
 
     class FakeHashlib:
         sha256 = Deaf
 
     monkeypatch.setattr(shards, "hashlib", FakeHashlib)
-    shards.verify_shard(path, entry, tokenizer)
+    shards.verify_shard(path.parent, tokenizer, entry)
 
 
 # ---- pickles through the real command line ------------------------------------------------------
