@@ -36,7 +36,7 @@ from storage import hash_file, publish_file
 SAMPLE_BYTES = 2_300_000
 SAMPLE_NAME = "sample.txt"
 _SAMPLE_SEPARATOR = "\x1e"
-_READ_BYTES = 2**20
+_READ_BYTES = 2**18  # what is read stays in the cache until it is judged
 _MAGIC = (
     (b"\x7fELF", "an ELF program"), (b"\x1f\x8b", "gzip data"), (b"%PDF-", "a PDF"),
     (b"PK\x03\x04", "a zip archive (or docx, xlsx, epub)"), (b"\x89PNG", "a PNG image"),
