@@ -23,7 +23,6 @@ import sysconfig
 import time
 from array import array
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -165,16 +164,15 @@ def scan_inputs(inputs: list[Input], separator: str | None, stop: StopFlag | Non
     """
     sources: list[Source] = []
     skipped: list[PreflightError] = []
-    with ThreadPoolExecutor(1) as hasher:  # hashes while the text is judged
-        for item in inputs:
-            if stop is not None:
-                stop.leave_if_stopping("stopped while reading the text; nothing was changed")
-            try:
-                sources.append(_scan_file(item, separator, hasher))
-            except PreflightError as error:
-                if not item.from_folder:
-                    raise
-                skipped.append(error)
+    for item in inputs:
+        if stop is not None:
+            stop.leave_if_stopping("stopped while reading the text; nothing was changed")
+        try:
+            sources.append(_scan_file(item, separator))
+        except PreflightError as error:
+            if not item.from_folder:
+                raise
+            skipped.append(error)
     if skipped:
         say(f"skipped {len(skipped)} of {len(inputs)} files, the first: {skipped[0].lines[0]}")
     if not any(source.spans for source in sources):
@@ -183,7 +181,7 @@ def scan_inputs(inputs: list[Input], separator: str | None, stop: StopFlag | Non
     return sources
 
 
-def _scan_file(item: Input, separator: str | None, hasher: ThreadPoolExecutor) -> Source:
+def _scan_file(item: Input, separator: str | None) -> Source:
     """Read one file to its end, whatever its size claims to be, and judge it as text.
 
     Raises:
@@ -192,7 +190,6 @@ def _scan_file(item: Input, separator: str | None, hasher: ThreadPoolExecutor) -
     path, digest, decoder = item.path, hashlib.sha256(), codecs.getincrementaldecoder("utf-8")()
     finder = _SeparatorFinder(separator.encode() if separator else None)
     size = nuls = specials = 0
-    hashed = hasher.submit(digest.update, b"")
     tail, blank = b"", True
     try:
         if not path.is_file():  # asked before opening: a pipe within a folder would block
@@ -206,8 +203,7 @@ def _scan_file(item: Input, separator: str | None, hasher: ThreadPoolExecutor) -
                     if block.startswith(codecs.BOM_UTF8):
                         finder.begin = len(codecs.BOM_UTF8)
                         say(f"{path}: a byte order mark at its beginning is left out")
-                hashed.result()
-                hashed = hasher.submit(digest.update, block)
+                digest.update(block)  # in a thread of its own the waiting took longer
                 nuls += block.count(0) if b"\0" in block else 0  # to look is faster than to count
                 if nuls * 10 > size + len(block):
                     raise text_error(path, "binary data (many NUL bytes), not text")
@@ -225,7 +221,6 @@ def _scan_file(item: Input, separator: str | None, hasher: ThreadPoolExecutor) -
                 size += len(block)
     except OSError as error:
         raise text_error(path, error.strerror or str(error)) from None
-    hashed.result()
     if blank:
         raise text_error(path, "empty" if not size else "holds only whitespace",
                          "give a file with text in it")
