@@ -114,7 +114,8 @@ def measure_verification(folder: Path, repeats: int, n_tokens: int) -> dict[str,
     tokenizer = load_tokenizer("gpt2")
     text = folder / "text.txt"
     text.write_text("the quick brown fox jumps over a lazy dog\n" * (n_tokens // 10))
-    data = DataSettings(text_file=(str(text),), data_dir=str(folder / "data"))
+    data = DataSettings(text_file=(str(text),), data_dir=str(folder / "data"),
+                        shard_size=n_tokens // 10)  # ten shards: several are read at once
     prepared = prepare_data(data, tokenizer, 128)
     data_bytes = sum(s.n_tokens for s in prepared.train.shards + prepared.val.shards) * 2
     raw = np.random.default_rng(0).bytes(size)
@@ -135,7 +136,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory(dir=".") as name:  # on a disk, which /tmp may not be
         folder, repeats = Path(name), 3 if smoke else 5
         report = measure_training("nano" if smoke else "micro", folder, repeats)
-        report |= measure_verification(folder, repeats, 100_000 if smoke else 5_000_000)
+        report |= measure_verification(folder, repeats, 100_000 if smoke else 40_000_000)
     for name, value in report.items():
         print(f"{name:34} {value if isinstance(value, str) else f'{value:.4g}':>12}")
     print(json.dumps(report))
