@@ -1,7 +1,7 @@
 """Everything that wants a GPU, in one command and within its time: tests, speed, foresight.
 
     python benchmarks/gpu.py --output FOLDER             (under ten minutes)
-    python benchmarks/gpu.py --output FOLDER --smoke     (tiny shapes on the CPU; a minute)
+    python benchmarks/gpu.py --output FOLDER --smoke     (tiny shapes on the CPU; 90 seconds)
 
 Each part has a process of its own. Its lines are shown as they come and kept in FOLDER/PART.txt,
 so that a part whose time ends has lost nothing of what it found. `--parts foresight` gives all of
