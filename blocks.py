@@ -25,8 +25,8 @@ import numpy as np
 import regex  # comes with tiktoken
 import tiktoken
 
-from config import ExitCode, PreflightError
-from console import format_bytes, say
+from preflight.core.console import format_bytes, say
+from preflight.core.errors import ExitCode, PreflightError
 from sources import Document, changed_error, open_source, text_error
 from tokenizer import Tokenizer, load_tokenizer
 

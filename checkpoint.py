@@ -33,9 +33,10 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-import storage
-from config import ExitCode, ModelConfig, PreflightError, model_config_from_dict
-from console import say
+from config import ModelConfig, model_config_from_dict
+from preflight.core import storage, strict_json
+from preflight.core.console import say
+from preflight.core.errors import ExitCode, PreflightError
 
 WEIGHTS_NAME = "model.safetensors"
 STATE_NAME = "checkpoint.pt"
@@ -79,9 +80,9 @@ class Checkpoint:
             PreflightError: code CHECKPOINT.
         """
         with _open_verified(self, CONFIG_NAME) as file:
-            raw = file.read(storage.MAX_JSON_BYTES + 1)
+            raw = file.read(strict_json.MAX_JSON_BYTES + 1)
         try:
-            config = storage.parse_json(raw)
+            config = strict_json.parse_json(raw)
             if not isinstance(config, dict):
                 raise ValueError("not an object")
             model_config_from_dict(config.get("model"))
@@ -478,8 +479,8 @@ def _read_checkpoint(folder: Path) -> Checkpoint:
     path = folder / MANIFEST_NAME
     try:
         with storage.open_regular(path) as file:
-            raw = file.read(storage.MAX_JSON_BYTES + 1)
-        manifest = storage.parse_json(raw)
+            raw = file.read(strict_json.MAX_JSON_BYTES + 1)
+        manifest = strict_json.parse_json(raw)
         _check_manifest(manifest)
         del manifest["checksum"]
         if _render_manifest(manifest) != raw:

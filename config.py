@@ -12,46 +12,11 @@ import dataclasses
 import math
 import re
 from dataclasses import dataclass, field, fields
-from enum import IntEnum
 from pathlib import Path
 from typing import Any
 
-
-class ExitCode(IntEnum):
-    """What a shell sees. One number per kind of trouble, so that scripts can act on it."""
-
-    DONE = 0
-    CHECK_FAILED = 1
-    FLAGS = 2
-    TEXT = 3
-    DATA = 4
-    CHECKPOINT = 5
-    STORAGE = 6
-    LOCKED = 7
-    OUT_OF_MEMORY = 8
-    DIVERGED = 9
-    WORKER_LOST = 10
-    INTERNAL = 70
-    SIGINT = 130
-    SIGPIPE = 141
-    SIGTERM = 143
-
-
-class PreflightError(Exception):
-    """A trouble the user can act on: at most five lines and an exit code, never a traceback.
-
-    ``lines`` say what happened and where, what was expected and found, what was kept, and the
-    command to go on with, in that order.
-    """
-
-    MAX_LINES = 5
-
-    def __init__(self, code: ExitCode, *lines: str) -> None:
-        self.code = code
-        self.lines = list(lines[: self.MAX_LINES - 1])
-        if len(lines) >= self.MAX_LINES:
-            self.lines.append("; ".join(lines[self.MAX_LINES - 1 :]))
-        super().__init__("\n".join(self.lines))
+from preflight.core.errors import ExitCode, PreflightError
+from preflight.core.log import LOG_LEVELS
 
 
 @dataclass(frozen=True)
@@ -82,7 +47,6 @@ ACTIVATIONS = ("gelu", "gelu_tanh", "relu", "silu")
 OPTIMIZERS = ("adamw", "adam", "sgd")
 SCHEDULERS = ("cosine", "linear", "onecycle", "none")
 OUTPUT_SUFFIXES = (".json", ".jsonl", ".txt")
-LOG_LEVELS = ("debug", "info", "warning", "error")
 
 
 def _option(

@@ -11,7 +11,7 @@ import difflib
 import re
 from dataclasses import dataclass
 
-from config import ExitCode, PreflightError
+from preflight.core.errors import ExitCode, PreflightError
 
 # What CUDA reports is below the name on the box: the driver keeps a little, and error correction
 # in GDDR memory keeps a sixteenth. Both rounded so as not to promise too much.

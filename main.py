@@ -13,16 +13,8 @@ import sys
 from pathlib import Path
 from typing import Any, NoReturn
 
-from config import (
-    GROUPS,
-    MODEL_PRESETS,
-    ExitCode,
-    Option,
-    PreflightError,
-    RunConfig,
-    build_config,
-    build_options,
-)
+from config import GROUPS, MODEL_PRESETS, Option, RunConfig, build_config, build_options
+from preflight.core.errors import ExitCode, PreflightError
 
 # mode: what it does, the module and the function that do it
 MODES = {
@@ -131,7 +123,7 @@ def _merge_config_file(
     path: str, given: dict[str, Any], sources: dict[str, str]
 ) -> tuple[dict[str, Any], dict[str, str]]:
     """Values of the file, overridden by those of the command line."""
-    from storage import read_json
+    from preflight.core.strict_json import read_json
 
     try:
         content = read_json(Path(path))
@@ -152,12 +144,12 @@ def _merge_config_file(
 
 def run_mode(mode: str, config: RunConfig) -> int:
     """Run one mode; its module, and with it torch, is loaded here."""
-    from console import set_log_level
+    from preflight.core.console import set_log_level
 
     set_log_level(config.system.log_level)
     _, module, function = MODES[mode]
     if mode == "train":
-        from storage import check_access
+        from preflight.core.storage import check_access
 
         check_access(Path(config.control.output_dir))
     return getattr(importlib.import_module(module), function)(config)
@@ -196,7 +188,7 @@ def _silence_stdout() -> None:
 
 def _report_disk_error(error: Exception) -> int:
     """Tell of a full or failing disk that showed where nobody expected it; 0 for other errors."""
-    from storage import DISK_ERRNOS, storage_error
+    from preflight.core.storage import DISK_ERRNOS, storage_error
 
     if not isinstance(error, OSError) or error.errno not in DISK_ERRNOS:
         return 0

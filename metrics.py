@@ -8,8 +8,8 @@ import os
 from pathlib import Path
 from typing import Any
 
-from console import say
-from storage import publish_file
+from preflight.core.console import say
+from preflight.core.storage import publish_file
 
 METRICS_NAME = "metrics.jsonl"
 CURVE_NAME = "loss_curve.png"

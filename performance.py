@@ -25,10 +25,10 @@ from config import ControlSettings, ModelConfig, RunConfig, SamplingConfig, Trai
 from hardware import Card
 from memory import estimate_checkpoint_bytes
 from metrics import CURVE_EVERY_SECONDS
+from preflight.core.storage import TEMPORARY_PREFIX
 from runtime import Runtime
 from sampling import SAMPLE_TOKENS, generate_text
 from shards import DataFolder
-from storage import TEMPORARY_PREFIX
 from tokenizer import Tokenizer
 from train_utils import BatchLoader, count_windows, iterate_windows
 from trainer import Trainer, TrainingPlan

@@ -21,8 +21,21 @@ from typing import Any
 from tqdm import tqdm
 
 from blocks import BLOCK_BYTES, Encoders, read_blocks
-from config import DataSettings, ExitCode, PreflightError
-from console import format_bytes, is_progress_shown, say
+from config import DataSettings
+from preflight.core.console import format_bytes, is_progress_shown, say
+from preflight.core.errors import ExitCode, PreflightError
+from preflight.core.locks import FolderLock
+from preflight.core.signals import StopFlag
+from preflight.core.storage import (
+    free_bytes,
+    fsync_folder,
+    make_folder,
+    publish_file,
+    remove_tree,
+    verify_all,
+    write_json,
+)
+from preflight.core.strict_json import read_json
 from shards import (
     FORMAT,
     METADATA_NAME,
@@ -38,7 +51,6 @@ from shards import (
     render_metadata,
     verify_shard,
 )
-from signals import StopFlag
 from sources import (
     SAMPLE_NAME,
     Document,
@@ -49,17 +61,6 @@ from sources import (
     gather_sources,
     open_source,
     scan_inputs,
-)
-from storage import (
-    FolderLock,
-    free_bytes,
-    fsync_folder,
-    make_folder,
-    publish_file,
-    read_json,
-    remove_tree,
-    verify_all,
-    write_json,
 )
 from tokenizer import Tokenizer
 

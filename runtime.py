@@ -13,7 +13,8 @@ from pathlib import Path, PurePosixPath
 import psutil
 import torch
 
-from config import ExitCode, PreflightError, SystemSettings
+from config import SystemSettings
+from preflight.core.errors import ExitCode, PreflightError
 
 try:
     import resource

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from config import SamplingConfig
-from console import say_once
+from preflight.core.console import say_once
 from single_row import choose_reader, one_torch_thread
 from tokenizer import Tokenizer
 from transformer_model import DecoderOnlyTransformer, KVCache

@@ -19,8 +19,9 @@ from typing import Any
 
 import numpy as np
 
-from config import ExitCode, PreflightError
-from storage import MAX_JSON_BYTES, hash_file, parse_json, publish_file, verify_all
+from preflight.core.errors import ExitCode, PreflightError
+from preflight.core.storage import hash_file, publish_file, verify_all
+from preflight.core.strict_json import MAX_JSON_BYTES, parse_json
 from tokenizer import Tokenizer
 
 FORMAT = "preflight-shards"

@@ -21,8 +21,7 @@ import psutil
 import torch
 
 from checkpoint import Checkpoint
-from config import ExitCode, ModelConfig, RunConfig, describe_choices
-from console import format_bytes
+from config import ModelConfig, RunConfig, describe_choices
 from hardware import Card, find_card, match_device
 from learnability import Advice, find_content_warnings, find_plan_warnings, scan_content
 from memory import (
@@ -42,6 +41,10 @@ from performance import (
     measure_cost,
     measure_product_flops,
 )
+from preflight.core.console import format_bytes
+from preflight.core.errors import ExitCode
+from preflight.core.signals import StopFlag
+from preflight.core.storage import check_writable, free_bytes, write_json
 from prepare import prepare_data
 from report import Problem, Report, compare
 from resume import adopt_settings, find_origin, resolve_model
@@ -55,8 +58,6 @@ from runtime import (
     reachable_host_bytes,
 )
 from shards import DataFolder
-from signals import StopFlag
-from storage import check_writable, free_bytes, write_json
 from tokenizer import Tokenizer, load_tokenizer
 from train_utils import count_windows, iterate_windows
 from trainer import TrainingPlan, TrainState, build_plan

@@ -19,7 +19,7 @@ from types import TracebackType
 import numpy as np
 import torch
 
-from config import ExitCode, PreflightError
+from preflight.core.errors import ExitCode, PreflightError
 from shards import DataFolder, Split
 
 _CHUNK_TOKENS = 256 * 1024  # read and converted at once: one thread hand-over for many batches

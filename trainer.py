@@ -14,16 +14,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from config import (
-    ControlSettings,
-    ExitCode,
-    ModelConfig,
-    PreflightError,
-    TrainingSettings,
-)
-from console import say
+from config import ControlSettings, ModelConfig, TrainingSettings
+from preflight.core.console import say
+from preflight.core.errors import ExitCode, PreflightError
+from preflight.core.signals import StopFlag
 from runtime import Runtime, is_out_of_memory
-from signals import StopFlag
 from transformer_model import DecoderOnlyTransformer
 
 COSINE_FLOOR = 0.1  # share of the peak rate at the end (Brown et al. 2020, appendix B)

@@ -17,15 +17,7 @@ from tqdm import tqdm
 
 import checkpoint as checkpoints
 from checkpoint import Checkpoint
-from config import (
-    ExitCode,
-    ModelConfig,
-    PreflightError,
-    RunConfig,
-    SamplingConfig,
-    describe_choices,
-)
-from console import format_bytes, format_seconds, is_progress_shown, say
+from config import ModelConfig, RunConfig, SamplingConfig, describe_choices
 from memory import (
     CUDA_CONTEXT_BYTES,
     MemoryEstimate,
@@ -42,6 +34,11 @@ from metrics import (
     read_metrics,
     save_loss_curve,
 )
+from preflight.core.console import format_bytes, format_seconds, is_progress_shown, say
+from preflight.core.errors import ExitCode, PreflightError
+from preflight.core.locks import FolderLock
+from preflight.core.signals import StopFlag
+from preflight.core.storage import check_writable, make_folder
 from prepare import prepare_data
 from resume import adopt_settings, find_origin, resolve_model
 from runtime import (
@@ -53,9 +50,7 @@ from runtime import (
 )
 from sampling import SAMPLE_TOKENS, generate_text
 from shards import DataFolder
-from signals import StopFlag
 from sources import find_inputs
-from storage import FolderLock, check_writable, make_folder
 from tokenizer import Tokenizer, load_tokenizer
 from train_utils import BatchLoader, count_windows, iterate_windows
 from trainer import StepResult, Trainer, TrainState, build_plan

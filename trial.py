@@ -31,20 +31,14 @@ import torch
 from torch import Tensor
 
 import checkpoint as checkpoints
-import storage
-from config import (
-    ControlSettings,
-    ExitCode,
-    ModelConfig,
-    PreflightError,
-    RunConfig,
-    SamplingConfig,
-)
+from config import ControlSettings, ModelConfig, RunConfig, SamplingConfig
 from metrics import CURVE_NAME, save_loss_curve
+from preflight.core import storage
+from preflight.core.errors import ExitCode, PreflightError
+from preflight.core.signals import StopFlag
 from runtime import Runtime, build_runtime, is_out_of_memory
 from sampling import SAMPLE_TOKENS, generate_text
 from shards import DataFolder
-from signals import StopFlag
 from tokenizer import load_tokenizer
 from train_utils import BatchLoader, count_windows, iterate_windows
 from trainer import Trainer, TrainingPlan, build_plan

@@ -28,9 +28,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import checkpoint
-import storage
 from checkpoint import Checkpoint
-from config import ExitCode, PreflightError
+from preflight.core import storage
+from preflight.core.errors import ExitCode, PreflightError
 
 ROOT = Path(__file__).parent.parent
 CONFIG = {

@@ -13,15 +13,14 @@ from hypothesis import strategies as st
 from config import (
     GROUPS,
     MODEL_PRESETS,
-    ExitCode,
     ModelConfig,
     ModelSettings,
-    PreflightError,
     build_config,
     build_options,
     describe_choices,
     model_config_from_dict,
 )
+from preflight.core.errors import ExitCode, PreflightError
 
 
 def config_of(**values: object):

@@ -13,8 +13,8 @@ import pytest
 
 import metrics
 from conftest import ROOT
-from console import format_seconds, say, set_log_level
 from metrics import MetricsLog, read_metrics, save_loss_curve
+from preflight.core.console import format_seconds, say, set_log_level
 
 
 def fill(log: MetricsLog, steps: range) -> None:

@@ -28,12 +28,13 @@ from test_blocks import TEXTS, build_tokenizer
 import prepare
 import sources
 from blocks import Encoders
-from config import DataSettings, ExitCode, PreflightError
+from config import DataSettings
 from conftest import TINY_FLAGS, CommandRunner
+from preflight.core.errors import ExitCode, PreflightError
+from preflight.core.locks import FolderLock
+from preflight.core.signals import StopFlag
 from prepare import prepare_data
 from shards import DataFolder, load_data_folder
-from signals import StopFlag
-from storage import FolderLock
 from tokenizer import Tokenizer, load_tokenizer
 
 ROOT = Path(__file__).parent.parent

@@ -12,8 +12,9 @@ import pytest
 import torch
 
 import runtime
-from config import ExitCode, PreflightError, SystemSettings
+from config import SystemSettings
 from conftest import ROOT
+from preflight.core.errors import ExitCode, PreflightError
 from runtime import available_host_bytes, build_runtime, is_out_of_memory
 
 

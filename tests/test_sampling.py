@@ -16,9 +16,9 @@ from torch import Tensor
 from transformers import LogitsProcessorList
 from transformers.generation import logits_process as hf
 
-import console
 import sampling
 from config import ModelConfig, SamplingConfig
+from preflight.core import console
 from sampling import (
     TextAssembler,
     choose_tokens,

@@ -16,9 +16,9 @@ import system_check
 import training_run
 from conftest import MakeConfig
 from hardware import find_card
+from preflight.core.strict_json import read_json
 from prepare import prepare_data
 from report import SECTIONS, Report, compare, format_label, format_value
-from storage import read_json
 from system_check import build_report
 from tokenizer import load_tokenizer
 

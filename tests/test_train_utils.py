@@ -16,7 +16,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import train_utils
-from config import DataSettings, ExitCode, PreflightError
+from config import DataSettings
+from preflight.core.errors import ExitCode, PreflightError
 from prepare import prepare_data
 from shards import DataFolder, load_data_folder
 from tokenizer import load_tokenizer

@@ -20,8 +20,9 @@ import torch
 import checkpoint as checkpoints
 import resume
 import training_run
-from config import ExitCode, PreflightError, build_config
+from config import build_config
 from conftest import ROOT, TINY_FLAGS, CommandRunner
+from preflight.core.errors import ExitCode, PreflightError
 from trainer import StepResult, Trainer
 
 TINY = {
@@ -365,7 +366,7 @@ def test_settings_of_a_forged_checkpoint_are_judged(run: Run, tmp_path: Path) ->
 def test_two_runs_do_not_share_an_output_folder(
     run: Run, tmp_path: Path, preflight: CommandRunner, tiny_text: Path
 ) -> None:
-    from storage import FolderLock
+    from preflight.core.locks import FolderLock
 
     (tmp_path / "out").mkdir()
     with FolderLock(tmp_path / "out"):

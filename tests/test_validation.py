@@ -19,7 +19,8 @@ import validation
 from checkpoint import load_weights
 from config import RunConfig
 from conftest import TINY_FLAGS, CommandRunner, MakeConfig
-from storage import hash_file, read_json
+from preflight.core.storage import hash_file
+from preflight.core.strict_json import read_json
 from tokenizer import Tokenizer, load_tokenizer
 from train_utils import BatchLoader
 from trainer import Evaluation, Trainer

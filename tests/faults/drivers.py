@@ -31,11 +31,12 @@ from matplotlib.figure import Figure
 import generate
 import main
 import prepare
-import storage
 import train_utils
 import training_run
-from config import ExitCode, PreflightError, RunConfig
-from signals import StopFlag
+from config import RunConfig
+from preflight.core import locks, storage
+from preflight.core.errors import ExitCode, PreflightError
+from preflight.core.signals import StopFlag
 from tokenizer import Tokenizer
 from trainer import Trainer
 
@@ -146,7 +147,7 @@ def run_after_go(folder: str, go: str, release: str) -> int:
     def hold(mode: str, config: RunConfig) -> int:
         output_dir = Path(folder)
         storage.make_folder(output_dir)
-        with StopFlag(), storage.FolderLock(output_dir):
+        with StopFlag(), locks.FolderLock(output_dir):
             storage.check_writable(output_dir)
             wait_for_file(release)
         return ExitCode.DONE
@@ -250,7 +251,7 @@ def break_locks() -> None:
         def __exit__(self, *unused: object) -> None:
             return None
 
-    storage.FolderLock = PidFile  # type: ignore[assignment,misc]
+    locks.FolderLock = PidFile  # type: ignore[assignment,misc]
 
 
 def break_resuming() -> None:

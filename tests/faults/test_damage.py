@@ -21,7 +21,7 @@ import torch
 
 import checkpoint
 import shards
-from config import ExitCode, PreflightError
+from preflight.core.errors import ExitCode, PreflightError
 
 from .drivers import build_byte_tokenizer
 from .harness import ForkServer, find_message_faults

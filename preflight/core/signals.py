@@ -12,7 +12,7 @@ import signal
 import sys
 from types import FrameType
 
-from config import ExitCode, PreflightError
+from preflight.core.errors import ExitCode, PreflightError
 
 _STOPPING = ("SIGINT", "SIGTERM", "SIGHUP")  # Windows has no SIGHUP and no SIGUSR1
 

@@ -11,32 +11,20 @@ import contextlib
 import errno
 import hashlib
 import json
-import math
 import os
 import shutil
-import socket
 import stat
-import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import IO, Any, TypeVar
 
-import filelock  # comes with torch; the same locks on Linux, macOS and Windows
-
-from config import ExitCode, PreflightError
-from console import format_bytes
-
-try:
-    import fcntl
-except ImportError:  # Windows
-    fcntl = None  # type: ignore[assignment]
+from preflight.core.console import format_bytes
+from preflight.core.errors import ExitCode, PreflightError
 
 Item = TypeVar("Item")
 Found = TypeVar("Found")
-MAX_JSON_BYTES = 16 * 2**20
 TEMPORARY_PREFIX = ".tmp-"
-LOCK_NAME = ".lock"
 _BLOCK_BYTES = 4 * 2**20
 # What only a failing or full disk raises, never a mistake of ours.
 DISK_ERRNOS = {errno.ENOSPC, errno.EIO, errno.EDQUOT, errno.EFBIG, errno.EROFS}
@@ -276,55 +264,14 @@ def write_json(path: Path, content: Any) -> None:
         file.write(json.dumps(content, indent=2, allow_nan=False).encode() + b"\n")
 
 
-def read_json(path: Path) -> Any:
-    """Read a JSON file strictly.
-
-    Raises:
-        OSError: it cannot be read.
-        ValueError: it is over 16 MiB, not UTF-8, not JSON, too deep, names a key twice, or
-            holds a number that is not finite.
-    """
-    with open(path, "rb") as file:
-        return parse_json(file.read(MAX_JSON_BYTES + 1))
 
 
-def parse_json(raw: bytes) -> Any:
-    """JSON read strictly; see `read_json`.
-
-    Raises:
-        ValueError: as `read_json`.
-    """
-    if len(raw) > MAX_JSON_BYTES:
-        raise ValueError(f"larger than {format_bytes(MAX_JSON_BYTES)}")
-    try:
-        return json.loads(
-            raw.decode("utf-8"),
-            object_pairs_hook=_unique_keys,
-            parse_constant=_refuse_constant,
-            parse_float=_finite_float,
-        )
-    except UnicodeDecodeError as error:
-        raise ValueError(f"not UTF-8 at byte {error.start}") from None
-    except RecursionError:
-        raise ValueError("nested too deeply") from None
 
 
-def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    result = dict(pairs)
-    if len(result) != len(pairs):
-        raise ValueError("a key is given twice")
-    return result
 
 
-def _refuse_constant(word: str) -> float:
-    raise ValueError(f"{word} is not a number")
 
 
-def _finite_float(word: str) -> float:
-    value = float(word)
-    if not math.isfinite(value):
-        raise ValueError(f"{word} is too large")
-    return value
 
 
 def check_access(folder: Path) -> None:
@@ -351,74 +298,5 @@ def check_writable(folder: Path) -> None:
     probe.unlink()
 
 
-class FolderLock:
-    """A lock on a folder, held until released or until the process ends, however it ends.
-
-    Writers take it exclusively, readers share it. The kernel frees it on SIGKILL, so there are no
-    stale locks; the text in the lock file only informs.
-
-    Raises:
-        PreflightError: code LOCKED at once when another process holds it, naming that process;
-            code STORAGE when the lock file cannot be made.
-    """
-
-    def __init__(self, folder: Path, *, shared: bool = False) -> None:
-        self._path = folder / LOCK_NAME
-        self._shared_descriptor = -1
-        self._lock = filelock.FileLock(self._path, timeout=0)
-        try:
-            if shared and fcntl is not None:
-                self._shared_descriptor = _open_shared(self._path)
-            else:  # without flock a reader locks like a writer: stricter, never wrong
-                self._lock.acquire()
-        except (filelock.Timeout, BlockingIOError):
-            raise PreflightError(
-                ExitCode.LOCKED,
-                f"{folder} is in use by another run ({self._read_owner()})",
-                "wait until it ends, stop it, or choose another folder",
-            ) from None
-        except OSError as error:
-            raise storage_error(self._path, error) from error
-        if not shared:
-            with contextlib.suppress(OSError):  # informative only
-                started = time.strftime("%Y-%m-%d %H:%M:%S")
-                self._path.write_text(
-                    f"pid {os.getpid()} on {socket.gethostname()} since {started}\n",
-                    encoding="utf-8",
-                )
-
-    def _read_owner(self) -> str:
-        try:
-            with open(self._path, "rb") as file:
-                text = file.read(200).decode("utf-8", "replace")
-        except OSError:
-            text = ""
-        return "".join(c for c in text if c.isprintable()) or "a reader"
-
-    def release(self) -> None:
-        """Let others in."""
-        if self._shared_descriptor >= 0:
-            os.close(self._shared_descriptor)
-            self._shared_descriptor = -1
-        self._lock.release()
-
-    def __enter__(self) -> FolderLock:
-        return self
-
-    def __exit__(self, *unused: object) -> None:
-        self.release()
 
 
-def _open_shared(path: Path) -> int:
-    """A descriptor that holds a shared flock on `path`; BlockingIOError while a writer has it."""
-    while True:
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
-            # A writer that left may have unlinked the file that we opened: then look again.
-            if os.path.exists(path) and os.path.samestat(os.stat(path), os.fstat(descriptor)):
-                return descriptor
-        except BaseException:
-            os.close(descriptor)
-            raise
-        os.close(descriptor)

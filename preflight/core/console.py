@@ -9,7 +9,7 @@ import sys
 
 from tqdm import tqdm
 
-from config import LOG_LEVELS
+from preflight.core.log import LOG_LEVELS
 
 _threshold = LOG_LEVELS.index("info")
 

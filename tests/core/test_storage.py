@@ -17,9 +17,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import console
-import storage
-from config import ExitCode, PreflightError
+from preflight.core import console, locks, storage, strict_json
+from preflight.core.errors import ExitCode, PreflightError
 
 ROOT = Path(__file__).parent.parent
 FULL = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
@@ -261,19 +260,19 @@ def test_only_plain_files_are_opened(tmp_path: Path) -> None:
 @pytest.mark.parametrize("raw", [
     b"", b"{", b"[1,]", b"\xff", b"\xef\xbb\xbf{}", b'{"a":1,"a":2}', b'{"b":{"a":1,"a":1}}',
     b"NaN", b"[Infinity]", b"-Infinity", b"1e999", b"[-1e999]", b"[" * 100_000, b'{"a":' * 100_000,
-    b"1" * 5000, b'"\x01"', b"{} {}", b'"' + b"x" * storage.MAX_JSON_BYTES + b'"',
+    b"1" * 5000, b'"\x01"', b"{} {}", b'"' + b"x" * strict_json.MAX_JSON_BYTES + b'"',
 ])
 def test_bad_json_is_a_value_error(tmp_path: Path, raw: bytes) -> None:
     (tmp_path / "a").write_bytes(raw)
     with pytest.raises(ValueError):
-        storage.read_json(tmp_path / "a")
+        strict_json.read_json(tmp_path / "a")
 
 
 @settings(max_examples=300, deadline=None)
 @given(raw=st.binary(max_size=60) | st.text("[]{}\":,.0123456789eE+-aNftru\\ \n").map(str.encode))
 def test_any_bytes_are_json_or_a_value_error(raw: bytes) -> None:
     try:
-        value = storage.parse_json(raw)
+        value = strict_json.parse_json(raw)
     except ValueError:
         return
     json.dumps(value, allow_nan=False)
@@ -285,12 +284,12 @@ def test_any_bytes_are_json_or_a_value_error(raw: bytes) -> None:
     | st.floats(allow_nan=False, allow_infinity=False),
     lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner), max_leaves=10))
 def test_json_round_trip(value: Any) -> None:
-    assert storage.parse_json(json.dumps(value).encode()) == value
+    assert strict_json.parse_json(json.dumps(value).encode()) == value
 
 
 def test_written_json_is_read_back(tmp_path: Path) -> None:
     storage.write_json(tmp_path / "a", {"x": [1, 2.5, None, "\u20ac"]})
-    assert storage.read_json(tmp_path / "a") == {"x": [1, 2.5, None, "\u20ac"]}
+    assert strict_json.read_json(tmp_path / "a") == {"x": [1, 2.5, None, "\u20ac"]}
     with pytest.raises(ValueError):
         storage.write_json(tmp_path / "a", float("nan"))
     assert names(tmp_path) == ["a"]
@@ -327,7 +326,7 @@ import sys; sys.path.insert(0, {root!r})
 from pathlib import Path
 import storage, config, time
 try:
-    lock = storage.FolderLock(Path({folder!r}), shared={shared})
+    lock = locks.FolderLock(Path({folder!r}), shared={shared})
 except config.PreflightError as error:
     print(error, flush=True); sys.exit(int(error.code))
 print("held", flush=True)
@@ -355,17 +354,17 @@ def test_who_may_hold_a_lock_together(
     assert read_line(holder) == "held"
     try:
         if both:
-            storage.FolderLock(tmp_path, shared=second).release()
+            locks.FolderLock(tmp_path, shared=second).release()
         else:
             begun = time.monotonic()
             with pytest.raises(PreflightError) as caught:
-                storage.FolderLock(tmp_path, shared=second)
+                locks.FolderLock(tmp_path, shared=second)
             assert time.monotonic() - begun < 1
             assert caught.value.code == ExitCode.LOCKED
             assert first or f"pid {holder.pid}" in str(caught.value)
     finally:
         holder.communicate("\n")
-    storage.FolderLock(tmp_path, shared=second).release()
+    locks.FolderLock(tmp_path, shared=second).release()
 
 
 def test_lock_dies_with_its_holder(tmp_path: Path) -> None:
@@ -373,8 +372,8 @@ def test_lock_dies_with_its_holder(tmp_path: Path) -> None:
     assert read_line(holder) == "held"
     holder.send_signal(signal.SIGKILL)
     holder.communicate()
-    with storage.FolderLock(tmp_path), pytest.raises(PreflightError):
-        storage.FolderLock(tmp_path)
+    with locks.FolderLock(tmp_path), pytest.raises(PreflightError):
+        locks.FolderLock(tmp_path)
 
 
 def test_one_of_many_wins(tmp_path: Path) -> None:

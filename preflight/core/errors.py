@@ -1,0 +1,42 @@
+"""Exit codes, and the one exception that a user is shown."""
+
+from __future__ import annotations
+
+from enum import IntEnum
+
+
+class ExitCode(IntEnum):
+    """What a shell sees. One number per kind of trouble, so that scripts can act on it."""
+
+    DONE = 0
+    CHECK_FAILED = 1
+    FLAGS = 2
+    TEXT = 3
+    DATA = 4
+    CHECKPOINT = 5
+    STORAGE = 6
+    LOCKED = 7
+    OUT_OF_MEMORY = 8
+    DIVERGED = 9
+    WORKER_LOST = 10
+    INTERNAL = 70
+    SIGINT = 130
+    SIGPIPE = 141
+    SIGTERM = 143
+
+
+class PreflightError(Exception):
+    """A trouble the user can act on: at most five lines and an exit code, never a traceback.
+
+    ``lines`` say what happened and where, what was expected and found, what was kept, and the
+    command to go on with, in that order.
+    """
+
+    MAX_LINES = 5
+
+    def __init__(self, code: ExitCode, *lines: str) -> None:
+        self.code = code
+        self.lines = list(lines[: self.MAX_LINES - 1])
+        if len(lines) >= self.MAX_LINES:
+            self.lines.append("; ".join(lines[self.MAX_LINES - 1 :]))
+        super().__init__("\n".join(self.lines))

@@ -1,0 +1,95 @@
+"""Locks on folders: one writer or many readers, freed by the kernel however a process ends."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import socket
+import time
+from pathlib import Path
+
+import filelock  # comes with torch; the same locks on Linux, macOS and Windows
+
+from preflight.core.errors import ExitCode, PreflightError
+from preflight.core.storage import storage_error
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
+
+
+LOCK_NAME = ".lock"
+
+
+class FolderLock:
+    """A lock on a folder, held until released or until the process ends, however it ends.
+
+    Writers take it exclusively, readers share it. The kernel frees it on SIGKILL, so there are no
+    stale locks; the text in the lock file only informs.
+
+    Raises:
+        PreflightError: code LOCKED at once when another process holds it, naming that process;
+            code STORAGE when the lock file cannot be made.
+    """
+
+    def __init__(self, folder: Path, *, shared: bool = False) -> None:
+        self._path = folder / LOCK_NAME
+        self._shared_descriptor = -1
+        self._lock = filelock.FileLock(self._path, timeout=0)
+        try:
+            if shared and fcntl is not None:
+                self._shared_descriptor = _open_shared(self._path)
+            else:  # without flock a reader locks like a writer: stricter, never wrong
+                self._lock.acquire()
+        except (filelock.Timeout, BlockingIOError):
+            raise PreflightError(
+                ExitCode.LOCKED,
+                f"{folder} is in use by another run ({self._read_owner()})",
+                "wait until it ends, stop it, or choose another folder",
+            ) from None
+        except OSError as error:
+            raise storage_error(self._path, error) from error
+        if not shared:
+            with contextlib.suppress(OSError):  # informative only
+                started = time.strftime("%Y-%m-%d %H:%M:%S")
+                self._path.write_text(
+                    f"pid {os.getpid()} on {socket.gethostname()} since {started}\n",
+                    encoding="utf-8",
+                )
+
+    def _read_owner(self) -> str:
+        try:
+            with open(self._path, "rb") as file:
+                text = file.read(200).decode("utf-8", "replace")
+        except OSError:
+            text = ""
+        return "".join(c for c in text if c.isprintable()) or "a reader"
+
+    def release(self) -> None:
+        """Let others in."""
+        if self._shared_descriptor >= 0:
+            os.close(self._shared_descriptor)
+            self._shared_descriptor = -1
+        self._lock.release()
+
+    def __enter__(self) -> FolderLock:
+        return self
+
+    def __exit__(self, *unused: object) -> None:
+        self.release()
+
+
+def _open_shared(path: Path) -> int:
+    """A descriptor that holds a shared flock on `path`; BlockingIOError while a writer has it."""
+    while True:
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            # A writer that left may have unlinked the file that we opened: then look again.
+            if os.path.exists(path) and os.path.samestat(os.stat(path), os.fstat(descriptor)):
+                return descriptor
+        except BaseException:
+            os.close(descriptor)
+            raise
+        os.close(descriptor)

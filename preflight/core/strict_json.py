@@ -1,0 +1,63 @@
+"""JSON that may be damaged or hostile, read strictly."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+from preflight.core.console import format_bytes
+
+MAX_JSON_BYTES = 16 * 2**20
+
+
+def read_json(path: Path) -> Any:
+    """Read a JSON file strictly.
+
+    Raises:
+        OSError: it cannot be read.
+        ValueError: it is over 16 MiB, not UTF-8, not JSON, too deep, names a key twice, or
+            holds a number that is not finite.
+    """
+    with open(path, "rb") as file:
+        return parse_json(file.read(MAX_JSON_BYTES + 1))
+
+
+def parse_json(raw: bytes) -> Any:
+    """JSON read strictly; see `read_json`.
+
+    Raises:
+        ValueError: as `read_json`.
+    """
+    if len(raw) > MAX_JSON_BYTES:
+        raise ValueError(f"larger than {format_bytes(MAX_JSON_BYTES)}")
+    try:
+        return json.loads(
+            raw.decode("utf-8"),
+            object_pairs_hook=_unique_keys,
+            parse_constant=_refuse_constant,
+            parse_float=_finite_float,
+        )
+    except UnicodeDecodeError as error:
+        raise ValueError(f"not UTF-8 at byte {error.start}") from None
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
+
+
+def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    result = dict(pairs)
+    if len(result) != len(pairs):
+        raise ValueError("a key is given twice")
+    return result
+
+
+def _refuse_constant(word: str) -> float:
+    raise ValueError(f"{word} is not a number")
+
+
+def _finite_float(word: str) -> float:
+    value = float(word)
+    if not math.isfinite(value):
+        raise ValueError(f"{word} is too large")
+    return value
