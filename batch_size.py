@@ -20,13 +20,13 @@ from typing import Any
 
 import torch
 
-from config import MODEL_PRESETS, ModelConfig, RunConfig, build_options
 from memory import MemoryEstimate, build_batch_curve, estimate_memory, estimate_savings
 from preflight.core import storage
 from preflight.core.console import format_bytes, say
 from preflight.core.errors import ExitCode, PreflightError
 from preflight.core.locks import FolderLock
 from preflight.core.signals import StopFlag
+from preflight.settings.config import MODEL_PRESETS, ModelConfig, RunConfig, build_options
 from runtime import Runtime, available_host_bytes, describe_device
 from shards import METADATA_NAME, DataFolder, load_data_folder
 from tokenizer import Tokenizer, load_tokenizer

@@ -33,10 +33,10 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from config import ModelConfig, model_config_from_dict
 from preflight.core import storage, strict_json
 from preflight.core.console import say
 from preflight.core.errors import ExitCode, PreflightError
+from preflight.settings.config import ModelConfig, model_config_from_dict
 
 WEIGHTS_NAME = "model.safetensors"
 STATE_NAME = "checkpoint.pt"

@@ -17,11 +17,11 @@ import torch
 from tqdm import tqdm
 
 from checkpoint import Checkpoint, find_best, load_weights, open_checkpoint
-from config import RunConfig, SamplingConfig, build_config
 from preflight.core.console import say
 from preflight.core.errors import ExitCode, PreflightError
 from preflight.core.signals import StopFlag
 from preflight.core.storage import publish_file
+from preflight.settings.config import RunConfig, SamplingConfig, build_config
 from resume import check_model_flags, check_tokenizer
 from runtime import build_runtime, is_out_of_memory
 from sampling import Generation, generate_batch, generate_text, stream_text

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from config import MODEL_PRESETS, ModelConfig, ModelSettings, RunConfig
+from preflight.settings.config import MODEL_PRESETS, ModelConfig, ModelSettings, RunConfig
 from shards import DataFolder, Split
 from tokenizer import Tokenizer
 from trainer import TrainingPlan

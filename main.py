@@ -13,8 +13,15 @@ import sys
 from pathlib import Path
 from typing import Any, NoReturn
 
-from config import GROUPS, MODEL_PRESETS, Option, RunConfig, build_config, build_options
 from preflight.core.errors import ExitCode, PreflightError
+from preflight.settings.config import (
+    GROUPS,
+    MODEL_PRESETS,
+    Option,
+    RunConfig,
+    build_config,
+    build_options,
+)
 
 # mode: what it does, the module and the function that do it
 MODES = {

@@ -13,8 +13,8 @@ from typing import Any, Literal
 import torch
 
 import transformer_model
-from config import ModelConfig, TrainingSettings
 from memory_trace import Peaks, TraceCase, extend_peaks, trace_peaks
+from preflight.settings.config import ModelConfig, TrainingSettings
 from transformer_model import count_parameters
 
 MIB = 2**20

@@ -24,8 +24,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import transformer_model
-from config import ControlSettings, ModelConfig, SamplingConfig, TrainingSettings
 from memory_compiled import capture_graphs, trace_compiled_step
+from preflight.settings.config import ControlSettings, ModelConfig, SamplingConfig, TrainingSettings
 from runtime import Runtime
 from sampling import FILL_TOKENS, choose_tokens
 from trainer import Trainer, build_plan

@@ -21,11 +21,17 @@ import torch
 from torch import Tensor
 
 from checkpoint import save_checkpoint
-from config import ControlSettings, ModelConfig, RunConfig, SamplingConfig, TrainingSettings
 from hardware import Card
 from memory import estimate_checkpoint_bytes
 from metrics import CURVE_EVERY_SECONDS
 from preflight.core.storage import TEMPORARY_PREFIX
+from preflight.settings.config import (
+    ControlSettings,
+    ModelConfig,
+    RunConfig,
+    SamplingConfig,
+    TrainingSettings,
+)
 from runtime import Runtime
 from sampling import SAMPLE_TOKENS, generate_text
 from shards import DataFolder

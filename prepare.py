@@ -21,7 +21,6 @@ from typing import Any
 from tqdm import tqdm
 
 from blocks import BLOCK_BYTES, Encoders, read_blocks
-from config import DataSettings
 from preflight.core.console import format_bytes, is_progress_shown, say
 from preflight.core.errors import ExitCode, PreflightError
 from preflight.core.locks import FolderLock
@@ -36,6 +35,7 @@ from preflight.core.storage import (
     write_json,
 )
 from preflight.core.strict_json import read_json
+from preflight.settings.config import DataSettings
 from shards import (
     FORMAT,
     METADATA_NAME,

@@ -8,9 +8,9 @@ from typing import Any
 
 import checkpoint as checkpoints
 from checkpoint import Checkpoint
-from config import ModelConfig, RunConfig, TrainingSettings, build_config
 from preflight.core.console import say
 from preflight.core.errors import ExitCode, PreflightError
+from preflight.settings.config import ModelConfig, RunConfig, TrainingSettings, build_config
 from tokenizer import Tokenizer
 
 LENGTH_FLAGS = {"max_steps", "num_epochs"}  # either one replaces both

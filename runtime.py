@@ -13,8 +13,8 @@ from pathlib import Path, PurePosixPath
 import psutil
 import torch
 
-from config import SystemSettings
 from preflight.core.errors import ExitCode, PreflightError
+from preflight.settings.config import SystemSettings
 
 try:
     import resource

@@ -16,8 +16,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from config import SamplingConfig
 from preflight.core.console import say_once
+from preflight.settings.config import SamplingConfig
 from single_row import choose_reader, one_torch_thread
 from tokenizer import Tokenizer
 from transformer_model import DecoderOnlyTransformer, KVCache

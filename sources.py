@@ -27,11 +27,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
-from config import DataSettings
 from preflight.core.console import say
 from preflight.core.errors import ExitCode, PreflightError
 from preflight.core.signals import StopFlag
 from preflight.core.storage import hash_file, publish_file
+from preflight.settings.config import DataSettings
 
 SAMPLE_BYTES = 2_300_000
 SAMPLE_NAME = "sample.txt"

@@ -21,7 +21,6 @@ import psutil
 import torch
 
 from checkpoint import Checkpoint
-from config import ModelConfig, RunConfig, describe_choices
 from hardware import Card, find_card, match_device
 from learnability import Advice, find_content_warnings, find_plan_warnings, scan_content
 from memory import (
@@ -45,6 +44,7 @@ from preflight.core.console import format_bytes
 from preflight.core.errors import ExitCode
 from preflight.core.signals import StopFlag
 from preflight.core.storage import check_writable, free_bytes, write_json
+from preflight.settings.config import ModelConfig, RunConfig, describe_choices
 from prepare import prepare_data
 from report import Problem, Report, compare
 from resume import adopt_settings, find_origin, resolve_model

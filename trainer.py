@@ -14,10 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from config import ControlSettings, ModelConfig, TrainingSettings
 from preflight.core.console import say
 from preflight.core.errors import ExitCode, PreflightError
 from preflight.core.signals import StopFlag
+from preflight.settings.config import ControlSettings, ModelConfig, TrainingSettings
 from runtime import Runtime, is_out_of_memory
 from transformer_model import DecoderOnlyTransformer
 

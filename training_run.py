@@ -17,7 +17,6 @@ from tqdm import tqdm
 
 import checkpoint as checkpoints
 from checkpoint import Checkpoint
-from config import ModelConfig, RunConfig, SamplingConfig, describe_choices
 from memory import (
     CUDA_CONTEXT_BYTES,
     MemoryEstimate,
@@ -39,6 +38,7 @@ from preflight.core.errors import ExitCode, PreflightError
 from preflight.core.locks import FolderLock
 from preflight.core.signals import StopFlag
 from preflight.core.storage import check_writable, make_folder
+from preflight.settings.config import ModelConfig, RunConfig, SamplingConfig, describe_choices
 from prepare import prepare_data
 from resume import adopt_settings, find_origin, resolve_model
 from runtime import (

@@ -31,11 +31,11 @@ import torch
 from torch import Tensor
 
 import checkpoint as checkpoints
-from config import ControlSettings, ModelConfig, RunConfig, SamplingConfig
 from metrics import CURVE_NAME, save_loss_curve
 from preflight.core import storage
 from preflight.core.errors import ExitCode, PreflightError
 from preflight.core.signals import StopFlag
+from preflight.settings.config import ControlSettings, ModelConfig, RunConfig, SamplingConfig
 from runtime import Runtime, build_runtime, is_out_of_memory
 from sampling import SAMPLE_TOKENS, generate_text
 from shards import DataFolder

@@ -23,12 +23,12 @@ from torch import Tensor
 
 import shards
 from checkpoint import load_training_state, load_weights, save_checkpoint, verify_checkpoint
-from config import ControlSettings, ModelConfig, RunConfig, SamplingConfig
 from performance import estimate_disk_bytes
 from preflight.core.console import format_bytes
 from preflight.core.errors import ExitCode, PreflightError
 from preflight.core.signals import StopFlag
 from preflight.core.storage import TEMPORARY_PREFIX, check_writable, free_bytes
+from preflight.settings.config import ControlSettings, ModelConfig, RunConfig, SamplingConfig
 from prepare import prepare_data
 from resume import adopt_settings, find_origin, resolve_model
 from runtime import Runtime, build_runtime, has_fast_bf16, is_out_of_memory

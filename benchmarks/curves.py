@@ -27,7 +27,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 from peers import build_hugging_face, print_rows  # noqa: E402
 
 from benchmarks.prepare import gather_text  # noqa: E402
-from config import (  # noqa: E402
+from preflight.settings.config import (  # noqa: E402
     ControlSettings,
     DataSettings,
     ModelConfig,

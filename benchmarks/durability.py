@@ -30,7 +30,13 @@ ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
 import checkpoint  # noqa: E402
-from config import ControlSettings, DataSettings, ModelSettings, SystemSettings, TrainingSettings  # noqa: E402
+from preflight.settings.config import (  # noqa: E402
+    ControlSettings,
+    DataSettings,
+    ModelSettings,
+    SystemSettings,
+    TrainingSettings,
+)
 from prepare import prepare_data  # noqa: E402
 from runtime import build_runtime  # noqa: E402
 from shards import load_data_folder  # noqa: E402

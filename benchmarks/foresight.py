@@ -30,7 +30,6 @@ from torch.profiler import ProfilerActivity, profile
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from config import ModelConfig, RunConfig, build_config  # noqa: E402
 from memory import estimate_memory  # noqa: E402
 from performance import (  # noqa: E402
     estimate_cost,
@@ -38,6 +37,7 @@ from performance import (  # noqa: E402
     measure_cost,
     measure_product_flops,
 )
+from preflight.settings.config import ModelConfig, RunConfig, build_config  # noqa: E402
 from prepare import prepare_data  # noqa: E402
 from runtime import Runtime, build_runtime, describe_device  # noqa: E402
 from tokenizer import load_tokenizer  # noqa: E402

@@ -143,7 +143,7 @@ def measure_tree_bytes(pid: int) -> int:
 
 def measure_loader(path: Path, seconds: float) -> dict[str, float]:
     """Million tokens a second of the loader alone, on the CPU, by context length."""
-    from config import DataSettings
+    from preflight.settings.config import DataSettings
     from prepare import prepare_data
     from train_utils import BatchLoader
 

@@ -43,7 +43,9 @@ from peers import (  # noqa: E402
     run_apart,
 )
 
-from config import (  # noqa: E402
+from hardware import match_device  # noqa: E402
+from metrics import read_metrics  # noqa: E402
+from preflight.settings.config import (  # noqa: E402
     ControlSettings,
     ModelConfig,
     ModelSettings,
@@ -51,8 +53,6 @@ from config import (  # noqa: E402
     TrainingSettings,
     build_config,
 )
-from hardware import match_device  # noqa: E402
-from metrics import read_metrics  # noqa: E402
 from runtime import Runtime, build_runtime, describe_device  # noqa: E402
 from trainer import Trainer, build_plan  # noqa: E402
 from training_run import run_training  # noqa: E402

@@ -13,7 +13,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, settings
 
-from config import RunConfig, build_config
+from preflight.settings.config import RunConfig, build_config
 
 # The tests run in one process per core, on shapes too small for a second thread to help.
 os.environ.setdefault("OMP_NUM_THREADS", "1")

@@ -23,10 +23,10 @@ from hypothesis import strategies as st
 import batch_size
 import trial as trials
 from batch_size import MAX_SIZE, SearchResult, search, split_sequences
-from config import build_config
 from conftest import ROOT, TINY_FLAGS, CommandRunner
 from preflight.core.errors import ExitCode, PreflightError
 from preflight.core.signals import StopFlag
+from preflight.settings.config import build_config
 from trial import Order, Trial, run_trial
 
 GIB = 2**30

@@ -23,9 +23,9 @@ import torch
 import generate
 import main
 from checkpoint import open_checkpoint, save_checkpoint
-from config import GenerationSettings, ModelConfig, RunConfig, SamplingConfig
 from generate import generate_text, load_model, read_prompts
 from preflight.core.errors import PreflightError
+from preflight.settings.config import GenerationSettings, ModelConfig, RunConfig, SamplingConfig
 from tokenizer import load_tokenizer
 from transformer_model import DecoderOnlyTransformer
 

@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 
 import learnability
-from config import RunConfig, build_config
 from learnability import find_content_warnings, find_plan_warnings, scan_content
+from preflight.settings.config import RunConfig, build_config
 from prepare import DataFolder, prepare_data
 from tokenizer import load_tokenizer
 from trainer import build_plan

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from config import build_options
 from conftest import ROOT, CommandRunner
+from preflight.settings.config import build_options
 
 
 def test_help_lists_every_flag_and_loads_no_torch(preflight: CommandRunner) -> None:

@@ -16,7 +16,6 @@ from torch.profiler import ProfilerActivity, profile
 
 import memory_trace
 from checkpoint import save_checkpoint
-from config import ControlSettings, ModelConfig, ModelSettings, TrainingSettings
 from memory import (
     PHASES,
     build_batch_curve,
@@ -33,6 +32,7 @@ from memory_trace import (
     trace_peaks,
     trace_whole,
 )
+from preflight.settings.config import ControlSettings, ModelConfig, ModelSettings, TrainingSettings
 from runtime import Runtime
 from trainer import Trainer, build_plan
 

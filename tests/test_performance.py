@@ -11,7 +11,6 @@ import torch
 
 import performance
 import training_run
-from config import ModelConfig, TrainingSettings
 from conftest import MakeConfig, build
 from hardware import find_card
 from performance import (
@@ -23,6 +22,7 @@ from performance import (
     estimate_run_time,
     measure_product_flops,
 )
+from preflight.settings.config import ModelConfig, TrainingSettings
 from prepare import prepare_data
 from tokenizer import load_tokenizer
 from trainer import build_plan

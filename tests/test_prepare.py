@@ -28,11 +28,11 @@ from test_blocks import TEXTS, build_tokenizer
 import prepare
 import sources
 from blocks import Encoders
-from config import DataSettings
 from conftest import TINY_FLAGS, CommandRunner
 from preflight.core.errors import ExitCode, PreflightError
 from preflight.core.locks import FolderLock
 from preflight.core.signals import StopFlag
+from preflight.settings.config import DataSettings
 from prepare import prepare_data
 from shards import DataFolder, load_data_folder
 from tokenizer import Tokenizer, load_tokenizer

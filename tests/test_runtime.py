@@ -12,9 +12,9 @@ import pytest
 import torch
 
 import runtime
-from config import SystemSettings
 from conftest import ROOT
 from preflight.core.errors import ExitCode, PreflightError
+from preflight.settings.config import SystemSettings
 from runtime import available_host_bytes, build_runtime, is_out_of_memory
 
 

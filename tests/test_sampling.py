@@ -17,8 +17,8 @@ from transformers import LogitsProcessorList
 from transformers.generation import logits_process as hf
 
 import sampling
-from config import ModelConfig, SamplingConfig
 from preflight.core import console
+from preflight.settings.config import ModelConfig, SamplingConfig
 from sampling import (
     TextAssembler,
     choose_tokens,

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from config import ModelConfig
+from preflight.settings.config import ModelConfig
 from single_row import SingleRowReader, choose_reader, one_torch_thread
 from transformer_model import ACTIVATION_FUNCTIONS, DecoderOnlyTransformer, KVCache
 

@@ -16,8 +16,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import train_utils
-from config import DataSettings
 from preflight.core.errors import ExitCode, PreflightError
+from preflight.settings.config import DataSettings
 from prepare import prepare_data
 from shards import DataFolder, load_data_folder
 from tokenizer import load_tokenizer

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from config import ControlSettings, ModelConfig, SystemSettings, TrainingSettings
+from preflight.settings.config import ControlSettings, ModelConfig, SystemSettings, TrainingSettings
 from runtime import Runtime, build_runtime
 from trainer import Trainer, TrainState, build_plan, learning_rate_at
 

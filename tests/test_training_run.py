@@ -20,9 +20,9 @@ import torch
 import checkpoint as checkpoints
 import resume
 import training_run
-from config import build_config
 from conftest import ROOT, TINY_FLAGS, CommandRunner
 from preflight.core.errors import ExitCode, PreflightError
+from preflight.settings.config import build_config
 from trainer import StepResult, Trainer
 
 TINY = {

@@ -13,7 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import transformer_model
 from benchmarks.peers import build_hugging_face, to_hugging_face
-from config import MODEL_PRESETS, ModelConfig, ModelSettings
+from preflight.settings.config import MODEL_PRESETS, ModelConfig, ModelSettings
 from transformer_model import (
     LOSS_ROWS_CPU,
     Block,

@@ -17,10 +17,10 @@ import shards
 import transformer_model
 import validation
 from checkpoint import load_weights
-from config import RunConfig
 from conftest import TINY_FLAGS, CommandRunner, MakeConfig
 from preflight.core.storage import hash_file
 from preflight.core.strict_json import read_json
+from preflight.settings.config import RunConfig
 from tokenizer import Tokenizer, load_tokenizer
 from train_utils import BatchLoader
 from trainer import Evaluation, Trainer

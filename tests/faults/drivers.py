@@ -33,10 +33,10 @@ import main
 import prepare
 import train_utils
 import training_run
-from config import RunConfig
 from preflight.core import locks, storage
 from preflight.core.errors import ExitCode, PreflightError
 from preflight.core.signals import StopFlag
+from preflight.settings.config import RunConfig
 from tokenizer import Tokenizer
 from trainer import Trainer
 

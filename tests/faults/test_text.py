@@ -11,8 +11,8 @@ import pytest
 import test_blocks
 import test_prepare
 
-from config import DataSettings
 from preflight.core.errors import ExitCode, PreflightError
+from preflight.settings.config import DataSettings
 from prepare import prepare_data
 from tokenizer import load_tokenizer
 

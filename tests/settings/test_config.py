@@ -10,7 +10,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from config import (
+from preflight.core.errors import ExitCode, PreflightError
+from preflight.settings.config import (
     GROUPS,
     MODEL_PRESETS,
     ModelConfig,
@@ -20,7 +21,6 @@ from config import (
     describe_choices,
     model_config_from_dict,
 )
-from preflight.core.errors import ExitCode, PreflightError
 
 
 def config_of(**values: object):
