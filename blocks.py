@@ -27,8 +27,8 @@ import tiktoken
 
 from preflight.core.console import format_bytes, say
 from preflight.core.errors import ExitCode, PreflightError
+from preflight.tokenization.tokenizer import Tokenizer, load_tokenizer
 from sources import Document, changed_error, open_source, text_error
-from tokenizer import Tokenizer, load_tokenizer
 
 BLOCK_BYTES = 512 * 1024  # tiktoken 0.14 panics on a run of a million spaces
 MAX_RUN_BYTES = 208 * 2**20  # text without one safe place to cut is held whole up to this

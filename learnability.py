@@ -13,8 +13,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from preflight.settings.config import MODEL_PRESETS, ModelConfig, ModelSettings, RunConfig
+from preflight.tokenization.tokenizer import Tokenizer
 from shards import DataFolder, Split
-from tokenizer import Tokenizer
 from trainer import TrainingPlan
 from transformer_model import count_parameters
 

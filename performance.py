@@ -32,10 +32,10 @@ from preflight.settings.config import (
     SamplingConfig,
     TrainingSettings,
 )
+from preflight.tokenization.tokenizer import Tokenizer
 from runtime import Runtime
 from sampling import SAMPLE_TOKENS, generate_text
 from shards import DataFolder
-from tokenizer import Tokenizer
 from train_utils import BatchLoader, count_windows, iterate_windows
 from trainer import Trainer, TrainingPlan
 from transformer_model import count_parameters, estimate_flops_per_token

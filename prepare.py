@@ -36,6 +36,7 @@ from preflight.core.storage import (
 )
 from preflight.core.strict_json import read_json
 from preflight.settings.config import DataSettings
+from preflight.tokenization.tokenizer import Tokenizer
 from shards import (
     FORMAT,
     METADATA_NAME,
@@ -62,7 +63,6 @@ from sources import (
     open_source,
     scan_inputs,
 )
-from tokenizer import Tokenizer
 
 BUILDING_NAME = ".building"
 IN_PROCESS_BYTES = 2 * 2**20  # below this, starting workers costs more than it gains

@@ -11,7 +11,7 @@ from checkpoint import Checkpoint
 from preflight.core.console import say
 from preflight.core.errors import ExitCode, PreflightError
 from preflight.settings.config import ModelConfig, RunConfig, TrainingSettings, build_config
-from tokenizer import Tokenizer
+from preflight.tokenization.tokenizer import Tokenizer
 
 LENGTH_FLAGS = {"max_steps", "num_epochs"}  # either one replaces both
 

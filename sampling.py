@@ -18,8 +18,8 @@ from torch import Tensor
 
 from preflight.core.console import say_once
 from preflight.settings.config import SamplingConfig
+from preflight.tokenization.tokenizer import Tokenizer
 from single_row import choose_reader, one_torch_thread
-from tokenizer import Tokenizer
 from transformer_model import DecoderOnlyTransformer, KVCache
 
 SAMPLE_TOKENS = 48  # of the text that a run writes at each evaluation

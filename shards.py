@@ -22,7 +22,7 @@ import numpy as np
 from preflight.core.errors import ExitCode, PreflightError
 from preflight.core.storage import hash_file, publish_file, verify_all
 from preflight.core.strict_json import MAX_JSON_BYTES, parse_json
-from tokenizer import Tokenizer
+from preflight.tokenization.tokenizer import Tokenizer
 
 FORMAT = "preflight-shards"
 VERSION = 1

@@ -29,12 +29,12 @@ from preflight.core.errors import ExitCode, PreflightError
 from preflight.core.signals import StopFlag
 from preflight.core.storage import TEMPORARY_PREFIX, check_writable, free_bytes
 from preflight.settings.config import ControlSettings, ModelConfig, RunConfig, SamplingConfig
+from preflight.tokenization.tokenizer import Tokenizer, load_tokenizer
 from prepare import prepare_data
 from resume import adopt_settings, find_origin, resolve_model
 from runtime import Runtime, build_runtime, has_fast_bf16, is_out_of_memory
 from sampling import generate_text
 from shards import DataFolder
-from tokenizer import Tokenizer, load_tokenizer
 from train_utils import BatchLoader, iterate_windows
 from trainer import Trainer, build_plan
 from transformer_model import count_parameters

@@ -35,9 +35,9 @@ from preflight.settings.config import (  # noqa: E402
     SystemSettings,
     TrainingSettings,
 )
+from preflight.tokenization.tokenizer import load_tokenizer  # noqa: E402
 from prepare import prepare_data  # noqa: E402
 from runtime import build_runtime, describe_device  # noqa: E402
-from tokenizer import load_tokenizer  # noqa: E402
 from train_utils import BatchLoader  # noqa: E402
 from trainer import Trainer, build_plan, learning_rate_at  # noqa: E402
 

@@ -37,10 +37,10 @@ from preflight.settings.config import (  # noqa: E402
     SystemSettings,
     TrainingSettings,
 )
+from preflight.tokenization.tokenizer import load_tokenizer  # noqa: E402
 from prepare import prepare_data  # noqa: E402
 from runtime import build_runtime  # noqa: E402
 from shards import load_data_folder  # noqa: E402
-from tokenizer import load_tokenizer  # noqa: E402
 from trainer import Trainer, build_plan  # noqa: E402
 
 SAMPLE_TOKENS = 500_000  # a text of about two megabytes: the shortest run worth saving

@@ -31,7 +31,7 @@ import psutil
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
-from tokenizer import load_tokenizer  # noqa: E402
+from preflight.tokenization.tokenizer import load_tokenizer  # noqa: E402
 
 _PREPARE = """
 import json, sys, time

@@ -18,8 +18,8 @@ from tiktoken_ext import openai_public
 
 import blocks
 from blocks import Encoders, encode_run
+from preflight.tokenization.tokenizer import Tokenizer, load_tokenizer
 from sources import Document, Source
-from tokenizer import Tokenizer, load_tokenizer
 
 GPT2 = load_tokenizer("gpt2")
 

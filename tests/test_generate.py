@@ -26,7 +26,7 @@ from checkpoint import open_checkpoint, save_checkpoint
 from generate import generate_text, load_model, read_prompts
 from preflight.core.errors import PreflightError
 from preflight.settings.config import GenerationSettings, ModelConfig, RunConfig, SamplingConfig
-from tokenizer import load_tokenizer
+from preflight.tokenization.tokenizer import load_tokenizer
 from transformer_model import DecoderOnlyTransformer
 
 torch.set_num_threads(1)

@@ -23,8 +23,8 @@ from performance import (
     measure_product_flops,
 )
 from preflight.settings.config import ModelConfig, TrainingSettings
+from preflight.tokenization.tokenizer import load_tokenizer
 from prepare import prepare_data
-from tokenizer import load_tokenizer
 from trainer import build_plan
 
 MODEL = ModelConfig(1000, 64, 64, 4, 3, 256)

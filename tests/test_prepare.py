@@ -33,9 +33,9 @@ from preflight.core.errors import ExitCode, PreflightError
 from preflight.core.locks import FolderLock
 from preflight.core.signals import StopFlag
 from preflight.settings.config import DataSettings
+from preflight.tokenization.tokenizer import Tokenizer, load_tokenizer
 from prepare import prepare_data
 from shards import DataFolder, load_data_folder
-from tokenizer import Tokenizer, load_tokenizer
 
 ROOT = Path(__file__).parent.parent
 GPT2 = load_tokenizer("gpt2")

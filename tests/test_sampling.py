@@ -19,6 +19,7 @@ from transformers.generation import logits_process as hf
 import sampling
 from preflight.core import console
 from preflight.settings.config import ModelConfig, SamplingConfig
+from preflight.tokenization.tokenizer import END_OF_TEXT, Tokenizer
 from sampling import (
     TextAssembler,
     choose_tokens,
@@ -30,7 +31,6 @@ from sampling import (
     window_start,
 )
 from single_row import SingleRowReader
-from tokenizer import END_OF_TEXT, Tokenizer
 from transformer_model import DecoderOnlyTransformer, KVCache
 
 torch.set_num_threads(1)

@@ -18,9 +18,9 @@ from hypothesis import strategies as st
 import train_utils
 from preflight.core.errors import ExitCode, PreflightError
 from preflight.settings.config import DataSettings
+from preflight.tokenization.tokenizer import load_tokenizer
 from prepare import prepare_data
 from shards import DataFolder, load_data_folder
-from tokenizer import load_tokenizer
 from train_utils import BatchLoader, count_windows, iterate_windows
 
 GPT2 = load_tokenizer("gpt2")

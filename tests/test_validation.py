@@ -21,7 +21,7 @@ from conftest import TINY_FLAGS, CommandRunner, MakeConfig
 from preflight.core.storage import hash_file
 from preflight.core.strict_json import read_json
 from preflight.settings.config import RunConfig
-from tokenizer import Tokenizer, load_tokenizer
+from preflight.tokenization.tokenizer import Tokenizer, load_tokenizer
 from train_utils import BatchLoader
 from trainer import Evaluation, Trainer
 from transformer_model import DecoderOnlyTransformer

@@ -37,7 +37,7 @@ from preflight.core import locks, storage
 from preflight.core.errors import ExitCode, PreflightError
 from preflight.core.signals import StopFlag
 from preflight.settings.config import RunConfig
-from tokenizer import Tokenizer
+from preflight.tokenization.tokenizer import Tokenizer
 from trainer import Trainer
 
 

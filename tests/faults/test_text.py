@@ -13,8 +13,8 @@ import test_prepare
 
 from preflight.core.errors import ExitCode, PreflightError
 from preflight.settings.config import DataSettings
+from preflight.tokenization.tokenizer import load_tokenizer
 from prepare import prepare_data
-from tokenizer import load_tokenizer
 
 from .harness import ForkServer, find_message_faults
 
