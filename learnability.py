@@ -12,9 +12,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from preflight.corpus.shards import DataFolder, Split
 from preflight.settings.config import MODEL_PRESETS, ModelConfig, ModelSettings, RunConfig
 from preflight.tokenization.tokenizer import Tokenizer
-from shards import DataFolder, Split
 from trainer import TrainingPlan
 from transformer_model import count_parameters
 

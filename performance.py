@@ -25,6 +25,7 @@ from hardware import Card
 from memory import estimate_checkpoint_bytes
 from metrics import CURVE_EVERY_SECONDS
 from preflight.core.storage import TEMPORARY_PREFIX
+from preflight.corpus.shards import DataFolder
 from preflight.settings.config import (
     ControlSettings,
     ModelConfig,
@@ -35,7 +36,6 @@ from preflight.settings.config import (
 from preflight.tokenization.tokenizer import Tokenizer
 from runtime import Runtime
 from sampling import SAMPLE_TOKENS, generate_text
-from shards import DataFolder
 from train_utils import BatchLoader, count_windows, iterate_windows
 from trainer import Trainer, TrainingPlan
 from transformer_model import count_parameters, estimate_flops_per_token

@@ -44,9 +44,10 @@ from preflight.core.console import format_bytes
 from preflight.core.errors import ExitCode
 from preflight.core.signals import StopFlag
 from preflight.core.storage import check_writable, free_bytes, write_json
+from preflight.corpus.build import prepare_data
+from preflight.corpus.shards import DataFolder
 from preflight.settings.config import ModelConfig, RunConfig, describe_choices
 from preflight.tokenization.tokenizer import Tokenizer, load_tokenizer
-from prepare import prepare_data
 from report import Problem, Report, compare
 from resume import adopt_settings, find_origin, resolve_model
 from runtime import (
@@ -58,7 +59,6 @@ from runtime import (
     is_out_of_memory,
     reachable_host_bytes,
 )
-from shards import DataFolder
 from train_utils import count_windows, iterate_windows
 from trainer import TrainingPlan, TrainState, build_plan
 from transformer_model import count_parameters, estimate_flops_per_token

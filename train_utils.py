@@ -20,7 +20,7 @@ import numpy as np
 import torch
 
 from preflight.core.errors import ExitCode, PreflightError
-from shards import DataFolder, Split
+from preflight.corpus.shards import DataFolder, Split
 
 _CHUNK_TOKENS = 256 * 1024  # read and converted at once: one thread hand-over for many batches
 _POLL_SECONDS = 0.5

@@ -38,9 +38,11 @@ from preflight.core.errors import ExitCode, PreflightError
 from preflight.core.locks import FolderLock
 from preflight.core.signals import StopFlag
 from preflight.core.storage import check_writable, make_folder
+from preflight.corpus.build import prepare_data
+from preflight.corpus.shards import DataFolder
+from preflight.corpus.sources import find_inputs
 from preflight.settings.config import ModelConfig, RunConfig, SamplingConfig, describe_choices
 from preflight.tokenization.tokenizer import Tokenizer, load_tokenizer
-from prepare import prepare_data
 from resume import adopt_settings, find_origin, resolve_model
 from runtime import (
     Runtime,
@@ -50,8 +52,6 @@ from runtime import (
     reachable_host_bytes,
 )
 from sampling import SAMPLE_TOKENS, generate_text
-from shards import DataFolder
-from sources import find_inputs
 from train_utils import BatchLoader, count_windows, iterate_windows
 from trainer import StepResult, Trainer, TrainState, build_plan
 from transformer_model import count_parameters

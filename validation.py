@@ -21,20 +21,20 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-import shards
 from checkpoint import load_training_state, load_weights, save_checkpoint, verify_checkpoint
 from performance import estimate_disk_bytes
 from preflight.core.console import format_bytes
 from preflight.core.errors import ExitCode, PreflightError
 from preflight.core.signals import StopFlag
 from preflight.core.storage import TEMPORARY_PREFIX, check_writable, free_bytes
+from preflight.corpus import shards
+from preflight.corpus.build import prepare_data
+from preflight.corpus.shards import DataFolder
 from preflight.settings.config import ControlSettings, ModelConfig, RunConfig, SamplingConfig
 from preflight.tokenization.tokenizer import Tokenizer, load_tokenizer
-from prepare import prepare_data
 from resume import adopt_settings, find_origin, resolve_model
 from runtime import Runtime, build_runtime, has_fast_bf16, is_out_of_memory
 from sampling import generate_text
-from shards import DataFolder
 from train_utils import BatchLoader, iterate_windows
 from trainer import Trainer, build_plan
 from transformer_model import count_parameters

@@ -143,8 +143,8 @@ def measure_tree_bytes(pid: int) -> int:
 
 def measure_loader(path: Path, seconds: float) -> dict[str, float]:
     """Million tokens a second of the loader alone, on the CPU, by context length."""
+    from preflight.corpus.build import prepare_data
     from preflight.settings.config import DataSettings
-    from prepare import prepare_data
     from train_utils import BatchLoader
 
     rates = {}

@@ -9,9 +9,9 @@ import pytest
 
 import learnability
 from learnability import find_content_warnings, find_plan_warnings, scan_content
+from preflight.corpus.build import DataFolder, prepare_data
 from preflight.settings.config import RunConfig, build_config
 from preflight.tokenization.tokenizer import load_tokenizer
-from prepare import DataFolder, prepare_data
 from trainer import build_plan
 
 

@@ -22,9 +22,9 @@ from performance import (
     estimate_run_time,
     measure_product_flops,
 )
+from preflight.corpus.build import prepare_data
 from preflight.settings.config import ModelConfig, TrainingSettings
 from preflight.tokenization.tokenizer import load_tokenizer
-from prepare import prepare_data
 from trainer import build_plan
 
 MODEL = ModelConfig(1000, 64, 64, 4, 3, 256)

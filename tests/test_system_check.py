@@ -17,8 +17,8 @@ import training_run
 from conftest import MakeConfig
 from hardware import find_card
 from preflight.core.strict_json import read_json
+from preflight.corpus.build import prepare_data
 from preflight.tokenization.tokenizer import load_tokenizer
-from prepare import prepare_data
 from report import SECTIONS, Report, compare, format_label, format_value
 from system_check import build_report
 

@@ -17,10 +17,10 @@ from hypothesis import strategies as st
 
 import train_utils
 from preflight.core.errors import ExitCode, PreflightError
+from preflight.corpus.build import prepare_data
+from preflight.corpus.shards import DataFolder, load_data_folder
 from preflight.settings.config import DataSettings
 from preflight.tokenization.tokenizer import load_tokenizer
-from prepare import prepare_data
-from shards import DataFolder, load_data_folder
 from train_utils import BatchLoader, count_windows, iterate_windows
 
 GPT2 = load_tokenizer("gpt2")

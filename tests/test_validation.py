@@ -12,14 +12,13 @@ import pytest
 import torch
 from torch import Tensor
 
-import prepare
-import shards
 import transformer_model
 import validation
 from checkpoint import load_weights
 from conftest import TINY_FLAGS, CommandRunner, MakeConfig
 from preflight.core.storage import hash_file
 from preflight.core.strict_json import read_json
+from preflight.corpus import build, shards
 from preflight.settings.config import RunConfig
 from preflight.tokenization.tokenizer import Tokenizer, load_tokenizer
 from train_utils import BatchLoader
@@ -86,7 +85,7 @@ def plant_ids_beyond_the_vocabulary(part: str) -> None:
 def test_five_planted_faults_in_one_run(
     make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    prepare.prepare_data(make_config().data, load_tokenizer("gpt2"), 32)
+    build.prepare_data(make_config().data, load_tokenizer("gpt2"), 32)
     with open("data/train/shard_00000.npy", "r+b") as file:
         file.seek(-1, os.SEEK_END)
         file.write(b"\xff")
@@ -250,7 +249,7 @@ BREAKS = [
 def test_each_check_goes_red(
     make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch, number: int
 ) -> None:
-    prepare.prepare_data(make_config().data, load_tokenizer("gpt2"), 32)
+    build.prepare_data(make_config().data, load_tokenizer("gpt2"), 32)
     flags = BREAKS[number - 1](monkeypatch)
     results = run_all(make_config(**flags))
     assert number in numbers(results, "failed")

@@ -30,12 +30,12 @@ from matplotlib.figure import Figure
 
 import generate
 import main
-import prepare
 import train_utils
 import training_run
 from preflight.core import locks, storage
 from preflight.core.errors import ExitCode, PreflightError
 from preflight.core.signals import StopFlag
+from preflight.corpus import build
 from preflight.settings.config import RunConfig
 from preflight.tokenization.tokenizer import Tokenizer
 from trainer import Trainer
@@ -69,7 +69,7 @@ def run_preparation(argv: list[str]) -> int:
     """The command line of `--train` up to the prepared data folder."""
     def prepare_only(mode: str, config: RunConfig) -> int:
         with StopFlag() as stop:
-            prepare.prepare_data(config.data, build_byte_tokenizer(), 8, stop)
+            build.prepare_data(config.data, build_byte_tokenizer(), 8, stop)
         return ExitCode.DONE
 
     main.run_mode = prepare_only

@@ -20,8 +20,8 @@ import test_checkpoint as checkpoint_tests
 import torch
 
 import checkpoint
-import shards
 from preflight.core.errors import ExitCode, PreflightError
+from preflight.corpus import shards
 
 from .drivers import build_byte_tokenizer
 from .harness import ForkServer, find_message_faults

@@ -12,9 +12,9 @@ import test_blocks
 import test_prepare
 
 from preflight.core.errors import ExitCode, PreflightError
+from preflight.corpus.build import prepare_data
 from preflight.settings.config import DataSettings
 from preflight.tokenization.tokenizer import load_tokenizer
-from prepare import prepare_data
 
 from .harness import ForkServer, find_message_faults
 

@@ -25,17 +25,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_blocks import TEXTS, build_tokenizer
 
-import prepare
-import sources
-from blocks import Encoders
 from conftest import TINY_FLAGS, CommandRunner
 from preflight.core.errors import ExitCode, PreflightError
 from preflight.core.locks import FolderLock
 from preflight.core.signals import StopFlag
+from preflight.corpus import build, sources
+from preflight.corpus.build import prepare_data
+from preflight.corpus.shards import DataFolder, load_data_folder
+from preflight.corpus.workers import Encoders
 from preflight.settings.config import DataSettings
 from preflight.tokenization.tokenizer import Tokenizer, load_tokenizer
-from prepare import prepare_data
-from shards import DataFolder, load_data_folder
 
 ROOT = Path(__file__).parent.parent
 GPT2 = load_tokenizer("gpt2")
@@ -189,7 +188,7 @@ def test_many_documents_are_split_by_document(tmp_path: Path) -> None:
 @given(st.integers(1, 3000), st.floats(0.001, 0.5))
 @settings(max_examples=50)
 def test_validation_share_by_document(n_documents: int, share: float) -> None:
-    chosen = sum(prepare._is_validation(i, share) for i in range(n_documents))
+    chosen = sum(build._is_validation(i, share) for i in range(n_documents))
     assert abs(chosen - n_documents * share) <= 1.001
 
 
@@ -248,7 +247,7 @@ def test_sample_is_prepared_and_reused(
     assert data.train.n_documents > 80
     assert prepare_data(data_settings, GPT2, 128).fingerprint == data.fingerprint
     assert "reusing" in capsys.readouterr().err
-    assert not (tmp_path / "data" / prepare.BUILDING_NAME).exists()
+    assert not (tmp_path / "data" / build.BUILDING_NAME).exists()
 
 
 # ---- faults in the text -------------------------------------------------------------------------
@@ -386,7 +385,7 @@ def test_file_that_changes_between_the_passes_publishes_nothing(
 ) -> None:
     old = build(tmp_path, GOOD)
     tree = hash_tree(old.path)
-    original = prepare._build_plan
+    original = build._build_plan
 
     def change(*args: Any) -> Any:
         plan = original(*args)
@@ -394,7 +393,7 @@ def test_file_that_changes_between_the_passes_publishes_nothing(
             file.write(b"P")
         return plan
 
-    monkeypatch.setattr(prepare, "_build_plan", change)
+    monkeypatch.setattr(build, "_build_plan", change)
     with pytest.raises(PreflightError, match="changed while it was being read") as caught:
         build(tmp_path, GOOD + "more words\n")
     assert caught.value.code == ExitCode.TEXT
@@ -549,7 +548,7 @@ def counted(name):
 for name in ("fsync", "replace", "rename", "posix_fallocate", "unlink", "mkdir", "rmdir"):
     counted(name)
 settings = DataSettings(text_file={texts!r}, data_dir={data!r}, shard_size=1024, val_split=0.2)
-prepare.prepare_data(settings, load_tokenizer("gpt2"), 4, block_bytes=700, n_workers=0)
+build.prepare_data(settings, load_tokenizer("gpt2"), 4, block_bytes=700, n_workers=0)
 """
 
 
@@ -607,7 +606,7 @@ def test_unfinished_folder_without_text_is_an_error_and_a_finished_build_is_move
 ) -> None:
     data = build(tmp_path, GOOD * 5)
     tree = hash_tree(data.path)
-    building = data.path / prepare.BUILDING_NAME
+    building = data.path / build.BUILDING_NAME
     building.mkdir()
     os.rename(data.path / "val", building / "val")
     os.rename(data.path / "metadata.json", building / "metadata.json")
@@ -656,7 +655,7 @@ def test_stop_keeps_finished_shards(
 def test_full_disk_is_told_of_before_the_work(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(prepare, "free_bytes", lambda path: 100)
+    monkeypatch.setattr(build, "free_bytes", lambda path: 100)
     with pytest.raises(PreflightError) as caught:
         build(tmp_path, GOOD)
     assert caught.value.code == ExitCode.STORAGE
@@ -670,7 +669,7 @@ def test_workers_end_with_a_killed_parent(tmp_path: Path) -> None:
         f"import sys; sys.path.insert(0, {str(ROOT)!r})\n"
         "import prepare\nfrom config import DataSettings\nfrom tokenizer import load_tokenizer\n"
         "if __name__ == '__main__':\n"
-        f"    prepare.prepare_data(DataSettings(text_file=({str(source)!r},), shard_size=2000,\n"
+        f"    build.prepare_data(DataSettings(text_file=({str(source)!r},), shard_size=2000,\n"
         f"        data_dir={str(tmp_path / 'd')!r}), load_tokenizer('gpt2'), 4,\n"
         "        block_bytes=5000, n_workers=2)\n"
     )

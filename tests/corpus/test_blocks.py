@@ -16,10 +16,11 @@ from hypothesis import strategies as st
 from tiktoken import _educational
 from tiktoken_ext import openai_public
 
-import blocks
-from blocks import Encoders, encode_run
+from preflight.corpus import blocks
+from preflight.corpus.blocks import encode_run
+from preflight.corpus.sources import Document, Source
+from preflight.corpus.workers import Encoders
 from preflight.tokenization.tokenizer import Tokenizer, load_tokenizer
-from sources import Document, Source
 
 GPT2 = load_tokenizer("gpt2")
 

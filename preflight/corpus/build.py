@@ -20,7 +20,6 @@ from typing import Any
 
 from tqdm import tqdm
 
-from blocks import BLOCK_BYTES, Encoders, read_blocks
 from preflight.core.console import format_bytes, is_progress_shown, say
 from preflight.core.errors import ExitCode, PreflightError
 from preflight.core.locks import FolderLock
@@ -35,9 +34,8 @@ from preflight.core.storage import (
     write_json,
 )
 from preflight.core.strict_json import read_json
-from preflight.settings.config import DataSettings
-from preflight.tokenization.tokenizer import Tokenizer
-from shards import (
+from preflight.corpus.blocks import BLOCK_BYTES, read_blocks
+from preflight.corpus.shards import (
     FORMAT,
     METADATA_NAME,
     SHARD_NAME,
@@ -45,14 +43,13 @@ from shards import (
     VERSION,
     DataFolder,
     ShardWriter,
-    Split,  # noqa: F401 (learnability.py still asks for it here)
     check_long_enough,
     load_data_folder,
     read_metadata,
     render_metadata,
     verify_shard,
 )
-from sources import (
+from preflight.corpus.sources import (
     SAMPLE_NAME,
     Document,
     Source,
@@ -63,6 +60,9 @@ from sources import (
     open_source,
     scan_inputs,
 )
+from preflight.corpus.workers import Encoders
+from preflight.settings.config import DataSettings
+from preflight.tokenization.tokenizer import Tokenizer
 
 BUILDING_NAME = ".building"
 IN_PROCESS_BYTES = 2 * 2**20  # below this, starting workers costs more than it gains
