@@ -13,10 +13,10 @@ from dataclasses import dataclass
 import numpy as np
 
 from preflight.corpus.shards import DataFolder, Split
+from preflight.models.cost import count_parameters
 from preflight.settings.config import MODEL_PRESETS, ModelConfig, ModelSettings, RunConfig
 from preflight.tokenization.tokenizer import Tokenizer
 from trainer import TrainingPlan
-from transformer_model import count_parameters
 
 # Hoffmann et al. 2022 (arXiv:2203.15556, table 3): about 20 tokens a parameter train a model best
 # for its cost. Far under: a quarter.

@@ -12,10 +12,10 @@ from typing import Any, Literal
 
 import torch
 
-import transformer_model
 from memory_trace import Peaks, TraceCase, extend_peaks, trace_peaks
+from preflight.models import loss as losses
+from preflight.models.cost import count_parameters
 from preflight.settings.config import ModelConfig, TrainingSettings
-from transformer_model import count_parameters
 
 MIB = 2**20
 PHASES = ("training step", "optimizer step", "evaluation", "generation", "resume")
@@ -152,7 +152,7 @@ def build_batch_curve(
     `estimate_memory`.
     """
     device_type = options["device_type"]
-    rows = transformer_model.loss_layout(device_type).rows
+    rows = losses.loss_layout(device_type).rows
     first = -(-4 * rows // model_config.context_length)
     workspace = _estimate_workspace(device_type, options.pop("hopper_or_newer", None))
     base = TraceCase(model_config, training, **{

@@ -25,6 +25,7 @@ from torch.utils._pytree import tree_leaves
 
 import transformer_model
 from memory_compiled import capture_graphs, trace_compiled_step
+from preflight.models import loss as losses
 from preflight.settings.config import ControlSettings, ModelConfig, SamplingConfig, TrainingSettings
 from runtime import Runtime
 from sampling import FILL_TOKENS, choose_tokens
@@ -191,7 +192,7 @@ def _pretend(device_type: str) -> Iterator[AllocationLog]:
 @contextlib.contextmanager
 def _loss_of(device_type: str, *, whole: bool) -> Iterator[None]:
     """The loss as that device computes it; unless `whole`, a few of its chunks, which are alike."""
-    own_layout, own_chunks = transformer_model.loss_layout, transformer_model.split_loss_rows
+    own_layout, own_chunks = losses.loss_layout, losses.split_loss_rows
     layout = own_layout(device_type)
 
     def few_chunks(hidden: Tensor) -> list[slice]:
@@ -200,13 +201,13 @@ def _loss_of(device_type: str, *, whole: bool) -> Iterator[None]:
             return chunks
         return [*chunks[: _LOSS_CHUNKS - 1], chunks[-1]]
 
-    transformer_model.loss_layout = lambda device_type: layout
-    transformer_model.split_loss_rows = few_chunks
+    losses.loss_layout = lambda device_type: layout
+    losses.split_loss_rows = few_chunks
     try:
         yield
     finally:
-        transformer_model.loss_layout = own_layout
-        transformer_model.split_loss_rows = own_chunks
+        losses.loss_layout = own_layout
+        losses.split_loss_rows = own_chunks
 
 
 @dataclass(frozen=True)

@@ -26,6 +26,7 @@ from memory import estimate_checkpoint_bytes
 from metrics import CURVE_EVERY_SECONDS
 from preflight.core.storage import TEMPORARY_PREFIX
 from preflight.corpus.shards import DataFolder
+from preflight.models.cost import count_parameters, estimate_flops_per_token
 from preflight.settings.config import (
     ControlSettings,
     ModelConfig,
@@ -38,7 +39,6 @@ from runtime import Runtime
 from sampling import SAMPLE_TOKENS, generate_text
 from train_utils import BatchLoader, count_windows, iterate_windows
 from trainer import Trainer, TrainingPlan
-from transformer_model import count_parameters, estimate_flops_per_token
 
 TIMED_STEPS = 5
 LONG_SECONDS = 3.0  # a step longer than this is timed fewer times, or in part

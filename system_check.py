@@ -46,6 +46,7 @@ from preflight.core.signals import StopFlag
 from preflight.core.storage import check_writable, free_bytes, write_json
 from preflight.corpus.build import prepare_data
 from preflight.corpus.shards import DataFolder
+from preflight.models.cost import count_parameters, estimate_flops_per_token
 from preflight.settings.config import ModelConfig, RunConfig, describe_choices
 from preflight.tokenization.tokenizer import Tokenizer, load_tokenizer
 from report import Problem, Report, compare
@@ -61,7 +62,6 @@ from runtime import (
 )
 from train_utils import count_windows, iterate_windows
 from trainer import TrainingPlan, TrainState, build_plan
-from transformer_model import count_parameters, estimate_flops_per_token
 
 REPORT_NAME = "check_report.json"
 _TIMED_PHASES = ("training step", "optimizer step", "evaluation")

@@ -41,6 +41,7 @@ from preflight.core.storage import check_writable, make_folder
 from preflight.corpus.build import prepare_data
 from preflight.corpus.shards import DataFolder
 from preflight.corpus.sources import find_inputs
+from preflight.models.cost import count_parameters
 from preflight.settings.config import ModelConfig, RunConfig, SamplingConfig, describe_choices
 from preflight.tokenization.tokenizer import Tokenizer, load_tokenizer
 from resume import adopt_settings, find_origin, resolve_model
@@ -54,7 +55,6 @@ from runtime import (
 from sampling import SAMPLE_TOKENS, generate_text
 from train_utils import BatchLoader, count_windows, iterate_windows
 from trainer import StepResult, Trainer, TrainState, build_plan
-from transformer_model import count_parameters
 
 # Updates in a row that may be skipped for a loss or gradient that is not finite. A gradient
 # scaler starts at 2^16 and halves at each overflow, so fp16 may need more of them.

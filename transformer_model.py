@@ -12,13 +12,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from functools import partial
-from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from preflight.models.loss import linear_cross_entropy
 from preflight.settings.config import ModelConfig
 
 ACTIVATION_FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -27,35 +27,10 @@ ACTIVATION_FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "relu": F.relu,
     "silu": F.silu,
 }
-# Rows of logits held at once by the loss (measured, benchmarks/LOG.md). On the CPU, GPT-2's are
-# over the 32 MiB up to which malloc keeps freed blocks; on CUDA they fill the card.
-LOSS_ROWS_CPU = 256
-LOSS_ROWS_CUDA = 2048
-# Tensor cores want every dimension to be a multiple of this; 50,257 is odd.
-CUDA_VOCAB_MULTIPLE = 64
 
 
-class LossLayout(NamedTuple):
-    """How a device computes the loss.
-
-    Attributes:
-        rows: of logits held at once.
-        vocab_multiple: the vocabulary is padded to a multiple of this.
-        weight_first: whether fp32 logits are V C times C R, and lie in columns: MKL is up to 1.7
-            times faster so than with R C times C V.
-    """
-
-    rows: int
-    vocab_multiple: int
-    weight_first: bool
 
 
-def loss_layout(device_type: str) -> LossLayout:
-    """What is fastest on that device."""
-    if device_type == "cuda":
-        return LossLayout(LOSS_ROWS_CUDA, CUDA_VOCAB_MULTIPLE, weight_first=False)
-    on_cpu = device_type == "cpu"
-    return LossLayout(LOSS_ROWS_CPU if on_cpu else LOSS_ROWS_CUDA, 1, weight_first=on_cpu)
 
 
 class KVCache:
@@ -313,132 +288,15 @@ class DecoderOnlyTransformer(nn.Module):
         return length
 
 
-def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
-    """Mean cross-entropy of ``hidden @ weight.T`` against `targets`, never holding all logits.
-
-    Args:
-        hidden: rows (N C), of which logits are made a few at a time.
-        weight: the tied embedding (V C).
-        targets: ids (N,).
-
-    Returns:
-        A scalar in fp32. Its gradients are computed in the same pass, while the logits are at
-        hand, so that nothing is computed twice (Hsu et al. 2024, arXiv:2410.10989, section 3.2).
-    """
-    device = hidden.device.type
-    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
-    with torch.autocast(device, enabled=False):
-        hidden, weight = hidden.to(dtype), weight.to(dtype)
-        padding = -len(weight) % loss_layout(device).vocab_multiple
-        if padding:
-            weight = F.pad(weight, (0, 0, 0, padding))
-        if torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad):
-            return _LinearCrossEntropy.apply(hidden, weight, targets, padding)
-        total = hidden.new_zeros((), dtype=torch.float32)
-        buffer = _make_logits_buffer(hidden, weight)
-        for rows in split_loss_rows(hidden):
-            total += _score_rows(hidden[rows], weight, targets[rows, None], padding, buffer)[0]
-        return total / len(hidden)
 
 
-def split_loss_rows(hidden: Tensor) -> list[slice]:
-    """The rows of the loss (N C), as many at a time as `loss_layout` says."""
-    rows = loss_layout(hidden.device.type).rows
-    return [slice(start, start + rows) for start in range(0, len(hidden), rows)]
 
 
-def _make_logits_buffer(hidden: Tensor, weight: Tensor) -> Tensor | None:
-    """Room for one chunk's logits, for every chunk to use again, where they are to lie in columns;
-    ``None`` where rows are faster.
-    """
-    # The compiler's kernels, and products in bf16, want rows.
-    rows, _, weight_first = loss_layout(hidden.device.type)
-    if not weight_first or hidden.dtype != torch.float32 or torch.compiler.is_compiling():
-        return None
-    return hidden.new_empty(len(weight) * min(rows, len(hidden)))
 
 
-def _score_rows(
-    hidden: Tensor, weight: Tensor, targets: Tensor, padding: int, buffer: Tensor | None
-) -> tuple[Tensor, Tensor]:
-    """One chunk's summed cross-entropy (scalar) and its softmax (R V), both in fp32.
-
-    Args:
-        hidden: rows (R C).
-        weight: the tied embedding (V C), its last `padding` ids without meaning.
-        targets: ids (R 1).
-        buffer: of `_make_logits_buffer`; the softmax returned lies there.
-    """
-    if buffer is None:
-        logits = hidden @ weight.T
-    else:
-        columns = buffer[: len(weight) * len(hidden)].view(len(weight), len(hidden))  # V R
-        logits = torch.mm(weight, hidden.T, out=columns).T
-    if padding:
-        logits[:, -padding:] = -math.inf
-    if buffer is None:
-        log_p = torch.log_softmax(logits, dim=1, dtype=torch.float32)
-        return -log_p.gather(1, targets).sum(), log_p.exp_()
-    # Step by step and in place: torch's softmax would copy columns into rows.
-    largest = logits.amax(dim=1, keepdim=True)
-    chosen = logits.gather(1, targets)
-    exponentials = logits.sub_(largest).exp_()
-    sums = exponentials.sum(dim=1, keepdim=True)
-    return (largest + sums.log() - chosen).sum(), exponentials.div_(sums)
 
 
-class _LinearCrossEntropy(torch.autograd.Function):
-    """Loss and gradients of `linear_cross_entropy`, chunk by chunk."""
-
-    @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, padding: int) -> Tensor:
-        total = hidden.new_zeros((), dtype=torch.float32)
-        grad_hidden = torch.empty_like(hidden)
-        # Summed over chunks in fp32: in bf16 the later chunks would be rounded away.
-        grad_weight = torch.zeros_like(weight, dtype=torch.float32)
-        buffer = _make_logits_buffer(hidden, weight)
-        for rows in split_loss_rows(hidden):
-            target = targets[rows, None]
-            loss, grad = _score_rows(hidden[rows], weight, target, padding, buffer)
-            total += loss
-            # d loss / d logits = softmax - one-hot. The division by N waits for the backward
-            # pass, where a gradient scaler's factor comes in: in fp16 it would underflow here.
-            grad.scatter_add_(1, target, grad.new_full((), -1.0).expand(target.shape))
-            grad = grad.to(hidden.dtype)
-            torch.mm(grad, weight, out=grad_hidden[rows])
-            if weight.dtype == torch.float32:
-                grad_weight.addmm_(grad.T, hidden[rows])
-            else:
-                grad_weight += grad.T @ hidden[rows]
-        ctx.save_for_backward(grad_hidden, grad_weight)
-        return total / len(hidden)
-
-    @staticmethod
-    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, Tensor, None, None]:
-        grad_hidden, grad_weight = ctx.saved_tensors
-        scale = grad_outputs[0] / len(grad_hidden)
-        # In place: the embedding's gradient is the largest tensor there is.
-        return grad_hidden.mul_(scale), grad_weight.mul_(scale), None, None
 
 
-def count_parameters(config: ModelConfig) -> int:
-    """Parameters of the model, the tied embedding counted once."""
-    C, hidden = config.n_embeddings, config.ffn_hid_dim
-    norms = 4 * C
-    attention = 3 * C * C + 3 * C + C * C + C
-    feed_forward = 2 * C * hidden + hidden + C
-    embeddings = (config.vocab_size + config.context_length) * C
-    return embeddings + config.n_layers * (norms + attention + feed_forward) + 2 * C
 
 
-def estimate_flops_per_token(config: ModelConfig, *, training: bool = True) -> int:
-    """Floating-point operations per token at full context; 6N + 12 L C T in training.
-
-    N counts the weights that take part in products (the tied embedding once, as the head;
-    positions, norms and biases not). Source: Chowdhery et al. 2022 (PaLM), appendix B. The
-    attention term counts the whole square, as that paper does; a causal kernel does half of it.
-    """
-    C = config.n_embeddings
-    weights = config.vocab_size * C + config.n_layers * (4 * C * C + 2 * C * config.ffn_hid_dim)
-    attention = 2 * config.n_layers * C * config.context_length
-    return (6 if training else 2) * (weights + attention)

@@ -45,6 +45,7 @@ from peers import (  # noqa: E402
 
 from hardware import match_device  # noqa: E402
 from metrics import read_metrics  # noqa: E402
+from preflight.models.cost import estimate_flops_per_token  # noqa: E402
 from preflight.settings.config import (  # noqa: E402
     ControlSettings,
     ModelConfig,
@@ -56,7 +57,7 @@ from preflight.settings.config import (  # noqa: E402
 from runtime import Runtime, build_runtime, describe_device  # noqa: E402
 from trainer import Trainer, build_plan  # noqa: E402
 from training_run import run_training  # noqa: E402
-from transformer_model import DecoderOnlyTransformer, estimate_flops_per_token  # noqa: E402
+from transformer_model import DecoderOnlyTransformer  # noqa: E402
 
 CPU_SHAPE, CPU_BATCH = ModelConfig(50257, 256, 384, 6, 6, 1536), 8
 SMOKE_SHAPE, SMOKE_BATCH = ModelConfig(5000, 64, 64, 4, 2, 256), 4

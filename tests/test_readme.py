@@ -56,7 +56,7 @@ def test_every_named_file_exists() -> None:
 
 
 def test_sizes_are_those_of_the_code() -> None:
-    from transformer_model import count_parameters
+    from preflight.models.cost import count_parameters
 
     text = README.read_text(encoding="utf-8")
     for name in MODEL_PRESETS:

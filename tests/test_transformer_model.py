@@ -11,19 +11,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-import transformer_model
 from benchmarks.peers import build_hugging_face, to_hugging_face
+from preflight.models import loss as losses
+from preflight.models.cost import count_parameters, estimate_flops_per_token
+from preflight.models.loss import LOSS_ROWS_CPU, LossLayout, linear_cross_entropy, loss_layout
 from preflight.settings.config import MODEL_PRESETS, ModelConfig, ModelSettings
-from transformer_model import (
-    LOSS_ROWS_CPU,
-    Block,
-    DecoderOnlyTransformer,
-    LossLayout,
-    count_parameters,
-    estimate_flops_per_token,
-    linear_cross_entropy,
-    loss_layout,
-)
+from transformer_model import Block, DecoderOnlyTransformer
 
 torch.set_num_threads(1)
 GPT2_VOCABULARY = 50_257
@@ -106,7 +99,7 @@ def test_no_token_sees_a_later_one(spread_model: DecoderOnlyTransformer) -> None
 def test_loss_equals_cross_entropy(
     n_rows: int, factor: float, layout: LossLayout, device: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(transformer_model, "loss_layout", lambda device_type: layout)
+    monkeypatch.setattr(losses, "loss_layout", lambda device_type: layout)
     generator = torch.Generator().manual_seed(n_rows)
     hidden = torch.randn(n_rows, 16, generator=generator).to(device)
     weight = torch.randn(53, 16, generator=generator).to(device)
