@@ -27,9 +27,10 @@ from preflight.core.errors import ExitCode, PreflightError
 from preflight.core.locks import FolderLock
 from preflight.core.signals import StopFlag
 from preflight.corpus.shards import METADATA_NAME, DataFolder, load_data_folder
+from preflight.device.host_memory import available_host_bytes
+from preflight.device.runtime import Runtime, describe_device
 from preflight.settings.config import MODEL_PRESETS, ModelConfig, RunConfig, build_options
 from preflight.tokenization.tokenizer import Tokenizer, load_tokenizer
-from runtime import Runtime, available_host_bytes, describe_device
 from train_utils import count_windows
 from trial import Order, Trial, run_trial
 

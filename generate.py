@@ -21,10 +21,10 @@ from preflight.core.console import say
 from preflight.core.errors import ExitCode, PreflightError
 from preflight.core.signals import StopFlag
 from preflight.core.storage import publish_file
+from preflight.device.runtime import build_runtime, is_out_of_memory
 from preflight.settings.config import RunConfig, SamplingConfig, build_config
 from preflight.tokenization.tokenizer import Tokenizer, load_tokenizer
 from resume import check_model_flags, check_tokenizer
-from runtime import build_runtime, is_out_of_memory
 from sampling import Generation, generate_batch, generate_text, stream_text
 from transformer_model import DecoderOnlyTransformer
 

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, fx
 from torch.utils._pytree import tree_leaves
 
-from runtime import Runtime
+from preflight.device.runtime import Runtime
 from transformer_model import DecoderOnlyTransformer
 
 _aten = torch.ops.aten

@@ -25,9 +25,9 @@ from torch.utils._pytree import tree_leaves
 
 import transformer_model
 from memory_compiled import capture_graphs, trace_compiled_step
+from preflight.device.runtime import Runtime
 from preflight.models import loss as losses
 from preflight.settings.config import ControlSettings, ModelConfig, SamplingConfig, TrainingSettings
-from runtime import Runtime
 from sampling import FILL_TOKENS, choose_tokens
 from trainer import Trainer, build_plan
 from transformer_model import KVCache

@@ -21,11 +21,12 @@ import torch
 from torch import Tensor
 
 from checkpoint import save_checkpoint
-from hardware import Card
 from memory import estimate_checkpoint_bytes
 from metrics import CURVE_EVERY_SECONDS
 from preflight.core.storage import TEMPORARY_PREFIX
 from preflight.corpus.shards import DataFolder
+from preflight.device.cards import Card
+from preflight.device.runtime import Runtime
 from preflight.models.cost import count_parameters, estimate_flops_per_token
 from preflight.settings.config import (
     ControlSettings,
@@ -35,7 +36,6 @@ from preflight.settings.config import (
     TrainingSettings,
 )
 from preflight.tokenization.tokenizer import Tokenizer
-from runtime import Runtime
 from sampling import SAMPLE_TOKENS, generate_text
 from train_utils import BatchLoader, count_windows, iterate_windows
 from trainer import Trainer, TrainingPlan

@@ -21,7 +21,6 @@ import psutil
 import torch
 
 from checkpoint import Checkpoint
-from hardware import Card, find_card, match_device
 from learnability import Advice, find_content_warnings, find_plan_warnings, scan_content
 from memory import (
     CUDA_CONTEXT_BYTES,
@@ -46,20 +45,20 @@ from preflight.core.signals import StopFlag
 from preflight.core.storage import check_writable, free_bytes, write_json
 from preflight.corpus.build import prepare_data
 from preflight.corpus.shards import DataFolder
+from preflight.device.cards import Card, find_card, match_device
+from preflight.device.host_memory import available_host_bytes, reachable_host_bytes
+from preflight.device.runtime import (
+    MIN_STEPS_TO_COMPILE,
+    Runtime,
+    build_runtime,
+    has_fast_bf16,
+    is_out_of_memory,
+)
 from preflight.models.cost import count_parameters, estimate_flops_per_token
 from preflight.settings.config import ModelConfig, RunConfig, describe_choices
 from preflight.tokenization.tokenizer import Tokenizer, load_tokenizer
 from report import Problem, Report, compare
 from resume import adopt_settings, find_origin, resolve_model
-from runtime import (
-    MIN_STEPS_TO_COMPILE,
-    Runtime,
-    available_host_bytes,
-    build_runtime,
-    has_fast_bf16,
-    is_out_of_memory,
-    reachable_host_bytes,
-)
 from train_utils import count_windows, iterate_windows
 from trainer import TrainingPlan, TrainState, build_plan
 

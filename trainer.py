@@ -17,8 +17,8 @@ from torch import Tensor
 from preflight.core.console import say
 from preflight.core.errors import ExitCode, PreflightError
 from preflight.core.signals import StopFlag
+from preflight.device.runtime import Runtime, is_out_of_memory
 from preflight.settings.config import ControlSettings, ModelConfig, TrainingSettings
-from runtime import Runtime, is_out_of_memory
 from transformer_model import DecoderOnlyTransformer
 
 COSINE_FLOOR = 0.1  # share of the peak rate at the end (Brown et al. 2020, appendix B)

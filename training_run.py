@@ -41,17 +41,12 @@ from preflight.core.storage import check_writable, make_folder
 from preflight.corpus.build import prepare_data
 from preflight.corpus.shards import DataFolder
 from preflight.corpus.sources import find_inputs
+from preflight.device.host_memory import available_host_bytes, reachable_host_bytes
+from preflight.device.runtime import Runtime, build_runtime, is_out_of_memory
 from preflight.models.cost import count_parameters
 from preflight.settings.config import ModelConfig, RunConfig, SamplingConfig, describe_choices
 from preflight.tokenization.tokenizer import Tokenizer, load_tokenizer
 from resume import adopt_settings, find_origin, resolve_model
-from runtime import (
-    Runtime,
-    available_host_bytes,
-    build_runtime,
-    is_out_of_memory,
-    reachable_host_bytes,
-)
 from sampling import SAMPLE_TOKENS, generate_text
 from train_utils import BatchLoader, count_windows, iterate_windows
 from trainer import StepResult, Trainer, TrainState, build_plan

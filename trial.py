@@ -36,9 +36,9 @@ from preflight.core import storage
 from preflight.core.errors import ExitCode, PreflightError
 from preflight.core.signals import StopFlag
 from preflight.corpus.shards import DataFolder
+from preflight.device.runtime import Runtime, build_runtime, is_out_of_memory
 from preflight.settings.config import ControlSettings, ModelConfig, RunConfig, SamplingConfig
 from preflight.tokenization.tokenizer import load_tokenizer
-from runtime import Runtime, build_runtime, is_out_of_memory
 from sampling import SAMPLE_TOKENS, generate_text
 from train_utils import BatchLoader, count_windows, iterate_windows
 from trainer import Trainer, TrainingPlan, build_plan

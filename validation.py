@@ -30,11 +30,11 @@ from preflight.core.storage import TEMPORARY_PREFIX, check_writable, free_bytes
 from preflight.corpus import shards
 from preflight.corpus.build import prepare_data
 from preflight.corpus.shards import DataFolder
+from preflight.device.runtime import Runtime, build_runtime, has_fast_bf16, is_out_of_memory
 from preflight.models.cost import count_parameters
 from preflight.settings.config import ControlSettings, ModelConfig, RunConfig, SamplingConfig
 from preflight.tokenization.tokenizer import Tokenizer, load_tokenizer
 from resume import adopt_settings, find_origin, resolve_model
-from runtime import Runtime, build_runtime, has_fast_bf16, is_out_of_memory
 from sampling import generate_text
 from train_utils import BatchLoader, iterate_windows
 from trainer import Trainer, build_plan

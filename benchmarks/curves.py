@@ -28,6 +28,7 @@ from peers import build_hugging_face, print_rows  # noqa: E402
 
 from benchmarks.prepare import gather_text  # noqa: E402
 from preflight.corpus.build import prepare_data  # noqa: E402
+from preflight.device.runtime import build_runtime, describe_device  # noqa: E402
 from preflight.settings.config import (  # noqa: E402
     ControlSettings,
     DataSettings,
@@ -37,7 +38,6 @@ from preflight.settings.config import (  # noqa: E402
     TrainingSettings,
 )
 from preflight.tokenization.tokenizer import load_tokenizer  # noqa: E402
-from runtime import build_runtime, describe_device  # noqa: E402
 from train_utils import BatchLoader  # noqa: E402
 from trainer import Trainer, build_plan, learning_rate_at  # noqa: E402
 

@@ -32,6 +32,7 @@ sys.path.insert(0, str(ROOT))
 import checkpoint  # noqa: E402
 from preflight.corpus.build import prepare_data  # noqa: E402
 from preflight.corpus.shards import load_data_folder  # noqa: E402
+from preflight.device.runtime import build_runtime  # noqa: E402
 from preflight.settings.config import (  # noqa: E402
     ControlSettings,
     DataSettings,
@@ -40,7 +41,6 @@ from preflight.settings.config import (  # noqa: E402
     TrainingSettings,
 )
 from preflight.tokenization.tokenizer import load_tokenizer  # noqa: E402
-from runtime import build_runtime  # noqa: E402
 from trainer import Trainer, build_plan  # noqa: E402
 
 SAMPLE_TOKENS = 500_000  # a text of about two megabytes: the shortest run worth saving

@@ -38,9 +38,9 @@ from performance import (  # noqa: E402
     measure_product_flops,
 )
 from preflight.corpus.build import prepare_data  # noqa: E402
+from preflight.device.runtime import Runtime, build_runtime, describe_device  # noqa: E402
 from preflight.settings.config import ModelConfig, RunConfig, build_config  # noqa: E402
 from preflight.tokenization.tokenizer import load_tokenizer  # noqa: E402
-from runtime import Runtime, build_runtime, describe_device  # noqa: E402
 from train_utils import count_windows  # noqa: E402
 from trainer import Trainer, TrainingPlan, build_plan  # noqa: E402
 from training_run import run_training  # noqa: E402

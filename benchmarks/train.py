@@ -43,8 +43,9 @@ from peers import (  # noqa: E402
     run_apart,
 )
 
-from hardware import match_device  # noqa: E402
 from metrics import read_metrics  # noqa: E402
+from preflight.device.cards import match_device  # noqa: E402
+from preflight.device.runtime import Runtime, build_runtime, describe_device  # noqa: E402
 from preflight.models.cost import estimate_flops_per_token  # noqa: E402
 from preflight.settings.config import (  # noqa: E402
     ControlSettings,
@@ -54,7 +55,6 @@ from preflight.settings.config import (  # noqa: E402
     TrainingSettings,
     build_config,
 )
-from runtime import Runtime, build_runtime, describe_device  # noqa: E402
 from trainer import Trainer, build_plan  # noqa: E402
 from training_run import run_training  # noqa: E402
 from transformer_model import DecoderOnlyTransformer  # noqa: E402

@@ -32,8 +32,8 @@ from memory_trace import (
     trace_peaks,
     trace_whole,
 )
+from preflight.device.runtime import Runtime
 from preflight.settings.config import ControlSettings, ModelConfig, ModelSettings, TrainingSettings
-from runtime import Runtime
 from trainer import Trainer, build_plan
 
 FP32, BF16 = torch.float32, torch.bfloat16

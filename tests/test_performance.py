@@ -12,7 +12,6 @@ import torch
 import performance
 import training_run
 from conftest import MakeConfig, build
-from hardware import find_card
 from performance import (
     RunCost,
     _choose_loads,
@@ -23,6 +22,7 @@ from performance import (
     measure_product_flops,
 )
 from preflight.corpus.build import prepare_data
+from preflight.device.cards import find_card
 from preflight.settings.config import ModelConfig, TrainingSettings
 from preflight.tokenization.tokenizer import load_tokenizer
 from trainer import build_plan

@@ -15,9 +15,9 @@ import torch
 import system_check
 import training_run
 from conftest import MakeConfig
-from hardware import find_card
 from preflight.core.strict_json import read_json
 from preflight.corpus.build import prepare_data
+from preflight.device.cards import find_card
 from preflight.tokenization.tokenizer import load_tokenizer
 from report import SECTIONS, Report, compare, format_label, format_value
 from system_check import build_report

@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from preflight.device.runtime import Runtime, build_runtime
 from preflight.settings.config import ControlSettings, ModelConfig, SystemSettings, TrainingSettings
-from runtime import Runtime, build_runtime
 from trainer import Trainer, TrainState, build_plan, learning_rate_at
 
 MODEL = ModelConfig(

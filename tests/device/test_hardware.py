@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from hardware import CARDS, find_card, match_device
 from preflight.core.errors import ExitCode, PreflightError
+from preflight.device.cards import CARDS, find_card, match_device
 
 NAMED = """RTX 3060 12GB, RTX 3070, RTX 3080, RTX 3090, RTX 4060, RTX 4060 Ti 16GB, RTX 4070,
 RTX 4080, RTX 4090, RTX 5070, RTX 5080, RTX 5090, T4, V100 16GB, V100 32GB, A10, A10G, A40,

@@ -11,11 +11,12 @@ import psutil
 import pytest
 import torch
 
-import runtime
 from conftest import ROOT
 from preflight.core.errors import ExitCode, PreflightError
+from preflight.device import host_memory
+from preflight.device.host_memory import available_host_bytes
+from preflight.device.runtime import build_runtime, is_out_of_memory
 from preflight.settings.config import SystemSettings
-from runtime import available_host_bytes, build_runtime, is_out_of_memory
 
 
 def make_group(folder: Path, names: tuple[str, str], limit: str, used: int, idle: int) -> None:
@@ -52,7 +53,7 @@ def test_a_container_counts(
 
 def test_the_real_machine_has_memory() -> None:
     assert 0 < available_host_bytes() <= psutil.virtual_memory().total
-    assert runtime.reachable_host_bytes() > available_host_bytes() - 2**28
+    assert host_memory.reachable_host_bytes() > available_host_bytes() - 2**28
 
 
 def test_choices_on_the_cpu() -> None:
@@ -103,7 +104,7 @@ def test_freed_memory_is_kept_for_the_next_step() -> None:
 def test_the_peak_is_this_process_s_own() -> None:
     """A large parent's memory is not ours: Linux's getrusage counts it."""
     child = f"import sys; sys.path.insert(0, {str(ROOT)!r}); import runtime; " \
-            "held = b'x' * 100_000_000; del held; print(runtime._peak_resident_bytes())"
+            "held = b'x' * 100_000_000; del held; print(host_memory._peak_resident_bytes())"
     parent = f"held = b'x' * 1_500_000_000; import subprocess, sys; " \
              f"subprocess.run([sys.executable, '-c', {child!r}], check=True)"
     result = subprocess.run([sys.executable, "-c", parent], check=True, capture_output=True)
