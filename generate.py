@@ -16,7 +16,8 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from checkpoint import Checkpoint, find_best, load_weights, open_checkpoint
+from preflight.checkpoints.format import Checkpoint, load_weights
+from preflight.checkpoints.store import find_best, open_checkpoint
 from preflight.core.console import say
 from preflight.core.errors import ExitCode, PreflightError
 from preflight.core.signals import StopFlag

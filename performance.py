@@ -20,9 +20,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from checkpoint import save_checkpoint
 from memory import estimate_checkpoint_bytes
 from metrics import CURVE_EVERY_SECONDS
+from preflight.checkpoints.format import save_checkpoint
 from preflight.core.storage import TEMPORARY_PREFIX
 from preflight.corpus.shards import DataFolder
 from preflight.device.cards import Card

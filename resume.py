@@ -6,8 +6,9 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
-import checkpoint as checkpoints
-from checkpoint import Checkpoint
+from preflight.checkpoints import format as checkpoint_format
+from preflight.checkpoints import store
+from preflight.checkpoints.format import Checkpoint
 from preflight.core.console import say
 from preflight.core.errors import ExitCode, PreflightError
 from preflight.settings.config import ModelConfig, RunConfig, TrainingSettings, build_config
@@ -24,8 +25,8 @@ def find_origin(config: RunConfig, output_dir: Path) -> Checkpoint | None:
             code CHECKPOINT, when what is there is damaged.
     """
     if config.control.resume_from:
-        origin = checkpoints.open_checkpoint(config.control.resume_from)
-        newer = [c for c in checkpoints.list_checkpoints(output_dir) if c.step > origin.step]
+        origin = store.open_checkpoint(config.control.resume_from)
+        newer = [c for c in store.list_checkpoints(output_dir) if c.step > origin.step]
         if newer:
             raise PreflightError(
                 ExitCode.FLAGS,
@@ -34,7 +35,7 @@ def find_origin(config: RunConfig, output_dir: Path) -> Checkpoint | None:
                 "branch off into another --output-dir, so that neither run loses its checkpoints",
             )
         return origin
-    newest = checkpoints.find_newest(output_dir)
+    newest = store.find_newest(output_dir)
     if newest is not None and not config.control.auto_resume:
         raise PreflightError(
             ExitCode.FLAGS, f"{output_dir} holds a run at step {newest.step:,}",
@@ -81,7 +82,7 @@ def _read_saved_settings(origin: Checkpoint) -> dict[str, Any]:
         training = build_config({name: saved[name] for name in names}, {}).training
     except PreflightError as error:
         raise PreflightError(
-            ExitCode.CHECKPOINT, f"{origin.path}/{checkpoints.CONFIG_NAME}: {error.lines[0]}"
+            ExitCode.CHECKPOINT, f"{origin.path}/{checkpoint_format.CONFIG_NAME}: {error.lines[0]}"
         ) from None
     return {name: getattr(training, name) for name in names}
 

@@ -20,7 +20,6 @@ import numpy as np
 import psutil
 import torch
 
-from checkpoint import Checkpoint
 from learnability import Advice, find_content_warnings, find_plan_warnings, scan_content
 from memory import (
     CUDA_CONTEXT_BYTES,
@@ -39,6 +38,7 @@ from performance import (
     measure_cost,
     measure_product_flops,
 )
+from preflight.checkpoints.format import Checkpoint
 from preflight.core.console import format_bytes
 from preflight.core.errors import ExitCode
 from preflight.core.signals import StopFlag

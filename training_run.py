@@ -15,8 +15,6 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-import checkpoint as checkpoints
-from checkpoint import Checkpoint
 from memory import (
     CUDA_CONTEXT_BYTES,
     MemoryEstimate,
@@ -33,6 +31,9 @@ from metrics import (
     read_metrics,
     save_loss_curve,
 )
+from preflight.checkpoints import format as checkpoint_format
+from preflight.checkpoints import store
+from preflight.checkpoints.format import Checkpoint
 from preflight.core.console import format_bytes, format_seconds, is_progress_shown, say
 from preflight.core.errors import ExitCode, PreflightError
 from preflight.core.locks import FolderLock
@@ -69,7 +70,7 @@ def run_training(config: RunConfig) -> int:
     make_folder(output_dir)
     with StopFlag() as stop, FolderLock(output_dir):
         check_writable(output_dir)  # under the lock: two probes at once would disturb each other
-        checkpoints.remove_leftovers(output_dir)
+        store.remove_leftovers(output_dir)
         origin = find_origin(config, output_dir)
         if origin is not None:
             config = adopt_settings(config, origin)
@@ -112,7 +113,7 @@ class TrainingRun:
         )
         self._saved_step = self.state.step if origin is not None else -1
         # Evaluated only now, it still gets its validation loss; one of another run never does.
-        own = self.output_dir / checkpoints.MILESTONES_NAME
+        own = self.output_dir / checkpoint_format.MILESTONES_NAME
         self._saved = origin if origin is not None and origin.path.parent == own else None
         self._origin_path = origin.path if origin is not None else None
         self._check_memory()
@@ -122,7 +123,7 @@ class TrainingRun:
         )
         if origin is not None:
             shapes = {n: tuple(p.shape) for n, p in self.trainer.model.named_parameters()}
-            self.trainer.load_state_dict(checkpoints.load_weights(origin, shapes), saved["trainer"])
+            self.trainer.load_state_dict(checkpoint_format.load_weights(origin, shapes), saved["trainer"])
         self._skipped_in_a_row = 0
         self._pending: deque[StepResult] = deque()
         # On CUDA a step's figures are read when the next one is under way: no waiting.
@@ -136,7 +137,7 @@ class TrainingRun:
     def _read_state(self, origin: Checkpoint | None) -> tuple[TrainState, dict[str, Any]]:
         if origin is None:
             return TrainState(), {}
-        saved = checkpoints.load_training_state(origin)
+        saved = checkpoint_format.load_training_state(origin)
         try:
             state = TrainState(**saved["state"])
             fingerprint = saved["data_fingerprint"]
@@ -284,7 +285,7 @@ class TrainingRun:
         limit = MAX_SKIPPED_IN_A_ROW_FP16 if fp16 else MAX_SKIPPED_IN_A_ROW
         if self._skipped_in_a_row < limit:
             return
-        safe = checkpoints.list_checkpoints(self.output_dir)
+        safe = store.list_checkpoints(self.output_dir)
         raise PreflightError(
             ExitCode.DIVERGED,
             f"diverged: loss or gradient not finite in {limit} steps up to step {result.step:,} "
@@ -311,7 +312,7 @@ class TrainingRun:
         self._check_place()
         began = time.monotonic()
         self.stop.save_requested = False
-        self._saved = checkpoints.save_checkpoint(
+        self._saved = checkpoint_format.save_checkpoint(
             self.output_dir, self.state.step, self.trainer.model.state_dict(),
             {
                 "state": dataclasses.asdict(self.state),
@@ -348,7 +349,7 @@ class TrainingRun:
             )
 
     def _retire(self, newest: Checkpoint) -> None:
-        checkpoints.retire_checkpoints(
+        store.retire_checkpoints(
             self.output_dir, self.config.control.max_checkpoints, protect=newest.path
         )
 
@@ -395,7 +396,7 @@ class TrainingRun:
         self.state.best_val_loss = result.loss if better else best
         self.state.evaluated_step = self.state.step
         if self._saved is not None and self._saved_step == self.state.step:
-            self._saved = checkpoints.record_validation(self._saved, result.loss)
+            self._saved = checkpoint_format.record_validation(self._saved, result.loss)
         self.log.append({
             "event": "eval", "step": self.state.step, "val_loss": result.loss,
             "perplexity": result.perplexity, "bits_per_byte": result.bits_per_byte,
@@ -462,7 +463,7 @@ class TrainingRun:
             say(f"stopped at step {self.state.step:,}; saved in {self._newest_path()}")
             say("run the same command again to continue exactly from there")
             return self.stop.exit_code
-        best = checkpoints.find_best(self.output_dir)
+        best = store.find_best(self.output_dir)
         say(f"done: {self.state.step:,} steps, {self.state.tokens:,} tokens in "
             f"{format_seconds(seconds)}; peak memory "
             f"{format_bytes(self.runtime.peak_memory_bytes())}")

@@ -30,8 +30,8 @@ import psutil
 import torch
 from torch import Tensor
 
-import checkpoint as checkpoints
 from metrics import CURVE_NAME, save_loss_curve
+from preflight.checkpoints import format as checkpoint_format
 from preflight.core import storage
 from preflight.core.errors import ExitCode, PreflightError
 from preflight.core.signals import StopFlag
@@ -175,14 +175,14 @@ def measure(order: Order) -> Trial:
             length = max(1, min(SAMPLE_TOKENS, order.model_config.context_length - 1))
             generate_text(trainer.model, tokenizer, "", SamplingConfig(max_new_tokens=length))
         with meter.phase("save"):
-            saved = checkpoints.save_checkpoint(
+            saved = checkpoint_format.save_checkpoint(
                 order.folder, 1, trainer.model.state_dict(), {"trainer": trainer.state_dict()},
                 {"model": dataclasses.asdict(order.model_config)}, {"val_loss": None})
         shapes = {name: tuple(p.shape) for name, p in trainer.model.named_parameters()}
         del trainer
         with meter.phase("resume"):
-            build().load_state_dict(checkpoints.load_weights(saved, shapes),
-                                    checkpoints.load_training_state(saved)["trainer"])
+            build().load_state_dict(checkpoint_format.load_weights(saved, shapes),
+                                    checkpoint_format.load_training_state(saved)["trainer"])
     except Exception as error:
         if not is_out_of_memory(error) and not is_out_of_memory(error.__cause__ or error):
             raise

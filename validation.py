@@ -21,8 +21,13 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from checkpoint import load_training_state, load_weights, save_checkpoint, verify_checkpoint
 from performance import estimate_disk_bytes
+from preflight.checkpoints.format import (
+    load_training_state,
+    load_weights,
+    save_checkpoint,
+    verify_checkpoint,
+)
 from preflight.core.console import format_bytes
 from preflight.core.errors import ExitCode, PreflightError
 from preflight.core.signals import StopFlag

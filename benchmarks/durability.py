@@ -29,7 +29,8 @@ import torch
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
-import checkpoint  # noqa: E402
+from preflight.checkpoints import format as checkpoint_format  # noqa: E402
+from preflight.checkpoints import store  # noqa: E402
 from preflight.corpus.build import prepare_data  # noqa: E402
 from preflight.corpus.shards import load_data_folder  # noqa: E402
 from preflight.device.runtime import build_runtime  # noqa: E402
@@ -81,8 +82,8 @@ def measure_training(size: str, folder: Path, repeats: int) -> dict[str, Any]:
     numbers = iter(range(1, 1000))
 
     def save() -> None:
-        checkpoint.save_checkpoint(folder, next(numbers), weights, state, config, {})
-        checkpoint.retire_checkpoints(folder, 1)
+        checkpoint_format.save_checkpoint(folder, next(numbers), weights, state, config, {})
+        store.retire_checkpoints(folder, 1)
 
     def save_plainly() -> None:
         torch.save({"weights": weights, "state": state}, folder / "plain.pt")
@@ -104,12 +105,12 @@ def measure_training(size: str, folder: Path, repeats: int) -> dict[str, Any]:
 
 def measure_verification(folder: Path, repeats: int, n_tokens: int) -> dict[str, float]:
     """GB/s of verifying a checkpoint and a data folder, and of SHA-256 alone."""
-    newest = checkpoint.list_checkpoints(folder)[0]
+    newest = store.list_checkpoints(folder)[0]
     size = sum(entry["bytes"] for entry in newest.manifest["files"].values())
 
     def verify() -> None:
-        checkpoint._verified.clear()
-        checkpoint.verify_checkpoint(newest)
+        checkpoint_format._verified.clear()
+        checkpoint_format.verify_checkpoint(newest)
 
     tokenizer = load_tokenizer("gpt2")
     text = folder / "text.txt"

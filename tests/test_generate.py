@@ -22,8 +22,9 @@ import torch
 
 import generate
 import main
-from checkpoint import open_checkpoint, save_checkpoint
 from generate import generate_text, load_model, read_prompts
+from preflight.checkpoints.format import save_checkpoint
+from preflight.checkpoints.store import open_checkpoint
 from preflight.core.errors import PreflightError
 from preflight.settings.config import GenerationSettings, ModelConfig, RunConfig, SamplingConfig
 from preflight.tokenization.tokenizer import load_tokenizer

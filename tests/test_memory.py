@@ -15,7 +15,6 @@ from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
 import memory_trace
-from checkpoint import save_checkpoint
 from memory import (
     PHASES,
     build_batch_curve,
@@ -32,6 +31,7 @@ from memory_trace import (
     trace_peaks,
     trace_whole,
 )
+from preflight.checkpoints.format import save_checkpoint
 from preflight.device.runtime import Runtime
 from preflight.settings.config import ControlSettings, ModelConfig, ModelSettings, TrainingSettings
 from trainer import Trainer, build_plan

@@ -17,10 +17,11 @@ import pytest
 import safetensors.torch
 import torch
 
-import checkpoint as checkpoints
 import resume
 import training_run
 from conftest import ROOT, TINY_FLAGS, CommandRunner
+from preflight.checkpoints import format as checkpoint_format
+from preflight.checkpoints import store
 from preflight.core.errors import ExitCode, PreflightError
 from preflight.settings.config import build_config
 from trainer import StepResult, Trainer
@@ -107,11 +108,11 @@ def test_a_run_leaves_checkpoints_metrics_and_a_picture(run: Run, tmp_path: Path
     assert all(row["grad_norm"] > 0 and row["tokens_per_second"] > 0 for row in rows)
     assert [row["step"] for row in read_rows(out, "eval")] == list(range(2, 21, 2))
     assert (out / "loss_curve.png").read_bytes().startswith(b"\x89PNG")
-    kept = checkpoints.list_checkpoints(out)
+    kept = store.list_checkpoints(out)
     assert [c.step for c in kept][:2] == [20, 18]
     losses = {row["step"]: row["val_loss"] for row in read_rows(out, "eval")}
     assert kept[0].val_loss == pytest.approx(losses[20])
-    assert checkpoints.find_best(out).val_loss == pytest.approx(min(losses.values()))
+    assert store.find_best(out).val_loss == pytest.approx(min(losses.values()))
 
 
 def test_weights_and_log_of_a_cut_run_equal_the_unbroken_one(
@@ -188,7 +189,7 @@ def test_signals_save_before_leaving(
     process.send_signal(number)
     rest = process.stderr.read()
     assert process.wait(timeout=30) == code
-    newest = checkpoints.find_newest(tmp_path / "training_output")
+    newest = store.find_newest(tmp_path / "training_output")
     assert newest is not None
     assert f"stopped at step {newest.step}" in rest
     assert newest.step >= 10
@@ -200,8 +201,8 @@ def test_a_diverging_run_stops_and_saves_nothing_bad(run: Run, tmp_path: Path) -
         run(output_dir="out", max_steps=60, learning_rate=1e28, checkpoint_every=1)
     assert caught.value.code == ExitCode.DIVERGED
     assert "--learning-rate" in str(caught.value)
-    for kept in checkpoints.list_checkpoints(tmp_path / "out"):
-        for tensor in checkpoints.load_weights(kept, None).values():
+    for kept in store.list_checkpoints(tmp_path / "out"):
+        for tensor in checkpoint_format.load_weights(kept, None).values():
             assert torch.isfinite(tensor).all()
     skipped = [row for row in read_rows(tmp_path / "out") if row.get("skipped")]
     assert len(skipped) == training_run.MAX_SKIPPED_IN_A_ROW
@@ -261,7 +262,7 @@ def test_other_data_is_refused_unless_asked_for(run: Run, tmp_path: Path) -> Non
     other.write_text("something else entirely, again and again and again\n" * 900)
     flags = {"text_file": [str(other)], "max_steps": 4}
     expect(run, ExitCode.DATA, "--resume-from", **flags)
-    newest = checkpoints.find_newest(tmp_path / "training_output")
+    newest = store.find_newest(tmp_path / "training_output")
     assert newest is not None
     assert run(resume_from=str(newest.path), **flags) == 0
 
@@ -352,7 +353,7 @@ def test_what_fits_is_not_refused(run: Run, monkeypatch: pytest.MonkeyPatch) -> 
 
 def test_settings_of_a_forged_checkpoint_are_judged(run: Run, tmp_path: Path) -> None:
     assert run(max_steps=2) == 0
-    newest = checkpoints.find_newest(tmp_path / "training_output")
+    newest = store.find_newest(tmp_path / "training_output")
     assert newest is not None
     for name, value in (("learning_rate", "fast"), ("batch_size", -4), ("optimizer", "magic")):
         newest.config["training"] |= {name: value}

@@ -14,8 +14,8 @@ from torch import Tensor
 
 import transformer_model
 import validation
-from checkpoint import load_weights
 from conftest import TINY_FLAGS, CommandRunner, MakeConfig
+from preflight.checkpoints.format import load_weights
 from preflight.core.storage import hash_file
 from preflight.core.strict_json import read_json
 from preflight.corpus import build, shards

@@ -10,7 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import checkpoint
+from preflight.checkpoints import format as checkpoint_format
+from preflight.checkpoints import store
 
 from .harness import (
     PREPARE_FLAGS,
@@ -99,11 +100,11 @@ def build_training(server: ForkServer, place: Path) -> Scenario:
     def outcome() -> Any:
         assert not find_temporaries(out)
         assert hash_tree(place / "data") == older
-        checkpoint._verified.clear()
-        found, damaged = checkpoint.scan_checkpoints(out)
+        checkpoint_format._verified.clear()
+        found, damaged = store.scan_checkpoints(out)
         assert not damaged
         for each in found:
-            checkpoint.verify_checkpoint(each)
+            checkpoint_format.verify_checkpoint(each)
         steps = [each.step for each in found]
         losses = found[0].manifest["losses"]
         return steps, losses, *read_state(out, LAST_STEP), read_rows(out)

@@ -19,7 +19,8 @@ import pytest
 import test_checkpoint as checkpoint_tests
 import torch
 
-import checkpoint
+from preflight.checkpoints import format as checkpoint_format
+from preflight.checkpoints import store
 from preflight.core.errors import ExitCode, PreflightError
 from preflight.corpus import shards
 
@@ -28,7 +29,7 @@ from .harness import ForkServer, find_message_faults
 from .scenarios import build_training
 
 LONGEST_SECONDS = 10.0
-NAMES = (*checkpoint.DATA_NAMES, "manifest.json")
+NAMES = (*checkpoint_format.DATA_NAMES, "manifest.json")
 
 
 @pytest.fixture
@@ -135,25 +136,25 @@ def forge(folder: Path) -> None:
     """A manifest that is true of whatever the other files hold now."""
     manifest = json.loads((folder / "manifest.json").read_bytes())
     del manifest["checksum"]
-    for name in checkpoint.DATA_NAMES:
+    for name in checkpoint_format.DATA_NAMES:
         raw = (folder / name).read_bytes()
         manifest["files"][name] = {"bytes": len(raw), "sha256": hashlib.sha256(raw).hexdigest()}
-    (folder / "manifest.json").write_bytes(checkpoint._render_manifest(manifest))
+    (folder / "manifest.json").write_bytes(checkpoint_format._render_manifest(manifest))
 
 
 def load_all(folder: Path, shapes: dict[str, tuple[int, ...]]) -> None:
     """Everything a resumed run reads."""
-    checkpoint._verified.clear()
-    opened = checkpoint.open_checkpoint(str(folder))
+    checkpoint_format._verified.clear()
+    opened = store.open_checkpoint(str(folder))
     assert opened.config
-    checkpoint.load_weights(opened, shapes)
-    checkpoint.load_training_state(opened)
+    checkpoint_format.load_weights(opened, shapes)
+    checkpoint_format.load_training_state(opened)
 
 
 def find_accepted_mutants(folder: Path, count: int, draw: random.Random) -> list[str]:
     """Mutants of a checkpoint that were not refused as they should be."""
     files = {name: (folder / name).read_bytes() for name in NAMES}
-    weights = checkpoint.load_weights(checkpoint.open_checkpoint(str(folder)))
+    weights = checkpoint_format.load_weights(store.open_checkpoint(str(folder)))
     shapes = {name: tuple(tensor.shape) for name, tensor in weights.items()}
     faults = []
     for number in range(count):
@@ -182,8 +183,8 @@ def test_a_loader_without_hashes_is_found(
     run_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The check of the check."""
-    monkeypatch.setattr(checkpoint, "_open_verified", lambda c, name, hashed=True:
-                        checkpoint.storage.open_regular(c.path / name))
+    monkeypatch.setattr(checkpoint_format, "_open_verified", lambda c, name, hashed=True:
+                        checkpoint_format.storage.open_regular(c.path / name))
     folder = run_folder / "out" / "milestones" / "checkpoint-3"
     faults = find_accepted_mutants(folder, 60, random.Random(1))
     assert sum("accepted in silence" in fault for fault in faults) > 3
@@ -335,11 +336,11 @@ def test_pickles_are_never_run(server: ForkServer, run_folder: Path, full: bool)
         for place in places if full else [places[0], places[1 + number % 4]]:
             if place != bare:
                 place.write_bytes(raw)
-            if place.name in checkpoint.DATA_NAMES and place != bare:
+            if place.name in checkpoint_format.DATA_NAMES and place != bare:
                 forge(folder)
             target = str(place if place == bare else folder)
             commands = [["--train", "--resume-from", target, *text, "--max-steps", "9", *common]]
-            # Writing text needs no training state, and so does not open checkpoint.pt.
+            # Writing text needs no training state, and so does not open checkpoint_format.pt.
             if place.name != "checkpoint.pt":
                 commands.append(["--generate", "--checkpoint-path", target, "--prompts", "x",
                                  "--max-new-tokens", "1", *common])

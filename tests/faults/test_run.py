@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-import checkpoint
+from preflight.checkpoints import format as checkpoint_format
+from preflight.checkpoints import store
 
 from .harness import (
     TRAIN_FLAGS,
@@ -46,10 +47,10 @@ def test_fault_ends_the_run_and_the_next_goes_on(
     found, said = server.run("main", flags, cwd=place, breaks=[fault])
     assert found == code, said
     assert find_message_faults(said, words) == ""
-    newest = checkpoint.find_newest(place / "out")
+    newest = store.find_newest(place / "out")
     assert newest is not None
     assert newest.step >= 2
-    for tensor in checkpoint.load_weights(newest).values():
+    for tensor in checkpoint_format.load_weights(newest).values():
         assert tensor.isfinite().all()
     assert server.run("main", flags, cwd=place)[0] == 0
     for compare in (lambda out: read_state(out, 30), read_rows):
@@ -68,7 +69,7 @@ def test_output_folder_is_taken_away(server: ForkServer, place: Path, kind: str)
     assert find_message_faults(process.said(), str(place / "out")) == ""
     if kind == "replaced by a link":
         assert not list((place / "elsewhere").glob("milestones/checkpoint-*"))
-    assert checkpoint.find_newest(place / "away") is not None
+    assert store.find_newest(place / "away") is not None
 
 
 def test_shard_is_edited_in_the_middle(server: ForkServer, place: Path) -> None:
@@ -80,7 +81,7 @@ def test_shard_is_edited_in_the_middle(server: ForkServer, place: Path) -> None:
         file.write(b"\7")
     assert process.wait(30) == 4, process.said()
     assert find_message_faults(process.said(), shard.name, "changed") == ""
-    assert checkpoint.find_newest(place / "out") is not None
+    assert store.find_newest(place / "out") is not None
 
 
 def test_shard_is_deleted_in_the_middle(server: ForkServer, place: Path) -> None:
@@ -105,7 +106,7 @@ def test_odd_names_in_a_cramped_place(server: ForkServer, place: Path, name: str
         flags[flags.index(old)] = str(place / name / new)
     code, said = server.run("cramped", flags, cwd=place)
     assert code == 0, said
-    newest = checkpoint.find_newest(place / name / f"{name}o")
+    newest = store.find_newest(place / name / f"{name}o")
     assert newest is not None
     assert newest.step == 4
 
@@ -118,6 +119,6 @@ def test_clock_that_jumps(server: ForkServer, place: Path) -> None:
     assert is_equal(read_state(place / "out", 12), read_state(place / "whole", 12))
     for number, folder in enumerate(sorted((place / "out" / "milestones").iterdir())):
         os.utime(folder, (time.time() - number * 10**8,) * 2)  # age decides nothing
-    newest = checkpoint.find_newest(place / "out")
+    newest = store.find_newest(place / "out")
     assert newest is not None
     assert newest.step == 12

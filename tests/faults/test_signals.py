@@ -12,7 +12,8 @@ from pathlib import Path
 
 import pytest
 
-import checkpoint
+from preflight.checkpoints import format as checkpoint_format
+from preflight.checkpoints import store
 
 from .harness import (
     PREPARE_FLAGS,
@@ -53,8 +54,8 @@ def begin(server: ForkServer, place: Path, flags: list[str], step: int = 1) -> P
 
 def check_saved(output_dir: Path) -> int:
     """The newest checkpoint is of the last step in the log and verifies; which step."""
-    checkpoint._verified.clear()
-    newest = checkpoint.find_newest(output_dir)
+    checkpoint_format._verified.clear()
+    newest = store.find_newest(output_dir)
     assert newest is not None
     assert newest.step == max(row["step"] for row in read_rows(output_dir))
     assert not find_temporaries(output_dir)
@@ -128,8 +129,8 @@ def test_interrupted_twice_leaves_at_once(
         time.sleep(0.001)
     assert process.wait(2) == 130
     assert time.monotonic() - began < 2
-    checkpoint.remove_leftovers(place / "out")
-    assert checkpoint.find_newest(place / "out") is not None
+    store.remove_leftovers(place / "out")
+    assert store.find_newest(place / "out") is not None
 
 
 def test_saved_on_request_and_going_on(

@@ -27,8 +27,9 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-import checkpoint
-from checkpoint import Checkpoint
+from preflight.checkpoints import format as checkpoint_format
+from preflight.checkpoints import store
+from preflight.checkpoints.format import Checkpoint
 from preflight.core import storage
 from preflight.core.errors import ExitCode, PreflightError
 
@@ -63,7 +64,7 @@ def make_state(seed: int) -> dict[str, Any]:
 
 
 def save(output_dir: Path, step: int, val_loss: float | None = None, seed: int = 0) -> Checkpoint:
-    return checkpoint.save_checkpoint(
+    return checkpoint_format.save_checkpoint(
         output_dir, step, make_weights(seed or step), make_state(seed or step), CONFIG,
         {"train_loss": 3.0, "val_loss": val_loss},
     )
@@ -93,7 +94,7 @@ def refused(code: ExitCode, pattern: str = "") -> Iterator[None]:
 def _quick_and_forgetful(monkeypatch: pytest.MonkeyPatch) -> None:
     """No hash remembered, and no waiting for the disk: what is durable the audit below shows,
     whose process is another."""
-    checkpoint._verified.clear()
+    checkpoint_format._verified.clear()
     monkeypatch.setattr(os, "fsync", lambda descriptor: None)
 
 
@@ -101,18 +102,18 @@ def rewrite_manifest(folder: Path, **changes: Any) -> None:
     """A consistent manifest over whatever the files hold now, as an attacker would write it."""
     manifest = json.loads((folder / "manifest.json").read_bytes())
     del manifest["checksum"]
-    for name in checkpoint.DATA_NAMES:
+    for name in checkpoint_format.DATA_NAMES:
         raw = (folder / name).read_bytes()
         manifest["files"][name] = {"bytes": len(raw), "sha256": hashlib.sha256(raw).hexdigest()}
-    (folder / "manifest.json").write_bytes(checkpoint._render_manifest(manifest | changes))
+    (folder / "manifest.json").write_bytes(checkpoint_format._render_manifest(manifest | changes))
 
 
 def load_all(path: Path) -> None:
     """Everything a run does with a checkpoint that the user named."""
-    opened = checkpoint.open_checkpoint(str(path))
+    opened = store.open_checkpoint(str(path))
     assert opened.config
-    checkpoint.load_weights(opened, None)
-    checkpoint.load_training_state(opened)
+    checkpoint_format.load_weights(opened, None)
+    checkpoint_format.load_training_state(opened)
 
 
 # ------------------------------------------------------------------------------------ round trip
@@ -123,11 +124,11 @@ def test_round_trip_is_equal_bit_for_bit(tmp_path: Path) -> None:
     assert saved.step == 5
     assert saved.val_loss is None
     assert saved.config == CONFIG
-    assert sorted(os.listdir(saved.path)) == sorted([*checkpoint.DATA_NAMES, "manifest.json"])
+    assert sorted(os.listdir(saved.path)) == sorted([*checkpoint_format.DATA_NAMES, "manifest.json"])
     assert os.listdir(saved.path.parent) == ["checkpoint-5"]
     shapes = {name: tuple(t.shape) for name, t in make_weights(5).items()}
-    assert same(checkpoint.load_weights(saved, shapes), make_weights(5))
-    assert same(checkpoint.load_training_state(saved), make_state(5))
+    assert same(checkpoint_format.load_weights(saved, shapes), make_weights(5))
+    assert same(checkpoint_format.load_training_state(saved), make_state(5))
 
 
 def test_weights_file_is_the_one_safetensors_writes(tmp_path: Path) -> None:
@@ -137,24 +138,24 @@ def test_weights_file_is_the_one_safetensors_writes(tmp_path: Path) -> None:
 
 
 def test_validation_is_recorded_afterwards(tmp_path: Path) -> None:
-    amended = checkpoint.record_validation(save(tmp_path, 5), 2.25)
-    again = checkpoint.find_newest(tmp_path)
+    amended = checkpoint_format.record_validation(save(tmp_path, 5), 2.25)
+    again = store.find_newest(tmp_path)
     assert again is not None
     assert again.val_loss == amended.val_loss == 2.25
     assert again.manifest == amended.manifest
     assert again.manifest["losses"]["train_loss"] == 3.0
-    assert checkpoint.record_validation(amended, float("nan")).val_loss is None
+    assert checkpoint_format.record_validation(amended, float("nan")).val_loss is None
 
 
 def test_names_that_open_a_checkpoint(tmp_path: Path) -> None:
     save(tmp_path, 5, val_loss=1.0)
     newest = save(tmp_path, 7, val_loss=2.0)
-    for name in ("", *checkpoint.DATA_NAMES, "manifest.json"):
-        assert checkpoint.open_checkpoint(str(newest.path / name)).step == 7
-    assert checkpoint.open_checkpoint(str(tmp_path)).step == 5
-    assert checkpoint.open_checkpoint(str(tmp_path / "milestones")).step == 5
+    for name in ("", *checkpoint_format.DATA_NAMES, "manifest.json"):
+        assert store.open_checkpoint(str(newest.path / name)).step == 7
+    assert store.open_checkpoint(str(tmp_path)).step == 5
+    assert store.open_checkpoint(str(tmp_path / "milestones")).step == 5
     shutil.copytree(newest.path, tmp_path / "my best model")
-    assert checkpoint.open_checkpoint(str(tmp_path / "my best model")).step == 7
+    assert store.open_checkpoint(str(tmp_path / "my best model")).step == 7
 
 
 @pytest.mark.parametrize("name", ["a b", "new\nline", os.fsdecode(b"\xff\xfe"), "x" * 250, "-n"])
@@ -166,7 +167,7 @@ def test_odd_folder_names(tmp_path: Path, name: str) -> None:
 
 def test_loaded_weights_outlive_the_file(tmp_path: Path) -> None:
     saved = save(tmp_path, 5)
-    weights = checkpoint.load_weights(saved)
+    weights = checkpoint_format.load_weights(saved)
     os.truncate(saved.path / "model.safetensors", 0)  # a mapping of it would be SIGBUS now
     assert same(weights, make_weights(5))
 
@@ -175,38 +176,38 @@ def test_loaded_weights_outlive_the_file(tmp_path: Path) -> None:
 
 
 def test_newest_and_best(tmp_path: Path) -> None:
-    assert checkpoint.find_newest(tmp_path) is None
+    assert store.find_newest(tmp_path) is None
     with refused(ExitCode.CHECKPOINT, "train first: python main.py --train"):
-        checkpoint.find_best(tmp_path)
+        store.find_best(tmp_path)
     for step, loss in ((9, 2.0), (10, 1.5), (100, None), (11, 1.5)):
         save(tmp_path, step, loss)
     os.utime(tmp_path / "milestones" / "checkpoint-9")  # the clock decides nothing
-    assert [c.step for c in checkpoint.list_checkpoints(tmp_path)] == [100, 11, 10, 9]
-    newest = checkpoint.find_newest(tmp_path)
+    assert [c.step for c in store.list_checkpoints(tmp_path)] == [100, 11, 10, 9]
+    newest = store.find_newest(tmp_path)
     assert newest is not None
     assert newest.step == 100
-    assert checkpoint.find_best(tmp_path).step == 11
+    assert store.find_best(tmp_path).step == 11
 
 
 def test_best_is_the_newest_where_nothing_was_evaluated(tmp_path: Path) -> None:
     save(tmp_path, 2)
     save(tmp_path, 10)
-    assert checkpoint.find_best(tmp_path).step == 10
+    assert store.find_best(tmp_path).step == 10
 
 
 def test_rotation_keeps_newest_and_best(tmp_path: Path) -> None:
     for step, loss in ((1, 3.0), (2, 1.0), (3, 2.0), (4, None), (5, 2.5)):
         save(tmp_path, step, loss)
     (tmp_path / "milestones" / "checkpoint-9").mkdir()  # damaged: neither counted nor touched
-    gone = checkpoint.retire_checkpoints(tmp_path, 2)
+    gone = store.retire_checkpoints(tmp_path, 2)
     assert [path.name for path in gone] == ["checkpoint-1", "checkpoint-3"]
     assert sorted(os.listdir(tmp_path / "milestones")) == [
         f"checkpoint-{step}" for step in (2, 4, 5, 9)]
     kept = save(tmp_path, 3)  # older than what is there, as after --resume-from
-    assert checkpoint.retire_checkpoints(tmp_path, 1, protect=kept.path) == [
+    assert store.retire_checkpoints(tmp_path, 1, protect=kept.path) == [
         tmp_path / "milestones" / "checkpoint-4"]
-    checkpoint.retire_checkpoints(tmp_path, 0)
-    assert [c.step for c in checkpoint.list_checkpoints(tmp_path)] == [5, 2]
+    store.retire_checkpoints(tmp_path, 0)
+    assert [c.step for c in store.list_checkpoints(tmp_path)] == [5, 2]
 
 
 def test_only_exact_names_count(tmp_path: Path) -> None:
@@ -218,7 +219,7 @@ def test_only_exact_names_count(tmp_path: Path) -> None:
         shutil.copytree(five, five.parent / name)
     (five.parent / "checkpoint-7").symlink_to(five)
     (five.parent / "checkpoint-8").write_text("a file")
-    found, damaged = checkpoint.scan_checkpoints(tmp_path)
+    found, damaged = store.scan_checkpoints(tmp_path)
     assert [c.path for c in found] == [five]
     assert {path.name for path in damaged} == {f"checkpoint-{n}" for n in ("05", "6", "7", "8")}
 
@@ -232,7 +233,7 @@ def test_saving_again_at_the_same_step(tmp_path: Path) -> None:
     assert again.val_loss == 2.0  # same weights, so the loss is known
     other = save(tmp_path, 5, seed=6)
     assert other.val_loss is None
-    assert same(checkpoint.load_weights(other), make_weights(6))
+    assert same(checkpoint_format.load_weights(other), make_weights(6))
     (other.path / "manifest.json").write_text("damaged")
     load_all(save(tmp_path, 5).path)
     assert os.listdir(tmp_path / "milestones") == ["checkpoint-5"]
@@ -242,12 +243,12 @@ def test_replaced_checkpoint_comes_back_after_a_kill(tmp_path: Path) -> None:
     folder = save(tmp_path, 5).path
     aside = folder.with_name(".tmp-replaced-checkpoint-5")
     folder.rename(aside)
-    checkpoint.remove_leftovers(tmp_path)
+    store.remove_leftovers(tmp_path)
     load_all(folder)
     shutil.copytree(folder, aside)
     (folder / ".tmp-manifest.json").write_text("cut")
     (folder.parent / ".tmp-checkpoint-7").mkdir()
-    checkpoint.remove_leftovers(tmp_path)
+    store.remove_leftovers(tmp_path)
     assert os.listdir(folder.parent) == ["checkpoint-5"]
     assert len(os.listdir(folder)) == 4
 
@@ -259,7 +260,7 @@ def test_state_that_cannot_be_read_back_is_not_saved(
     tmp_path: Path, bad: Callable[[], Any]
 ) -> None:
     with pytest.raises(TypeError, match="not a plain type"):
-        checkpoint.save_checkpoint(tmp_path, 5, make_weights(1), bad(), CONFIG, {})
+        checkpoint_format.save_checkpoint(tmp_path, 5, make_weights(1), bad(), CONFIG, {})
     assert os.listdir(tmp_path) == []
 
 
@@ -268,9 +269,9 @@ def test_bad_weights_are_never_saved(tmp_path: Path, value: float) -> None:
     weights = make_weights(1)
     weights["wte.weight"][3, 2] = value
     with refused(ExitCode.DIVERGED, "wte.weight"):
-        checkpoint.save_checkpoint(tmp_path, 5, weights, {}, CONFIG, {})
+        checkpoint_format.save_checkpoint(tmp_path, 5, weights, {}, CONFIG, {})
     with pytest.raises(ValueError, match="int64"):
-        checkpoint.save_checkpoint(tmp_path, 5, {"x": torch.tensor([1])}, {}, CONFIG, {})
+        checkpoint_format.save_checkpoint(tmp_path, 5, {"x": torch.tensor([1])}, {}, CONFIG, {})
     assert os.listdir(tmp_path) == []
 
 
@@ -287,16 +288,16 @@ def mutate(raw: bytes, kind: str, place: int) -> bytes:
 def test_every_damage_is_found_and_named(tmp_path: Path) -> None:
     folder = save(tmp_path, 5, val_loss=2.0).path
     rng = random.Random(1)
-    for name in (*checkpoint.DATA_NAMES, "manifest.json"):
+    for name in (*checkpoint_format.DATA_NAMES, "manifest.json"):
         raw = (folder / name).read_bytes()
         kinds = ["flip"] * 80 + ["cut"] * 5 + ["grow"] * 3
         for kind in kinds:
             (folder / name).write_bytes(mutate(raw, kind, rng.getrandbits(40)))
-            checkpoint._verified.clear()
+            checkpoint_format._verified.clear()
             with refused(ExitCode.CHECKPOINT, re.escape(name)):
                 load_all(folder)
             with refused(ExitCode.CHECKPOINT, "none of the 1 checkpoints"):
-                checkpoint.find_newest(tmp_path)
+                store.find_newest(tmp_path)
         (folder / name).write_bytes(raw)
     load_all(folder)
 
@@ -306,12 +307,12 @@ def test_this_test_can_fail(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     folder = save(tmp_path, 5).path
     raw = (folder / "model.safetensors").read_bytes()
     (folder / "model.safetensors").write_bytes(raw[:-1] + bytes([raw[-1] ^ 1]))
-    monkeypatch.setattr(checkpoint, "_open_verified",
+    monkeypatch.setattr(checkpoint_format, "_open_verified",
                         lambda c, name, hashed=True: storage.open_regular(c.path / name))
     load_all(folder)
 
 
-@pytest.mark.parametrize("name", [*checkpoint.DATA_NAMES, "manifest.json"])
+@pytest.mark.parametrize("name", [*checkpoint_format.DATA_NAMES, "manifest.json"])
 @pytest.mark.parametrize("kind", ["missing", "symlink", "folder", "fifo"])
 def test_file_replaced_by_something_else(tmp_path: Path, name: str, kind: str) -> None:
     path = save(tmp_path, 5).path / name
@@ -325,7 +326,7 @@ def test_file_replaced_by_something_else(tmp_path: Path, name: str, kind: str) -
     with refused(ExitCode.CHECKPOINT, re.escape(name)):
         load_all(path.parent)
     with refused(ExitCode.CHECKPOINT, "none of the"):
-        checkpoint.find_newest(tmp_path)
+        store.find_newest(tmp_path)
 
 
 def test_damaged_newest_is_passed_over_aloud(
@@ -335,7 +336,7 @@ def test_damaged_newest_is_passed_over_aloud(
     six, seven = save(tmp_path, 6, val_loss=1.0).path, save(tmp_path, 7).path
     (six / "model.safetensors").write_bytes(b"x")
     (seven / "manifest.json").unlink()
-    for find in (checkpoint.find_newest, checkpoint.find_best):
+    for find in (store.find_newest, store.find_best):
         found = find(tmp_path)
         assert found is not None
         assert found.step == 5
@@ -343,25 +344,25 @@ def test_damaged_newest_is_passed_over_aloud(
         assert "warning: checkpoint-6 is damaged, checkpoint-5 is used" in errors
         assert "warning: checkpoint-7 is damaged" in errors
     with refused(ExitCode.CHECKPOINT, "expected 398, found 1|bytes: expected"):
-        checkpoint.open_checkpoint(str(six))  # named by the user: no other one instead
+        store.open_checkpoint(str(six))  # named by the user: no other one instead
 
 
 def test_unreadable_milestones_are_not_an_empty_folder(tmp_path: Path) -> None:
     (tmp_path / "milestones").write_text("a file")
     with refused(ExitCode.CHECKPOINT, "milestones"):
-        checkpoint.find_newest(tmp_path)
+        store.find_newest(tmp_path)
 
 
 def test_weights_only_folder_writes_text_but_resumes_nothing(tmp_path: Path) -> None:
     folder = save(tmp_path, 5).path
     (folder / "checkpoint.pt").unlink()
-    opened = checkpoint.open_checkpoint(str(folder))
-    assert same(checkpoint.load_weights(opened), make_weights(5))
-    assert checkpoint.find_best(tmp_path) == opened
+    opened = store.open_checkpoint(str(folder))
+    assert same(checkpoint_format.load_weights(opened), make_weights(5))
+    assert store.find_best(tmp_path) == opened
     with refused(ExitCode.CHECKPOINT, "weights only"):
-        checkpoint.load_training_state(opened)
+        checkpoint_format.load_training_state(opened)
     with refused(ExitCode.CHECKPOINT, "none of the"):
-        checkpoint.find_newest(tmp_path)
+        store.find_newest(tmp_path)
 
 
 def test_foreign_files_beside_ours_are_never_read(tmp_path: Path) -> None:
@@ -369,7 +370,7 @@ def test_foreign_files_beside_ours_are_never_read(tmp_path: Path) -> None:
     (folder / "notes.txt").write_text("mine")
     load_all(folder)
     with refused(ExitCode.CHECKPOINT, r"notes\.txt is not a Preflight checkpoint"):
-        checkpoint.open_checkpoint(str(folder / "notes.txt"))
+        store.open_checkpoint(str(folder / "notes.txt"))
 
 
 # ------------------------------------------------------------------------------ another model
@@ -379,11 +380,11 @@ def test_other_shapes_are_told_apart_readably(tmp_path: Path) -> None:
     saved = save(tmp_path, 5)
     shapes = {name: tuple(t.shape) for name, t in make_weights(5).items()}
     with refused(ExitCode.CHECKPOINT, r"wte.weight: checkpoint \(11, 4\), model \(12, 4\)"):
-        checkpoint.load_weights(saved, shapes | {"wte.weight": (12, 4)})
+        checkpoint_format.load_weights(saved, shapes | {"wte.weight": (12, 4)})
     with refused(ExitCode.CHECKPOINT, r"more: checkpoint none, model \(1,\)"):
-        checkpoint.load_weights(saved, shapes | {"more": (1,)})
+        checkpoint_format.load_weights(saved, shapes | {"more": (1,)})
     with refused(ExitCode.CHECKPOINT, "checkpoint .*, model none.* and 2 more"):
-        checkpoint.load_weights(saved, {})
+        checkpoint_format.load_weights(saved, {})
 
 
 @pytest.mark.parametrize("tensor", [
@@ -393,7 +394,7 @@ def test_unusable_tensors_in_the_file_are_named(tmp_path: Path, tensor: torch.Te
     safetensors.torch.save_file({"some.name": tensor}, folder / "model.safetensors")
     rewrite_manifest(folder)
     with refused(ExitCode.CHECKPOINT, r"some\.name"):
-        checkpoint.load_weights(checkpoint.open_checkpoint(str(folder)))
+        checkpoint_format.load_weights(store.open_checkpoint(str(folder)))
 
 
 # --------------------------------------------------------------------------- hostile manifests
@@ -436,13 +437,13 @@ ENTRY = {"bytes": 1, "sha256": "0" * 64}
     {"format_version": 0}, {"losses": []}, {"losses": {"val_loss": "1"}},
     {"losses": {"val_loss": 2**70}}, {"losses": {"val_loss": True}}, {"versions": 1},
     {"versions": {"torch": 1}}, {"files": {}}, {"files": []},
-    {"files": dict.fromkeys((*checkpoint.DATA_NAMES, "../../x"), ENTRY)},
+    {"files": dict.fromkeys((*checkpoint_format.DATA_NAMES, "../../x"), ENTRY)},
     {"files": dict.fromkeys(("/etc/passwd", "checkpoint.pt", "config.json"), ENTRY)},
-    {"files": {name: {"bytes": 2**70, "sha256": "0" * 64} for name in checkpoint.DATA_NAMES}},
-    {"files": {name: {"bytes": -1, "sha256": "0" * 64} for name in checkpoint.DATA_NAMES}},
-    {"files": {name: {"bytes": 1, "sha256": "x"} for name in checkpoint.DATA_NAMES}},
-    {"files": {name: {"bytes": 1} for name in checkpoint.DATA_NAMES}},
-    {"files": dict.fromkeys(checkpoint.DATA_NAMES, 7)},
+    {"files": {name: {"bytes": 2**70, "sha256": "0" * 64} for name in checkpoint_format.DATA_NAMES}},
+    {"files": {name: {"bytes": -1, "sha256": "0" * 64} for name in checkpoint_format.DATA_NAMES}},
+    {"files": {name: {"bytes": 1, "sha256": "x"} for name in checkpoint_format.DATA_NAMES}},
+    {"files": {name: {"bytes": 1} for name in checkpoint_format.DATA_NAMES}},
+    {"files": dict.fromkeys(checkpoint_format.DATA_NAMES, 7)},
 ])
 def test_manifest_with_a_true_checksum_and_false_content(
     tmp_path: Path, changes: dict[str, Any]
@@ -451,7 +452,7 @@ def test_manifest_with_a_true_checksum_and_false_content(
     rewrite_manifest(folder, **changes)
     with refused(ExitCode.CHECKPOINT, r"manifest\.json"):
         load_all(folder)
-    assert checkpoint.list_checkpoints(tmp_path) == []
+    assert store.list_checkpoints(tmp_path) == []
 
 
 def test_newer_format_says_so(tmp_path: Path) -> None:
@@ -566,9 +567,9 @@ def test_mutated_weights_with_a_true_hash(tmp_path: Path, place: int, kind: str)
     shapes = {name: tuple(t.shape) for name, t in make_weights(5).items()}
     path.write_bytes(mutate(path.read_bytes(), kind, place))
     rewrite_manifest(folder)
-    opened = checkpoint.open_checkpoint(str(folder))
+    opened = store.open_checkpoint(str(folder))
     try:
-        weights = checkpoint.load_weights(opened, shapes)
+        weights = checkpoint_format.load_weights(opened, shapes)
     except PreflightError as error:
         assert error.code == ExitCode.CHECKPOINT
     else:
@@ -675,12 +676,12 @@ def test_states_that_only_weights_only_would_accept(tmp_path: Path) -> None:
     for state in ([1], 5, {"x": looped}, {"x": bomb}, {"x": {1, 2}}):
         (folder / "checkpoint.pt").write_bytes(torch_bytes(state))
         rewrite_manifest(folder)
-        opened = checkpoint.open_checkpoint(str(folder))
+        opened = store.open_checkpoint(str(folder))
         if isinstance(state, dict) and not isinstance(state["x"], set):
-            assert checkpoint.load_training_state(opened).keys() == {"x"}
+            assert checkpoint_format.load_training_state(opened).keys() == {"x"}
         else:
             with refused(ExitCode.CHECKPOINT, "not a training state"):
-                checkpoint.load_training_state(opened)
+                checkpoint_format.load_training_state(opened)
 
 
 # --------------------------------------------------------------------------------- killed saves
@@ -729,15 +730,15 @@ def find_unrecoverable_points(
         shutil.rmtree(output_dir, ignore_errors=True)
         shutil.copytree(tmp_path / "before", output_dir)
         done = run_killed(lambda place=output_dir: action(place), point)
-        checkpoint._verified.clear()
+        checkpoint_format._verified.clear()
         try:
-            checkpoint.remove_leftovers(output_dir)
-            found, damaged = checkpoint.scan_checkpoints(output_dir)
+            store.remove_leftovers(output_dir)
+            found, damaged = store.scan_checkpoints(output_dir)
             assert found
             assert not damaged
             for each in found:
-                checkpoint.verify_checkpoint(each)
-                assert any(same(checkpoint.load_weights(each), make_weights(seed))
+                checkpoint_format.verify_checkpoint(each)
+                assert any(same(checkpoint_format.load_weights(each), make_weights(seed))
                            for seed in (each.step, 77))
             assert not list(output_dir.rglob(".tmp-*"))
         except (PreflightError, AssertionError):
@@ -755,8 +756,8 @@ def prepare_two(output_dir: Path) -> None:
 
 def save_and_rotate(output_dir: Path) -> None:
     new = save(output_dir, 3)
-    checkpoint.record_validation(new, 1.0)
-    checkpoint.retire_checkpoints(output_dir, 1)
+    checkpoint_format.record_validation(new, 1.0)
+    store.retire_checkpoints(output_dir, 1)
 
 
 def test_kill_at_every_point_of_save_and_rotation(tmp_path: Path) -> None:
@@ -822,9 +823,9 @@ def test_every_call_may_fail(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, co
                 assert "checkpoint-3" in str(error) or "milestones" in str(error)
         if count < point:
             break
-        steps = [c.step for c in checkpoint.list_checkpoints(output_dir)]
+        steps = [c.step for c in store.list_checkpoints(output_dir)]
         assert steps in ([2, 1], [3, 2, 1])
-        checkpoint.remove_leftovers(output_dir)
+        store.remove_leftovers(output_dir)
         shutil.rmtree(output_dir / "milestones" / "checkpoint-3", ignore_errors=True)
     assert point > 10
     load_all(save(output_dir, 3).path)
@@ -860,8 +861,8 @@ def test_torch_never_hides_the_full_disk(tmp_path: Path, monkeypatch: pytest.Mon
     class Full:
         write = fail
 
-    real = checkpoint._HashingFile.__init__
-    monkeypatch.setattr(checkpoint._HashingFile, "__init__", lambda self, file: real(self, Full()))
+    real = checkpoint_format._HashingFile.__init__
+    monkeypatch.setattr(checkpoint_format._HashingFile, "__init__", lambda self, file: real(self, Full()))
     with refused(ExitCode.STORAGE, r"checkpoint-5: No space left on device\n.*bytes missing"):
         save(tmp_path, 5)
     with pytest.raises(Exception, match=r"No space|unexpected pos"):
