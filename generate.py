@@ -25,7 +25,7 @@ from preflight.core.storage import publish_file
 from preflight.device.runtime import build_runtime, is_out_of_memory
 from preflight.settings.config import RunConfig, SamplingConfig, build_config
 from preflight.tokenization.tokenizer import Tokenizer, load_tokenizer
-from resume import check_model_flags, check_tokenizer
+from preflight.training.resume import check_model_flags, check_tokenizer
 from sampling import Generation, generate_batch, generate_text, stream_text
 from transformer_model import DecoderOnlyTransformer
 

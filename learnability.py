@@ -16,7 +16,7 @@ from preflight.corpus.shards import DataFolder, Split
 from preflight.models.cost import count_parameters
 from preflight.settings.config import MODEL_PRESETS, ModelConfig, ModelSettings, RunConfig
 from preflight.tokenization.tokenizer import Tokenizer
-from trainer import TrainingPlan
+from preflight.training.plan import TrainingPlan
 
 # Hoffmann et al. 2022 (arXiv:2203.15556, table 3): about 20 tokens a parameter train a model best
 # for its cost. Far under: a quarter.

@@ -28,8 +28,9 @@ from memory_compiled import capture_graphs, trace_compiled_step
 from preflight.device.runtime import Runtime
 from preflight.models import loss as losses
 from preflight.settings.config import ControlSettings, ModelConfig, SamplingConfig, TrainingSettings
+from preflight.training.plan import build_plan
 from sampling import FILL_TOKENS, choose_tokens
-from trainer import Trainer, build_plan
+from trainer import Trainer
 from transformer_model import KVCache
 
 ITEMS = ("weights", "gradients", "optimizer", "activations kept", "logits and loss", "temporary",

@@ -21,7 +21,6 @@ import torch
 from torch import Tensor
 
 from memory import estimate_checkpoint_bytes
-from metrics import CURVE_EVERY_SECONDS
 from preflight.checkpoints.format import save_checkpoint
 from preflight.core.storage import TEMPORARY_PREFIX
 from preflight.corpus.shards import DataFolder
@@ -36,9 +35,11 @@ from preflight.settings.config import (
     TrainingSettings,
 )
 from preflight.tokenization.tokenizer import Tokenizer
+from preflight.training.curve import CURVE_EVERY_SECONDS
+from preflight.training.plan import TrainingPlan
 from sampling import SAMPLE_TOKENS, generate_text
 from train_utils import BatchLoader, count_windows, iterate_windows
-from trainer import Trainer, TrainingPlan
+from trainer import Trainer
 
 TIMED_STEPS = 5
 LONG_SECONDS = 3.0  # a step longer than this is timed fewer times, or in part

@@ -57,10 +57,10 @@ from preflight.device.runtime import (
 from preflight.models.cost import count_parameters, estimate_flops_per_token
 from preflight.settings.config import ModelConfig, RunConfig, describe_choices
 from preflight.tokenization.tokenizer import Tokenizer, load_tokenizer
+from preflight.training.plan import TrainingPlan, TrainState, build_plan
+from preflight.training.resume import adopt_settings, find_origin, resolve_model
 from report import Problem, Report, compare
-from resume import adopt_settings, find_origin, resolve_model
 from train_utils import count_windows, iterate_windows
-from trainer import TrainingPlan, TrainState, build_plan
 
 REPORT_NAME = "check_report.json"
 _TIMED_PHASES = ("training step", "optimizer step", "evaluation")

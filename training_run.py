@@ -23,14 +23,6 @@ from memory import (
     estimate_memory,
     estimate_savings,
 )
-from metrics import (
-    CURVE_EVERY_SECONDS,
-    CURVE_NAME,
-    METRICS_NAME,
-    MetricsLog,
-    read_metrics,
-    save_loss_curve,
-)
 from preflight.checkpoints import format as checkpoint_format
 from preflight.checkpoints import store
 from preflight.checkpoints.format import Checkpoint
@@ -47,10 +39,13 @@ from preflight.device.runtime import Runtime, build_runtime, is_out_of_memory
 from preflight.models.cost import count_parameters
 from preflight.settings.config import ModelConfig, RunConfig, SamplingConfig, describe_choices
 from preflight.tokenization.tokenizer import Tokenizer, load_tokenizer
-from resume import adopt_settings, find_origin, resolve_model
+from preflight.training.curve import CURVE_EVERY_SECONDS, CURVE_NAME, save_loss_curve
+from preflight.training.metrics import METRICS_NAME, MetricsLog, read_metrics
+from preflight.training.plan import TrainState, build_plan
+from preflight.training.resume import adopt_settings, find_origin, resolve_model
 from sampling import SAMPLE_TOKENS, generate_text
 from train_utils import BatchLoader, count_windows, iterate_windows
-from trainer import StepResult, Trainer, TrainState, build_plan
+from trainer import StepResult, Trainer
 
 # Updates in a row that may be skipped for a loss or gradient that is not finite. A gradient
 # scaler starts at 2^16 and halves at each overflow, so fp16 may need more of them.

@@ -30,7 +30,6 @@ import psutil
 import torch
 from torch import Tensor
 
-from metrics import CURVE_NAME, save_loss_curve
 from preflight.checkpoints import format as checkpoint_format
 from preflight.core import storage
 from preflight.core.errors import ExitCode, PreflightError
@@ -39,9 +38,11 @@ from preflight.corpus.shards import DataFolder
 from preflight.device.runtime import Runtime, build_runtime, is_out_of_memory
 from preflight.settings.config import ControlSettings, ModelConfig, RunConfig, SamplingConfig
 from preflight.tokenization.tokenizer import load_tokenizer
+from preflight.training.curve import CURVE_NAME, save_loss_curve
+from preflight.training.plan import TrainingPlan, build_plan
 from sampling import SAMPLE_TOKENS, generate_text
 from train_utils import BatchLoader, count_windows, iterate_windows
-from trainer import Trainer, TrainingPlan, build_plan
+from trainer import Trainer
 
 MAX_TRIAL_SECONDS = 1800.0
 TIMED_STEPS, TIMED_SECONDS, SLOW_STEP_SECONDS = 5, 6.0, 4.0

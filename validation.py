@@ -39,10 +39,11 @@ from preflight.device.runtime import Runtime, build_runtime, has_fast_bf16, is_o
 from preflight.models.cost import count_parameters
 from preflight.settings.config import ControlSettings, ModelConfig, RunConfig, SamplingConfig
 from preflight.tokenization.tokenizer import Tokenizer, load_tokenizer
-from resume import adopt_settings, find_origin, resolve_model
+from preflight.training.plan import build_plan
+from preflight.training.resume import adopt_settings, find_origin, resolve_model
 from sampling import generate_text
 from train_utils import BatchLoader, iterate_windows
-from trainer import Trainer, build_plan
+from trainer import Trainer
 
 MAX_SEQUENCES = 2
 _ROUND_TRIP_BYTES = 64 * 1024

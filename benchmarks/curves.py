@@ -38,8 +38,10 @@ from preflight.settings.config import (  # noqa: E402
     TrainingSettings,
 )
 from preflight.tokenization.tokenizer import load_tokenizer  # noqa: E402
+from preflight.training.plan import build_plan  # noqa: E402
+from preflight.training.schedules import learning_rate_at  # noqa: E402
 from train_utils import BatchLoader  # noqa: E402
-from trainer import Trainer, build_plan, learning_rate_at  # noqa: E402
+from trainer import Trainer  # noqa: E402
 
 PEAK_RATE = 1e-3
 

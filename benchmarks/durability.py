@@ -42,7 +42,8 @@ from preflight.settings.config import (  # noqa: E402
     TrainingSettings,
 )
 from preflight.tokenization.tokenizer import load_tokenizer  # noqa: E402
-from trainer import Trainer, build_plan  # noqa: E402
+from preflight.training.plan import build_plan  # noqa: E402
+from trainer import Trainer  # noqa: E402
 
 SAMPLE_TOKENS = 500_000  # a text of about two megabytes: the shortest run worth saving
 TEN_MINUTES = 600.0

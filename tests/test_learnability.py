@@ -12,7 +12,7 @@ from learnability import find_content_warnings, find_plan_warnings, scan_content
 from preflight.corpus.build import DataFolder, prepare_data
 from preflight.settings.config import RunConfig, build_config
 from preflight.tokenization.tokenizer import load_tokenizer
-from trainer import build_plan
+from preflight.training.plan import build_plan
 
 
 def build(values: dict[str, Any]) -> RunConfig:

@@ -34,7 +34,8 @@ from memory_trace import (
 from preflight.checkpoints.format import save_checkpoint
 from preflight.device.runtime import Runtime
 from preflight.settings.config import ControlSettings, ModelConfig, ModelSettings, TrainingSettings
-from trainer import Trainer, build_plan
+from preflight.training.plan import build_plan
+from trainer import Trainer
 
 FP32, BF16 = torch.float32, torch.bfloat16
 

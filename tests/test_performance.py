@@ -25,7 +25,7 @@ from preflight.corpus.build import prepare_data
 from preflight.device.cards import find_card
 from preflight.settings.config import ModelConfig, TrainingSettings
 from preflight.tokenization.tokenizer import load_tokenizer
-from trainer import build_plan
+from preflight.training.plan import build_plan
 
 MODEL = ModelConfig(1000, 64, 64, 4, 3, 256)
 

@@ -11,7 +11,9 @@ from torch import Tensor
 
 from preflight.device.runtime import Runtime, build_runtime
 from preflight.settings.config import ControlSettings, ModelConfig, SystemSettings, TrainingSettings
-from trainer import Trainer, TrainState, build_plan, learning_rate_at
+from preflight.training.plan import TrainState, build_plan
+from preflight.training.schedules import learning_rate_at
+from trainer import Trainer
 
 MODEL = ModelConfig(
     vocab_size=97, context_length=16, n_embeddings=32, n_heads=2, n_layers=2, ffn_hid_dim=64

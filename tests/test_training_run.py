@@ -17,13 +17,13 @@ import pytest
 import safetensors.torch
 import torch
 
-import resume
 import training_run
 from conftest import ROOT, TINY_FLAGS, CommandRunner
 from preflight.checkpoints import format as checkpoint_format
 from preflight.checkpoints import store
 from preflight.core.errors import ExitCode, PreflightError
 from preflight.settings.config import build_config
+from preflight.training import resume
 from trainer import StepResult, Trainer
 
 TINY = {

@@ -1,84 +1,18 @@
-"""What a run tells: `metrics.jsonl`, the loss curve, and the lines or the bar on the screen."""
+"""The picture of a run: training and validation loss over the tokens read."""
 
 from __future__ import annotations
 
-import json
 import math
 import os
 from pathlib import Path
-from typing import Any
 
-from preflight.core.console import say
 from preflight.core.storage import publish_file
+from preflight.training.metrics import Row
 
-METRICS_NAME = "metrics.jsonl"
 CURVE_NAME = "loss_curve.png"
+
+
 CURVE_EVERY_SECONDS = 60  # how often a run draws it anew
-Row = dict[str, Any]
-
-
-class MetricsLog:
-    """An append-only file of one JSON object a line: ``step``, ``eval``, ``sample``, ``resume``.
-
-    A line is written by one call, so that a kill leaves at most a torn last line, which
-    `trim` removes. A full disk is told once; training goes on, and so does logging when space
-    returns.
-    """
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self._warned = False
-
-    def trim(self, last_step: int) -> None:
-        """Keep the rows up to the `step` row of `last_step`: what a resumed run will not redo."""
-        kept = []
-        for row in read_metrics(self.path):
-            step = row.get("step", 0)
-            if step > last_step or (step == last_step and row.get("event") != "step"):
-                continue
-            kept.append(json.dumps(row))
-        with publish_file(self.path) as file:
-            file.write("".join(line + "\n" for line in kept).encode())
-
-    def append(self, row: Row) -> None:
-        """Add one row; numbers that are not finite become null, as JSON has none."""
-        finite = {
-            key: None if isinstance(value, float) and not math.isfinite(value) else value
-            for key, value in row.items()
-        }
-        line = json.dumps(finite).encode() + b"\n"
-        try:
-            descriptor = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
-            try:
-                before = os.fstat(descriptor).st_size
-                if os.write(descriptor, line) < len(line):
-                    os.ftruncate(descriptor, before)  # a torn line would spoil the file
-                    raise OSError("disk full")
-            finally:
-                os.close(descriptor)
-        except OSError as error:
-            if not self._warned:
-                say(f"{self.path}: {error}; training goes on", "warning")
-            self._warned = True
-        else:
-            self._warned = False
-
-
-def read_metrics(path: Path) -> list[Row]:
-    """All whole rows of a metrics file; a torn last line and foreign lines are left out."""
-    rows = []
-    try:
-        lines = path.read_bytes().split(b"\n")
-    except FileNotFoundError:
-        return []
-    for line in lines:
-        try:
-            row = json.loads(line)
-        except ValueError:
-            continue
-        if isinstance(row, dict) and isinstance(row.get("step", 0), int):
-            rows.append(row)
-    return rows
 
 
 def save_loss_curve(path: Path, rows: list[Row], title: str) -> None:

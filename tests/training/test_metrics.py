@@ -11,10 +11,11 @@ from pathlib import Path
 
 import pytest
 
-import metrics
 from conftest import ROOT
-from metrics import MetricsLog, read_metrics, save_loss_curve
 from preflight.core.console import format_seconds, say, set_log_level
+from preflight.training import metrics
+from preflight.training.curve import save_loss_curve
+from preflight.training.metrics import MetricsLog, read_metrics
 
 
 def fill(log: MetricsLog, steps: range) -> None:

@@ -1,0 +1,88 @@
+"""A run in numbers: steps, intervals, and where it stands."""
+
+from __future__ import annotations
+
+import math
+import sys
+from dataclasses import dataclass
+
+from preflight.settings.config import ControlSettings, TrainingSettings
+
+EVAL_SHARE_OF_TRAINING = 0.05
+
+
+@dataclass(frozen=True)
+class TrainingPlan:
+    """A run in numbers, all choices made. Steps are updates of the weights."""
+
+    total_steps: int
+    steps_per_epoch: float
+    warmup_steps: int
+    checkpoint_every: int
+    eval_every: int
+    log_every: int
+    eval_windows: int
+    samples_per_step: int
+    tokens_per_step: int
+
+
+@dataclass
+class TrainState:
+    """Where a run stands; saved and restored as a whole.
+
+    `cursor` is the number of training samples handed out since the first step.
+    """
+
+    step: int = 0
+    cursor: int = 0
+    tokens: int = 0
+    best_val_loss: float | None = None
+    evaluated_step: int = 0
+    skipped_steps: int = 0
+    train_seconds: float = 0.0
+    eval_windows: int = 0
+
+
+def build_plan(
+    training: TrainingSettings,
+    control: ControlSettings,
+    context_length: int,
+    n_train_windows: int,
+    n_val_windows: int,
+    state: TrainState | None = None,
+) -> TrainingPlan:
+    """Fill in what was left unset: intervals and warm-up are shares of the run.
+
+    `state` is where a resumed run stands: what is left of the epochs is counted from there.
+    """
+    state = state or TrainState()
+    samples = training.batch_size * training.gradient_accumulation_steps
+    epochs = training.num_epochs or (math.inf if training.max_steps else 3.0)
+    total = training.max_steps or sys.maxsize
+    if math.isfinite(epochs):
+        left = max(0.0, epochs * n_train_windows - state.cursor)
+        total = min(total, state.step + math.ceil(left / samples))
+    total = max(total, 1)
+    warmup = training.warmup_steps
+    if warmup is None:
+        share = 0.3 if training.scheduler == "onecycle" else 0.05
+        warmup = min(math.ceil(share * total), 2000 if share == 0.05 else total)
+    # One interval follows the other, so that checkpoints carry a validation loss.
+    tenth = max(1, math.ceil(total / 10))
+    checkpoint_every = control.checkpoint_every or control.eval_every or tenth
+    eval_every = control.eval_every or checkpoint_every
+    evaluations = max(1, total // eval_every)
+    # A forward pass costs a third of a step.
+    affordable = EVAL_SHARE_OF_TRAINING * 3 * total * samples / evaluations
+    eval_windows = state.eval_windows or min(n_val_windows, max(8, round(affordable)))
+    return TrainingPlan(
+        total_steps=total,
+        steps_per_epoch=n_train_windows / samples,
+        warmup_steps=warmup,
+        checkpoint_every=checkpoint_every,
+        eval_every=eval_every,
+        log_every=control.log_every or max(1, total // 100),
+        eval_windows=eval_windows,
+        samples_per_step=samples,
+        tokens_per_step=samples * context_length,
+    )
