@@ -1,357 +1,271 @@
-"""`--generate`: load a checkpoint, gather prompts, write answers to the screen or into a file.
+"""Text from a model: which token comes next, the window it sees, and where an answer ends.
 
-Only the answers go to stdout; everything said about them goes to stderr.
+A row of the batch is one answer. Its text depends on its prompt, the settings and its index alone,
+never on the rows beside it. Shapes: B rows, V ids, K candidates of a row.
 """
 
 from __future__ import annotations
 
-import dataclasses
-import json
-import os
-import sys
-import time
-from pathlib import Path
-from typing import Any
+import contextlib
+import functools
+import random
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 
 import torch
-from tqdm import tqdm
+from torch import Tensor
 
-from preflight.checkpoints.format import Checkpoint, load_weights
-from preflight.checkpoints.store import find_best, open_checkpoint
-from preflight.core.console import say
-from preflight.core.errors import ExitCode, PreflightError
-from preflight.core.signals import StopFlag
-from preflight.core.storage import publish_file
-from preflight.device.runtime import build_runtime, is_out_of_memory
-from preflight.settings.config import RunConfig, SamplingConfig, build_config
-from preflight.tokenization.tokenizer import Tokenizer, load_tokenizer
-from preflight.training.resume import check_model_flags, check_tokenizer
-from sampling import Generation, generate_batch, generate_text, stream_text
-from transformer_model import DecoderOnlyTransformer
+from preflight.core.console import say_once
+from preflight.decoding.assembling import TextAssembler
+from preflight.decoding.choosing import choose_tokens, is_greedy
+from preflight.decoding.single_row import choose_reader, one_torch_thread
+from preflight.settings.config import SamplingConfig
+from preflight.tokenization.tokenizer import Tokenizer
+from transformer_model import DecoderOnlyTransformer, KVCache
 
-try:
-    import readline  # line editing and history for input()
-except ImportError:  # Windows
-    readline = None  # type: ignore[assignment]
-
-__all__ = ["SamplingConfig", "generate_text", "load_model", "run_generation", "stream_text"]
-
-DEFAULT_PROMPTS = ("Once upon a time", "The", "In the beginning", "It is important to")
-MAX_INTERACTIVE_PROMPTS = 5
-MAX_PROMPTS_BYTES = 64 * 2**20
-SEPARATOR = "-" * 40
-HELP = """\
-Type a text and press Enter: the model goes on with it. Ctrl-C stops an answer. Commands:
-  /temp X   temperature, 0 for the likeliest   /topk N   candidates, 0 for all
-  /topp X   share of probability, 0 to 1       /len N    tokens to write at most
-  /seed N   seed of the next answers           /help     this text      /quit   leave"""
-COMMANDS = {"/temp": "temperature", "/topk": "top_k", "/topp": "top_p", "/len": "max_new_tokens",
-            "/seed": "seed"}
-# What a terminal would obey instead of show: C0 but newline and tab, DEL, C1, and the marks that
-# turn the direction of text (Boucher and Anderson 2021, "Trojan Source").
-_INVISIBLE = {
-    code: f"\\x{code:02x}" if code < 256 else f"\\u{code:04x}"
-    for code in (*range(9), *range(11, 32), *range(127, 160), 0x61C, 0x200E, 0x200F,
-                 *range(0x202A, 0x202F), *range(0x2066, 0x206A))
-}
+SAMPLE_TOKENS = 48  # of the text that a run writes at each evaluation
+# Tokens read in one pass when windows are filled; bounds the memory of activations.
+FILL_TOKENS = 8192
 
 
-def run_generation(config: RunConfig) -> int:
-    """Write what was asked for and return the exit code.
+@dataclass(frozen=True)
+class Generation:
+    """An answer: what follows the prompt, and why it ends there."""
 
-    Raises:
-        PreflightError: with the code of whatever stands in the way.
+    text: str
+    n_tokens: int  # chosen, the one that ended the answer included
+    finish_reason: str  # "stop": a stop text came; "end": of text; "length": max_new_tokens
+
+
+# Called after each step with the answers that ended in it, by index, and the tokens chosen.
+OnStep = Callable[[list[tuple[int, Generation]], int], None]
+
+
+def generate_text(
+    model: DecoderOnlyTransformer, tokenizer: Tokenizer, prompt: str, config: SamplingConfig
+) -> str:
+    """What `model` writes after `prompt`; after an empty one, it starts a new text."""
+    return generate_batch(model, tokenizer, [prompt], config)[0].text
+
+
+def stream_text(
+    model: DecoderOnlyTransformer, tokenizer: Tokenizer, prompt: str, config: SamplingConfig,
+    on_step: OnStep | None = None,
+) -> Iterator[str]:
+    """`generate_text` in pieces, as it is written; they end between characters, and what may be
+    the start of a stop text waits until it is known not to be.
     """
-    for stream in (sys.stdin, sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):  # a narrow encoding must not end the program
-            stream.reconfigure(errors="backslashreplace")
-    prompts = read_prompts(config)
-    interactive = is_interactive(config)
-    check_output(config.generation.output_file)
-    runtime = build_runtime(config.system)
-    path = config.generation.checkpoint_path
-    checkpoint = open_checkpoint(path) if path else find_best(Path(config.control.output_dir))
-    try:
-        model, tokenizer = load_model(checkpoint, runtime.device, runtime.dtype)
-        check_model_flags(config, checkpoint)
-        say(f"{checkpoint.path}: step {checkpoint.step:,}, {model.config.label}, "
-             f"{runtime.device}, {str(runtime.dtype).removeprefix('torch.')}")
-        if interactive:
-            return Session(model, tokenizer, config.sampling).run(prompts)
-        return _write_answers(model, tokenizer, prompts, config)
-    except RuntimeError as error:
-        if not is_out_of_memory(error):
-            raise
-        raise PreflightError(
-            ExitCode.OUT_OF_MEMORY, "the memory of this device is used up",
-            f"lower --generation-batch-size {config.generation.generation_batch_size}, "
-            "or use --device cpu",
-        ) from None
+    decoder = _Decoder(model, tokenizer, [prompt], config, batch_size=1)
+    row = decoder.rows[0]
+    while not row.finish_reason:
+        ended = decoder.step()
+        if on_step:
+            on_step([(0, row.result()) for row in ended], 1)
+        if row.pieces[-1]:
+            yield row.pieces[-1]
 
 
-def load_model(
-    checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype
-) -> tuple[DecoderOnlyTransformer, Tokenizer]:
-    """The model of a checkpoint, ready to write, and its tokenizer.
+def generate_batch(
+    model: DecoderOnlyTransformer,
+    tokenizer: Tokenizer,
+    prompts: Sequence[str],
+    config: SamplingConfig,
+    batch_size: int = 8,
+    on_step: OnStep | None = None,
+) -> list[Generation]:
+    """One answer for each prompt, in the order of the prompts.
 
-    Raises:
-        PreflightError: code CHECKPOINT, when its parts are damaged or do not belong together.
+    Args:
+        model: writes in its own dtype, on its own device.
+        tokenizer: the one that the model was trained with.
+        prompts: may differ in length and may repeat; the i-th draws with seed + i.
+        config: how tokens are chosen.
+        batch_size: answers written at once. When one ends, the next prompt takes its place.
+        on_step: told of progress; what it raises ends the writing.
     """
-    try:
-        tokenizer = load_tokenizer(checkpoint.config["tokenizer"]["name"])
-    except PreflightError as error:  # there it is a flag's fault, here the checkpoint asks for it
-        raise PreflightError(ExitCode.CHECKPOINT, f"{checkpoint.path}:", *error.lines) from None
-    check_tokenizer(checkpoint, tokenizer)
-    with torch.device("meta"):  # shapes alone: the weights come from the file
-        model = DecoderOnlyTransformer(checkpoint.model_config)
-    shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
-    model.load_state_dict(load_weights(checkpoint, shapes), assign=True)
-    return model.to(device=device, dtype=dtype).eval().requires_grad_(False), tokenizer
-
-
-def is_interactive(config: RunConfig) -> bool:
-    """Whether to end at a prompt to type at: as asked, else where a person seems to sit."""
-    settings = config.generation
-    if settings.interactive is not None:
-        return settings.interactive
-    few = not settings.prompts_file and len(settings.prompts) <= MAX_INTERACTIVE_PROMPTS
-    terminal = all(s is not None and s.isatty() for s in (sys.stdin, sys.stdout))
-    return few and terminal and not settings.output_file
-
-
-def read_prompts(config: RunConfig) -> list[str]:
-    """The prompts of the flags or the file; the default ones, unless prompts will be typed.
-
-    Raises:
-        PreflightError: code TEXT, with the numbers of the first lines that cannot be used.
-    """
-    settings = config.generation
-    if settings.prompts_file:
-        return _read_prompts_file(settings.prompts_file)
-    for number, prompt in enumerate(settings.prompts, 1):
-        if not _is_unicode(prompt):
-            raise PreflightError(ExitCode.TEXT, f"--prompts: number {number} is not UTF-8")
-    return list(settings.prompts or (() if is_interactive(config) else DEFAULT_PROMPTS))
-
-
-def _read_prompts_file(name: str) -> list[str]:
-    try:
-        with open(0 if name == "-" else name, "rb", closefd=name != "-") as file:
-            content = file.read(MAX_PROMPTS_BYTES + 1)
-    except OSError as error:
-        raise PreflightError(ExitCode.TEXT, f"--prompts-file {name}: {error.strerror}") from None
-    if len(content) > MAX_PROMPTS_BYTES:
-        raise PreflightError(ExitCode.TEXT, f"--prompts-file {name}: larger than "
-                             f"{MAX_PROMPTS_BYTES // 2**20} MiB; split it")
-    prompts, faults = [], {}
-    lines = content.removeprefix(b"\xef\xbb\xbf").split(b"\n")
-    for number, line in enumerate(lines, 1):
-        try:
-            if line.strip():
-                prompts.append(_parse_prompt(line.removesuffix(b"\r"), name.endswith(".jsonl")))
-        except ValueError as error:
-            faults[number] = str(error)
-    if faults:
-        first = [f"line {number}: {fault}" for number, fault in list(faults.items())[:5]]
-        raise PreflightError(
-            ExitCode.TEXT, f"--prompts-file {name}: {len(faults):,} of {len(lines):,} lines "
-            "cannot be used", "; ".join(first),
-            "expected: UTF-8 text, one prompt a line; in .jsonl, objects like {\"prompt\": \"Hi\"}",
-        )
     if not prompts:
-        raise PreflightError(ExitCode.TEXT, f"--prompts-file {name}: there is no prompt in it")
-    return prompts
-
-
-def _parse_prompt(line: bytes, as_json: bool) -> str:
-    if b"\0" in line:
-        raise ValueError("binary")
-    try:
-        text = line.decode()
-    except UnicodeDecodeError as error:
-        raise ValueError(f"not UTF-8 at byte {error.start}") from None
-    if not as_json:
-        return text
-    try:
-        record = json.loads(text)
-    except (ValueError, RecursionError):
-        raise ValueError("not JSON") from None
-    prompt = record.get("prompt") if isinstance(record, dict) else None
-    if not isinstance(prompt, str) or not _is_unicode(prompt):
-        raise ValueError("no \"prompt\" with a text")
-    return prompt
-
-
-def _is_unicode(text: str) -> bool:
-    """False for half a surrogate pair: bytes of a command line that are not UTF-8."""
-    return not any("\ud800" <= character <= "\udfff" for character in text)
-
-
-def check_output(name: str | None) -> None:
-    """See that the output file can be written, before the work is done.
-
-    Raises:
-        PreflightError: code STORAGE.
-    """
-    if name is None:
-        if sys.stdout is None:
-            raise PreflightError(ExitCode.STORAGE, "stdout is closed; use --output-file")
-        return
-    folder = Path(name).absolute().parent
-    if Path(name).is_dir() or not folder.is_dir() or not os.access(folder, os.W_OK):
-        reason = "is a folder" if Path(name).is_dir() else f"{folder} cannot be written to"
-        raise PreflightError(ExitCode.STORAGE, f"--output-file {name}: {reason}",
-                             "choose another place, or make the folder first")
-
-
-def _write_answers(
-    model: DecoderOnlyTransformer, tokenizer: Tokenizer, prompts: list[str], config: RunConfig
-) -> int:
-    """Answer all prompts in batches. Answers show in order, as soon as those before are there."""
-    settings = config.generation
-    repeated = [p for p in prompts for _ in range(settings.num_return_sequences)]
+        return []
+    decoder = _Decoder(model, tokenizer, prompts, config, batch_size)
     done: dict[int, Generation] = {}
-    shown = 0
-    began, written = time.perf_counter(), 0
-    bar = tqdm(total=len(repeated), unit="answer", file=sys.stderr,
-               disable=None if len(repeated) > settings.generation_batch_size else True)
-
-    def note_step(ended: list[tuple[int, Generation]], n_tokens: int) -> None:
-        nonlocal shown, written
-        written += n_tokens
+    while decoder.rows:
+        n_tokens = len(decoder.rows)
+        ended = [(row.index, row.result()) for row in decoder.step()]
         done.update(ended)
-        bar.update(len(ended))
-        while shown in done and not settings.output_file:
-            with bar.external_write_mode():
-                rule = f"\n{SEPARATOR}\n" if shown else ""
-                _show(f"{rule}{repeated[shown]}{done[shown].text}\n")
-            shown += 1
-        stop.leave_if_stopping(f"stopped: {len(done):,} of {len(repeated):,} answers are complete")
-
-    with StopFlag() as stop:
-        try:
-            generate_batch(model, tokenizer, repeated, config.sampling,
-                           settings.generation_batch_size, note_step)
-        finally:
-            bar.close()
-            if settings.output_file and done:
-                _save_answers(Path(settings.output_file), repeated, done,
-                              settings.num_return_sequences)
-    _say_rate(len(done), written, time.perf_counter() - began)
-    return int(ExitCode.DONE)
+        if on_step:
+            on_step(ended, n_tokens)
+    return [done[index] for index in range(len(prompts))]
 
 
-def _save_answers(
-    path: Path, prompts: list[str], done: dict[int, Generation], n_sequences: int
-) -> None:
-    """Publish the complete answers, in the order of the prompts."""
-    records: list[dict[str, Any]] = [
-        {"prompt": prompts[i], "sequence": i % n_sequences, **dataclasses.asdict(done[i])}
-        for i in sorted(done)
-    ]
-    if path.suffix == ".json":
-        content = json.dumps(records, ensure_ascii=False, indent=2) + "\n"
-    elif path.suffix == ".jsonl":
-        content = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
-    else:
-        content = f"\n{SEPARATOR}\n".join(f"{r['prompt']}{r['text']}\n" for r in records)
-    with publish_file(path, len(data := content.encode())) as file:
-        file.write(data)
-    say(f"{len(records):,} answers in {path}")
+def window_start(n_tokens: int, context_length: int) -> int:
+    """First token that the model sees of a text of `n_tokens`.
+
+    GPT-2's positions are learned and absolute, so a cache cannot be shifted. When the window is
+    full it moves on by a quarter and is read again: three tokens for each one written, not all.
+    """
+    excess = n_tokens - context_length
+    stride = max(1, context_length // 4)
+    return -(-excess // stride) * stride if excess > 0 else 0
 
 
-class Session:
-    """The prompt to type at. Settings change by commands; every answer streams."""
+
+
+
+
+
+
+
+
+
+
+class _Row:
+    """One answer being written: its tokens, its random numbers, its text."""
 
     def __init__(
-        self, model: DecoderOnlyTransformer, tokenizer: Tokenizer, sampling: SamplingConfig
+        self, index: int, prompt_ids: list[int], tokenizer: Tokenizer, config: SamplingConfig
     ) -> None:
-        self.model, self.tokenizer, self.sampling = model, tokenizer, sampling
-        self._n_answers = 0  # since the seed was set: a prompt asked twice has two answers
+        self.index = index
+        self.tokens = prompt_ids
+        self.window_start: int | None = None  # of what the cache holds; None: nothing yet
+        # Python's generator: the same numbers on every device, and near seeds are unrelated.
+        self.random = random.Random(config.seed + index)
+        self.pieces: list[str] = []  # one a token, often empty
+        self.finish_reason = ""
+        self._tokenizer = tokenizer
+        self._max_new_tokens = config.max_new_tokens
+        self._text = TextAssembler(config.stop)
 
-    def run(self, prompts: list[str]) -> int:
-        """Answer `prompts`, then what is typed until /quit, Ctrl-D or Ctrl-C at the prompt."""
-        for prompt in prompts:
-            self.answer(prompt)
-        if sys.stdin is None:
-            return int(ExitCode.DONE)
-        terminal = sys.stdin.isatty()
-        if terminal:
-            say("/help lists the commands, Ctrl-D leaves")
-        while True:
-            try:
-                line = input("> " if terminal else "")
-            except EOFError:
-                return int(ExitCode.DONE)
-            except KeyboardInterrupt:
-                if readline is None or not readline.get_line_buffer():
-                    raise
-                _show("\n")  # half a line was typed: only that is dropped
-                continue
-            if line.strip() == "/quit":
-                return int(ExitCode.DONE)
-            if line.startswith("/"):
-                self.command(line)
-            elif line.strip():
-                self.answer(line, echo=not terminal)
+    def accept(self, token: int) -> None:
+        """Take in the token that was chosen, and see whether the answer ends with it."""
+        self.tokens.append(token)
+        ends = token == self._tokenizer.end_of_text_id
+        last = ends or len(self.pieces) + 1 >= self._max_new_tokens
+        data = b"" if ends else self._tokenizer.decode_bytes([token])
+        self.pieces.append(self._text.push(data, final=last))
+        if self._text.stopped:
+            self.finish_reason = "stop"
+        elif last:
+            self.finish_reason = "end" if ends else "length"
 
-    def answer(self, prompt: str, *, echo: bool = True) -> None:
-        """Stream one answer; Ctrl-C ends it, and only it."""
-        config = dataclasses.replace(self.sampling, seed=self.sampling.seed + self._n_answers)
-        self._n_answers += 1
-        steps: list[int] = []
-        began = time.perf_counter()
+    def result(self) -> Generation:
+        """The answer as it stands."""
+        return Generation("".join(self.pieces), len(self.pieces), self.finish_reason)
+
+
+class _Decoder:
+    """Writes an answer to each prompt, `batch_size` at a time, a token in each per step."""
+
+    def __init__(
+        self, model: DecoderOnlyTransformer, tokenizer: Tokenizer, prompts: Sequence[str],
+        config: SamplingConfig, batch_size: int,
+    ) -> None:
+        self.model, self.config = model, config
+        self._context = model.config.context_length
+        rows = self._build_rows(prompts, tokenizer)
+        self.rows, self._waiting = rows[:batch_size], rows[batch_size:][::-1]
+        weight = model.token_embedding.weight
+        self._device, dtype = weight.device, weight.dtype
+        if torch.is_autocast_enabled(self._device.type):
+            dtype = torch.get_autocast_dtype(self._device.type)
+        self._vocab_size = min(tokenizer.vocab_size, model.config.vocab_size)
+        self._banned = torch.tensor(_list_unwritable_ids(tokenizer), dtype=torch.long,
+                                    device=self._device)
+        with torch.inference_mode():
+            self._cache = KVCache(model.config, len(self.rows), self._device, dtype,
+                                  capacity=len(rows[0].tokens) + config.max_new_tokens)
+        self._reader = choose_reader(model, self._cache)
+        self._newest: Tensor | None = None  # the rows' last tokens, while they are on the device
+        self._seen: Tensor | None = None  # which ids (B V) each row holds, for the penalty
+
+    def _build_rows(self, prompts: Sequence[str], tokenizer: Tokenizer) -> list[_Row]:
+        rows = []
+        for index, prompt in enumerate(prompts):
+            # An empty prompt starts as every document does: after an end of text.
+            ids = tokenizer.encode(prompt) or [tokenizer.end_of_text_id]
+            if len(ids) > self._context:
+                say_once(f"a prompt is longer than the context: its last {self._context:,} "
+                          "tokens are used")
+            rows.append(_Row(index, ids[-self._context :], tokenizer, self.config))
+        # Longest first: windows filled together then need little padding.
+        rows.sort(key=lambda row: -len(row.tokens))
+        if len(rows[0].tokens) + self.config.max_new_tokens > self._context:
+            say_once(f"past {self._context:,} tokens the window slides: the start of the text "
+                      "goes out of the model's sight")
+        return rows
+
+    @torch.inference_mode()
+    def step(self) -> list[_Row]:
+        """Choose one token in each row; returns the rows that ended with it."""
+        was_training = self.model.training
         try:
-            _show(prompt if echo else "")
-            for piece in stream_text(self.model, self.tokenizer, prompt, config,
-                                     lambda ended, n_tokens: steps.append(n_tokens)):
-                _show(piece)
-            _show("\n")
-        except KeyboardInterrupt:
-            _show("\n")
-            say("stopped")
-        _say_rate(1, sum(steps), time.perf_counter() - began)
+            if was_training:
+                self.model.eval()
+            self._newest = self._choose()
+        finally:
+            if was_training:
+                self.model.train()
+        for row, token in zip(self.rows, self._newest.tolist(), strict=True):
+            row.accept(token)
+        ended = [row for row in self.rows if row.finish_reason]
+        if ended:
+            self._replace_ended()
+        return ended
 
-    def command(self, line: str) -> None:
-        """Carry out a line that starts with a slash; a wrong one changes nothing."""
-        name, _, value = line.strip().partition(" ")
-        if name == "/help":
-            say(HELP)
-            return
-        field = COMMANDS.get(name)
-        if field is None:
-            say(f"{name}: no such command; /help lists them")
-            return
-        if not value.strip():
-            say(f"{name} is {getattr(self.sampling, field)}")
-            return
-        try:
-            checked = build_config({field: value.strip()}, {}).sampling
-        except PreflightError as error:
-            say(error.lines[0].replace("--" + field.replace("_", "-"), name))
-            return
-        self.sampling = dataclasses.replace(self.sampling, **{field: getattr(checked, field)})
-        self._n_answers = 0 if field == "seed" else self._n_answers
-        say(f"{name} is now {getattr(self.sampling, field)}")
+    def _choose(self) -> Tensor:
+        # Everything that comes from the host goes to the device before the long work starts.
+        if self._newest is None:
+            last = [row.tokens[-1] for row in self.rows]
+            self._newest = torch.tensor(last, device=self._device)
+        uniforms = None
+        if not is_greedy(self.config):
+            numbers = [row.random.random() for row in self.rows]
+            uniforms = torch.tensor(numbers, dtype=torch.float32, device=self._device)
+        if self._seen is None and self.config.repetition_penalty != 1:
+            shape = (len(self.rows), self._vocab_size)
+            self._seen = torch.zeros(shape, dtype=torch.bool, device=self._device)
+            for i, row in enumerate(self.rows):
+                self._seen[i, torch.tensor(row.tokens, device=self._device)] = True
+        self._fill_windows()
+        in_torch = self._reader is self.model
+        with contextlib.nullcontext() if in_torch else one_torch_thread():
+            logits = self._reader.read(self._newest, self._cache)[:, : self._vocab_size]  # B V
+            if len(self._banned):
+                logits[:, self._banned] = -torch.inf
+            ids = choose_tokens(logits, self.config, uniforms, self._seen)
+        if self._seen is not None:
+            self._seen.scatter_(1, ids[:, None], True)
+        return ids
+
+    def _fill_windows(self) -> None:
+        """Read all but the last token of each window that is new or has moved."""
+        starts = [window_start(len(row.tokens), self._context) for row in self.rows]
+        moved = [i for i, row in enumerate(self.rows) if row.window_start != starts[i]]
+        moved.sort(key=lambda i: len(self.rows[i].tokens) - starts[i])
+        while moved:
+            longest = len(self.rows[moved[-1]].tokens) - starts[moved[-1]] - 1
+            n_rows = max(1, FILL_TOKENS // max(1, longest))
+            part, moved = sorted(moved[-n_rows:]), moved[:-n_rows]
+            windows = [self.rows[i].tokens[starts[i] : -1] for i in part]
+            padded = [window + [0] * (longest - len(window)) for window in windows]
+            tokens = torch.tensor(padded, dtype=torch.long, device=self._device)
+            self.model.fill(tokens, self._cache, part, [len(window) for window in windows])
+            for i in part:
+                self.rows[i].window_start = starts[i]
+
+    def _replace_ended(self) -> None:
+        """Give the places of ended rows to waiting ones; without any, the batch shrinks."""
+        for i, row in enumerate(self.rows):
+            if row.finish_reason and self._waiting:
+                self.rows[i] = self._waiting.pop()
+        kept = [i for i, row in enumerate(self.rows) if not row.finish_reason]
+        if kept and len(kept) < len(self.rows):
+            self._cache.keep_rows(kept)
+            self._reader = choose_reader(self.model, self._cache)
+        self.rows = [self.rows[i] for i in kept]
+        self._newest = self._seen = None
 
 
-def _show(text: str) -> None:
-    """Text to stdout at once; on a terminal, what it would obey is made visible."""
-    if sys.stdout.isatty():
-        text = text.translate(_INVISIBLE)
-    try:
-        sys.stdout.write(text)
-        sys.stdout.flush()
-    except BrokenPipeError:
-        raise
-    except OSError as error:
-        # What is buffered cannot be written at exit either: point stdout elsewhere.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        raise PreflightError(ExitCode.STORAGE, f"cannot write to stdout: {error.strerror}",
-                             "free space or use --output-file on another disk") from None
-
-
-def _say_rate(n_answers: int, n_tokens: int, seconds: float) -> None:
-    what = "answer" if n_answers == 1 else "answers"
-    say(f"{n_answers:,} {what}, {n_tokens:,} tokens in {seconds:.1f} s, "
-         f"{n_tokens / max(seconds, 1e-9):,.1f} tokens/s")
+@functools.cache
+def _list_unwritable_ids(tokenizer: Tokenizer) -> list[int]:
+    """Ids that stand for no text: gaps in the vocabulary, special tokens but the end of text."""
+    written = {*tokenizer.encoding._mergeable_ranks.values(), tokenizer.end_of_text_id}
+    return [i for i in range(tokenizer.vocab_size) if i not in written]

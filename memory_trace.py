@@ -24,12 +24,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import transformer_model
+from generate import FILL_TOKENS
 from memory_compiled import capture_graphs, trace_compiled_step
+from preflight.decoding.choosing import choose_tokens
 from preflight.device.runtime import Runtime
 from preflight.models import loss as losses
 from preflight.settings.config import ControlSettings, ModelConfig, SamplingConfig, TrainingSettings
 from preflight.training.plan import build_plan
-from sampling import FILL_TOKENS, choose_tokens
 from trainer import Trainer
 from transformer_model import KVCache
 

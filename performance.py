@@ -20,6 +20,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from generate import SAMPLE_TOKENS, generate_text
 from memory import estimate_checkpoint_bytes
 from preflight.checkpoints.format import save_checkpoint
 from preflight.core.storage import TEMPORARY_PREFIX
@@ -37,7 +38,6 @@ from preflight.settings.config import (
 from preflight.tokenization.tokenizer import Tokenizer
 from preflight.training.curve import CURVE_EVERY_SECONDS
 from preflight.training.plan import TrainingPlan
-from sampling import SAMPLE_TOKENS, generate_text
 from train_utils import BatchLoader, count_windows, iterate_windows
 from trainer import Trainer
 

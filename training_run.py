@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
+from generate import SAMPLE_TOKENS, generate_text
 from memory import (
     CUDA_CONTEXT_BYTES,
     MemoryEstimate,
@@ -43,7 +44,6 @@ from preflight.training.curve import CURVE_EVERY_SECONDS, CURVE_NAME, save_loss_
 from preflight.training.metrics import METRICS_NAME, MetricsLog, read_metrics
 from preflight.training.plan import TrainState, build_plan
 from preflight.training.resume import adopt_settings, find_origin, resolve_model
-from sampling import SAMPLE_TOKENS, generate_text
 from train_utils import BatchLoader, count_windows, iterate_windows
 from trainer import StepResult, Trainer
 

@@ -30,6 +30,7 @@ import psutil
 import torch
 from torch import Tensor
 
+from generate import SAMPLE_TOKENS, generate_text
 from preflight.checkpoints import format as checkpoint_format
 from preflight.core import storage
 from preflight.core.errors import ExitCode, PreflightError
@@ -40,7 +41,6 @@ from preflight.settings.config import ControlSettings, ModelConfig, RunConfig, S
 from preflight.tokenization.tokenizer import load_tokenizer
 from preflight.training.curve import CURVE_NAME, save_loss_curve
 from preflight.training.plan import TrainingPlan, build_plan
-from sampling import SAMPLE_TOKENS, generate_text
 from train_utils import BatchLoader, count_windows, iterate_windows
 from trainer import Trainer
 

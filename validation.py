@@ -21,6 +21,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from generate import generate_text
 from performance import estimate_disk_bytes
 from preflight.checkpoints.format import (
     load_training_state,
@@ -41,7 +42,6 @@ from preflight.settings.config import ControlSettings, ModelConfig, RunConfig, S
 from preflight.tokenization.tokenizer import Tokenizer, load_tokenizer
 from preflight.training.plan import build_plan
 from preflight.training.resume import adopt_settings, find_origin, resolve_model
-from sampling import generate_text
 from train_utils import BatchLoader, iterate_windows
 from trainer import Trainer
 

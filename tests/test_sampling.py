@@ -16,21 +16,14 @@ from torch import Tensor
 from transformers import LogitsProcessorList
 from transformers.generation import logits_process as hf
 
-import sampling
+from generate import generate_batch, generate_text, stream_text, window_start
 from preflight.core import console
+from preflight.decoding import choosing
+from preflight.decoding.assembling import TextAssembler
+from preflight.decoding.choosing import choose_tokens, filter_probabilities, penalise_repetition
+from preflight.decoding.single_row import SingleRowReader
 from preflight.settings.config import ModelConfig, SamplingConfig
 from preflight.tokenization.tokenizer import END_OF_TEXT, Tokenizer
-from sampling import (
-    TextAssembler,
-    choose_tokens,
-    filter_probabilities,
-    generate_batch,
-    generate_text,
-    penalise_repetition,
-    stream_text,
-    window_start,
-)
-from single_row import SingleRowReader
 from transformer_model import DecoderOnlyTransformer, KVCache
 
 torch.set_num_threads(1)
@@ -205,7 +198,7 @@ def scripted(
         written.append(script[len(written) % len(script)])
         return torch.tensor(written[-1:])
 
-    monkeypatch.setattr(sampling, "choose_tokens", choose)
+    monkeypatch.setattr(choosing, "choose_tokens", choose)
 
 
 @pytest.mark.parametrize(("stop", "expected", "reason"), [

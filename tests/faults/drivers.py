@@ -28,7 +28,6 @@ import torch
 import torch._dynamo  # an optimizer loads it at its first use: once here, not in every case
 from matplotlib.figure import Figure
 
-import generate
 import main
 import train_utils
 import training_run
@@ -36,6 +35,7 @@ from preflight.core import locks, storage
 from preflight.core.errors import ExitCode, PreflightError
 from preflight.core.signals import StopFlag
 from preflight.corpus import build
+from preflight.modes import generate
 from preflight.settings.config import RunConfig
 from preflight.tokenization.tokenizer import Tokenizer
 from trainer import Trainer

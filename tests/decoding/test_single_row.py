@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import nn
 
+from preflight.decoding.single_row import SingleRowReader, choose_reader, one_torch_thread
 from preflight.settings.config import ModelConfig
-from single_row import SingleRowReader, choose_reader, one_torch_thread
 from transformer_model import ACTIVATION_FUNCTIONS, DecoderOnlyTransformer, KVCache
 
 torch.set_num_threads(1)
