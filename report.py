@@ -7,9 +7,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-from learnability import Advice
 from preflight.core.console import format_bytes, format_seconds
 from preflight.core.errors import ExitCode, PreflightError
+from preflight.foresight.learnability import Advice
 
 FORMAT, VERSION = "preflight-check", 1
 SECTIONS = ("model", "dataset", "training configuration", "memory analysis",

@@ -20,24 +20,6 @@ import numpy as np
 import psutil
 import torch
 
-from learnability import Advice, find_content_warnings, find_plan_warnings, scan_content
-from memory import (
-    CUDA_CONTEXT_BYTES,
-    MemoryEstimate,
-    build_batch_curve,
-    estimate_memory,
-    estimate_savings,
-    judge_fit,
-)
-from performance import (
-    RunCost,
-    RunTime,
-    estimate_cost,
-    estimate_disk_bytes,
-    estimate_run_time,
-    measure_cost,
-    measure_product_flops,
-)
 from preflight.checkpoints.format import Checkpoint
 from preflight.core.console import format_bytes
 from preflight.core.errors import ExitCode
@@ -53,6 +35,29 @@ from preflight.device.runtime import (
     build_runtime,
     has_fast_bf16,
     is_out_of_memory,
+)
+from preflight.foresight.learnability import (
+    Advice,
+    find_content_warnings,
+    find_plan_warnings,
+    scan_content,
+)
+from preflight.foresight.memory import (
+    CUDA_CONTEXT_BYTES,
+    MemoryEstimate,
+    build_batch_curve,
+    estimate_memory,
+    estimate_savings,
+    judge_fit,
+)
+from preflight.foresight.run_time import (
+    RunCost,
+    RunTime,
+    estimate_cost,
+    estimate_disk_bytes,
+    estimate_run_time,
+    measure_cost,
+    measure_product_flops,
 )
 from preflight.models.cost import count_parameters, estimate_flops_per_token
 from preflight.settings.config import ModelConfig, RunConfig, describe_choices

@@ -16,14 +16,6 @@ import torch
 from tqdm import tqdm
 
 from generate import SAMPLE_TOKENS, generate_text
-from memory import (
-    CUDA_CONTEXT_BYTES,
-    MemoryEstimate,
-    build_batch_curve,
-    estimate_least_bytes,
-    estimate_memory,
-    estimate_savings,
-)
 from preflight.checkpoints import format as checkpoint_format
 from preflight.checkpoints import store
 from preflight.checkpoints.format import Checkpoint
@@ -37,6 +29,14 @@ from preflight.corpus.shards import DataFolder
 from preflight.corpus.sources import find_inputs
 from preflight.device.host_memory import available_host_bytes, reachable_host_bytes
 from preflight.device.runtime import Runtime, build_runtime, is_out_of_memory
+from preflight.foresight.memory import (
+    CUDA_CONTEXT_BYTES,
+    MemoryEstimate,
+    build_batch_curve,
+    estimate_least_bytes,
+    estimate_memory,
+    estimate_savings,
+)
 from preflight.models.cost import count_parameters
 from preflight.settings.config import ModelConfig, RunConfig, SamplingConfig, describe_choices
 from preflight.tokenization.tokenizer import Tokenizer, load_tokenizer

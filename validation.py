@@ -22,7 +22,6 @@ import torch
 from torch import Tensor
 
 from generate import generate_text
-from performance import estimate_disk_bytes
 from preflight.checkpoints.format import (
     load_training_state,
     load_weights,
@@ -37,6 +36,7 @@ from preflight.corpus import shards
 from preflight.corpus.build import prepare_data
 from preflight.corpus.shards import DataFolder
 from preflight.device.runtime import Runtime, build_runtime, has_fast_bf16, is_out_of_memory
+from preflight.foresight.run_time import estimate_disk_bytes
 from preflight.models.cost import count_parameters
 from preflight.settings.config import ControlSettings, ModelConfig, RunConfig, SamplingConfig
 from preflight.tokenization.tokenizer import Tokenizer, load_tokenizer

@@ -30,15 +30,15 @@ from torch.profiler import ProfilerActivity, profile
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from memory import estimate_memory  # noqa: E402
-from performance import (  # noqa: E402
+from preflight.corpus.build import prepare_data  # noqa: E402
+from preflight.device.runtime import Runtime, build_runtime, describe_device  # noqa: E402
+from preflight.foresight.memory import estimate_memory  # noqa: E402
+from preflight.foresight.run_time import (  # noqa: E402
     estimate_cost,
     estimate_run_time,
     measure_cost,
     measure_product_flops,
 )
-from preflight.corpus.build import prepare_data  # noqa: E402
-from preflight.device.runtime import Runtime, build_runtime, describe_device  # noqa: E402
 from preflight.settings.config import ModelConfig, RunConfig, build_config  # noqa: E402
 from preflight.tokenization.tokenizer import load_tokenizer  # noqa: E402
 from preflight.training.plan import TrainingPlan, build_plan  # noqa: E402

@@ -20,14 +20,14 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-import batch_size
-import trial as trials
-from batch_size import MAX_SIZE, SearchResult, search, split_sequences
 from conftest import ROOT, TINY_FLAGS, CommandRunner
 from preflight.core.errors import ExitCode, PreflightError
 from preflight.core.signals import StopFlag
+from preflight.foresight import trials
+from preflight.foresight.batch_search import MAX_SIZE, SearchResult, search, split_sequences
+from preflight.foresight.trials import Order, Trial, run_trial
+from preflight.modes import find_batch_size
 from preflight.settings.config import build_config
-from trial import Order, Trial, run_trial
 
 GIB = 2**30
 Line = Callable[[int], float]
@@ -435,11 +435,11 @@ def run_in_process(
 ) -> int:
     """The whole mode with a simulated device."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(batch_size, "run_trial",
+    monkeypatch.setattr(find_batch_size, "run_trial",
                         lambda order, *_: device.probe(order.config.training.batch_size))
-    monkeypatch.setattr(batch_size, "measure_limit", lambda runtime, margin: (limit, limit))
+    monkeypatch.setattr(find_batch_size, "measure_limit", lambda runtime, margin: (limit, limit))
     values = {"model_size": "nano", "device": "cpu", "mixed_precision": False} | flags
-    return batch_size.run_search(build_config(values, dict.fromkeys(values, "the command line")))
+    return find_batch_size.run_search(build_config(values, dict.fromkeys(values, "the command line")))
 
 
 def test_the_table_the_flags_and_the_exit_codes(

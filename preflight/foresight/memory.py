@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 import torch
 
-from memory_trace import Peaks, TraceCase, extend_peaks, trace_peaks
+from preflight.foresight.memory_trace import Peaks, TraceCase, extend_peaks, trace_peaks
 from preflight.models import loss as losses
 from preflight.models.cost import count_parameters
 from preflight.settings.config import ModelConfig, TrainingSettings

@@ -14,8 +14,10 @@ import torch
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
-import memory_trace
-from memory import (
+from preflight.checkpoints.format import save_checkpoint
+from preflight.device.runtime import Runtime
+from preflight.foresight import memory_trace
+from preflight.foresight.memory import (
     PHASES,
     build_batch_curve,
     estimate_checkpoint_bytes,
@@ -23,7 +25,7 @@ from memory import (
     estimate_savings,
     judge_fit,
 )
-from memory_trace import (
+from preflight.foresight.memory_trace import (
     ITEMS,
     AllocationLog,
     TraceCase,
@@ -31,8 +33,6 @@ from memory_trace import (
     trace_peaks,
     trace_whole,
 )
-from preflight.checkpoints.format import save_checkpoint
-from preflight.device.runtime import Runtime
 from preflight.settings.config import ControlSettings, ModelConfig, ModelSettings, TrainingSettings
 from preflight.training.plan import build_plan
 from trainer import Trainer

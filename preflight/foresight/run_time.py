@@ -21,12 +21,12 @@ import torch
 from torch import Tensor
 
 from generate import SAMPLE_TOKENS, generate_text
-from memory import estimate_checkpoint_bytes
 from preflight.checkpoints.format import save_checkpoint
 from preflight.core.storage import TEMPORARY_PREFIX
 from preflight.corpus.shards import DataFolder
 from preflight.device.cards import Card
 from preflight.device.runtime import Runtime
+from preflight.foresight.memory import estimate_checkpoint_bytes
 from preflight.models.cost import count_parameters, estimate_flops_per_token
 from preflight.settings.config import (
     ControlSettings,

@@ -9,10 +9,12 @@ from typing import Any
 import pytest
 import torch
 
-import performance
 import training_run
 from conftest import MakeConfig, build
-from performance import (
+from preflight.corpus.build import prepare_data
+from preflight.device.cards import find_card
+from preflight.foresight import run_time
+from preflight.foresight.run_time import (
     RunCost,
     _choose_loads,
     _Load,
@@ -21,8 +23,6 @@ from performance import (
     estimate_run_time,
     measure_product_flops,
 )
-from preflight.corpus.build import prepare_data
-from preflight.device.cards import find_card
 from preflight.settings.config import ModelConfig, TrainingSettings
 from preflight.tokenization.tokenizer import load_tokenizer
 from preflight.training.plan import build_plan
@@ -98,10 +98,10 @@ def test_a_part_scales_to_the_whole(
         clock[0] += 0.5 + flops / 1e9
         return type("Result", (), {"loss": torch.zeros(())})()
 
-    monkeypatch.setattr(performance.Trainer, "train_step", train_step)
-    monkeypatch.setattr(performance.time, "perf_counter", lambda: clock[0])
+    monkeypatch.setattr(run_time.Trainer, "train_step", train_step)
+    monkeypatch.setattr(run_time.time, "perf_counter", lambda: clock[0])
     Path("training_output").mkdir()
-    cost = performance.measure_cost(config, model, plan, runtime, data, tokenizer, 100.0)
+    cost = run_time.measure_cost(config, model, plan, runtime, data, tokenizer, 100.0)
     whole = 0.5 + _Load(4, 8, 32).count_flops(model) / 1e9
     assert cost.step_seconds == pytest.approx(whole, rel=1e-6)
     assert "scaled" in cost.basis

@@ -25,9 +25,9 @@ from torch.utils._pytree import tree_leaves
 
 import transformer_model
 from generate import FILL_TOKENS
-from memory_compiled import capture_graphs, trace_compiled_step
 from preflight.decoding.choosing import choose_tokens
 from preflight.device.runtime import Runtime
+from preflight.foresight.memory_compiled import capture_graphs, trace_compiled_step
 from preflight.models import loss as losses
 from preflight.settings.config import ControlSettings, ModelConfig, SamplingConfig, TrainingSettings
 from preflight.training.plan import build_plan
