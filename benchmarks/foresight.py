@@ -39,12 +39,12 @@ from preflight.foresight.run_time import (  # noqa: E402
     measure_cost,
     measure_product_flops,
 )
+from preflight.modes.train import run_training  # noqa: E402
 from preflight.settings.config import ModelConfig, RunConfig, build_config  # noqa: E402
 from preflight.tokenization.tokenizer import load_tokenizer  # noqa: E402
 from preflight.training.plan import TrainingPlan, build_plan  # noqa: E402
 from train_utils import count_windows  # noqa: E402
 from trainer import Trainer  # noqa: E402
-from training_run import run_training  # noqa: E402
 
 GOALS = {"cuda": {"allocated": 0.03, "reserved": 0.05, "time": 0.10},
          "cpu": {"allocated": 0.01, "time": 0.10}}

@@ -46,6 +46,7 @@ from peers import (  # noqa: E402
 from preflight.device.cards import match_device  # noqa: E402
 from preflight.device.runtime import Runtime, build_runtime, describe_device  # noqa: E402
 from preflight.models.cost import estimate_flops_per_token  # noqa: E402
+from preflight.modes.train import run_training  # noqa: E402
 from preflight.settings.config import (  # noqa: E402
     ControlSettings,
     ModelConfig,
@@ -57,7 +58,6 @@ from preflight.settings.config import (  # noqa: E402
 from preflight.training.metrics import read_metrics  # noqa: E402
 from preflight.training.plan import build_plan  # noqa: E402
 from trainer import Trainer  # noqa: E402
-from training_run import run_training  # noqa: E402
 from transformer_model import DecoderOnlyTransformer  # noqa: E402
 
 CPU_SHAPE, CPU_BATCH = ModelConfig(50257, 256, 384, 6, 6, 1536), 8

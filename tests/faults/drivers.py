@@ -30,12 +30,11 @@ from matplotlib.figure import Figure
 
 import main
 import train_utils
-import training_run
 from preflight.core import locks, storage
 from preflight.core.errors import ExitCode, PreflightError
 from preflight.core.signals import StopFlag
 from preflight.corpus import build
-from preflight.modes import generate
+from preflight.modes import generate, train
 from preflight.settings.config import RunConfig
 from preflight.tokenization.tokenizer import Tokenizer
 from trainer import Trainer
@@ -261,7 +260,7 @@ def break_resuming() -> None:
 
 def break_saving() -> None:
     """A run that leaves on a signal, with the right code, and without what it was to save."""
-    training_run.TrainingRun._save = lambda self: None  # type: ignore[method-assign]
+    train.TrainingRun._save = lambda self: None  # type: ignore[method-assign]
 
 
 BREAKS = {

@@ -9,7 +9,6 @@ from typing import Any
 import pytest
 import torch
 
-import training_run
 from conftest import MakeConfig, build
 from preflight.corpus.build import prepare_data
 from preflight.device.cards import find_card
@@ -23,6 +22,7 @@ from preflight.foresight.run_time import (
     estimate_run_time,
     measure_product_flops,
 )
+from preflight.modes import train
 from preflight.settings.config import ModelConfig, TrainingSettings
 from preflight.tokenization.tokenizer import load_tokenizer
 from preflight.training.plan import build_plan
@@ -90,7 +90,7 @@ def test_a_part_scales_to_the_whole(
     data = prepare_data(config.data, tokenizer, 32)
     model = config.model.resolve(tokenizer.vocab_size)
     plan = build_plan(config.training, config.control, 32, 100, 10)
-    runtime = training_run.build_runtime(config.system, 20)
+    runtime = train.build_runtime(config.system, 20)
     clock = [0.0]
 
     def train_step(self: Any, step: int, batches: Any) -> Any:

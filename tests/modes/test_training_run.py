@@ -17,11 +17,11 @@ import pytest
 import safetensors.torch
 import torch
 
-import training_run
 from conftest import ROOT, TINY_FLAGS, CommandRunner
 from preflight.checkpoints import format as checkpoint_format
 from preflight.checkpoints import store
 from preflight.core.errors import ExitCode, PreflightError
+from preflight.modes import train
 from preflight.settings.config import build_config
 from preflight.training import resume
 from trainer import StepResult, Trainer
@@ -48,7 +48,7 @@ def run(tmp_path: Path, tiny_text: Path, monkeypatch: pytest.MonkeyPatch) -> Run
 
     def train(**flags: Any) -> int:
         values = TINY | {"text_file": [str(tiny_text)]} | flags
-        return training_run.run_training(
+        return train.run_training(
             build_config(values, dict.fromkeys(values, "the command line"))
         )
 
@@ -205,7 +205,7 @@ def test_a_diverging_run_stops_and_saves_nothing_bad(run: Run, tmp_path: Path) -
         for tensor in checkpoint_format.load_weights(kept, None).values():
             assert torch.isfinite(tensor).all()
     skipped = [row for row in read_rows(tmp_path / "out") if row.get("skipped")]
-    assert len(skipped) == training_run.MAX_SKIPPED_IN_A_ROW
+    assert len(skipped) == train.MAX_SKIPPED_IN_A_ROW
 
 
 def test_a_finished_run_says_so_and_a_longer_one_goes_on(
@@ -337,8 +337,8 @@ def test_what_cannot_fit_is_refused_before_it_starts(
     run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     began: list[int] = []
-    monkeypatch.setattr(training_run.TrainingRun, "_loop", lambda *unused: began.append(1))
-    monkeypatch.setattr(training_run, "reachable_host_bytes", lambda: 8 * 2**30)
+    monkeypatch.setattr(train.TrainingRun, "_loop", lambda *unused: began.append(1))
+    monkeypatch.setattr(train, "reachable_host_bytes", lambda: 8 * 2**30)
     expect(
         run, ExitCode.OUT_OF_MEMORY, "8.0 GiB can be had", "--gradient-accumulation-steps",
         batch_size=100_000,
@@ -347,7 +347,7 @@ def test_what_cannot_fit_is_refused_before_it_starts(
 
 
 def test_what_fits_is_not_refused(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(training_run, "reachable_host_bytes", lambda: 2**30)  # tight, and traced
+    monkeypatch.setattr(train, "reachable_host_bytes", lambda: 2**30)  # tight, and traced
     assert run(max_steps=1) == 0
 
 

@@ -13,18 +13,18 @@ import torch
 from torch import Tensor
 
 import transformer_model
-import validation
 from conftest import TINY_FLAGS, CommandRunner, MakeConfig
 from preflight.checkpoints.format import load_weights
 from preflight.core.storage import hash_file
 from preflight.core.strict_json import read_json
 from preflight.corpus import build, shards
+from preflight.modes import validate
+from preflight.modes.validate import CHECKS, Result, Subject, run_check
 from preflight.settings.config import RunConfig
 from preflight.tokenization.tokenizer import Tokenizer, load_tokenizer
 from train_utils import BatchLoader
 from trainer import Evaluation, Trainer
 from transformer_model import DecoderOnlyTransformer
-from validation import CHECKS, Result, Subject, run_check
 
 
 def run_all(config: RunConfig) -> list[Result]:
@@ -47,13 +47,13 @@ def test_a_sound_run_passes_and_leaves_only_the_data(
     make_config: MakeConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str], device: str
 ) -> None:
     before = list_tree(tmp_path)
-    assert validation.run_validation(make_config(mixed_precision=True, device=device)) == 0
+    assert validate.run_validation(make_config(mixed_precision=True, device=device)) == 0
     out = capsys.readouterr().out
     assert out.count(" passed ") == 12
     assert "12 of 12 checks passed" in out
     assert {name.split("/")[0] for name in list_tree(tmp_path) - before} == {"data"}
     before = list_tree(tmp_path)
-    assert validation.run_validation(make_config(json=True, device=device)) == 0
+    assert validate.run_validation(make_config(json=True, device=device)) == 0
     report = json.loads(capsys.readouterr().out)
     assert [check["number"] for check in report["checks"]] == list(range(1, 13))
     assert list_tree(tmp_path) == before
@@ -62,8 +62,8 @@ def test_a_sound_run_passes_and_leaves_only_the_data(
 def test_bf16_without_hardware_is_a_warning(
     make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(validation, "has_fast_bf16", lambda device: False)
-    assert validation.run_validation(make_config(mixed_precision=True)) == 0
+    monkeypatch.setattr(validate, "has_fast_bf16", lambda device: False)
+    assert validate.run_validation(make_config(mixed_precision=True)) == 0
     assert "warning: mixed precision was asked for" in capsys.readouterr().out
 
 
@@ -90,10 +90,10 @@ def test_five_planted_faults_in_one_run(
         file.seek(-1, os.SEEK_END)
         file.write(b"\xff")
     plant_ids_beyond_the_vocabulary("val")
-    monkeypatch.setattr(validation, "free_bytes", lambda path: 1000)
-    monkeypatch.setattr(validation, "has_fast_bf16", lambda device: False)
+    monkeypatch.setattr(validate, "free_bytes", lambda path: 1000)
+    monkeypatch.setattr(validate, "has_fast_bf16", lambda device: False)
     config = make_config(text_file=[], vocab_size=100, mixed_precision=True, context_length=2000)
-    assert validation.run_validation(config) == 1
+    assert validate.run_validation(config) == 1
     out = capsys.readouterr().out
     assert "--vocab-size 100 is smaller" in out
     assert "needed for checkpoints" not in out  # the model is unknown: its size is not judged
@@ -108,7 +108,7 @@ def test_five_planted_faults_in_one_run(
 def test_folders_tokenizer_and_update_fail_together(
     make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(validation, "free_bytes", lambda path: 1000)
+    monkeypatch.setattr(validate, "free_bytes", lambda path: 1000)
     results = run_all(make_config(learning_rate=1e4))
     assert numbers(results, "failed") == [2, 8]
     assert numbers(results, "not run") == [9]
@@ -206,7 +206,7 @@ def break_checkpoint(patch: pytest.MonkeyPatch) -> dict[str, Any]:
         next(iter(weights.values())).view(-1)[0] += 1
         return weights
 
-    patch.setattr(validation, "load_weights", flip)
+    patch.setattr(validate, "load_weights", flip)
     return {}
 
 

@@ -60,11 +60,11 @@ from preflight.foresight.run_time import (
     measure_product_flops,
 )
 from preflight.models.cost import count_parameters, estimate_flops_per_token
+from preflight.modes.report import Problem, Report, compare
 from preflight.settings.config import ModelConfig, RunConfig, describe_choices
 from preflight.tokenization.tokenizer import Tokenizer, load_tokenizer
 from preflight.training.plan import TrainingPlan, TrainState, build_plan
 from preflight.training.resume import adopt_settings, find_origin, resolve_model
-from report import Problem, Report, compare
 from train_utils import count_windows, iterate_windows
 
 REPORT_NAME = "check_report.json"
