@@ -49,7 +49,10 @@ def generate_text(
 
 
 def stream_text(
-    model: DecoderOnlyTransformer, tokenizer: Tokenizer, prompt: str, config: SamplingConfig,
+    model: DecoderOnlyTransformer,
+    tokenizer: Tokenizer,
+    prompt: str,
+    config: SamplingConfig,
     on_step: OnStep | None = None,
 ) -> Iterator[str]:
     """`generate_text` in pieces, as it is written; they end between characters, and what may be
@@ -107,16 +110,6 @@ def window_start(n_tokens: int, context_length: int) -> int:
     return -(-excess // stride) * stride if excess > 0 else 0
 
 
-
-
-
-
-
-
-
-
-
-
 class _Row:
     """One answer being written: its tokens, its random numbers, its text."""
 
@@ -155,8 +148,12 @@ class _Decoder:
     """Writes an answer to each prompt, `batch_size` at a time, a token in each per step."""
 
     def __init__(
-        self, model: DecoderOnlyTransformer, tokenizer: Tokenizer, prompts: Sequence[str],
-        config: SamplingConfig, batch_size: int,
+        self,
+        model: DecoderOnlyTransformer,
+        tokenizer: Tokenizer,
+        prompts: Sequence[str],
+        config: SamplingConfig,
+        batch_size: int,
     ) -> None:
         self.model, self.config = model, config
         self._context = model.config.context_length
@@ -167,11 +164,17 @@ class _Decoder:
         if torch.is_autocast_enabled(self._device.type):
             dtype = torch.get_autocast_dtype(self._device.type)
         self._vocab_size = min(tokenizer.vocab_size, model.config.vocab_size)
-        self._banned = torch.tensor(_list_unwritable_ids(tokenizer), dtype=torch.long,
-                                    device=self._device)
+        self._banned = torch.tensor(
+            _list_unwritable_ids(tokenizer), dtype=torch.long, device=self._device
+        )
         with torch.inference_mode():
-            self._cache = KVCache(model.config, len(self.rows), self._device, dtype,
-                                  capacity=len(rows[0].tokens) + config.max_new_tokens)
+            self._cache = KVCache(
+                model.config,
+                len(self.rows),
+                self._device,
+                dtype,
+                capacity=len(rows[0].tokens) + config.max_new_tokens,
+            )
         self._reader = choose_reader(model, self._cache)
         self._newest: Tensor | None = None  # the rows' last tokens, while they are on the device
         self._seen: Tensor | None = None  # which ids (B V) each row holds, for the penalty
@@ -182,14 +185,18 @@ class _Decoder:
             # An empty prompt starts as every document does: after an end of text.
             ids = tokenizer.encode(prompt) or [tokenizer.end_of_text_id]
             if len(ids) > self._context:
-                say_once(f"a prompt is longer than the context: its last {self._context:,} "
-                          "tokens are used")
+                say_once(
+                    f"a prompt is longer than the context: its last {self._context:,} "
+                    "tokens are used"
+                )
             rows.append(_Row(index, ids[-self._context :], tokenizer, self.config))
         # Longest first: windows filled together then need little padding.
         rows.sort(key=lambda row: -len(row.tokens))
         if len(rows[0].tokens) + self.config.max_new_tokens > self._context:
-            say_once(f"past {self._context:,} tokens the window slides: the start of the text "
-                      "goes out of the model's sight")
+            say_once(
+                f"past {self._context:,} tokens the window slides: the start of the text "
+                "goes out of the model's sight"
+            )
         return rows
 
     @torch.inference_mode()

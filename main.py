@@ -25,13 +25,22 @@ from preflight.settings.config import (
 
 # mode: what it does, the module and the function that do it
 MODES = {
-    "check": ("report what a run would need, take and learn, before it is paid for",
-              "system_check", "run_check"),
-    "validate-only": ("try every part of a run once, in numbered checks",
-                      "validation", "run_validation"),
+    "check": (
+        "report what a run would need, take and learn, before it is paid for",
+        "system_check",
+        "run_check",
+    ),
+    "validate-only": (
+        "try every part of a run once, in numbered checks",
+        "validation",
+        "run_validation",
+    ),
     "train": ("prepare the text where needed, then train", "training_run", "run_training"),
-    "get-optimal-bs": ("find the batch size that fits and the one that is fastest",
-                       "batch_size", "run_search"),
+    "get-optimal-bs": (
+        "find the batch size that fits and the one that is fastest",
+        "batch_size",
+        "run_search",
+    ),
     "generate": ("write text from a checkpoint", "generate", "run_generation"),
 }
 EPILOG = """\
@@ -181,8 +190,10 @@ def main(argv: list[str] | None = None) -> int:
         _silence_stdout()
         return int(ExitCode.SIGPIPE)
     except MemoryError:
-        sys.stderr.write("preflight: this machine's memory is used up; "
-                         "lower --batch-size, --context-length or --model-size\n")
+        sys.stderr.write(
+            "preflight: this machine's memory is used up; "
+            "lower --batch-size, --context-length or --model-size\n"
+        )
         return int(ExitCode.OUT_OF_MEMORY)
     except Exception as error:  # the last resort
         return _report_disk_error(error) or _report_internal_error(error, output_dir)

@@ -41,8 +41,9 @@ class _Epoch:
     order: np.ndarray  # (n_windows,) which window comes when
 
 
-def _build_epoch(n_tokens: int, context_length: int, seed: int, fingerprint: str,
-                 number: int) -> _Epoch:
+def _build_epoch(
+    n_tokens: int, context_length: int, seed: int, fingerprint: str, number: int
+) -> _Epoch:
     """Order and offset of one epoch: a function of the arguments alone.
 
     They come from Philox's raw 64-bit draws: NumPy keeps those for ever, unlike its permutations
@@ -71,8 +72,11 @@ class _ShardReader:
                 self._files.append(open(shard.path, "rb", buffering=0))  # noqa: SIM115
         except OSError as error:
             self.close()
-            raise PreflightError(ExitCode.DATA, f"{shard.path}: {error.strerror}",
-                                 "rerun with --text-file to rebuild the data folder") from None
+            raise PreflightError(
+                ExitCode.DATA,
+                f"{shard.path}: {error.strerror}",
+                "rerun with --text-file to rebuild the data folder",
+            ) from None
 
     def close(self) -> None:
         for file in self._files:
@@ -87,7 +91,8 @@ class _ShardReader:
 
     def _explain(self, path: object, what: str) -> PreflightError:
         return PreflightError(
-            ExitCode.DATA, f"{path} {what}",
+            ExitCode.DATA,
+            f"{path} {what}",
             "checkpoints are kept; restore or rebuild the data folder, then run the same command",
         )
 
@@ -110,8 +115,10 @@ class _ShardReader:
         largest = int(rows.max())
         if largest >= self._vocab_size:
             raise PreflightError(
-                ExitCode.DATA, f"the data holds token id {largest}, but the vocabulary has "
-                f"{self._vocab_size:,} ids", "rebuild the data folder with --text-file",
+                ExitCode.DATA,
+                f"the data holds token id {largest}, but the vocabulary has "
+                f"{self._vocab_size:,} ids",
+                "rebuild the data folder with --text-file",
             )
         return rows.astype(np.int64)
 
@@ -138,8 +145,16 @@ class BatchLoader:
     """
 
     def __init__(
-        self, data: DataFolder, split: str, *, batch_size: int, context_length: int, seed: int,
-        device: torch.device | str, cursor: int = 0, prefetch: int = 2,
+        self,
+        data: DataFolder,
+        split: str,
+        *,
+        batch_size: int,
+        context_length: int,
+        seed: int,
+        device: torch.device | str,
+        cursor: int = 0,
+        prefetch: int = 2,
     ) -> None:
         """`prefetch`: chunks of batches (about 256 thousand tokens each) read ahead."""
         part: Split = getattr(data, split)
@@ -229,7 +244,9 @@ class BatchLoader:
         return self
 
     def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None,
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
         self.close()
@@ -242,7 +259,12 @@ def _split_rows(rows: torch.Tensor, device: torch.device) -> tuple[torch.Tensor,
 
 
 def iterate_windows(
-    data: DataFolder, split: str, *, batch_size: int, context_length: int, n_windows: int,
+    data: DataFolder,
+    split: str,
+    *,
+    batch_size: int,
+    context_length: int,
+    n_windows: int,
     device: torch.device | str,
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     """`n_windows` fixed windows, evenly spaced over the split, for evaluation.

@@ -48,14 +48,6 @@ class Evaluation:
         return math.exp(min(self.loss, 700.0))
 
 
-
-
-
-
-
-
-
-
 class Trainer:
     """Model, optimizer and scaler, and the one training step everything goes through.
 
@@ -137,7 +129,9 @@ class Trainer:
 
     @torch.no_grad()
     def evaluate(
-        self, batches: Iterable[tuple[Tensor, Tensor]], tokens_per_byte: float,
+        self,
+        batches: Iterable[tuple[Tensor, Tensor]],
+        tokens_per_byte: float,
         stop: StopFlag | None = None,
     ) -> Evaluation | None:
         """Mean loss over (inputs, targets) batches; ``None`` when `stop` came in between."""
@@ -189,5 +183,7 @@ class Trainer:
                 "continue with the optimizer it was trained with",
             ) from None
         if state.get("device") != self.runtime.device.type:
-            say(f"note: trained on {state.get('device')}, going on on {self.runtime.device.type}: "
-                 "equal samples, not equal bits")
+            say(
+                f"note: trained on {state.get('device')}, going on on {self.runtime.device.type}: "
+                "equal samples, not equal bits"
+            )

@@ -29,10 +29,6 @@ ACTIVATION_FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
-
-
-
-
 class KVCache:
     """Keys and values of the tokens read so far, allocated once; a row per sequence.
 
@@ -48,7 +44,11 @@ class KVCache:
     """
 
     def __init__(
-        self, config: ModelConfig, batch_size: int, device: torch.device, dtype: torch.dtype,
+        self,
+        config: ModelConfig,
+        batch_size: int,
+        device: torch.device,
+        dtype: torch.dtype,
         capacity: int | None = None,
     ) -> None:
         self.capacity = min(capacity or config.context_length, config.context_length)
@@ -170,9 +170,7 @@ class Block(nn.Module):
         self.feed_forward = FeedForward(config)
         self.dropout = nn.Dropout(config.dropout)
 
-    def forward(
-        self, x: Tensor, layer: int, step: _FillStep | _ReadStep | None = None
-    ) -> Tensor:
+    def forward(self, x: Tensor, layer: int, step: _FillStep | _ReadStep | None = None) -> Tensor:
         """(B T C) -> (B T C)."""
         x = x + self.dropout(self.attention(self.attention_norm(x), layer, step))
         return x + self.dropout(self.feed_forward(self.feed_forward_norm(x)))
@@ -225,8 +223,9 @@ class DecoderOnlyTransformer(nn.Module):
         for layer, block in enumerate(self.blocks):
             if self.gradient_checkpointing and torch.is_grad_enabled():
                 # Without dropout there is no randomness to replay.
-                x = checkpoint(block, x, layer, use_reentrant=False,
-                               preserve_rng_state=self.config.dropout > 0)
+                x = checkpoint(
+                    block, x, layer, use_reentrant=False, preserve_rng_state=self.config.dropout > 0
+                )
             else:
                 x = block(x, layer)
         x = self.final_norm(x)
@@ -235,9 +234,7 @@ class DecoderOnlyTransformer(nn.Module):
             return F.linear(x, weight)
         return linear_cross_entropy(x.flatten(0, 1), weight, targets.flatten())
 
-    def fill(
-        self, tokens: Tensor, cache: KVCache, rows: list[int], lengths: list[int]
-    ) -> None:
+    def fill(self, tokens: Tensor, cache: KVCache, rows: list[int], lengths: list[int]) -> None:
         """Read tokens into rows of `cache`, in place of what they held.
 
         Args:
@@ -286,17 +283,3 @@ class DecoderOnlyTransformer(nn.Module):
                 f"{length} tokens are longer than the context of {self.config.context_length}"
             )
         return length
-
-
-
-
-
-
-
-
-
-
-
-
-
-

@@ -55,7 +55,9 @@ def train_both(
         gather_text(Path(folder) / "text", int(megabytes * 1e6))
         data = prepare_data(
             DataSettings(text_file=(f"{folder}/text",), data_dir=f"{folder}/data"),
-            load_tokenizer("gpt2"), shape.context_length)
+            load_tokenizer("gpt2"),
+            shape.context_length,
+        )
         plan = build_plan(training, ControlSettings(), shape.context_length, 10**6, 100)
         # As for a long run, so that a card compiles.
         trainer = Trainer(shape, training, build_runtime(system, 10**5), plan, PEAK_RATE)
@@ -65,13 +67,24 @@ def train_both(
         matrices = [p for n, p in named if p.dim() >= 2 and "wte" not in n and "wpe" not in n]
         others = [p for n, p in named if p.dim() < 2 or "wte" in n or "wpe" in n]
         optimizer = torch.optim.AdamW(
-            [{"params": matrices, "weight_decay": training.weight_decay},
-             {"params": others, "weight_decay": 0.0}],
-            betas=(training.beta1, training.beta2), eps=training.eps, fused=False)
+            [
+                {"params": matrices, "weight_decay": training.weight_decay},
+                {"params": others, "weight_decay": 0.0},
+            ],
+            betas=(training.beta1, training.beta2),
+            eps=training.eps,
+            fused=False,
+        )
         precision = torch.get_float32_matmul_precision()
         ours, plain = [], []
-        with BatchLoader(data, "train", batch_size=batch_size, seed=training.seed, device=device,
-                         context_length=shape.context_length) as loader:
+        with BatchLoader(
+            data,
+            "train",
+            batch_size=batch_size,
+            seed=training.seed,
+            device=device,
+            context_length=shape.context_length,
+        ) as loader:
             for step in range(steps):
                 inputs, targets = loader.next_batch()
                 ours.append(float(trainer.train_step(step, [(inputs, targets)]).loss))
@@ -98,14 +111,18 @@ def compare(ours: list[float], plain: list[float]) -> list[tuple[str, Any, str]]
         (f"mean of the last {last}, ours", sum(ours[-last:]) / last, ""),
         (f"mean of the last {last}, plain fp32", sum(plain[-last:]) / last, ""),
         ("largest difference at one step", max(apart), "<= 0.05"),
-        (f"difference of the means of the last {last}",
-         abs(sum(ours[-last:]) - sum(plain[-last:])) / last, "<= 0.01"),
+        (
+            f"difference of the means of the last {last}",
+            abs(sum(ours[-last:]) - sum(plain[-last:])) / last,
+            "<= 0.01",
+        ),
     ]
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--smoke", action="store_true", help="a tiny model, on the CPU")
     given = parser.parse_args()
     if given.smoke:
@@ -117,8 +134,17 @@ def main() -> int:
     rows = compare(ours, plain)
     print_rows(rows)
     device = build_runtime(SystemSettings(device="cpu" if given.smoke else "auto")).device
-    print(json.dumps({"device": describe_device(device), "torch": str(torch.__version__),
-                      "rows": rows, "ours": ours, "plain": plain}))
+    print(
+        json.dumps(
+            {
+                "device": describe_device(device),
+                "torch": str(torch.__version__),
+                "rows": rows,
+                "ours": ours,
+                "plain": plain,
+            }
+        )
+    )
     return 0
 
 

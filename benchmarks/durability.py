@@ -96,8 +96,11 @@ def measure_training(size: str, folder: Path, repeats: int) -> dict[str, Any]:
     interval = min(plan.checkpoint_every * step_seconds, TEN_MINUTES)
     extra = save_seconds - plain_seconds
     return {
-        "model": size, "device": str(device), "step_seconds": step_seconds,
-        "save_seconds": save_seconds, "plain_save_seconds": plain_seconds,
+        "model": size,
+        "device": str(device),
+        "step_seconds": step_seconds,
+        "save_seconds": save_seconds,
+        "plain_save_seconds": plain_seconds,
         "shortest_run_interval_seconds": interval,
         "durability_share_shortest_run": extra / (interval + extra),
         "durability_share_ten_minutes": extra / (TEN_MINUTES + extra),
@@ -116,23 +119,27 @@ def measure_verification(folder: Path, repeats: int, n_tokens: int) -> dict[str,
     tokenizer = load_tokenizer("gpt2")
     text = folder / "text.txt"
     text.write_text("the quick brown fox jumps over a lazy dog\n" * (n_tokens // 10))
-    data = DataSettings(text_file=(str(text),), data_dir=str(folder / "data"),
-                        shard_size=n_tokens // 10)  # ten shards: several are read at once
+    data = DataSettings(
+        text_file=(str(text),), data_dir=str(folder / "data"), shard_size=n_tokens // 10
+    )  # ten shards: several are read at once
     prepared = prepare_data(data, tokenizer, 128)
     data_bytes = sum(s.n_tokens for s in prepared.train.shards + prepared.val.shards) * 2
     raw = np.random.default_rng(0).bytes(size)
     return {
         "checkpoint_gb_per_second": size / 1e9 / measure_median(verify, repeats),
-        "data_gb_per_second": data_bytes / 1e9 / measure_median(
-            lambda: load_data_folder(prepared.path, tokenizer), repeats),
-        "sha256_gb_per_second": size / 1e9 / measure_median(
-            lambda: hashlib.sha256(raw).digest(), repeats),
+        "data_gb_per_second": data_bytes
+        / 1e9
+        / measure_median(lambda: load_data_folder(prepared.path, tokenizer), repeats),
+        "sha256_gb_per_second": size
+        / 1e9
+        / measure_median(lambda: hashlib.sha256(raw).digest(), repeats),
     }
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--smoke", action="store_true")
     smoke = parser.parse_args().smoke
     with tempfile.TemporaryDirectory(dir=".") as name:  # on a disk, which /tmp may not be

@@ -46,8 +46,10 @@ from preflight.training.plan import TrainingPlan, build_plan  # noqa: E402
 from train_utils import count_windows  # noqa: E402
 from trainer import Trainer  # noqa: E402
 
-GOALS = {"cuda": {"allocated": 0.03, "reserved": 0.05, "time": 0.10},
-         "cpu": {"allocated": 0.01, "time": 0.10}}
+GOALS = {
+    "cuda": {"allocated": 0.03, "reserved": 0.05, "time": 0.10},
+    "cpu": {"allocated": 0.01, "time": 0.10},
+}
 EAGER: dict[str, Any] = {"compile_model": False}
 ON_CUDA: list[dict[str, Any]] = [
     {"model_size": "small", "batch_size": 8},
@@ -62,8 +64,12 @@ ON_CUDA: list[dict[str, Any]] = [
     {"model_size": "tiny", "batch_size": 32},
     {"model_size": "medium", "batch_size": 8},
     {"model_size": "medium", "batch_size": 16, "gradient_checkpointing": True},
-    {"model_size": "medium", "batch_size": 4, "gradient_accumulation_steps": 2,
-     "mixed_precision": False},
+    {
+        "model_size": "medium",
+        "batch_size": 4,
+        "gradient_accumulation_steps": 2,
+        "mixed_precision": False,
+    },
     {"model_size": "small", "batch_size": 8, "compile_model": True},
 ]
 ON_CPU: list[dict[str, Any]] = [
@@ -81,15 +87,27 @@ ON_CPU: list[dict[str, Any]] = [
     {"model_size": "micro", "batch_size": 2, "gradient_accumulation_steps": 2},
     {"model_size": "tiny", "batch_size": 1},
 ]
-SMOKE: list[dict[str, Any]] = [{
-    "model_size": "custom", "n_layers": 2, "n_heads": 2, "n_embeddings": 64, "context_length": 64,
-    "batch_size": 4, "gradient_accumulation_steps": 2, "mixed_precision": False}]
+SMOKE: list[dict[str, Any]] = [
+    {
+        "model_size": "custom",
+        "n_layers": 2,
+        "n_heads": 2,
+        "n_embeddings": 64,
+        "context_length": 64,
+        "batch_size": 4,
+        "gradient_accumulation_steps": 2,
+        "mixed_precision": False,
+    }
+]
 
 
 def predict_one(flags: dict[str, Any], folder: str, seconds: float) -> dict[str, Any]:
     """What is predicted of a run of about `seconds`, and the flags that make it."""
-    values = EAGER | flags | {"data_dir": f"{folder}/data", "output_dir": f"{folder}/predicted",
-                              "max_steps": 1000}
+    values = (
+        EAGER
+        | flags
+        | {"data_dir": f"{folder}/data", "output_dir": f"{folder}/predicted", "max_steps": 1000}
+    )
     config = build_config(values, dict.fromkeys(values, "the benchmark"))
     Path(config.control.output_dir).mkdir(exist_ok=True)
     tokenizer = load_tokenizer(config.model.tokenizer)
@@ -97,16 +115,24 @@ def predict_one(flags: dict[str, Any], folder: str, seconds: float) -> dict[str,
     data = prepare_data(config.data, tokenizer, model.context_length)
     runtime = build_runtime(config.system, 1000)
     memory = estimate_memory(
-        model, config.training, dtype=runtime.dtype, device_type=runtime.device.type,
+        model,
+        config.training,
+        dtype=runtime.dtype,
+        device_type=runtime.device.type,
         compile_model=runtime.compile_model,
-        gradient_checkpointing=config.system.gradient_checkpointing)
+        gradient_checkpointing=config.system.gradient_checkpointing,
+    )
     guess = estimate_cost(
-        model, config.training, dtype=runtime.dtype,
+        model,
+        config.training,
+        dtype=runtime.dtype,
         cpu_flops=measure_product_flops(runtime.device, runtime.dtype),
         gradient_checkpointing=config.system.gradient_checkpointing,
-        compile_model=runtime.compile_model)
-    windows = [count_windows(part.n_tokens, model.context_length)
-               for part in (data.train, data.val)]
+        compile_model=runtime.compile_model,
+    )
+    windows = [
+        count_windows(part.n_tokens, model.context_length) for part in (data.train, data.val)
+    ]
     plan = build_plan(config.training, config.control, model.context_length, *windows)
     cost = measure_cost(config, model, plan, runtime, data, tokenizer, guess.step_seconds)
     # An evaluation and a checkpoint at half and end.
@@ -118,11 +144,17 @@ def predict_one(flags: dict[str, Any], folder: str, seconds: float) -> dict[str,
     on_cuda = runtime.device.type == "cuda"
     timed = max(memory.phases["training step"], memory.phases["optimizer step"])
     return {
-        "values": values, "steps": steps, "step_seconds": cost.step_seconds,
-        "guessed_step_seconds": guess.step_seconds, "timed_steps": cost.n_timed,
+        "values": values,
+        "steps": steps,
+        "step_seconds": cost.step_seconds,
+        "guessed_step_seconds": guess.step_seconds,
+        "timed_steps": cost.n_timed,
         "time": estimate_run_time(cost, plan, config.control).total_seconds,
-    } | ({"allocated": memory.peak_bytes, "reserved": memory.reserved_bytes} if on_cuda else
-         {"allocated": timed, "resident": memory.host_bytes})
+    } | (
+        {"allocated": memory.peak_bytes, "reserved": memory.reserved_bytes}
+        if on_cuda
+        else {"allocated": timed, "resident": memory.host_bytes}
+    )
 
 
 def run_one(values: dict[str, Any], folder: str) -> dict[str, Any]:
@@ -138,13 +170,17 @@ def run_one(values: dict[str, Any], folder: str) -> dict[str, Any]:
     assert run_training(config) == 0
     found: dict[str, Any] = {"time": time.perf_counter() - began}
     if runtime.device.type == "cuda":
-        return found | {"allocated": torch.cuda.max_memory_allocated(),
-                        "reserved": torch.cuda.max_memory_reserved()}
+        return found | {
+            "allocated": torch.cuda.max_memory_allocated(),
+            "reserved": torch.cuda.max_memory_reserved(),
+        }
     resident = runtime.peak_memory_bytes()
     model = config.model.resolve(load_tokenizer(config.model.tokenizer).vocab_size)
     plan = build_plan(config.training, config.control, model.context_length, 100, 10)
-    return found | {"resident": resident,
-                    "allocated": measure_allocated(config, model, plan, runtime)}
+    return found | {
+        "resident": resident,
+        "allocated": measure_allocated(config, model, plan, runtime),
+    }
 
 
 def measure_allocated(
@@ -153,11 +189,16 @@ def measure_allocated(
     """Most bytes allocated on the CPU in three steps, by the profiler's memory events."""
     batch = torch.zeros(config.training.batch_size, model.context_length, dtype=torch.long)
     with profile(profile_memory=True, activities=[ProfilerActivity.CPU]) as profiler:
-        trainer = Trainer(model, config.training, runtime, plan, config.peak_learning_rate,
-                          gradient_checkpointing=config.system.gradient_checkpointing)
+        trainer = Trainer(
+            model,
+            config.training,
+            runtime,
+            plan,
+            config.peak_learning_rate,
+            gradient_checkpointing=config.system.gradient_checkpointing,
+        )
         for step in range(3):
-            trainer.train_step(
-                step, [(batch, batch)] * config.training.gradient_accumulation_steps)
+            trainer.train_step(step, [(batch, batch)] * config.training.gradient_accumulation_steps)
     now = peak = 0
     for event in profiler.profiler.kineto_results.events():
         if event.name() == "[memory]":
@@ -180,8 +221,10 @@ def run_all(given: argparse.Namespace) -> list[dict[str, Any]]:
             rows.append(make_row(flags, folder, given.seconds, left, given.smoke))
             for name in ("predicted", "run"):
                 shutil.rmtree(Path(folder) / name, ignore_errors=True)
-            print(f"{number:>2} {describe(flags)}: {time.monotonic() - began:.0f} s so far",
-                  file=sys.stderr)
+            print(
+                f"{number:>2} {describe(flags)}: {time.monotonic() - began:.0f} s so far",
+                file=sys.stderr,
+            )
     return rows
 
 
@@ -199,8 +242,13 @@ def make_row(
         order = [flags, folder, seconds] if part == "predict" else [found[0]["values"], folder]
         try:
             done = subprocess.run(
-                [sys.executable, __file__, f"--{part}", json.dumps(order)], timeout=timeout,
-                capture_output=True, text=True, check=False, env=environment)
+                [sys.executable, __file__, f"--{part}", json.dumps(order)],
+                timeout=timeout,
+                capture_output=True,
+                text=True,
+                check=False,
+                env=environment,
+            )
         except subprocess.TimeoutExpired:
             return row | {"error": "no time left"}
         if done.returncode or not done.stdout.strip():
@@ -214,14 +262,26 @@ def make_row(
 
 def describe(flags: dict[str, Any]) -> str:
     """A configuration in a few words."""
-    short = {"model_size": "", "batch_size": "B", "gradient_accumulation_steps": "x",
-             "context_length": "T", "n_layers": "L", "n_embeddings": "C", "dropout": "drop",
-             "optimizer": "", "n_heads": None, "device": None}
+    short = {
+        "model_size": "",
+        "batch_size": "B",
+        "gradient_accumulation_steps": "x",
+        "context_length": "T",
+        "n_layers": "L",
+        "n_embeddings": "C",
+        "dropout": "drop",
+        "optimizer": "",
+        "n_heads": None,
+        "device": None,
+    }
     words = []
     for name, value in flags.items():
         if isinstance(value, bool):
-            positive = {"mixed_precision": ("mixed", "fp32"), "compile_model": ("compiled", ""),
-                        "gradient_checkpointing": ("ckpt", "")}[name]
+            positive = {
+                "mixed_precision": ("mixed", "fp32"),
+                "compile_model": ("compiled", ""),
+                "gradient_checkpointing": ("ckpt", ""),
+            }[name]
             words.append(positive[0] if value else positive[1])
         elif short[name] is not None:
             words.append(f"{short[name]}{value}")
@@ -230,8 +290,10 @@ def describe(flags: dict[str, Any]) -> str:
 
 def print_table(rows: list[dict[str, Any]], goals: dict[str, float]) -> bool:
     """Predicted, measured, their difference and the verdict of each row; whether all passed."""
-    print(f"{'configuration':34} {'figure':>10} {'predicted':>11} {'measured':>11} {'off':>7} "
-          f"{'goal':>6}  verdict")
+    print(
+        f"{'configuration':34} {'figure':>10} {'predicted':>11} {'measured':>11} {'off':>7} "
+        f"{'goal':>6}  verdict"
+    )
     passed = True
     for row in rows:
         name = describe(row["flags"])
@@ -247,9 +309,11 @@ def print_table(rows: list[dict[str, Any]], goals: dict[str, float]) -> bool:
             verdict = "-" if goal is None else "met" if abs(off) <= goal else "MISSED"
             passed &= verdict != "MISSED"
             unit, scale = ("s", 1.0) if figure == "time" else ("MiB", 2**20)
-            print(f"{name:34} {figure:>10} {expected / scale:>9.1f} {unit:3}"
-                  f"{found / scale:>8.1f} {unit:3} {off:>+6.1%} "
-                  f"{'' if goal is None else f'{goal:.0%}':>6}  {verdict}")
+            print(
+                f"{name:34} {figure:>10} {expected / scale:>9.1f} {unit:3}"
+                f"{found / scale:>8.1f} {unit:3} {off:>+6.1%} "
+                f"{'' if goal is None else f'{goal:.0%}':>6}  {verdict}"
+            )
             name = ""
     return passed
 
@@ -265,18 +329,27 @@ def main() -> int:
         parser.add_argument(part, default=None, help=argparse.SUPPRESS)
     given = parser.parse_args()
     if given.predict or given.run:
-        found = (predict_one(*json.loads(given.predict)) if given.predict
-                 else run_one(*json.loads(given.run)))
+        found = (
+            predict_one(*json.loads(given.predict))
+            if given.predict
+            else run_one(*json.loads(given.run))
+        )
         print(json.dumps(found))
         return 0
-    given.seconds = given.seconds or (1.0 if given.smoke else 8.0 if torch.cuda.is_available()
-                                      else 30.0)
+    given.seconds = given.seconds or (
+        1.0 if given.smoke else 8.0 if torch.cuda.is_available() else 30.0
+    )
     rows = run_all(given)
     use_cpu = given.smoke or not torch.cuda.is_available()
     device = torch.device("cpu" if use_cpu else "cuda:0")
     passed = print_table(rows, GOALS[device.type])
-    result = {"device": describe_device(device), "torch": str(torch.__version__),
-              "goals": GOALS[device.type], "all_met": passed, "rows": rows}
+    result = {
+        "device": describe_device(device),
+        "torch": str(torch.__version__),
+        "goals": GOALS[device.type],
+        "all_met": passed,
+        "rows": rows,
+    }
     print(json.dumps(result))
     if given.output:
         Path(given.output).write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")

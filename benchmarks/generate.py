@@ -47,7 +47,10 @@ Row = tuple[str, Any, str]
 
 
 def build_peer(
-    model: DecoderOnlyTransformer, prompts: list[list[int]], n_tokens: int, dtype: torch.dtype,
+    model: DecoderOnlyTransformer,
+    prompts: list[list[int]],
+    n_tokens: int,
+    dtype: torch.dtype,
     device: torch.device,
 ) -> Callable[[], Tensor]:
     """Hugging Face's `generate`, greedy, with its KV cache; the ids that it adds."""
@@ -57,9 +60,15 @@ def build_peer(
 
     def write() -> Tensor:
         with torch.inference_mode():
-            return peer.generate(ids, attention_mask=mask, max_new_tokens=n_tokens,
-                                 min_new_tokens=n_tokens, do_sample=False, use_cache=True,
-                                 pad_token_id=0)[:, ids.shape[1]:]
+            return peer.generate(
+                ids,
+                attention_mask=mask,
+                max_new_tokens=n_tokens,
+                min_new_tokens=n_tokens,
+                do_sample=False,
+                use_cache=True,
+                pad_token_id=0,
+            )[:, ids.shape[1] :]
 
     return write
 
@@ -123,8 +132,10 @@ def compare_on_cpu(shape: ModelConfig, n_tokens: int, repeats: int) -> list[Row]
     device, model = torch.device("cpu"), build_model(shape)
     tokenizer = load_tokenizer("gpt2")
     prompts = [tokenizer.encode(PROMPT)]
-    peers = {dtype: build_peer(model, prompts, n_tokens, dtype, device)
-             for dtype in (torch.float32, torch.bfloat16)}
+    peers = {
+        dtype: build_peer(model, prompts, n_tokens, dtype, device)
+        for dtype in (torch.float32, torch.bfloat16)
+    }
     expected = tokenizer.decode(peers[torch.float32]()[0].tolist())
     own = copy_model(model, torch.float32, device)
     assert build_own(own, 1, n_tokens)() == [expected]
@@ -139,8 +150,11 @@ def compare_on_cpu(shape: ModelConfig, n_tokens: int, repeats: int) -> list[Row]
     return [
         (f"tokens/s, ours, {name}", n_tokens / seconds["ours"], ""),
         (f"tokens/s, Hugging Face, {name} (its better)", n_tokens / seconds["peer"], ""),
-        ("Hugging Face, seconds fp32 over bf16",
-         trial["torch.float32"] / trial["torch.bfloat16"], ""),
+        (
+            "Hugging Face, seconds fp32 over bf16",
+            trial["torch.float32"] / trial["torch.bfloat16"],
+            "",
+        ),
         ("ours over Hugging Face", seconds["peer"] / seconds["ours"], ">= 1.7"),
         ("share of the weights' products alone", close["floor"] / close["ours"], ">= 0.8"),
     ]
@@ -150,18 +164,27 @@ def compare_on_cuda(shape: ModelConfig, n_tokens: int, repeats: int) -> Iterator
     """Batch 1 and 32 in the card's precision."""
     runtime = build_runtime(SystemSettings(device="cuda"))
     model, prompt = build_model(shape), load_tokenizer("gpt2").encode(PROMPT)
-    card = match_device(torch.cuda.get_device_name(),
-                        torch.cuda.get_device_properties(0).total_memory)
+    card = match_device(
+        torch.cuda.get_device_name(), torch.cuda.get_device_properties(0).total_memory
+    )
     own = copy_model(model, runtime.dtype, runtime.device)
     for batch in (1, 32):
-        seconds = alternate({
-            "peer": build_peer(model, [prompt] * batch, n_tokens, runtime.dtype, runtime.device),
-            "ours": build_own(own, batch, n_tokens),
-        }, repeats)
+        seconds = alternate(
+            {
+                "peer": build_peer(
+                    model, [prompt] * batch, n_tokens, runtime.dtype, runtime.device
+                ),
+                "ours": build_own(own, batch, n_tokens),
+            },
+            repeats,
+        )
         yield f"tokens/s, ours, batch {batch}", batch * n_tokens / seconds["ours"], ""
         yield f"tokens/s, Hugging Face, batch {batch}", batch * n_tokens / seconds["peer"], ""
-        yield (f"ours over Hugging Face, batch {batch}", seconds["peer"] / seconds["ours"],
-               ">= 3" if batch == 1 else "")
+        yield (
+            f"ours over Hugging Face, batch {batch}",
+            seconds["peer"] / seconds["ours"],
+            ">= 3" if batch == 1 else "",
+        )
         if card is not None:
             length = len(prompt) + n_tokens / 2
             cache = 2 * shape.n_layers * shape.n_embeddings * length * batch
@@ -171,8 +194,9 @@ def compare_on_cuda(shape: ModelConfig, n_tokens: int, repeats: int) -> Iterator
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--smoke", action="store_true", help="a tiny model, on the CPU")
     parser.add_argument("--tokens", type=int, default=None, help="new tokens")
     given = parser.parse_args()
@@ -190,8 +214,16 @@ def main() -> int:
         rows.append(row)
         print_rows([row])
     device = torch.device("cuda" if on_cuda else "cpu")
-    print(json.dumps({"device": describe_device(device), "torch": str(torch.__version__),
-                      "threads": torch.get_num_threads(), "rows": rows}))
+    print(
+        json.dumps(
+            {
+                "device": describe_device(device),
+                "torch": str(torch.__version__),
+                "threads": torch.get_num_threads(),
+                "rows": rows,
+            }
+        )
+    )
     return 0
 
 

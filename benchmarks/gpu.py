@@ -39,10 +39,19 @@ def build_command(part: str, limit: float, smoke: bool) -> list[str]:
 
 def run_part(command: list[str], limit: float, file: Path) -> str:
     """Run it, its lines to stdout and to `file`; how it ended."""
-    with (file.open("w", encoding="utf-8") as copy,
-          subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-                           text=True, errors="replace", start_new_session=True,
-                           env=os.environ | {"PYTHONUNBUFFERED": "1"}) as process):
+    with (
+        file.open("w", encoding="utf-8") as copy,
+        subprocess.Popen(
+            command,
+            cwd=ROOT,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            errors="replace",
+            start_new_session=True,
+            env=os.environ | {"PYTHONUNBUFFERED": "1"},
+        ) as process,
+    ):
 
         def kill() -> None:  # its own processes too: they hold the pipe open
             with contextlib.suppress(ProcessLookupError):
@@ -64,10 +73,12 @@ def run_part(command: list[str], limit: float, file: Path) -> str:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", required=True, metavar="FOLDER",
-                        help="where each part's lines go")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--output", required=True, metavar="FOLDER", help="where each part's lines go"
+    )
     parser.add_argument("--parts", nargs="+", choices=LIMITS, default=list(LIMITS))
     parser.add_argument("--budget", type=float, default=570, help="seconds for all of it")
     parser.add_argument("--smoke", action="store_true", help="tiny shapes, on the CPU")

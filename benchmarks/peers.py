@@ -22,23 +22,39 @@ def build_hugging_face(
 ) -> tuple[GPT2LMHeadModel, dict[str, str]]:
     """GPT-2 of the same weights, and its parameter names by ours; `options` are its config's."""
     config = ours.config
-    peer = GPT2LMHeadModel(GPT2Config(
-        vocab_size=config.vocab_size, n_positions=config.context_length,
-        n_embd=config.n_embeddings, n_layer=config.n_layers, n_head=config.n_heads,
-        n_inner=config.ffn_hid_dim, activation_function="gelu_new", resid_pdrop=0.0,
-        embd_pdrop=0.0, attn_pdrop=0.0, layer_norm_epsilon=1e-5, **options,
-    ))
+    peer = GPT2LMHeadModel(
+        GPT2Config(
+            vocab_size=config.vocab_size,
+            n_positions=config.context_length,
+            n_embd=config.n_embeddings,
+            n_layer=config.n_layers,
+            n_head=config.n_heads,
+            n_inner=config.ffn_hid_dim,
+            activation_function="gelu_new",
+            resid_pdrop=0.0,
+            embd_pdrop=0.0,
+            attn_pdrop=0.0,
+            layer_norm_epsilon=1e-5,
+            **options,
+        )
+    )
     parts = {
-        "attention_norm": "ln_1", "attention.qkv": "attn.c_attn",
-        "attention.projection": "attn.c_proj", "feed_forward_norm": "ln_2",
-        "feed_forward.expand": "mlp.c_fc", "feed_forward.contract": "mlp.c_proj",
+        "attention_norm": "ln_1",
+        "attention.qkv": "attn.c_attn",
+        "attention.projection": "attn.c_proj",
+        "feed_forward_norm": "ln_2",
+        "feed_forward.expand": "mlp.c_fc",
+        "feed_forward.contract": "mlp.c_proj",
     }
-    names = {"token_embedding.weight": "transformer.wte.weight",
-             "position_embedding.weight": "transformer.wpe.weight"}
+    names = {
+        "token_embedding.weight": "transformer.wte.weight",
+        "position_embedding.weight": "transformer.wpe.weight",
+    }
     names |= {f"final_norm.{kind}": f"transformer.ln_f.{kind}" for kind in ("weight", "bias")}
     names |= {
         f"blocks.{i}.{part}.{kind}": f"transformer.h.{i}.{theirs}.{kind}"
-        for i in range(config.n_layers) for part, theirs in parts.items()
+        for i in range(config.n_layers)
+        for part, theirs in parts.items()
         for kind in ("weight", "bias")
     }
     theirs = dict(peer.named_parameters())
@@ -99,13 +115,19 @@ def _serve(
 
 def list_product_weights(model: DecoderOnlyTransformer) -> list[Tensor]:
     """Every weight (out, in) that takes part in a product, the head among them."""
-    return [p for name, p in model.named_parameters()
-            if p.dim() == 2 and name != "position_embedding.weight"]
+    return [
+        p
+        for name, p in model.named_parameters()
+        if p.dim() == 2 and name != "position_embedding.weight"
+    ]
 
 
 def print_rows(rows: list[tuple[str, Any, str]]) -> None:
     """Name, figure and goal, a line each."""
     for name, value, goal in rows:
-        shown = f"{value:,.3f}" if isinstance(value, float) and value < 100 else (
-            f"{value:,.0f}" if isinstance(value, (int, float)) else str(value))
+        shown = (
+            f"{value:,.3f}"
+            if isinstance(value, float) and value < 100
+            else (f"{value:,.0f}" if isinstance(value, (int, float)) else str(value))
+        )
         print(f"{name:58} {shown:>12} {goal:>10}")

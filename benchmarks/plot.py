@@ -32,13 +32,23 @@ def collect_ratios() -> list[tuple[str, float, float | None]]:
     write = {row[0]: row[1] for row in read_result("generate")["rows"]}
     prepare = read_result("prepare")
     return [
-        ("training, 6 layers of width 384\nover Hugging Face's loop (fp32)",
-         train["ours over fp32"], None),
+        (
+            "training, 6 layers of width 384\nover Hugging Face's loop (fp32)",
+            train["ours over fp32"],
+            None,
+        ),
         ("the same over litgpt's loop (fp32)", train["ours over litgpt fp32"], None),
-        ("writing, small, one text\nover Hugging Face's generate (fp32)",
-         write["ours over Hugging Face"], 1.7),
-        (f"preparing {prepare['text_mb']:,} MB of text\n"
-         f"over {prepare['workers']} cores of tiktoken", prepare["text"]["ratio"], 0.9),
+        (
+            "writing, small, one text\nover Hugging Face's generate (fp32)",
+            write["ours over Hugging Face"],
+            1.7,
+        ),
+        (
+            f"preparing {prepare['text_mb']:,} MB of text\n"
+            f"over {prepare['workers']} cores of tiktoken",
+            prepare["text"]["ratio"],
+            0.9,
+        ),
     ]
 
 

@@ -94,8 +94,14 @@ def measure_tiktoken(
 def measure_tiktoken_together(path: Path, n_bytes: int, n_workers: int) -> float:
     """The same of `n_workers` bare processes at once: what the machine has to give."""
     with ProcessPoolExecutor(n_workers, multiprocessing.get_context("spawn")) as pool:
-        return sum(pool.map(measure_tiktoken, [path] * n_workers, [n_bytes] * n_workers,
-                            [time.perf_counter] * n_workers))
+        return sum(
+            pool.map(
+                measure_tiktoken,
+                [path] * n_workers,
+                [n_bytes] * n_workers,
+                [time.perf_counter] * n_workers,
+            )
+        )
 
 
 def measure_preparation(path: Path, n_workers: int, every: float = 0.5) -> dict[str, Any]:
@@ -107,9 +113,17 @@ def measure_preparation(path: Path, n_workers: int, every: float = 0.5) -> dict[
         script = Path(folder) / "prepare_one.py"
         script.write_text(_PREPARE)
         process = subprocess.Popen(
-            [sys.executable, str(script), str(ROOT), str(path), str(Path(folder) / "data"),
-             str(n_workers)],
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+            [
+                sys.executable,
+                str(script),
+                str(ROOT),
+                str(path),
+                str(Path(folder) / "data"),
+                str(n_workers),
+            ],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
         )
         assert process.stdout is not None
         assert process.stdin is not None
@@ -121,8 +135,12 @@ def measure_preparation(path: Path, n_workers: int, every: float = 0.5) -> dict[
             peak = max(peak, measure_tree_bytes(process.pid))
             time.sleep(every)
         seconds, n_tokens = json.loads(process.stdout.read())
-    return {"seconds": round(seconds, 2), "tokens": n_tokens,
-            "peak_over_idle_mb": round((peak - idle) / 1e6), "idle_mb": round(idle / 1e6)}
+    return {
+        "seconds": round(seconds, 2),
+        "tokens": n_tokens,
+        "peak_over_idle_mb": round((peak - idle) / 1e6),
+        "idle_mb": round(idle / 1e6),
+    }
 
 
 def measure_tree_bytes(pid: int) -> int:
@@ -152,15 +170,15 @@ def measure_loader(path: Path, seconds: float) -> dict[str, float]:
         values = DataSettings(text_file=(str(path),), data_dir=str(Path(folder) / "data"))
         data = prepare_data(values, load_tokenizer("gpt2"), 128)
         for length in (1024, 256):
-            with BatchLoader(data, "train", batch_size=8, context_length=length, seed=1,
-                             device="cpu") as loader:
+            with BatchLoader(
+                data, "train", batch_size=8, context_length=length, seed=1, device="cpu"
+            ) as loader:
                 loader.next_batch()
                 began, n_tokens = time.perf_counter(), 0
                 while time.perf_counter() - began < seconds:
                     for _ in range(50):
                         n_tokens += loader.next_batch()[0].numel()
-                rates[f"B=8 T={length}"] = round(
-                    n_tokens / (time.perf_counter() - began) / 1e6, 1)
+                rates[f"B=8 T={length}"] = round(n_tokens / (time.perf_counter() - began) / 1e6, 1)
     return rates
 
 
@@ -191,13 +209,21 @@ def main() -> None:
             found = measure_preparation(text, given.workers)
             core = (core + given.workers * measure_tiktoken(text, n_sample)) / 2
             rate = text.stat().st_size / found["seconds"]
-            turns.append(found | {"mb_s": round(rate / 1e6, 2), "ratio": round(rate / core, 3),
-                                  "tiktoken_core_mb_s": round(core / given.workers / 1e6, 2),
-                                  "tiktoken_together_ratio": round(together / core, 3)})
+            turns.append(
+                found
+                | {
+                    "mb_s": round(rate / 1e6, 2),
+                    "ratio": round(rate / core, 3),
+                    "tiktoken_core_mb_s": round(core / given.workers / 1e6, 2),
+                    "tiktoken_together_ratio": round(together / core, 3),
+                }
+            )
         result["text"] = sorted(turns, key=lambda turn: turn["ratio"])[len(turns) // 2]
         result["text"]["ratios"] = [turn["ratio"] for turn in turns]
-        result["line"] = {"mb": line_bytes // 10**6,
-                          **measure_preparation(line, given.workers, every=0.1)}
+        result["line"] = {
+            "mb": line_bytes // 10**6,
+            **measure_preparation(line, given.workers, every=0.1),
+        }
         result["loader_m_tokens_s"] = measure_loader(small, 1 if given.smoke else 5)
     print_table(result)
     print(json.dumps(result))
@@ -211,10 +237,17 @@ def measure_growth(n_workers: int, folder: str | None) -> None:
             path = Path(name) / "text"
             gather_text(path, megabytes * 10**6)
             found = measure_preparation(path, n_workers)
-            rows.append({"mb": megabytes, **found,
-                         "mb_s": round(path.stat().st_size / 1e6 / found["seconds"], 2)})
-        print(f"{megabytes:>6} MB: {rows[-1]['seconds']:>7.2f} s, {rows[-1]['mb_s']:>6.2f} MB/s, "
-              f"peak over idle {rows[-1]['peak_over_idle_mb']} MB")
+            rows.append(
+                {
+                    "mb": megabytes,
+                    **found,
+                    "mb_s": round(path.stat().st_size / 1e6 / found["seconds"], 2),
+                }
+            )
+        print(
+            f"{megabytes:>6} MB: {rows[-1]['seconds']:>7.2f} s, {rows[-1]['mb_s']:>6.2f} MB/s, "
+            f"peak over idle {rows[-1]['peak_over_idle_mb']} MB"
+        )
     print(json.dumps(rows))
 
 
@@ -223,15 +256,20 @@ def print_table(result: dict[str, Any]) -> None:
     text, line = result["text"], result["line"]
     rows: list[tuple[str, Any, str]] = [
         (f"rate over {result['workers']} x one core of tiktoken", text["ratio"], ">= 0.9"),
-        (f"{result['workers']} bare processes of tiktoken at once, over the same",
-         text["tiktoken_together_ratio"], ""),
+        (
+            f"{result['workers']} bare processes of tiktoken at once, over the same",
+            text["tiktoken_together_ratio"],
+            "",
+        ),
         (f"MB/s ({result['text_mb']} MB text)", text["mb_s"], ""),
         ("peak memory over idle, text (MB)", text["peak_over_idle_mb"], "< 512"),
         (f"peak memory over idle, {line['mb']} MB line (MB)", line["peak_over_idle_mb"], "< 512"),
         (f"seconds, {line['mb']} MB line", line["seconds"], ""),
     ]
-    rows += [(f"loader, {name} (M tokens/s)", rate, ">= 20")
-             for name, rate in result["loader_m_tokens_s"].items()]
+    rows += [
+        (f"loader, {name} (M tokens/s)", rate, ">= 20")
+        for name, rate in result["loader_m_tokens_s"].items()
+    ]
     for name, value, goal in rows:
         print(f"{name:48} {value:>10} {goal:>8}")
 

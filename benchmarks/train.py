@@ -77,8 +77,12 @@ def build_trainer(
 
 def draw_batch(shape: ModelConfig, batch: int, device: torch.device) -> tuple[Tensor, Tensor]:
     """Random ids and the ids that follow."""
-    ids = torch.randint(0, shape.vocab_size, (batch, shape.context_length + 1),
-                        generator=torch.Generator().manual_seed(0)).to(device)
+    ids = torch.randint(
+        0,
+        shape.vocab_size,
+        (batch, shape.context_length + 1),
+        generator=torch.Generator().manual_seed(0),
+    ).to(device)
     return ids[:, :-1].contiguous(), ids[:, 1:].contiguous()
 
 
@@ -98,8 +102,13 @@ def build_peer_step(
     batch = draw_batch(shape, batch_size, device)
     del own
     forward = torch.compile(model) if compiled else model
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, betas=(0.9, 0.95),
-                                  weight_decay=0.1, fused=device.type == "cuda")
+    optimizer = torch.optim.AdamW(
+        model.parameters(),
+        lr=1e-4,
+        betas=(0.9, 0.95),
+        weight_decay=0.1,
+        fused=device.type == "cuda",
+    )
     inputs, targets = batch
     # Its loss shifts labels by one: the last target has no place there.
     labels = torch.cat([inputs[:, :1], targets[:, :-1]], dim=1)
@@ -126,14 +135,24 @@ def build_litgpt_step(shape: ModelConfig, batch_size: int) -> Callable[[], float
     from litgpt.model import GPT
     from litgpt.utils import chunked_cross_entropy
 
-    model = GPT(Config(
-        name="peer", block_size=shape.context_length, vocab_size=shape.vocab_size,
-        padded_vocab_size=shape.vocab_size, n_layer=shape.n_layers, n_head=shape.n_heads,
-        n_embd=shape.n_embeddings, intermediate_size=shape.ffn_hid_dim, rotary_percentage=0.25,
-        parallel_residual=False, bias=True, norm_class_name="LayerNorm",
-        mlp_class_name="GptNeoxMLP"))
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, betas=(0.9, 0.95),
-                                  weight_decay=0.1)
+    model = GPT(
+        Config(
+            name="peer",
+            block_size=shape.context_length,
+            vocab_size=shape.vocab_size,
+            padded_vocab_size=shape.vocab_size,
+            n_layer=shape.n_layers,
+            n_head=shape.n_heads,
+            n_embd=shape.n_embeddings,
+            intermediate_size=shape.ffn_hid_dim,
+            rotary_percentage=0.25,
+            parallel_residual=False,
+            bias=True,
+            norm_class_name="LayerNorm",
+            mlp_class_name="GptNeoxMLP",
+        )
+    )
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, betas=(0.9, 0.95), weight_decay=0.1)
     inputs, targets = draw_batch(shape, batch_size, torch.device("cpu"))
 
     def step() -> float:
@@ -190,10 +209,10 @@ def compare_on_cpu(shape: ModelConfig, batch_size: int, repeats: int) -> list[Ro
     n_tokens = batch[0].numel()
     fast = trainer.runtime.dtype == torch.bfloat16
     subjects: dict[str, Callable[[], Any]] = {
-        "peer fp32": run_apart(build_peer_step, shape, batch_size, torch.float32, "cpu")}
+        "peer fp32": run_apart(build_peer_step, shape, batch_size, torch.float32, "cpu")
+    }
     if fast:  # else it is emulated, a minute a step: nobody would use it
-        subjects["peer bf16"] = run_apart(
-            build_peer_step, shape, batch_size, torch.bfloat16, "cpu")
+        subjects["peer bf16"] = run_apart(build_peer_step, shape, batch_size, torch.bfloat16, "cpu")
     subjects |= {"ours": build_own_step(trainer, batch), "products": build_floor(trainer, n_tokens)}
     losses = [act() for name, act in subjects.items() if name != "products"]
     assert max(losses) - min(losses) < 0.02, f"the losses differ: {losses}"
@@ -205,12 +224,17 @@ def compare_on_cpu(shape: ModelConfig, batch_size: int, repeats: int) -> list[Ro
         ("tokens/s, ours", n_tokens / seconds["ours"], ""),
         ("tokens/s, Hugging Face fp32", n_tokens / seconds["peer fp32"], ""),
         ("ours over fp32", seconds["peer fp32"] / seconds["ours"], ">= 3" if fast else ""),
-        (f"share of products alone ({str(trainer.runtime.dtype).removeprefix('torch.')})",
-         seconds["products"] / seconds["ours"], ">= 0.8"),
+        (
+            f"share of products alone ({str(trainer.runtime.dtype).removeprefix('torch.')})",
+            seconds["products"] / seconds["ours"],
+            ">= 0.8",
+        ),
     ]
     if has_litgpt:
-        rows += [("tokens/s, litgpt fp32", n_tokens / seconds["litgpt"], ""),
-                 ("ours over litgpt fp32", seconds["litgpt"] / seconds["ours"], "")]
+        rows += [
+            ("tokens/s, litgpt fp32", n_tokens / seconds["litgpt"], ""),
+            ("ours over litgpt fp32", seconds["litgpt"] / seconds["ours"], ""),
+        ]
     if fast:
         rows.append(("ours over bf16 autocast", seconds["peer bf16"] / seconds["ours"], ">= 2"))
     return rows
@@ -264,38 +288,61 @@ def compare_on_cuda(steps: int) -> Iterator[Row]:
     """Best batch against best batch, utilisation, memory, and what checkpointing costs."""
     small, medium = (ModelSettings(model_size=size).resolve(50257) for size in ("small", "medium"))
     tokens = small.context_length
-    card = match_device(torch.cuda.get_device_name(),
-                        torch.cuda.get_device_properties(0).total_memory)
+    card = match_device(
+        torch.cuda.get_device_name(), torch.cuda.get_device_properties(0).total_memory
+    )
     own: dict[int, tuple[float, int]] = {}
     peer: dict[int, tuple[float, int]] = {}
     for size in CUDA_BATCHES:  # in turns
-        for name, measure, results in (("ours", measure_own, own),
-                                       ("Hugging Face", measure_peer, peer)):
+        for name, measure, results in (
+            ("ours", measure_own, own),
+            ("Hugging Face", measure_peer, peer),
+        ):
             if found := measure(small, size, steps):
                 results[size] = found
                 yield f"tokens/s, {name}, batch {size}", size * tokens / found[0], ""
-    best, best_peer = (max(size * tokens / found[0] for size, found in results.items())
-                       for results in (own, peer))
+    best, best_peer = (
+        max(size * tokens / found[0] for size, found in results.items()) for results in (own, peer)
+    )
     yield "ours over Hugging Face, best batch each", best / best_peer, ">= 1.25"
     largest = max(own.keys() & peer.keys())
-    yield (f"peak memory over Hugging Face's, batch {largest}",
-           own[largest][1] / peer[largest][1], "<= 0.6")
+    yield (
+        f"peak memory over Hugging Face's, batch {largest}",
+        own[largest][1] / peer[largest][1],
+        "<= 0.6",
+    )
     plain = own[16]
     again = measure_own(small, 16, steps, gradient_checkpointing=True)
     assert again is not None
-    held = 16 * sum(weight.numel() for weight in list_product_weights(
-        build_trainer(small, 1, SystemSettings(device="cuda", compile_model=False)).model))
+    held = 16 * sum(
+        weight.numel()
+        for weight in list_product_weights(
+            build_trainer(small, 1, SystemSettings(device="cuda", compile_model=False)).model
+        )
+    )
     yield "gradient checkpointing, tokens/s lost", 1 - plain[0] / again[0], "<= 0.3"
-    yield ("gradient checkpointing, activation memory saved",
-           1 - (again[1] - held) / (plain[1] - held), ">= 0.6")
+    yield (
+        "gradient checkpointing, activation memory saved",
+        1 - (again[1] - held) / (plain[1] - held),
+        ">= 0.6",
+    )
     if card is not None:
         peak = card.rate_tflops("bfloat16") * 1e12
-        yield ("model FLOPs utilisation, small", best * estimate_flops_per_token(small) / peak,
-               ">= 0.55")
-        best = max(size * tokens / found[0] for size in (16, 32)
-                   if (found := measure_own(medium, size, steps)))
-        yield ("model FLOPs utilisation, medium", best * estimate_flops_per_token(medium) / peak,
-               ">= 0.6")
+        yield (
+            "model FLOPs utilisation, small",
+            best * estimate_flops_per_token(small) / peak,
+            ">= 0.55",
+        )
+        best = max(
+            size * tokens / found[0]
+            for size in (16, 32)
+            if (found := measure_own(medium, size, steps))
+        )
+        yield (
+            "model FLOPs utilisation, medium",
+            best * estimate_flops_per_token(medium) / peak,
+            ">= 0.6",
+        )
 
 
 # ---- the loop around the step -------------------------------------------------------------------
@@ -303,15 +350,27 @@ def compare_on_cuda(steps: int) -> Iterator[Row]:
 
 def measure_loop(runtime: Runtime, steps: int) -> list[Row]:
     """What logging, progress, checks and signals cost, and whether speed and memory stay flat."""
-    shape = {"model_size": "custom", "n_layers": 2, "n_heads": 2, "n_embeddings": 64,
-             "context_length": 32, "batch_size": 1}
+    shape = {
+        "model_size": "custom",
+        "n_layers": 2,
+        "n_heads": 2,
+        "n_embeddings": 64,
+        "context_length": 32,
+        "batch_size": 1,
+    }
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / "text.txt").write_text("a line of words to learn from, and more\n" * 20_000)
         flags = shape | {
-            "text_file": [f"{folder}/text.txt"], "data_dir": f"{folder}/data",
-            "output_dir": f"{folder}/out", "device": str(runtime.device), "max_steps": steps,
-            "eval_every": steps, "checkpoint_every": steps, "log_level": "error",
-            "compile_model": False}
+            "text_file": [f"{folder}/text.txt"],
+            "data_dir": f"{folder}/data",
+            "output_dir": f"{folder}/out",
+            "device": str(runtime.device),
+            "max_steps": steps,
+            "eval_every": steps,
+            "checkpoint_every": steps,
+            "log_level": "error",
+            "compile_model": False,
+        }
         config = build_config(flags, dict.fromkeys(flags, "the benchmark"))
         resident: list[int] = []
         inside: list[float] = []
@@ -344,10 +403,16 @@ def measure_loop(runtime: Runtime, steps: int) -> list[Row]:
     half = statistics.median(speeds[steps // 2 :]), statistics.median(speeds[tenth : steps // 2])
     return [
         ("milliseconds of the loop around a step", 1000 * around, ""),
-        (f"speed in units of a fixed product's, second half of {steps} steps over the first",
-         half[0] / half[1], "0.95-1.05"),
-        (f"resident memory, step {steps} over step {tenth}",
-         resident[-1] / resident[tenth], "<= 1.02"),
+        (
+            f"speed in units of a fixed product's, second half of {steps} steps over the first",
+            half[0] / half[1],
+            "0.95-1.05",
+        ),
+        (
+            f"resident memory, step {steps} over step {tenth}",
+            resident[-1] / resident[tenth],
+            "<= 1.02",
+        ),
     ]
 
 
@@ -357,10 +422,21 @@ def measure_start(repeats: int) -> list[Row]:
     helps, firsts = [], []
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / "text.txt").write_text("a line of words to learn from, and more\n" * 20_000)
-        train = [*main, "--train", "--model-size", "nano", "--text-file", "text.txt",
-                 "--batch-size", "4", "--no-compile-model", "--max-steps"]
-        subprocess.run([*train, "1", "--output-dir", "first"], cwd=folder, check=True,
-                       capture_output=True)
+        train = [
+            *main,
+            "--train",
+            "--model-size",
+            "nano",
+            "--text-file",
+            "text.txt",
+            "--batch-size",
+            "4",
+            "--no-compile-model",
+            "--max-steps",
+        ]
+        subprocess.run(
+            [*train, "1", "--output-dir", "first"], cwd=folder, check=True, capture_output=True
+        )
         for number in range(repeats):
             began = time.perf_counter()
             subprocess.run([*main, "--help"], check=True, capture_output=True)
@@ -373,8 +449,10 @@ def measure_start(repeats: int) -> list[Row]:
                     if line.startswith("step 1/"):
                         firsts.append(time.perf_counter() - began)
                         run.kill()
-    return [("seconds, --help", statistics.median(helps), "<= 0.15"),
-            ("seconds to the first training step, nano", statistics.median(firsts), "<= 5")]
+    return [
+        ("seconds, --help", statistics.median(helps), "<= 0.15"),
+        ("seconds to the first training step, nano", statistics.median(firsts), "<= 5"),
+    ]
 
 
 def run(smoke: bool) -> Iterator[Row]:
@@ -389,8 +467,10 @@ def run(smoke: bool) -> Iterator[Row]:
     else:
         yield from compare_on_cpu(CPU_SHAPE, CPU_BATCH, repeats=7)
     nano = build_trainer(
-        replace(ModelSettings(model_size="nano").resolve(50257)), 8,
-        SystemSettings(device=runtime.device.type, compile_model=False))
+        replace(ModelSettings(model_size="nano").resolve(50257)),
+        8,
+        SystemSettings(device=runtime.device.type, compile_model=False),
+    )
     batch = draw_batch(nano.model.config, 8, nano.runtime.device)
     step = alternate({"step": build_own_step(nano, batch)}, 3 if smoke else 10)["step"]
     yield "milliseconds of a step, nano, batch 8", 1000 * step, ""
@@ -398,8 +478,9 @@ def run(smoke: bool) -> Iterator[Row]:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--smoke", action="store_true", help="tiny shapes, on the CPU")
     given = parser.parse_args()
     rows = []
@@ -408,9 +489,17 @@ def main() -> int:
         print_rows([row])
         sys.stdout.flush()
     device = torch.device("cuda" if torch.cuda.is_available() and not given.smoke else "cpu")
-    print(json.dumps({"device": describe_device(device), "torch": str(torch.__version__),
-                      "threads": torch.get_num_threads(), "cores": os.cpu_count(),
-                      "rows": rows}))
+    print(
+        json.dumps(
+            {
+                "device": describe_device(device),
+                "torch": str(torch.__version__),
+                "threads": torch.get_num_threads(),
+                "cores": os.cpu_count(),
+                "rows": rows,
+            }
+        )
+    )
     return 0
 
 

@@ -74,9 +74,17 @@ def tiny_text(tmp_path: Path) -> Path:
 
 
 TINY = {
-    "model_size": "custom", "n_layers": 2, "n_heads": 2, "n_embeddings": 32, "context_length": 32,
-    "batch_size": 4, "device": "cpu", "mixed_precision": False, "max_steps": 20,
-    "num_workers": 1, "measure": False,
+    "model_size": "custom",
+    "n_layers": 2,
+    "n_heads": 2,
+    "n_embeddings": 32,
+    "context_length": 32,
+    "batch_size": 4,
+    "device": "cpu",
+    "mixed_precision": False,
+    "max_steps": 20,
+    "num_workers": 1,
+    "measure": False,
 }
 MakeConfig = Callable[..., RunConfig]
 

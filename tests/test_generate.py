@@ -33,8 +33,9 @@ from transformer_model import DecoderOnlyTransformer
 
 torch.set_num_threads(1)
 ROOT = Path(__file__).parent.parent
-MODEL = ModelConfig(vocab_size=50_304, context_length=16, n_embeddings=16, n_heads=2, n_layers=1,
-                    ffn_hid_dim=32)
+MODEL = ModelConfig(
+    vocab_size=50_304, context_length=16, n_embeddings=16, n_heads=2, n_layers=1, ffn_hid_dim=32
+)
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": ""}
 GREEDY = ("--temperature", "0", "--max-new-tokens", "6")
 
@@ -67,13 +68,22 @@ Run = Callable[..., Any]
 
 
 def build_flags(output_dir: Path, *flags: str) -> list[str]:
-    return ["--generate", "--output-dir", str(output_dir), "--device", "cpu",
-            "--no-mixed-precision", *flags]
+    return [
+        "--generate",
+        "--output-dir",
+        str(output_dir),
+        "--device",
+        "cpu",
+        "--no-mixed-precision",
+        *flags,
+    ]
 
 
 @pytest.fixture
 def run(
-    output_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    output_dir: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
     capfdbinary: pytest.CaptureFixture[bytes],
 ) -> Run:
     """`main.py --generate` in this process and in an empty folder."""
@@ -93,8 +103,16 @@ def run_process(output_dir: Path, tmp_path: Path) -> Run:
 
     def call(*flags: str, stdin: bytes = b"", stdout: Any = subprocess.PIPE) -> Any:
         command = [sys.executable, str(ROOT / "main.py"), *build_flags(output_dir, *flags)]
-        return subprocess.run(command, input=stdin, stdout=stdout, stderr=subprocess.PIPE,
-                              cwd=tmp_path, env=ENVIRONMENT, timeout=120, check=False)
+        return subprocess.run(
+            command,
+            input=stdin,
+            stdout=stdout,
+            stderr=subprocess.PIPE,
+            cwd=tmp_path,
+            env=ENVIRONMENT,
+            timeout=120,
+            check=False,
+        )
 
     return call
 
@@ -108,12 +126,14 @@ def greedy_answer(output_dir: Path, prompt: str) -> str:
 def test_prompt_and_text_on_stdout_statistics_on_stderr(
     output_dir: Path, run: Run, device: str
 ) -> None:
-    done = run("--prompts", "Hello there", "A caf\u00e9", *GREEDY, "--stop", "never", "--device",
-               device)
+    done = run(
+        "--prompts", "Hello there", "A caf\u00e9", *GREEDY, "--stop", "never", "--device", device
+    )
     assert done.returncode == 0, done.stderr
     rule = f"\n{generate.SEPARATOR}\n"
     expected = rule.join(
-        f"{p}{greedy_answer(output_dir, p)}\n" for p in ("Hello there", "A caf\u00e9"))
+        f"{p}{greedy_answer(output_dir, p)}\n" for p in ("Hello there", "A caf\u00e9")
+    )
     assert done.stdout.decode() == expected
     assert b"checkpoint-2: step 2" in done.stderr  # the best
     assert b"2 answers, " in done.stderr
@@ -130,8 +150,11 @@ def test_files_hold_every_answer_in_order(
             control=dataclasses.replace(RunConfig().control, output_dir=str(output_dir)),
             sampling=SamplingConfig(max_new_tokens=5),
             generation=GenerationSettings(
-                prompts=prompts, num_return_sequences=2, generation_batch_size=4,
-                output_file=str(path)),
+                prompts=prompts,
+                num_return_sequences=2,
+                generation_batch_size=4,
+                output_file=str(path),
+            ),
         )
         assert generate.run_generation(config) == 0
         text = path.read_text(encoding="utf-8")
@@ -139,14 +162,20 @@ def test_files_hold_every_answer_in_order(
             assert text.count(generate.SEPARATOR) == 5
             assert text.startswith("one")
             continue
-        records = json.loads(text) if suffix == ".json" else [
-            json.loads(line) for line in text.splitlines()]
+        records = (
+            json.loads(text)
+            if suffix == ".json"
+            else [json.loads(line) for line in text.splitlines()]
+        )
         assert [r["prompt"] for r in records] == [p for p in prompts for _ in range(2)]
         assert [r["sequence"] for r in records] == [0, 1] * 3
         assert all(r["finish_reason"] in ("length", "end") for r in records)
         assert records[0]["text"] != records[1]["text"]
     assert sorted(p.name for p in tmp_path.iterdir()) == [
-        "answers.json", "answers.jsonl", "answers.txt"]
+        "answers.json",
+        "answers.jsonl",
+        "answers.txt",
+    ]
 
 
 def test_a_stopped_run_keeps_the_complete_answers(
@@ -301,7 +330,8 @@ def test_control_characters_go_raw_to_a_pipe(run: Run) -> None:
 def test_invisible_characters_are_escaped() -> None:
     text = "a\n\tb\r\x1b\x7f\x9b\u202e\u2066\u200f \u00e9\U0001f600"
     assert text.translate(generate._INVISIBLE) == (
-        "a\n\tb\\x0d\\x1b\\x7f\\x9b\\u202e\\u2066\\u200f \u00e9\U0001f600")
+        "a\n\tb\\x0d\\x1b\\x7f\\x9b\\u202e\\u2066\\u200f \u00e9\U0001f600"
+    )
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full here")
@@ -325,20 +355,24 @@ def test_a_closed_pipe_is_quiet(run_process: Run) -> None:
     assert b"Exception" not in done.stderr
 
 
-@pytest.mark.parametrize(("name", "content", "words"), [
-    ("p.txt", b"", "there is no prompt"),
-    ("p.txt", b"\n \r\n", "there is no prompt"),
-    ("p.txt", b"fine\nb\xff\nfine\n\xfe\n", "2 of 5 lines"),
-    ("p.txt", b"\x7fELF\0\0\0", "line 1: binary"),
-    ("p.jsonl", b'{"prompt": "a"}\nnot json\n{"text": "b"}\n[1]\n"x"\n{"prompt": 3}\n{\n',
-     "line 2: not JSON; line 3: no \"prompt\" with a text; line 4"),
-    ("p.jsonl", b'{"prompt": "\\ud800"}', "line 1"),
-    ("p.jsonl", b"[" * 100_000, "line 1: not JSON"),
-    (None, b"", "No such file"),
-])
-def test_bad_prompt_files(
-    tmp_path: Path, name: str | None, content: bytes, words: str
-) -> None:
+@pytest.mark.parametrize(
+    ("name", "content", "words"),
+    [
+        ("p.txt", b"", "there is no prompt"),
+        ("p.txt", b"\n \r\n", "there is no prompt"),
+        ("p.txt", b"fine\nb\xff\nfine\n\xfe\n", "2 of 5 lines"),
+        ("p.txt", b"\x7fELF\0\0\0", "line 1: binary"),
+        (
+            "p.jsonl",
+            b'{"prompt": "a"}\nnot json\n{"text": "b"}\n[1]\n"x"\n{"prompt": 3}\n{\n',
+            'line 2: not JSON; line 3: no "prompt" with a text; line 4',
+        ),
+        ("p.jsonl", b'{"prompt": "\\ud800"}', "line 1"),
+        ("p.jsonl", b"[" * 100_000, "line 1: not JSON"),
+        (None, b"", "No such file"),
+    ],
+)
+def test_bad_prompt_files(tmp_path: Path, name: str | None, content: bytes, words: str) -> None:
     path = tmp_path / (name or "missing.txt")
     if name:
         path.write_bytes(content)
@@ -354,8 +388,10 @@ def test_good_prompt_files(tmp_path: Path) -> None:
     plain.write_bytes(b"\xef\xbb\xbffirst\r\n\n  second \nthird")
     lines.write_bytes(b'{"prompt": "two\\nlines", "id": 7}\n\n{"prompt": ""}\n')
     for path, expected in ((plain, ["first", "  second ", "third"]), (lines, ["two\nlines", ""])):
-        assert read_prompts(
-            RunConfig(generation=GenerationSettings(prompts_file=str(path)))) == expected
+        assert (
+            read_prompts(RunConfig(generation=GenerationSettings(prompts_file=str(path))))
+            == expected
+        )
 
 
 def test_prompts_from_stdin_and_faults_before_the_model(run_process: Run) -> None:
@@ -394,11 +430,14 @@ def test_mistakes_and_their_codes(run: Run, tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize(("described", "words"), [
-    ({"fingerprint": "f" * 64}, "f" * 64),
-    ({"name": "no_such_encoding"}, "unknown"),
-    ({"name": None}, "does not name a tokenizer"),
-])
+@pytest.mark.parametrize(
+    ("described", "words"),
+    [
+        ({"fingerprint": "f" * 64}, "f" * 64),
+        ({"name": "no_such_encoding"}, "unknown"),
+        ({"name": None}, "does not name a tokenizer"),
+    ],
+)
 def test_a_checkpoint_of_another_tokenizer(
     tmp_path: Path, described: dict[str, Any], words: str
 ) -> None:

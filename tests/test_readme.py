@@ -23,8 +23,12 @@ def render_flags() -> str:
     lines = []
     for group, settings in GROUPS.items():
         summary = (settings.__doc__ or "").splitlines()[0].rstrip(".")
-        lines += [f"**{group.capitalize()}** - {summary}", "", "| flag | default | what it does |",
-                  "|---|---|---|"]
+        lines += [
+            f"**{group.capitalize()}** - {summary}",
+            "",
+            "| flag | default | what it does |",
+            "|---|---|---|",
+        ]
         for option in build_options().values():
             if option.group != group:
                 continue

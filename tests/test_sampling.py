@@ -35,10 +35,14 @@ PROMPTS = ["a", "a longer prompt", "", "one that does not fit into sixteen token
 @pytest.fixture(scope="module")
 def tokenizer() -> Tokenizer:
     """One id a byte, and two special ones; id 258 is a gap."""
-    return Tokenizer(tiktoken.Encoding(
-        "bytes", pat_str=r"(?s:.)", mergeable_ranks={bytes([i]): i for i in range(256)},
-        special_tokens={"<|unused|>": 256, END_OF_TEXT: 257, "<|other|>": 259},
-    ))
+    return Tokenizer(
+        tiktoken.Encoding(
+            "bytes",
+            pat_str=r"(?s:.)",
+            mergeable_ranks={bytes([i]): i for i in range(256)},
+            special_tokens={"<|unused|>": 256, END_OF_TEXT: 257, "<|other|>": 259},
+        )
+    )
 
 
 @pytest.fixture(scope="module")
@@ -86,11 +90,14 @@ def test_cached_equals_uncached_past_three_contexts(
 
 
 @pytest.mark.parametrize("batch_size", [1, 2, 3, 8])
-@pytest.mark.parametrize("config", [
-    GREEDY,
-    SamplingConfig(temperature=1.5),
-    SamplingConfig(temperature=1.0, top_k=None, top_p=0.9, repetition_penalty=1.3, stop=("e",)),
-])
+@pytest.mark.parametrize(
+    "config",
+    [
+        GREEDY,
+        SamplingConfig(temperature=1.5),
+        SamplingConfig(temperature=1.0, top_k=None, top_p=0.9, repetition_penalty=1.3, stop=("e",)),
+    ],
+)
 def test_each_prompt_of_a_batch_gets_what_it_gets_alone(
     model: DecoderOnlyTransformer, tokenizer: Tokenizer, config: SamplingConfig, batch_size: int
 ) -> None:
@@ -120,9 +127,7 @@ def test_the_window_fits_and_moves_rarely(n_tokens: int, context: int) -> None:
     assert following - start in (0, max(1, context // 4))
 
 
-def hugging_face_probabilities(
-    scores: Tensor, config: SamplingConfig, tokens: Tensor
-) -> Tensor:
+def hugging_face_probabilities(scores: Tensor, config: SamplingConfig, tokens: Tensor) -> Tensor:
     steps = LogitsProcessorList()
     if config.repetition_penalty != 1:
         steps.append(hf.RepetitionPenaltyLogitsProcessor(config.repetition_penalty))
@@ -136,7 +141,9 @@ def hugging_face_probabilities(
 
 @settings(max_examples=60, deadline=None)
 @given(
-    seed=st.integers(0, 10_000), temperature=st.floats(0.05, 5), top_p=st.floats(0.01, 1),
+    seed=st.integers(0, 10_000),
+    temperature=st.floats(0.05, 5),
+    top_p=st.floats(0.01, 1),
     top_k=st.sampled_from([None, 0, 1, 2, 7, 40, 500]),
     penalty=st.sampled_from([1.0, 0.5, 1.2, 10.0]),
 )
@@ -146,8 +153,9 @@ def test_filters_equal_those_of_hugging_face(
     generator = torch.Generator().manual_seed(seed)
     scores = torch.randn(3, 40, generator=generator) * 3
     tokens = torch.randint(0, 40, (3, 9), generator=generator)
-    config = SamplingConfig(temperature=temperature, top_k=top_k, top_p=top_p,
-                            repetition_penalty=penalty)
+    config = SamplingConfig(
+        temperature=temperature, top_k=top_k, top_p=top_p, repetition_penalty=penalty
+    )
     seen = torch.zeros(3, 40, dtype=torch.bool).scatter_(1, tokens, True)
     kept, ids = filter_probabilities(penalise_repetition(scores, seen, penalty), config)
     ours = kept if ids is None else torch.zeros(3, 40).scatter_(1, ids, kept)
@@ -176,11 +184,17 @@ def test_the_ends_of_the_unit_interval_draw_possible_ids(uniform: float) -> None
         assert choose_tokens(scores, config, torch.tensor([uniform])).item() in (1, 2)
 
 
-@pytest.mark.parametrize("config", [
-    SamplingConfig(temperature=0.0), SamplingConfig(do_sample=False), SamplingConfig(top_k=1),
-    SamplingConfig(top_p=1e-9), SamplingConfig(temperature=1e-5),
-    SamplingConfig(temperature=1e-300),
-])
+@pytest.mark.parametrize(
+    "config",
+    [
+        SamplingConfig(temperature=0.0),
+        SamplingConfig(do_sample=False),
+        SamplingConfig(top_k=1),
+        SamplingConfig(top_p=1e-9),
+        SamplingConfig(temperature=1e-5),
+        SamplingConfig(temperature=1e-300),
+    ],
+)
 def test_every_spelling_of_greedy(config: SamplingConfig) -> None:
     scores = torch.randn(4, 300, generator=torch.Generator().manual_seed(0)) * 100
     ids = choose_tokens(scores, config, torch.full((4,), 0.7))
@@ -201,18 +215,25 @@ def scripted(
     monkeypatch.setattr(choosing, "choose_tokens", choose)
 
 
-@pytest.mark.parametrize(("stop", "expected", "reason"), [
-    ((), "ab the end. cd", "end"),
-    (("the end",), "ab ", "stop"),
-    (("end.", "the end"), "ab ", "stop"),  # complete first
-    (("nd", "the end."), "ab the e", "stop"),
-    (("d", "nd", "end"), "ab the ", "stop"),  # complete at once: the longest
-    (("the ending", "cde"), "ab the end. cd", "end"),  # begun, never complete
-    (("a",), "", "stop"),
-])
+@pytest.mark.parametrize(
+    ("stop", "expected", "reason"),
+    [
+        ((), "ab the end. cd", "end"),
+        (("the end",), "ab ", "stop"),
+        (("end.", "the end"), "ab ", "stop"),  # complete first
+        (("nd", "the end."), "ab the e", "stop"),
+        (("d", "nd", "end"), "ab the ", "stop"),  # complete at once: the longest
+        (("the ending", "cde"), "ab the end. cd", "end"),  # begun, never complete
+        (("a",), "", "stop"),
+    ],
+)
 def test_stop_texts_across_token_borders(
-    model: DecoderOnlyTransformer, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch,
-    stop: tuple[str, ...], expected: str, reason: str,
+    model: DecoderOnlyTransformer,
+    tokenizer: Tokenizer,
+    monkeypatch: pytest.MonkeyPatch,
+    stop: tuple[str, ...],
+    expected: str,
+    reason: str,
 ) -> None:
     scripted(monkeypatch, b"ab the end. cd", tokenizer)
     config = SamplingConfig(stop=stop, max_new_tokens=100)
@@ -252,9 +273,7 @@ def test_a_cut_or_wrong_character_becomes_a_replacement_mark(
     assert (answer.text, answer.finish_reason, answer.n_tokens) == ("a\ufffd\ufffd", "length", 4)
 
 
-def test_streaming_adds_up_to_the_text(
-    model: DecoderOnlyTransformer, tokenizer: Tokenizer
-) -> None:
+def test_streaming_adds_up_to_the_text(model: DecoderOnlyTransformer, tokenizer: Tokenizer) -> None:
     for prompt in PROMPTS:
         config = SamplingConfig(max_new_tokens=40, temperature=1.2, stop=("e", "st"))
         pieces = list(stream_text(model, tokenizer, prompt, config))
@@ -327,8 +346,9 @@ def test_generating_under_autocast(
     model: DecoderOnlyTransformer, tokenizer: Tokenizer, device: str
 ) -> None:
     with torch.autocast(device, dtype=torch.bfloat16):
-        answers = generate_batch(copy.deepcopy(model).to(device), tokenizer, PROMPTS,
-                                 SamplingConfig(max_new_tokens=20))
+        answers = generate_batch(
+            copy.deepcopy(model).to(device), tokenizer, PROMPTS, SamplingConfig(max_new_tokens=20)
+        )
     assert all(answer.n_tokens for answer in answers)
 
 

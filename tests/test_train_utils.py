@@ -31,8 +31,9 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> DataFolder:
     """About 9,000 tokens that differ from place to place, in shards of 1,024."""
     folder = tmp_path_factory.mktemp("data")
     (folder / "text").write_text(" ".join(str(i * 7919 % 99991) for i in range(3500)))
-    values = DataSettings(text_file=(str(folder / "text"),), data_dir=str(folder / "data"),
-                          shard_size=1024)
+    values = DataSettings(
+        text_file=(str(folder / "text"),), data_dir=str(folder / "data"), shard_size=1024
+    )
     return prepare_data(values, GPT2, 64)
 
 
@@ -88,8 +89,10 @@ def test_an_epoch_covers_each_window_once_across_shard_borders(data: DataFolder)
         first = {tuple(row.tolist()) for row in epoch}
         assert len(first) == n_windows
         for offset in range(length):
-            expected = {tuple(tokens[offset + i * length:][: length + 1].tolist())
-                        for i in range(n_windows)}
+            expected = {
+                tuple(tokens[offset + i * length :][: length + 1].tolist())
+                for i in range(n_windows)
+            }
             if first == expected:
                 offsets.append(offset)
     assert len(offsets) == 2
@@ -129,14 +132,16 @@ def test_evaluation_windows_are_even_and_the_same_every_time(data: DataFolder) -
     tokens = read_all(data, "val")
     available = count_windows(len(tokens), 8)
     starts = []
-    for inputs, targets in iterate_windows(data, "val", batch_size=4, context_length=8,
-                                           n_windows=6, device="cpu"):
+    for inputs, targets in iterate_windows(
+        data, "val", batch_size=4, context_length=8, n_windows=6, device="cpu"
+    ):
         for row in torch.cat([inputs, targets[:, -1:]], 1).numpy():
             matches = [s for s in range(len(tokens) - 8) if (tokens[s : s + 9] == row).all()]
             starts += [s // 8 for s in matches if s % 8 == 0][:1]
     assert starts == [i * available // 6 for i in range(6)]
-    many = list(iterate_windows(data, "val", batch_size=4, context_length=8, n_windows=10**9,
-                                device="cpu"))
+    many = list(
+        iterate_windows(data, "val", batch_size=4, context_length=8, n_windows=10**9, device="cpu")
+    )
     assert sum(len(inputs) for inputs, _ in many) == available
 
 
@@ -153,8 +158,11 @@ def test_shard_cut_short_or_changed_while_in_use(data: DataFolder) -> None:
             deque(iter(loader.next_batch, None), maxlen=0)  # at latest in the next epoch
         assert caught.value.code == ExitCode.DATA
     with pytest.raises(PreflightError, match=r"changed|cut short"):
-        list(iterate_windows(data, "train", batch_size=1, context_length=8, n_windows=9,
-                             device="cpu"))
+        list(
+            iterate_windows(
+                data, "train", batch_size=1, context_length=8, n_windows=9, device="cpu"
+            )
+        )
     path.write_bytes(content)
     os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
     take_rows(data, 1)

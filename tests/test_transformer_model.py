@@ -21,11 +21,17 @@ from transformer_model import Block, DecoderOnlyTransformer
 torch.set_num_threads(1)
 GPT2_VOCABULARY = 50_257
 PARAMETERS = {  # the table of the design
-    "nano": 6_846_080, "micro": 16_090_880, "tiny": 41_756_672, "small": 124_439_808,
-    "medium": 354_823_168, "large": 774_030_080, "xl": 1_557_611_200,
+    "nano": 6_846_080,
+    "micro": 16_090_880,
+    "tiny": 41_756_672,
+    "small": 124_439_808,
+    "medium": 354_823_168,
+    "large": 774_030_080,
+    "xl": 1_557_611_200,
 }
-CONFIG = ModelConfig(vocab_size=97, context_length=24, n_embeddings=32, n_heads=4, n_layers=3,
-                     ffn_hid_dim=80)
+CONFIG = ModelConfig(
+    vocab_size=97, context_length=24, n_embeddings=32, n_heads=4, n_layers=3, ffn_hid_dim=80
+)
 
 
 def build(config: ModelConfig = CONFIG, seed: int = 0, **settings: bool) -> DecoderOnlyTransformer:
@@ -76,8 +82,13 @@ def test_logits_and_gradients_equal_hugging_face(spread_model: DecoderOnlyTransf
     for name, parameter in spread_model.named_parameters():
         expected = theirs[names[name]].grad
         assert parameter.grad is not None
-        torch.testing.assert_close(to_hugging_face(name, parameter.grad), expected, atol=1e-5,
-                                   rtol=1e-3, msg=lambda text, name=name: f"{name}: {text}")
+        torch.testing.assert_close(
+            to_hugging_face(name, parameter.grad),
+            expected,
+            atol=1e-5,
+            rtol=1e-3,
+            msg=lambda text, name=name: f"{name}: {text}",
+        )
 
 
 def test_no_token_sees_a_later_one(spread_model: DecoderOnlyTransformer) -> None:
@@ -92,10 +103,15 @@ def test_no_token_sees_a_later_one(spread_model: DecoderOnlyTransformer) -> None
 
 @pytest.mark.parametrize("n_rows", [1, LOSS_ROWS_CPU, 2 * LOSS_ROWS_CPU + 7])
 @pytest.mark.parametrize("factor", [1.0, 1024.0])
-@pytest.mark.parametrize("layout", [
-    loss_layout("cpu"), loss_layout("cpu")._replace(vocab_multiple=64),
-    loss_layout("cuda")._replace(rows=LOSS_ROWS_CPU),
-], ids=["cpu", "cpu, padded", "cuda"])
+@pytest.mark.parametrize(
+    "layout",
+    [
+        loss_layout("cpu"),
+        loss_layout("cpu")._replace(vocab_multiple=64),
+        loss_layout("cuda")._replace(rows=LOSS_ROWS_CPU),
+    ],
+    ids=["cpu", "cpu, padded", "cuda"],
+)
 def test_loss_equals_cross_entropy(
     n_rows: int, factor: float, layout: LossLayout, device: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -190,8 +206,12 @@ def test_initialisation_is_that_of_gpt2() -> None:
 
 @pytest.mark.parametrize("activation", ["gelu", "gelu_tanh", "relu", "silu"])
 def test_activations(activation: str) -> None:
-    modules = {"gelu": nn.GELU(), "gelu_tanh": nn.GELU("tanh"), "relu": nn.ReLU(),
-               "silu": nn.SiLU()}
+    modules = {
+        "gelu": nn.GELU(),
+        "gelu_tanh": nn.GELU("tanh"),
+        "relu": nn.ReLU(),
+        "silu": nn.SiLU(),
+    }
     part = build(dataclasses.replace(CONFIG, activation=activation)).blocks[0].feed_forward
     x = torch.randn(2, 3, CONFIG.n_embeddings)
     torch.testing.assert_close(part(x), part.contract(modules[activation](part.expand(x))))

@@ -52,7 +52,10 @@ _REPLACED_PREFIX = f"{storage.TEMPORARY_PREFIX}replaced-"
 _SPARE_BYTES = 2**20  # manifest, config, zip directory, file system blocks
 _MAX_HEADER_BYTES = 16 * 2**20
 _DTYPE_NAMES = {
-    torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16",
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
 }
 # Files whose hash this process has checked, by identity: a start hashes each file once.
 _verified: set[tuple[int | str, ...]] = set()
@@ -244,12 +247,16 @@ def _build_weights_header(weights: dict[str, Tensor]) -> bytes:
             raise ValueError(f"cannot store the tensor {name!r} of {tensor.dtype}")
         if not _is_finite(tensor):
             raise PreflightError(
-                ExitCode.DIVERGED, f"the weights {name} are not finite: nothing was saved",
+                ExitCode.DIVERGED,
+                f"the weights {name} are not finite: nothing was saved",
                 "earlier checkpoints are kept; lower --learning-rate, then run the command again",
             )
         end = offset + tensor.nbytes
-        header[name] = {"dtype": _DTYPE_NAMES[tensor.dtype], "shape": list(tensor.shape),
-                        "data_offsets": [offset, end]}
+        header[name] = {
+            "dtype": _DTYPE_NAMES[tensor.dtype],
+            "shape": list(tensor.shape),
+            "data_offsets": [offset, end],
+        }
         offset = end
     raw = json.dumps(header, separators=(",", ":")).encode()
     raw += b" " * (-len(raw) % 8)  # so that the tensors are aligned
@@ -296,17 +303,27 @@ def _measure_state(state: Any) -> int:
 def _read_back(path: Path, entry: dict[str, Any]) -> None:
     if {"bytes": path.stat().st_size, "sha256": storage.hash_file(path)} != entry:
         raise PreflightError(
-            ExitCode.STORAGE, f"{path} read back differs from what was written",
+            ExitCode.STORAGE,
+            f"{path} read back differs from what was written",
             "the disk or the memory of this machine is failing",
             "earlier checkpoints are kept; choose another --output-dir",
         )
 
 
 def _build_manifest(step: int, losses: dict[str, Any], files: dict[str, Any]) -> dict[str, Any]:
-    versions = {"preflight": PREFLIGHT_VERSION, "torch": str(torch.__version__),
-                "python": platform.python_version()}
-    return {"format": FORMAT, "format_version": FORMAT_VERSION, "step": step, "losses": losses,
-            "files": files, "versions": versions}
+    versions = {
+        "preflight": PREFLIGHT_VERSION,
+        "torch": str(torch.__version__),
+        "python": platform.python_version(),
+    }
+    return {
+        "format": FORMAT,
+        "format_version": FORMAT_VERSION,
+        "step": step,
+        "losses": losses,
+        "files": files,
+        "versions": versions,
+    }
 
 
 def _merge_losses(
@@ -337,16 +354,6 @@ def _render_manifest(manifest: dict[str, Any]) -> bytes:
     return _render_json(manifest | {"checksum": hashlib.sha256(_render_json(manifest)).hexdigest()})
 
 
-
-
-
-
-
-
-
-
-
-
 def verify_checkpoint(checkpoint: Checkpoint, *, lack_state: bool = False) -> None:
     """Compare every file with the manifest: all sizes, then SHA-256.
 
@@ -361,10 +368,6 @@ def verify_checkpoint(checkpoint: Checkpoint, *, lack_state: bool = False) -> No
     for hashed in (False, True):
         for name in names:
             _open_verified(checkpoint, name, hashed=hashed).close()
-
-
-
-
 
 
 def _read_checkpoint(folder: Path) -> Checkpoint:
@@ -392,6 +395,7 @@ def _check_manifest(manifest: Any) -> None:
     Raises:
         ValueError: naming the key.
     """
+
     def is_count(value: Any) -> bool:
         return type(value) is int and 0 <= value < 2**63
 
@@ -399,8 +403,12 @@ def _check_manifest(manifest: Any) -> None:
         return type(value) is str and re.fullmatch("[0-9a-f]{64}", value) is not None
 
     def is_entry(value: Any) -> bool:
-        return (isinstance(value, dict) and set(value) == {"bytes", "sha256"}
-                and is_count(value["bytes"]) and is_digest(value["sha256"]))
+        return (
+            isinstance(value, dict)
+            and set(value) == {"bytes", "sha256"}
+            and is_count(value["bytes"])
+            and is_digest(value["sha256"])
+        )
 
     def holds(value: Any, fits: Callable[[Any], bool]) -> bool:
         return isinstance(value, dict) and all(map(fits, value.values()))
@@ -409,8 +417,10 @@ def _check_manifest(manifest: Any) -> None:
         raise ValueError("not the manifest of a Preflight checkpoint")
     version: Any = manifest.get("format_version")
     if is_count(version) and version > FORMAT_VERSION:
-        raise ValueError(f"written by a newer Preflight (format {version}, this one reads up to "
-                         f"{FORMAT_VERSION}): update Preflight")
+        raise ValueError(
+            f"written by a newer Preflight (format {version}, this one reads up to "
+            f"{FORMAT_VERSION}): update Preflight"
+        )
     rules: dict[str, Callable[[Any], bool]] = {
         "format": lambda value: True,
         "format_version": lambda value: is_count(value) and value > 0,
@@ -433,15 +443,28 @@ def _open_verified(checkpoint: Checkpoint, name: str, *, hashed: bool = True) ->
             file: Any = stack.enter_context(storage.open_regular(path))
             info = os.fstat(file.fileno())
             if info.st_size != entry["bytes"]:
-                raise _damaged(path, f"{_describe(path)} of another size",
-                               f"bytes: expected {entry['bytes']:,}, found {info.st_size:,}")
-            identity = (name, entry["sha256"], info.st_dev, info.st_ino, info.st_size,
-                        info.st_mtime_ns, info.st_ctime_ns)
+                raise _damaged(
+                    path,
+                    f"{_describe(path)} of another size",
+                    f"bytes: expected {entry['bytes']:,}, found {info.st_size:,}",
+                )
+            identity = (
+                name,
+                entry["sha256"],
+                info.st_dev,
+                info.st_ino,
+                info.st_size,
+                info.st_mtime_ns,
+                info.st_ctime_ns,
+            )
             if hashed and identity not in _verified:
                 found = hashlib.file_digest(file, "sha256").hexdigest()
                 if found != entry["sha256"]:
-                    raise _damaged(path, "its content has changed",
-                                   f"SHA-256: expected {entry['sha256']}, found {found}")
+                    raise _damaged(
+                        path,
+                        "its content has changed",
+                        f"SHA-256: expected {entry['sha256']}, found {found}",
+                    )
                 _verified.add(identity)
                 file.seek(0)
         except OSError as error:
@@ -452,7 +475,10 @@ def _open_verified(checkpoint: Checkpoint, name: str, *, hashed: bool = True) ->
 
 def _damaged(path: Path, reason: str, *details: str) -> PreflightError:
     return PreflightError(
-        ExitCode.CHECKPOINT, f"{path}: {reason}", *details, "nothing was changed or loaded",
+        ExitCode.CHECKPOINT,
+        f"{path}: {reason}",
+        *details,
+        "nothing was changed or loaded",
         "restore it, or name another checkpoint with --resume-from or --checkpoint-path",
     )
 
@@ -521,7 +547,8 @@ def _check_shapes(
     if differ:
         more = f" and {len(differ) - 3} more" if len(differ) > 3 else ""
         raise PreflightError(
-            ExitCode.CHECKPOINT, f"{path}: its tensors are not those of this model",
+            ExitCode.CHECKPOINT,
+            f"{path}: its tensors are not those of this model",
             "; ".join(differ[:3]) + more,
             "nothing was loaded; leave the model flags out: the checkpoint knows its own size",
         )
@@ -536,15 +563,18 @@ def load_training_state(checkpoint: Checkpoint) -> dict[str, Any]:
     path = checkpoint.path / STATE_NAME
     if not os.path.lexists(path):
         raise PreflightError(
-            ExitCode.CHECKPOINT, f"{path} is missing: no run can go on from weights only",
+            ExitCode.CHECKPOINT,
+            f"{path} is missing: no run can go on from weights only",
             "they are enough to write text: python main.py --generate --checkpoint-path FOLDER",
             "to go on training, name another checkpoint with --resume-from",
         )
     try:
         with _open_verified(checkpoint, STATE_NAME) as file:
             with zipfile.ZipFile(file) as archive:  # stored, as torch writes it: nothing swells
-                if any(item.compress_type or item.file_size > item.compress_size
-                       for item in archive.infolist()):
+                if any(
+                    item.compress_type or item.file_size > item.compress_size
+                    for item in archive.infolist()
+                ):
                     raise ValueError("it is compressed")
             file.seek(0)
             state = torch.load(file, map_location="cpu", weights_only=True)
@@ -561,10 +591,6 @@ def load_training_state(checkpoint: Checkpoint) -> dict[str, Any]:
 def _first_line(error: Exception) -> str:
     text = (str(error) or type(error).__name__).splitlines()[0]
     return "".join(c for c in text if c.isprintable())[:120]
-
-
-
-
 
 
 def _restore_replaced(milestones: Path) -> None:

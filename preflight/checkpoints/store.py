@@ -83,7 +83,8 @@ def find_best(output_dir: Path) -> Checkpoint:
     found, damaged = scan_checkpoints(output_dir)
     if not found and not damaged:
         raise PreflightError(
-            ExitCode.CHECKPOINT, f"no checkpoint in {output_dir}",
+            ExitCode.CHECKPOINT,
+            f"no checkpoint in {output_dir}",
             "train first: python main.py --train, or name one with --checkpoint-path",
         )
     return _choose_verified(output_dir, _order_by_loss(found), damaged, lack_state=True)
@@ -107,7 +108,8 @@ def open_checkpoint(path: str) -> Checkpoint:
     ours = place.is_dir() or place.name in (*DATA_NAMES, MANIFEST_NAME)
     if not ours or not os.path.lexists(place) or not os.path.lexists(folder / MANIFEST_NAME):
         raise PreflightError(
-            ExitCode.CHECKPOINT, f"{path} is not a Preflight checkpoint: {_describe(place)}",
+            ExitCode.CHECKPOINT,
+            f"{path} is not a Preflight checkpoint: {_describe(place)}",
             f"expected a folder with {WEIGHTS_NAME}, {CONFIG_NAME} and {MANIFEST_NAME}, "
             "or one of these files",
             "nothing in it was loaded; name such a folder, or train one: python main.py --train",

@@ -30,9 +30,21 @@ _BLOCK_BYTES = 4 * 2**20
 DISK_ERRNOS = {errno.ENOSPC, errno.EIO, errno.EDQUOT, errno.EFBIG, errno.EROFS}
 # What a writer meets there, or at a wrong path.
 _STORAGE_ERRNOS = DISK_ERRNOS | {
-    errno.EACCES, errno.EPERM, errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG,
-    errno.EMFILE, errno.ENFILE, errno.ENXIO, errno.ENODEV, errno.ESTALE,
-    errno.ELOOP, errno.EBUSY, errno.EEXIST, errno.ENOTEMPTY,
+    errno.EACCES,
+    errno.EPERM,
+    errno.ENOENT,
+    errno.ENOTDIR,
+    errno.EISDIR,
+    errno.ENAMETOOLONG,
+    errno.EMFILE,
+    errno.ENFILE,
+    errno.ENXIO,
+    errno.ENODEV,
+    errno.ESTALE,
+    errno.ELOOP,
+    errno.EBUSY,
+    errno.EEXIST,
+    errno.ENOTEMPTY,
 }
 
 
@@ -45,8 +57,10 @@ def storage_error(path: Path, error: OSError, needed_bytes: int = 0) -> Prefligh
             needed = f"{format_bytes(needed_bytes)} needed, " if needed_bytes else ""
             missing = max(needed_bytes - free, 1)
             lines.append(f"{needed}{format_bytes(free)} free, at least {missing:,} bytes missing")
-    lines.append("what was there before is unchanged; free space or choose another folder, "
-                 "then run the same command again")
+    lines.append(
+        "what was there before is unchanged; free space or choose another folder, "
+        "then run the same command again"
+    )
     return PreflightError(ExitCode.STORAGE, *lines)
 
 
@@ -216,7 +230,8 @@ def remove_leftovers(folder: Path) -> None:
 
 def _removal_error(path: Path, error: OSError) -> PreflightError:
     return PreflightError(
-        ExitCode.STORAGE, f"cannot delete {path}: {error.strerror or error}",
+        ExitCode.STORAGE,
+        f"cannot delete {path}: {error.strerror or error}",
         "delete it by hand or mend its permissions, then run the same command again",
     )
 
@@ -264,16 +279,6 @@ def write_json(path: Path, content: Any) -> None:
         file.write(json.dumps(content, indent=2, allow_nan=False).encode() + b"\n")
 
 
-
-
-
-
-
-
-
-
-
-
 def check_access(folder: Path) -> None:
     """Refuse a folder that plainly cannot be written, without writing; `check_writable` is sure.
 
@@ -296,7 +301,3 @@ def check_writable(folder: Path) -> None:
     with publish_file(probe) as file:
         file.write(b"probe")
     probe.unlink()
-
-
-
-

@@ -88,8 +88,9 @@ def _has_same_classes(encoding: tiktoken.Encoding, text: str) -> bool:
         return True
     single_bytes = {bytes([i]): i for i in range(256)}
     for name in sorted(set(re.findall(r"\\p\{\w+\}", encoding._pat_str)) | {r"\s"}):
-        probe = tiktoken.Encoding("probe", pat_str=name, mergeable_ranks=single_bytes,
-                                  special_tokens={})
+        probe = tiktoken.Encoding(
+            "probe", pat_str=name, mergeable_ranks=single_bytes, special_tokens={}
+        )
         ours = "".join(regex.findall(name, characters)).encode()
         if bytes(probe.encode_ordinary(characters)) != ours:
             return False
@@ -242,7 +243,8 @@ def _cut_document(
                 raise text_error(
                     document.source.path,
                     f"more than {format_bytes(MAX_RUN_BYTES)} without a place to cut, from byte "
-                    f"{at:,} on", "break the text into lines",
+                    f"{at:,} on",
+                    "break the text into lines",
                 )
             cut = _find_first_cut(buffer, max(seen - 16, 0))
         cut = cut or len(buffer)
@@ -257,14 +259,3 @@ def _cut_document(
 
 
 # ---- worker processes ---------------------------------------------------------------------------
-
-
-
-
-
-
-
-
-
-
-

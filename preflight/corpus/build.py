@@ -70,8 +70,13 @@ _JOURNAL_NAME = "journal.json"
 
 
 def prepare_data(
-    settings: DataSettings, tokenizer: Tokenizer, context_length: int,
-    stop: StopFlag | None = None, *, block_bytes: int = BLOCK_BYTES, n_workers: int | None = None,
+    settings: DataSettings,
+    tokenizer: Tokenizer,
+    context_length: int,
+    stop: StopFlag | None = None,
+    *,
+    block_bytes: int = BLOCK_BYTES,
+    n_workers: int | None = None,
 ) -> DataFolder:
     """Make, reuse or rebuild the data folder, and return it verified.
 
@@ -108,7 +113,8 @@ def prepare_data(
             return _reuse(load_data_folder(data_dir, tokenizer), context_length)
         if not inputs and _holds_leftovers(data_dir):
             raise PreflightError(
-                ExitCode.DATA, f"{data_dir} is unfinished: it has no {METADATA_NAME}",
+                ExitCode.DATA,
+                f"{data_dir} is unfinished: it has no {METADATA_NAME}",
                 "rerun with --text-file to finish it, or choose another --data-dir",
             )
         _refuse_foreign(data_dir)
@@ -125,7 +131,8 @@ def prepare_data(
         if n_workers is None:
             n_workers = _choose_workers(plan, settings)
         _Builder(building, plan, settings, tokenizer, stop).build(
-            context_length, block_bytes, n_workers)
+            context_length, block_bytes, n_workers
+        )
         _finish_swap(data_dir)
         return load_data_folder(data_dir, tokenizer)
 
@@ -188,7 +195,8 @@ def _holds_leftovers(data_dir: Path) -> bool:
     building = data_dir / BUILDING_NAME
     is_own_sample = (building / SAMPLE_NAME).exists()
     return ((building / _JOURNAL_NAME).exists() and not is_own_sample) or any(
-        (data_dir / split).exists() for split in SPLITS)
+        (data_dir / split).exists() for split in SPLITS
+    )
 
 
 def _refuse_foreign(data_dir: Path) -> None:
@@ -198,8 +206,11 @@ def _refuse_foreign(data_dir: Path) -> None:
         if folder.is_symlink() or (folder.exists() and not folder.is_dir()):
             foreign.append(folder)
         elif folder.is_dir():
-            foreign += [path for path in folder.iterdir()
-                        if not SHARD_NAME.fullmatch(path.name) or path.is_dir()]
+            foreign += [
+                path
+                for path in folder.iterdir()
+                if not SHARD_NAME.fullmatch(path.name) or path.is_dir()
+            ]
     path = data_dir / METADATA_NAME
     with contextlib.suppress(OSError, ValueError):
         content = read_json(path)
@@ -207,7 +218,8 @@ def _refuse_foreign(data_dir: Path) -> None:
             foreign.append(path)
     if foreign:
         raise PreflightError(
-            ExitCode.DATA, f"{foreign[0]} is not Preflight's, and building would replace it",
+            ExitCode.DATA,
+            f"{foreign[0]} is not Preflight's, and building would replace it",
             "choose another --data-dir",
         )
 
@@ -232,21 +244,30 @@ def _build_plan(sources: list[Source], settings: DataSettings, tokenizer: Tokeni
     """Share the documents out: every 1/val_split-th or so, where there are many, else the tail."""
     documents = [
         Document(source, *source.spans[i : i + 2])
-        for source in sources for i in range(0, len(source.spans), 2)
+        for source in sources
+        for i in range(0, len(source.spans), 2)
     ]
     share = settings.val_split
     total = sum(document.n_bytes for document in documents)
     parts: dict[str, list[Document]] = {"train": [], "val": []}
     # One huge document among many would make the validation part huge or all but empty.
-    if (len(documents) * share >= 8
-            and max(document.n_bytes for document in documents) <= share * total):
+    if (
+        len(documents) * share >= 8
+        and max(document.n_bytes for document in documents) <= share * total
+    ):
         by = "documents"
         for index, document in enumerate(documents):
             parts["val" if _is_validation(index, share) else "train"].append(document)
     else:
         by, parts = "tail", _split_tail(documents, total - math.ceil(total * share))
-    facts = [VERSION, [[s.name, s.size, s.sha256] for s in sources], tokenizer.fingerprint,
-             settings.document_separator, share, settings.shard_size]
+    facts = [
+        VERSION,
+        [[s.name, s.size, s.sha256] for s in sources],
+        tokenizer.fingerprint,
+        settings.document_separator,
+        share,
+        settings.shard_size,
+    ]
     key = hashlib.sha256(json.dumps(facts).encode()).hexdigest()
     return _Plan(sources, parts, by, key)
 
@@ -267,8 +288,10 @@ def _split_tail(documents: list[Document], target: int) -> dict[str, list[Docume
             cut = _find_tail_cut(document, document.begin + target - passed)
             left = Document(document.source, document.begin, cut)
             right = Document(document.source, cut, document.end)
-            return {"train": documents[:number] + [left] * (left.n_bytes > 0),
-                    "val": [right, *documents[number + 1 :]]}
+            return {
+                "train": documents[:number] + [left] * (left.n_bytes > 0),
+                "val": [right, *documents[number + 1 :]],
+            }
         passed += document.n_bytes
     return {"train": documents[:-1], "val": documents[-1:]}
 
@@ -298,8 +321,9 @@ def _choose_workers(plan: _Plan, settings: DataSettings) -> int:
         return 0
     if settings.num_workers is not None:
         return settings.num_workers
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else (
-        os.cpu_count() or 1)
+    return (
+        len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else (os.cpu_count() or 1)
+    )
 
 
 class _Progress:
@@ -309,8 +333,14 @@ class _Progress:
 
     def __init__(self, total: int, done: int) -> None:
         """`done`: bytes that an earlier run finished."""
-        self._bar = tqdm(total=total, initial=done, unit="B", unit_scale=True, desc="preparing",
-                         disable=not is_progress_shown())
+        self._bar = tqdm(
+            total=total,
+            initial=done,
+            unit="B",
+            unit_scale=True,
+            desc="preparing",
+            disable=not is_progress_shown(),
+        )
         self._total, self._first, self._done = total, done, done
         self._began = self._said = time.monotonic()
 
@@ -321,8 +351,10 @@ class _Progress:
         if self._bar.disable and now - self._said >= self.EVERY_SECONDS:
             self._said = now
             rate = max(self._done - self._first, 1) / (now - self._began)
-            say(f"preparing: {format_bytes(self._done)} of {format_bytes(self._total)}, "
-                f"{format_bytes(rate)}/s, {(self._total - self._done) / rate:.0f} s left")
+            say(
+                f"preparing: {format_bytes(self._done)} of {format_bytes(self._total)}, "
+                f"{format_bytes(rate)}/s, {(self._total - self._done) / rate:.0f} s left"
+            )
 
     def close(self) -> None:
         self._bar.close()
@@ -331,8 +363,14 @@ class _Progress:
 class _Builder:
     """Builds one plan in ``.building``, continuing where the journal says."""
 
-    def __init__(self, building: Path, plan: _Plan, settings: DataSettings, tokenizer: Tokenizer,
-                 stop: StopFlag | None) -> None:
+    def __init__(
+        self,
+        building: Path,
+        plan: _Plan,
+        settings: DataSettings,
+        tokenizer: Tokenizer,
+        stop: StopFlag | None,
+    ) -> None:
         self._building, self._plan, self._settings = building, plan, settings
         self._tokenizer, self._stop = tokenizer, stop
         self._shards: dict[str, list[dict[str, Any]]] = {split: [] for split in SPLITS}
@@ -372,8 +410,9 @@ class _Builder:
 
         When the journal or one of them is damaged, none: all are written anew.
         """
-        with contextlib.suppress(PreflightError, OSError, ValueError, LookupError, TypeError,
-                                 AttributeError):
+        with contextlib.suppress(
+            PreflightError, OSError, ValueError, LookupError, TypeError, AttributeError
+        ):
             journal = read_json(self._building / _JOURNAL_NAME)
             if journal["key"] == self._plan.key:
                 for split in SPLITS:
@@ -404,8 +443,10 @@ class _Builder:
         free = free_bytes(self._building)
         if total > 20_000 * self._settings.shard_size:
             raise PreflightError(
-                ExitCode.FLAGS, f"--shard-size {self._settings.shard_size:,} would make too many "
-                "files of this text", "leave it out",
+                ExitCode.FLAGS,
+                f"--shard-size {self._settings.shard_size:,} would make too many "
+                "files of this text",
+                "leave it out",
             )
         if needed > free:
             raise PreflightError(
@@ -431,8 +472,9 @@ class _Builder:
                 while len(ids):
                     if writer is None:
                         path = self._building / split / f"shard_{len(shards):05d}.npy"
-                        writer = ShardWriter(path, self._tokenizer.dtype,
-                                             self._settings.shard_size, bound)
+                        writer = ShardWriter(
+                            path, self._tokenizer.dtype, self._settings.shard_size, bound
+                        )
                     taken = writer.write(ids)
                     ids, consumed = ids[taken:], consumed + taken
                     if writer.is_full:
@@ -444,7 +486,8 @@ class _Builder:
                 if self._stop is not None:
                     self._stop.leave_if_stopping(
                         "stopped while preparing the text; finished shards are kept",
-                        "run the same command to go on")
+                        "run the same command to go on",
+                    )
             if writer is not None:
                 entry, writer = writer.close(), None
                 self._record(split, entry, [follower, 0, 0, 0])
@@ -457,8 +500,10 @@ class _Builder:
     def _record(self, split: str, entry: dict[str, Any], position: list[Any]) -> None:
         self._shards[split].append(entry)
         self._position = position
-        write_json(self._building / _JOURNAL_NAME,
-                   {"key": self._plan.key, "position": position, "shards": self._shards})
+        write_json(
+            self._building / _JOURNAL_NAME,
+            {"key": self._plan.key, "position": position, "shards": self._shards},
+        )
 
     def _build_metadata(self) -> dict[str, Any]:
         tokenizer, settings, plan = self._tokenizer, self._settings, self._plan
@@ -472,14 +517,19 @@ class _Builder:
             for split in SPLITS
         }
         return {
-            "format": FORMAT, "version": VERSION,
+            "format": FORMAT,
+            "version": VERSION,
             "tokenizer": {
-                "name": tokenizer.name, "fingerprint": tokenizer.fingerprint,
-                "vocab_size": tokenizer.vocab_size, "end_of_text_id": tokenizer.end_of_text_id,
+                "name": tokenizer.name,
+                "fingerprint": tokenizer.fingerprint,
+                "vocab_size": tokenizer.vocab_size,
+                "end_of_text_id": tokenizer.end_of_text_id,
             },
-            "dtype": tokenizer.dtype.name, "shard_size": settings.shard_size,
+            "dtype": tokenizer.dtype.name,
+            "shard_size": settings.shard_size,
             "document_separator": settings.document_separator,
             "split": {"val_split": settings.val_split, "by": plan.by},
             "sources": describe_sources(plan.sources),
-            "train": parts["train"], "val": parts["val"],
+            "train": parts["train"],
+            "val": parts["val"],
         }

@@ -35,15 +35,22 @@ _READ_BYTES = 2**20
 # a pattern describes a string; no number is negative.
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 _PART = {
-    "n_documents": int, "n_tokens": int, "n_bytes": int,
+    "n_documents": int,
+    "n_tokens": int,
+    "n_bytes": int,
     "shards": [{"name": str, "n_tokens": int, "n_bytes": int, "sha256": _SHA256, "max_id": int}],
 }
 _SCHEMA = {
-    "format": re.compile(FORMAT), "version": int,
+    "format": re.compile(FORMAT),
+    "version": int,
     "tokenizer": {"name": str, "fingerprint": str, "vocab_size": int, "end_of_text_id": int},
-    "dtype": re.compile("uint16|uint32"), "shard_size": int,
-    "document_separator": (str, type(None)), "split": {"val_split": float, "by": str},
-    "sources": [{"name": str, "size": int, "sha256": _SHA256}], "train": _PART, "val": _PART,
+    "dtype": re.compile("uint16|uint32"),
+    "shard_size": int,
+    "document_separator": (str, type(None)),
+    "split": {"val_split": float, "by": str},
+    "sources": [{"name": str, "size": int, "sha256": _SHA256}],
+    "train": _PART,
+    "val": _PART,
     "checksum": _SHA256,
 }
 
@@ -113,8 +120,15 @@ def load_data_folder(data_dir: Path, tokenizer: Tokenizer) -> DataFolder:
             digest.update(entry["sha256"].encode())
         shards = verify_all(partial(verify_shard, folder, tokenizer), part["shards"])
         splits[name] = Split(tuple(shards), part["n_tokens"], part["n_documents"], part["n_bytes"])
-    return DataFolder(data_dir, metadata, digest.hexdigest(), splits["train"], splits["val"],
-                      tokenizer.vocab_size, tokenizer.dtype)
+    return DataFolder(
+        data_dir,
+        metadata,
+        digest.hexdigest(),
+        splits["train"],
+        splits["val"],
+        tokenizer.vocab_size,
+        tokenizer.dtype,
+    )
 
 
 def check_long_enough(part: dict[str, Any], name: str, context_length: int) -> None:
@@ -134,7 +148,8 @@ def check_long_enough(part: dict[str, Any], name: str, context_length: int) -> N
 
 def _damaged(path: Path, what: str) -> PreflightError:
     return PreflightError(
-        ExitCode.DATA, f"{path} is damaged: {what}",
+        ExitCode.DATA,
+        f"{path} is damaged: {what}",
         "give --text-file to rebuild the data folder, or restore the file",
     )
 
@@ -155,7 +170,8 @@ def read_metadata(data_dir: Path) -> dict[str, Any]:
                 raise PreflightError(
                     ExitCode.DATA,
                     f"{data_dir} was made by a newer Preflight (format {version}, this one reads "
-                    f"up to {VERSION})", "use that one, or choose another --data-dir",
+                    f"up to {VERSION})",
+                    "use that one, or choose another --data-dir",
                 )
         _check_schema(metadata, _SCHEMA, "metadata")
         if metadata["version"] != VERSION:
@@ -171,7 +187,8 @@ def read_metadata(data_dir: Path) -> dict[str, Any]:
             raise ValueError("its checksum does not match its content")
     except OSError as error:
         raise PreflightError(
-            ExitCode.DATA, f"{path}: {error.strerror}",
+            ExitCode.DATA,
+            f"{path}: {error.strerror}",
             "give --text-file to build the data folder",
         ) from None
     except ValueError as error:
@@ -190,8 +207,11 @@ def _check_schema(value: Any, schema: Any, where: str) -> None:
     """ValueError, naming the key, unless `value` is what `schema` says."""
     if isinstance(schema, dict):
         if not isinstance(value, dict) or value.keys() != schema.keys():
-            odd = (sorted(value.keys() ^ schema.keys())[:3] if isinstance(value, dict)
-                   else "(no object)")
+            odd = (
+                sorted(value.keys() ^ schema.keys())[:3]
+                if isinstance(value, dict)
+                else "(no object)"
+            )
             raise ValueError(f"{where}: missing or unknown keys {odd}"[:200])
         for key in schema:
             _check_schema(value[key], schema[key], f"{where}.{key}")
@@ -215,8 +235,11 @@ def _check_schema(value: Any, schema: Any, where: str) -> None:
 def _build_npy_header(dtype: np.dtype, n_tokens: int) -> bytes:
     """The one header that a shard of `n_tokens` ids has; NumPy pads all to the same length."""
     stream = io.BytesIO()
-    description = {"descr": dtype.newbyteorder("<").str, "fortran_order": False,
-                   "shape": (n_tokens,)}
+    description = {
+        "descr": dtype.newbyteorder("<").str,
+        "fortran_order": False,
+        "shape": (n_tokens,),
+    }
     np.lib.format.write_array_header_1_0(stream, description)
     return stream.getvalue()
 
@@ -245,13 +268,17 @@ def verify_shard(folder: Path, tokenizer: Tokenizer, entry: dict[str, Any]) -> S
     except OSError as error:
         raise _damaged(path, error.strerror or str(error)) from None
     if digest.hexdigest() != entry["sha256"]:
-        raise _damaged(path, f"its SHA-256 is {digest.hexdigest()[:12]}..., "
-                             f"expected {entry['sha256'][:12]}...")
+        raise _damaged(
+            path, f"its SHA-256 is {digest.hexdigest()[:12]}..., expected {entry['sha256'][:12]}..."
+        )
     if head != header:
         raise _damaged(path, "its numpy header is not one of ours")
     if largest != entry["max_id"] or largest >= tokenizer.vocab_size:
-        raise _damaged(path, f"its largest id is {largest}, expected {entry['max_id']}, "
-                             f"below {tokenizer.vocab_size}")
+        raise _damaged(
+            path,
+            f"its largest id is {largest}, expected {entry['max_id']}, "
+            f"below {tokenizer.vocab_size}",
+        )
     return Shard(path, entry["n_tokens"], len(header), (status.st_size, status.st_mtime_ns))
 
 
@@ -292,8 +319,13 @@ class ShardWriter:
             self._file.write(_build_npy_header(self._dtype, self._n_tokens))
         self._opened.close()
         sha256 = self._digest.hexdigest() if self.is_full else hash_file(self._path)
-        return {"name": self._path.name, "n_tokens": self._n_tokens,
-                "n_bytes": self._path.stat().st_size, "sha256": sha256, "max_id": self._max_id}
+        return {
+            "name": self._path.name,
+            "n_tokens": self._n_tokens,
+            "n_bytes": self._path.stat().st_size,
+            "sha256": sha256,
+            "max_id": self._max_id,
+        }
 
     def abandon(self, error: BaseException) -> None:
         """Delete what was written; PreflightError (STORAGE) when `error` is the disk's."""

@@ -38,17 +38,34 @@ SAMPLE_NAME = "sample.txt"
 _SAMPLE_SEPARATOR = "\x1e"
 _READ_BYTES = 2**18  # what is read stays in the cache until it is judged
 _MAGIC = (
-    (b"\x7fELF", "an ELF program"), (b"\x1f\x8b", "gzip data"), (b"%PDF-", "a PDF"),
-    (b"PK\x03\x04", "a zip archive (or docx, xlsx, epub)"), (b"\x89PNG", "a PNG image"),
-    (b"\xff\xd8\xff", "a JPEG image"), (b"BZh91AY", "bzip2 data"), (b"\xfd7zXZ\0", "xz data"),
-    (b"\x28\xb5\x2f\xfd", "zstd data"), (b"SQLite format 3\0", "an SQLite database"),
-    (b"7z\xbc\xaf", "a 7z archive"), (b"\x93NUMPY", "a numpy array"),
+    (b"\x7fELF", "an ELF program"),
+    (b"\x1f\x8b", "gzip data"),
+    (b"%PDF-", "a PDF"),
+    (b"PK\x03\x04", "a zip archive (or docx, xlsx, epub)"),
+    (b"\x89PNG", "a PNG image"),
+    (b"\xff\xd8\xff", "a JPEG image"),
+    (b"BZh91AY", "bzip2 data"),
+    (b"\xfd7zXZ\0", "xz data"),
+    (b"\x28\xb5\x2f\xfd", "zstd data"),
+    (b"SQLite format 3\0", "an SQLite database"),
+    (b"7z\xbc\xaf", "a 7z archive"),
+    (b"\x93NUMPY", "a numpy array"),
 )
-_MARKS = ((b"\xff\xfe\0\0", "UTF-32"), (b"\0\0\xfe\xff", "UTF-32"), (b"\xff\xfe", "UTF-16"),
-          (b"\xfe\xff", "UTF-16"))
+_MARKS = (
+    (b"\xff\xfe\0\0", "UTF-32"),
+    (b"\0\0\xfe\xff", "UTF-32"),
+    (b"\xff\xfe", "UTF-16"),
+    (b"\xfe\xff", "UTF-16"),
+)
 # Without a mark: which bytes of each four are mostly NUL, in Latin text and in any UTF-32.
-_NUL_SHAPES = {"0101": "UTF-16LE", "1010": "UTF-16BE", "0111": "UTF-32LE", "1110": "UTF-32BE",
-               "0011": "UTF-32LE", "1100": "UTF-32BE"}
+_NUL_SHAPES = {
+    "0101": "UTF-16LE",
+    "1010": "UTF-16BE",
+    "0111": "UTF-32LE",
+    "1110": "UTF-32BE",
+    "0011": "UTF-32LE",
+    "1100": "UTF-32BE",
+}
 
 
 @dataclass(frozen=True)
@@ -126,7 +143,8 @@ def find_inputs(settings: DataSettings) -> list[Input]:
                 inputs.setdefault(os.path.abspath(path), item)
             elif stat.S_ISCHR(mode) and _is_terminal(path):
                 raise PreflightError(
-                    ExitCode.FLAGS, f"--text-file {path}: a terminal, not a text file",
+                    ExitCode.FLAGS,
+                    f"--text-file {path}: a terminal, not a text file",
                     "give a file, a folder or a pipe",
                 )
             else:
@@ -139,16 +157,22 @@ def _walk(folder: Path, data_dir: Path) -> list[Path]:
     files: list[Path] = []
     own = os.path.realpath(data_dir)
     for place, folders, names in os.walk(folder):
-        folders[:] = [name for name in folders if not name.startswith((".", "__pycache__"))
-                      and os.path.realpath(os.path.join(place, name)) != own]
+        folders[:] = [
+            name
+            for name in folders
+            if not name.startswith((".", "__pycache__"))
+            and os.path.realpath(os.path.join(place, name)) != own
+        ]
         files += [Path(place, name) for name in names if not name.startswith(".")]
     return sorted(files)
 
 
 def _is_terminal(path: Path) -> bool:
     flags = getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_NOCTTY", 0)
-    with (contextlib.suppress(OSError),
-          open(path, "rb", 0, opener=lambda name, mode: os.open(name, mode | flags)) as file):
+    with (
+        contextlib.suppress(OSError),
+        open(path, "rb", 0, opener=lambda name, mode: os.open(name, mode | flags)) as file,
+    ):
         return file.isatty()
     return False
 
@@ -177,8 +201,11 @@ def scan_inputs(inputs: list[Input], separator: str | None, stop: StopFlag | Non
     if skipped:
         say(f"skipped {len(skipped)} of {len(inputs)} files, the first: {skipped[0].lines[0]}")
     if not any(source.spans for source in sources):
-        raise skipped[0] if skipped else text_error(inputs[0].path, "the text is empty",
-                                                    "give a file with text in it")
+        raise (
+            skipped[0]
+            if skipped
+            else text_error(inputs[0].path, "the text is empty", "give a file with text in it")
+        )
     return sources
 
 
@@ -223,11 +250,14 @@ def _scan_file(item: Input, separator: str | None) -> Source:
     except OSError as error:
         raise text_error(path, error.strerror or str(error)) from None
     if blank:
-        raise text_error(path, "empty" if not size else "holds only whitespace",
-                         "give a file with text in it")
+        raise text_error(
+            path, "empty" if not size else "holds only whitespace", "give a file with text in it"
+        )
     if specials and separator != "<|endoftext|>":
-        say(f"{path}: '<|endoftext|>' stands {specials:,} times in it and is taken as plain text; "
-            "--document-separator '<|endoftext|>' would split documents there")
+        say(
+            f"{path}: '<|endoftext|>' stands {specials:,} times in it and is taken as plain text; "
+            "--document-separator '<|endoftext|>' would split documents there"
+        )
     return Source(item.name, path, size, digest.hexdigest(), signature, finder.finish(size))
 
 
@@ -274,13 +304,14 @@ def _refuse_binary(path: Path, head: bytes) -> None:
         shape = "".join(str(int(sample[i::4].count(0) * 5 > len(sample))) for i in range(4))
         encoding = _NUL_SHAPES.get(shape)
     if encoding is not None:
-        raise text_error(path, f"{encoding} text, not UTF-8; convert it:",
-                         f"iconv -f {encoding} -t UTF-8 {shlex.quote(str(path))} > utf8.txt")
+        raise text_error(
+            path,
+            f"{encoding} text, not UTF-8; convert it:",
+            f"iconv -f {encoding} -t UTF-8 {shlex.quote(str(path))} > utf8.txt",
+        )
 
 
-def _explain_not_utf8(
-    path: Path, error: UnicodeDecodeError, base: int
-) -> PreflightError:
+def _explain_not_utf8(path: Path, error: UnicodeDecodeError, base: int) -> PreflightError:
     offset, line = base + error.start, 1
     with open(path, "rb") as file:  # counted here alone: it would cost every scan a quarter
         for begin in range(0, offset, _READ_BYTES):
@@ -322,8 +353,11 @@ def check_unchanged(source: Source) -> None:
 
 def changed_error(source: Source) -> PreflightError:
     """The error to raise when a source is not what it was in the first pass."""
-    return text_error(source.path, "changed while it was being read; nothing was published",
-                      "run the same command again when the file is at rest")
+    return text_error(
+        source.path,
+        "changed while it was being read; nothing was published",
+        "run the same command again when the file is at rest",
+    )
 
 
 def describe_sources(sources: list[Source]) -> list[dict[str, Any]]:
@@ -335,8 +369,9 @@ def describe_sources(sources: list[Source]) -> list[dict[str, Any]]:
     if len(entries) <= 10_000:
         return entries
     digest = hashlib.sha256(json.dumps(entries).encode()).hexdigest()
-    return [{"name": f"{len(entries)} files", "size": sum(s.size for s in sources),
-             "sha256": digest}]
+    return [
+        {"name": f"{len(entries)} files", "size": sum(s.size for s in sources), "sha256": digest}
+    ]
 
 
 # ---- pipes and the built-in sample --------------------------------------------------------------
@@ -353,12 +388,15 @@ def gather_sources(
     if inputs:
         ready = [
             Input(item.name, _spool_pipe(item.path, folder / f"pipe-{number}", stop))
-            if item.is_pipe else item
+            if item.is_pipe
+            else item
             for number, item in enumerate(inputs)
         ]
         return scan_inputs(ready, separator, stop)
-    say("no --text-file given and the data folder is empty: preparing the built-in sample, "
-        "the documentation that comes with Python")
+    say(
+        "no --text-file given and the data folder is empty: preparing the built-in sample, "
+        "the documentation that comes with Python"
+    )
     name, path = f"built-in sample (python {platform.python_version()})", folder / SAMPLE_NAME
     content = _SAMPLE_SEPARATOR.join(_build_sample()).encode()
     with publish_file(path, len(content)) as file:
@@ -405,8 +443,16 @@ def _build_sample() -> list[str]:
     documents = [text for _, text in sorted(topics.topics.items())]
     size = sum(len(text.encode()) for text in documents)
     library = Path(sysconfig.get_path("stdlib"))
-    skipped = {"test", "tests", "idlelib", "lib2to3", "site-packages", "dist-packages",
-               "pydoc_data", "__pycache__"}
+    skipped = {
+        "test",
+        "tests",
+        "idlelib",
+        "lib2to3",
+        "site-packages",
+        "dist-packages",
+        "pydoc_data",
+        "__pycache__",
+    }
     for path in sorted(library.rglob("*.py")):
         if size >= SAMPLE_BYTES:
             break
@@ -434,6 +480,9 @@ def _find_docstrings(tree: ast.Module, name: str) -> Iterator[str]:
         text = ast.get_docstring(node, clean=False)
         if text and text.strip():
             yield f"{label}\n\n{inspect.cleandoc(text)}"
-        inner = [child for child in node.body
-                 if isinstance(child, (ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef))]
+        inner = [
+            child
+            for child in node.body
+            if isinstance(child, (ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef))
+        ]
         waiting += [(f"{label}.{child.name}", child) for child in reversed(inner)]

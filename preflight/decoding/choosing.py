@@ -54,9 +54,7 @@ def penalise_repetition(scores: Tensor, seen: Tensor, penalty: float) -> Tensor:
     return torch.where(seen, penalised.clamp(-1e30, 1e30), scores)
 
 
-def filter_probabilities(
-    scores: Tensor, config: SamplingConfig
-) -> tuple[Tensor, Tensor | None]:
+def filter_probabilities(scores: Tensor, config: SamplingConfig) -> tuple[Tensor, Tensor | None]:
     """Temperature, top-k and top-p applied to scores (B V).
 
     Returns:

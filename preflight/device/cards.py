@@ -112,8 +112,21 @@ CARDS = (
     Card("B200", 180, 2250.0, 2250.0, 1125.0, 75.0, 7700, "NVIDIA HGX B200 data sheet"),
 )
 # Words of a name that say nothing: makers, and what a driver adds.
-_NOISE = {"nvidia", "geforce", "tesla", "quadro", "gpu", "graphics", "generation", "hbm2", "hbm2e",
-          "hbm3", "hbm3e", "tensor", "core"}
+_NOISE = {
+    "nvidia",
+    "geforce",
+    "tesla",
+    "quadro",
+    "gpu",
+    "graphics",
+    "generation",
+    "hbm2",
+    "hbm2e",
+    "hbm3",
+    "hbm3e",
+    "tensor",
+    "core",
+}
 # Driver names whose words are not ours: "A100-SXM4-80GB", "NVIDIA H100 80GB HBM3" (the SXM one).
 _SAME = {"sxm2": "sxm", "sxm3": "sxm", "sxm4": "sxm", "sxm5": "sxm", "sxm6": "sxm"}
 
@@ -138,8 +151,10 @@ def find_card(name: str) -> Card:
     asked = _words(name)
     optional = {"rtx"}
     fitting = [
-        card for card in CARDS
-        if asked and asked - optional <= _words(card.name)
+        card
+        for card in CARDS
+        if asked
+        and asked - optional <= _words(card.name)
         and _model(_words(card.name)) <= asked | optional
     ]
     if fitting:
@@ -148,7 +163,8 @@ def find_card(name: str) -> Card:
     near = difflib.get_close_matches(" ".join(sorted(asked)), keys, n=4, cutoff=0.4)
     known = ", ".join(keys[key] for key in near) or ", ".join(card.name for card in CARDS)
     raise PreflightError(
-        ExitCode.FLAGS, f"--target-gpu {name[:60]!r} is not in the table of cards",
+        ExitCode.FLAGS,
+        f"--target-gpu {name[:60]!r} is not in the table of cards",
         f"near it: {known}" if near else f"known: {known}",
         "or give its memory in GiB: --gpu-memory 24",
     )
@@ -171,9 +187,10 @@ def match_device(device_name: str, memory_bytes: int | None = None) -> Card | No
     if "gh200" in found:
         sized = set()  # the size in its name is that of the host part
     fitting = [
-        card for card in CARDS
-        if _model(_words(card.name)) == _model(found) and (not sized or sized <= _words(card.name)
-                                                           or not _sizes(card))
+        card
+        for card in CARDS
+        if _model(_words(card.name)) == _model(found)
+        and (not sized or sized <= _words(card.name) or not _sizes(card))
     ]
     forms = found & {"sxm", "pcie"}
     # "NVIDIA H100 80GB HBM3" names no form; those with one say PCIe or NVL.

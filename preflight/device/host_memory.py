@@ -55,8 +55,11 @@ def _find_control_groups(root: Path) -> Iterator[tuple[Path, str, str]]:
     mount = root / "sys/fs/cgroup"
     for _, controllers, path in (line.split(":", 2) for line in lines):
         if controllers in ("", "memory"):
-            names = ("memory.max", "memory.current") if not controllers else (
-                "memory.limit_in_bytes", "memory.usage_in_bytes")
+            names = (
+                ("memory.max", "memory.current")
+                if not controllers
+                else ("memory.limit_in_bytes", "memory.usage_in_bytes")
+            )
             base = mount / controllers
             # A group is bound by those above it; within a container its own is the mount's root.
             for place in (PurePosixPath(path), *PurePosixPath(path).parents):

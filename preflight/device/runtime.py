@@ -121,7 +121,8 @@ def _choose_device(name: str) -> torch.device:
         if (device.index or 0) >= count:
             found = f"found {count} CUDA devices" if count else "found no CUDA device"
             raise PreflightError(
-                ExitCode.FLAGS, f"--device {name}: {found} (torch {torch.__version__})",
+                ExitCode.FLAGS,
+                f"--device {name}: {found} (torch {torch.__version__})",
                 "use --device cpu, or --device auto to take what is there",
             )
         return torch.device("cuda", device.index or 0)
@@ -188,11 +189,3 @@ def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, RuntimeError) and (
         "can't allocate memory" in text or "not enough memory" in text or "out of memory" in text
     )
-
-
-
-
-
-
-
-

@@ -83,8 +83,14 @@ def search(
 class _Search:
     """Trials so far, and what follows from them."""
 
-    def __init__(self, probe: Callable[[int], Trial], predict: Callable[[int], int],
-                 limit_bytes: int, largest: int, max_step_seconds: float) -> None:
+    def __init__(
+        self,
+        probe: Callable[[int], Trial],
+        predict: Callable[[int], int],
+        limit_bytes: int,
+        largest: int,
+        max_step_seconds: float,
+    ) -> None:
         self.probe, self.predict, self.limit_bytes = probe, predict, limit_bytes
         self.largest, self.max_step_seconds = largest, max_step_seconds
         self.trials: dict[int, Trial] = {}
@@ -99,8 +105,14 @@ class _Search:
         """The largest size that fits, the smallest known not to, and whether that one was tried."""
         failed = [s for s, t in self.trials.items() if not t.fits(self.limit_bytes)]
         high = min([self.ceiling() + 1, *failed])
-        low = max((s for s, t in self.trials.items()
-                   if t.fits(self.limit_bytes) and s < min([MAX_SIZE + 1, *failed])), default=0)
+        low = max(
+            (
+                s
+                for s, t in self.trials.items()
+                if t.fits(self.limit_bytes) and s < min([MAX_SIZE + 1, *failed])
+            ),
+            default=0,
+        )
         return low, high, high in self.trials
 
     def ceiling(self) -> int:
@@ -117,8 +129,10 @@ class _Search:
 
     def estimate(self, size: int) -> float:
         """Bytes needed: the prediction, corrected by what was measured."""
-        points = sorted((t for t in self.trials.values() if not t.failure),
-                        key=lambda t: abs(t.needed_bytes - self.limit_bytes))
+        points = sorted(
+            (t for t in self.trials.values() if not t.failure),
+            key=lambda t: abs(t.needed_bytes - self.limit_bytes),
+        )
         if not points:
             return self.predict(size)
         near, base = points[0], self.predict(points[0].batch_size)
@@ -210,15 +224,23 @@ class _Search:
             bound = "memory" if tried else "time" if limited else "data"
         fastest = max(self.fitting(), key=lambda t: t.tokens_per_second, default=None)
         return SearchResult(
-            tuple(self.trials.values()), self.limit_bytes, low or None,
-            fastest.batch_size if fastest else None, self.recommend() or None, chosen,
-            accumulation, bound, high - 1 if tried else self.guess(low, self.largest + 1))
+            tuple(self.trials.values()),
+            self.limit_bytes,
+            low or None,
+            fastest.batch_size if fastest else None,
+            self.recommend() or None,
+            chosen,
+            accumulation,
+            bound,
+            high - 1 if tried else self.guess(low, self.largest + 1),
+        )
 
     def recommend(self) -> int:
         """The smallest size within 2 % of the fastest; 0 when none fits."""
         enough = FAST_SHARE * max((t.tokens_per_second for t in self.fitting()), default=0.0)
-        return min((t.batch_size for t in self.fitting() if t.tokens_per_second >= enough),
-                   default=0)
+        return min(
+            (t.batch_size for t in self.fitting() if t.tokens_per_second >= enough), default=0
+        )
 
 
 def split_sequences(n_sequences: int, preferred: int, largest: int) -> tuple[int, int]:

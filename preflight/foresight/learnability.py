@@ -121,8 +121,12 @@ def scan_content(data: DataFolder, tokenizer: Tokenizer) -> Content:
         scanner.scan(split, min(split.n_tokens, MAX_SCANNED_TOKENS * split.n_tokens // total))
     lengths = scanner.lengths
     return Content(
-        scanner.scanned, scanner.replacements, len(lengths), max(lengths, default=0),
-        int(np.median(lengths)) if lengths else 0, scanner.duplicates,
+        scanner.scanned,
+        scanner.replacements,
+        len(lengths),
+        max(lengths, default=0),
+        int(np.median(lengths)) if lengths else 0,
+        scanner.duplicates,
     )
 
 
@@ -130,28 +134,37 @@ def find_content_warnings(content: Content) -> list[Advice]:
     """Text that was decoded wrongly, one document that drowns the others, repetitions."""
     found = []
     if content.replacement_characters * 10_000 > content.scanned_tokens:
-        found.append(Advice(
-            "replacement_characters",
-            f"{content.replacement_characters:,} replacement characters (U+FFFD) in "
-            f"{content.scanned_tokens:,} tokens: the text was decoded with the wrong encoding",
-            "convert the source to UTF-8 again and give it with --text-file",
-        ))
+        found.append(
+            Advice(
+                "replacement_characters",
+                f"{content.replacement_characters:,} replacement characters (U+FFFD) in "
+                f"{content.scanned_tokens:,} tokens: the text was decoded with the wrong encoding",
+                "convert the source to UTF-8 again and give it with --text-file",
+            )
+        )
     largest = content.largest_tokens
-    if (content.n_documents >= 10 and largest > 100 * content.median_tokens
-            and largest > 0.3 * content.scanned_tokens):
-        found.append(Advice(
-            "large_document",
-            f"one document has {largest:,} of {content.scanned_tokens:,} tokens, the median "
-            f"{content.median_tokens:,}: the model will mostly learn that one",
-            "see that it belongs there, or set --document-separator",
-        ))
+    if (
+        content.n_documents >= 10
+        and largest > 100 * content.median_tokens
+        and largest > 0.3 * content.scanned_tokens
+    ):
+        found.append(
+            Advice(
+                "large_document",
+                f"one document has {largest:,} of {content.scanned_tokens:,} tokens, the median "
+                f"{content.median_tokens:,}: the model will mostly learn that one",
+                "see that it belongs there, or set --document-separator",
+            )
+        )
     if content.duplicate_documents * 100 > content.n_documents:
-        found.append(Advice(
-            "duplicates",
-            f"{content.duplicate_documents:,} of {content.n_documents:,} documents repeat another: "
-            "they are learned by heart, and flatter the validation loss",
-            "remove them from the text and give it again with --text-file",
-        ))
+        found.append(
+            Advice(
+                "duplicates",
+                f"{content.duplicate_documents:,} of {content.n_documents:,} documents repeat another: "
+                "they are learned by heart, and flatter the validation loss",
+                "remove them from the text and give it again with --text-file",
+            )
+        )
     return found
 
 
@@ -179,32 +192,41 @@ def _find_size_warnings(
     epochs = plan.total_steps / plan.steps_per_epoch
     if tokens < FAR_UNDER * TOKENS_PER_PARAMETER * parameters:
         smaller = _suggest_size(config, model_config, tokens)
-        found.append(Advice(
-            "tokens_per_parameter",
-            f"{tokens / parameters:.2g} tokens per parameter: far under the "
-            f"{TOKENS_PER_PARAMETER} at which a model of this size pays (Hoffmann et al. 2022)",
-            f"more text with --text-file, or a longer run{smaller}",
-        ))
+        found.append(
+            Advice(
+                "tokens_per_parameter",
+                f"{tokens / parameters:.2g} tokens per parameter: far under the "
+                f"{TOKENS_PER_PARAMETER} at which a model of this size pays (Hoffmann et al. 2022)",
+                f"more text with --text-file, or a longer run{smaller}",
+            )
+        )
     if epochs > GOOD_EPOCHS:
-        found.append(Advice(
-            "epochs",
-            f"{epochs:,.1f} passes over {data.train.n_tokens:,} tokens: past {GOOD_EPOCHS} little "
-            "is gained, and the text is learned by heart (Muennighoff et al. 2023)",
-            f"--num-epochs {GOOD_EPOCHS}, or more text with --text-file",
-        ))
+        found.append(
+            Advice(
+                "epochs",
+                f"{epochs:,.1f} passes over {data.train.n_tokens:,} tokens: past {GOOD_EPOCHS} little "
+                "is gained, and the text is learned by heart (Muennighoff et al. 2023)",
+                f"--num-epochs {GOOD_EPOCHS}, or more text with --text-file",
+            )
+        )
         if model_config.dropout == 0:
-            found.append(Advice(
-                "dropout", f"no dropout in {epochs:,.1f} passes over the same text",
-                "--dropout 0.1 delays learning by heart",
-            ))
+            found.append(
+                Advice(
+                    "dropout",
+                    f"no dropout in {epochs:,.1f} passes over the same text",
+                    "--dropout 0.1 delays learning by heart",
+                )
+            )
     if data.val.n_tokens < MEANINGFUL_VAL_TOKENS:
         error = 3 / math.sqrt(data.val.n_tokens)
-        found.append(Advice(
-            "validation",
-            f"{data.val.n_tokens:,} validation tokens: the validation loss is known to about "
-            f"+-{error:.2f} only, whatever it says",
-            f"a larger --val-split (now {config.data.val_split:g}), or more text with --text-file",
-        ))
+        found.append(
+            Advice(
+                "validation",
+                f"{data.val.n_tokens:,} validation tokens: the validation loss is known to about "
+                f"+-{error:.2f} only, whatever it says",
+                f"a larger --val-split (now {config.data.val_split:g}), or more text with --text-file",
+            )
+        )
     return found
 
 
@@ -227,7 +249,8 @@ def _find_rate_warnings(
     """A rate made for larger batches, and a warm-up that never ends."""
     found = []
     blocks = count_parameters(model_config) - model_config.n_embeddings * (
-        model_config.vocab_size + model_config.context_length)
+        model_config.vocab_size + model_config.context_length
+    )
     usual = MODEL_PRESETS.get(config.model.model_size, MODEL_PRESETS["micro"]).learning_rate
     rate = config.peak_learning_rate
     size = min(1.0, blocks / _REFERENCE_BLOCK_PARAMETERS)
@@ -235,23 +258,28 @@ def _find_rate_warnings(
     least = wanted * _TOLERATED_BATCH_SHARE
     if plan.tokens_per_step < least and config.training.optimizer != "sgd":
         accumulation = math.ceil(
-            least / plan.tokens_per_step * config.training.gradient_accumulation_steps)
+            least / plan.tokens_per_step * config.training.gradient_accumulation_steps
+        )
         calmer = rate * math.sqrt(plan.tokens_per_step / least)
-        found.append(Advice(
-            "tokens_per_step",
-            f"{plan.tokens_per_step:,} tokens per step are far under the {round(wanted, -3):,.0f} "
-            f"or so that a rate of {rate:.1e} was made for (Brown et al. 2020): noisy updates, "
-            "the loss may stop high",
-            f"--gradient-accumulation-steps {accumulation}, or --learning-rate {calmer:.1e} "
-            "(square-root rule, Malladi et al. 2022)",
-        ))
+        found.append(
+            Advice(
+                "tokens_per_step",
+                f"{plan.tokens_per_step:,} tokens per step are far under the {round(wanted, -3):,.0f} "
+                f"or so that a rate of {rate:.1e} was made for (Brown et al. 2020): noisy updates, "
+                "the loss may stop high",
+                f"--gradient-accumulation-steps {accumulation}, or --learning-rate {calmer:.1e} "
+                "(square-root rule, Malladi et al. 2022)",
+            )
+        )
     if plan.warmup_steps >= plan.total_steps and plan.warmup_steps > 1:
-        found.append(Advice(
-            "warmup",
-            f"the warm-up of {plan.warmup_steps:,} steps is as long as the run of "
-            f"{plan.total_steps:,}: the full rate is never used",
-            f"--warmup-steps {max(1, plan.total_steps // 20)}, or leave it out",
-        ))
+        found.append(
+            Advice(
+                "warmup",
+                f"the warm-up of {plan.warmup_steps:,} steps is as long as the run of "
+                f"{plan.total_steps:,}: the full rate is never used",
+                f"--warmup-steps {max(1, plan.total_steps // 20)}, or leave it out",
+            )
+        )
     return found
 
 

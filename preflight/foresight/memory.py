@@ -87,8 +87,15 @@ def estimate_memory(
         generation_batch_size: texts written at once; the samples of a run are one.
         hopper_or_newer: which cuBLAS workspace; unset: the present card's, else the smaller.
     """
-    case = TraceCase(model_config, training, dtype, device_type, gradient_checkpointing,
-                 compile_model, generation_batch_size)
+    case = TraceCase(
+        model_config,
+        training,
+        dtype,
+        device_type,
+        gradient_checkpointing,
+        compile_model,
+        generation_batch_size,
+    )
     return _summarise(trace_peaks(case), case, _estimate_workspace(device_type, hopper_or_newer))
 
 
@@ -111,7 +118,10 @@ def _summarise(peaks: Peaks, case: TraceCase, workspace: int) -> MemoryEstimate:
     items["headroom"] = reserved + context - sum(items.values())
     host = HOST_BASE_BYTES["cuda" if on_cuda else "cpu"]
     return MemoryEstimate(
-        items=items, phases=phases, peak_bytes=peak, reserved_bytes=reserved,
+        items=items,
+        phases=phases,
+        peak_bytes=peak,
+        reserved_bytes=reserved,
         needed_bytes=reserved + context,
         host_bytes=host + (round(weights + optimizer) if on_cuda else peak),
         disk_bytes=estimate_checkpoint_bytes(case.model_config, case.training),
@@ -155,9 +165,16 @@ def build_batch_curve(
     rows = losses.loss_layout(device_type).rows
     first = -(-4 * rows // model_config.context_length)
     workspace = _estimate_workspace(device_type, options.pop("hopper_or_newer", None))
-    base = TraceCase(model_config, training, **{
-        "gradient_checkpointing": False, "compile_model": False, "generation_batch_size": 1,
-        **options})
+    base = TraceCase(
+        model_config,
+        training,
+        **{
+            "gradient_checkpointing": False,
+            "compile_model": False,
+            "generation_batch_size": 1,
+            **options,
+        },
+    )
 
     def estimate(batch_size: int) -> MemoryEstimate:
         def at(size: int) -> TraceCase:
@@ -173,8 +190,7 @@ def build_batch_curve(
 
 
 def judge_fit(needed_bytes: int, limit_bytes: int, margin: float = 0.15) -> Verdict:
-    """Whether that much fits: with `margin` (a share of the limit) to spare, only without, or not.
-    """
+    """Whether that much fits: with `margin` (a share of the limit) to spare, only without, or not."""
     if needed_bytes <= limit_bytes * (1 - margin):
         return "fits"
     return "tight" if needed_bytes <= limit_bytes else "does not fit"
@@ -193,14 +209,15 @@ def estimate_savings(
     if training.batch_size > 1:
         half = training.batch_size // 2
         steps = -(-training.batch_size * training.gradient_accumulation_steps // half)
-        variants[f"--batch-size {half} --gradient-accumulation-steps {steps}"] = replace(
-            training, batch_size=half, gradient_accumulation_steps=steps), {}
+        variants[f"--batch-size {half} --gradient-accumulation-steps {steps}"] = (
+            replace(training, batch_size=half, gradient_accumulation_steps=steps),
+            {},
+        )
     if options["dtype"] == torch.float32:
         variants["--mixed-precision"] = training, {"dtype": torch.bfloat16}
     before = estimate_memory(model_config, training, **options).needed_bytes
     saved = {
-        flags: before - estimate_memory(
-            model_config, changed, **{**options, **others}).needed_bytes
+        flags: before - estimate_memory(model_config, changed, **{**options, **others}).needed_bytes
         for flags, (changed, others) in variants.items()
     }
     return {flags: size for flags, size in saved.items() if size > 0}

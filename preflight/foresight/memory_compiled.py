@@ -22,15 +22,35 @@ from transformer_model import DecoderOnlyTransformer
 
 _aten = torch.ops.aten
 _VIEWS = {
-    _aten.view.default, _aten._unsafe_view.default, _aten.reshape.default, _aten.permute.default,
-    _aten.t.default, _aten.transpose.int, _aten.alias.default, _aten.detach.default,
-    _aten.expand.default, _aten.unsqueeze.default, _aten.squeeze.dim, _aten.squeeze.dims,
-    _aten.slice.Tensor, _aten.select.int, _aten.as_strided.default,
+    _aten.view.default,
+    _aten._unsafe_view.default,
+    _aten.reshape.default,
+    _aten.permute.default,
+    _aten.t.default,
+    _aten.transpose.int,
+    _aten.alias.default,
+    _aten.detach.default,
+    _aten.expand.default,
+    _aten.unsqueeze.default,
+    _aten.squeeze.dim,
+    _aten.squeeze.dims,
+    _aten.slice.Tensor,
+    _aten.select.int,
+    _aten.as_strided.default,
 }
 # By parts of their names: calls into libraries, and operations whose result is always written.
 _LIBRARY = ("mm", "attention", "embedding_dense_backward")
-_WRITTEN = ("sum.", "amax", "var_mean", "mean.", "argmax", "scatter", "cat.", "index_put",
-            "constant_pad")
+_WRITTEN = (
+    "sum.",
+    "amax",
+    "var_mean",
+    "mean.",
+    "argmax",
+    "scatter",
+    "cat.",
+    "index_put",
+    "constant_pad",
+)
 
 
 class _Graph:
@@ -117,8 +137,9 @@ def _count_bytes(node: fx.Node, *, several: bool = False) -> int:
     value = node.meta.get("val")
     if isinstance(value, (tuple, list)) != several:
         return 0
-    return sum(int(v.numel()) * v.element_size() for v in tree_leaves(value)
-               if isinstance(v, Tensor))
+    return sum(
+        int(v.numel()) * v.element_size() for v in tree_leaves(value) if isinstance(v, Tensor)
+    )
 
 
 def capture_graphs(
@@ -140,11 +161,14 @@ def capture_graphs(
         def compiler(module: fx.GraphModule, _: Any) -> Callable[..., Any]:
             graphs[name].append(module)
             return make_boxed_func(module.forward)
+
         return compiler
 
     backend = aot_autograd(
-        fw_compiler=keep("forward"), bw_compiler=keep("backward"),
-        partition_fn=min_cut_rematerialization_partition, decompositions=select_decomp_table,
+        fw_compiler=keep("forward"),
+        bw_compiler=keep("backward"),
+        partition_fn=min_cut_rematerialization_partition,
+        decompositions=select_decomp_table,
     )
     torch._dynamo.reset()
     compiled = torch.compile(model, backend=backend, dynamic=False)
@@ -165,16 +189,25 @@ def trace_compiled_step(
     ahead, back = _Graph(forward), _Graph(backward)
     given = {node.name for node in ahead.inputs}
     kept = {
-        node: _count_bytes(node) for node in back.inputs
+        node: _count_bytes(node)
+        for node in back.inputs
         if node.name not in given and not node.name.startswith("tangent")
     }
     moments = back.trace(
-        kept, lambda node: "gradients" if node in back.outputs else
-        "activations kept" if node in kept else "temporary")
+        kept,
+        lambda node: (
+            "gradients"
+            if node in back.outputs
+            else "activations kept"
+            if node in kept
+            else "temporary"
+        ),
+    )
     half = len(moments) // 2
     return {
-        "forward": ahead.trace({}, lambda node: "activations kept" if node in ahead.outputs
-                               else "temporary"),
+        "forward": ahead.trace(
+            {}, lambda node: "activations kept" if node in ahead.outputs else "temporary"
+        ),
         "backward, first half": moments[:half],
         "backward, second half": moments[half:],
     }

@@ -34,8 +34,16 @@ from preflight.training.plan import build_plan
 from trainer import Trainer
 from transformer_model import KVCache
 
-ITEMS = ("weights", "gradients", "optimizer", "activations kept", "logits and loss", "temporary",
-         "context and workspace", "headroom")
+ITEMS = (
+    "weights",
+    "gradients",
+    "optimizer",
+    "activations kept",
+    "logits and loss",
+    "temporary",
+    "context and workspace",
+    "headroom",
+)
 # Deeper models are traced at these depths. Three: a first, a last, and one of those between.
 DEPTHS = (3, 4)
 _LOSS_CHUNKS = 4  # that are traced: a first, two after another one, and a last, perhaps shorter
@@ -82,8 +90,11 @@ class AllocationLog(TorchDispatchMode):
                 record = self.find(leaf)
                 # Autograd adds up real gradients in place, but not those of tensor subclasses
                 # (torch/csrc/autograd/input_buffer.cpp): the sum takes over what a term had.
-                if (self.in_backward and func is torch.ops.aten.add.Tensor
-                        and not torch.is_grad_enabled()):
+                if (
+                    self.in_backward
+                    and func is torch.ops.aten.add.Tensor
+                    and not torch.is_grad_enabled()
+                ):
                     record.born = self.clock + 1
         return result
 
@@ -186,8 +197,13 @@ def _pretend(device_type: str) -> Iterator[AllocationLog]:
     """Fake tensors on the CPU, with the kernels and the loss layout of `device_type`."""
     log = AllocationLog(device_type)
     kernels = contextlib.nullcontext() if device_type == "cpu" else _CudaSoftmax()
-    with _loss_of(device_type, whole=False), torch.random.fork_rng(devices=[]), FakeTensorMode(), \
-            kernels, log:
+    with (
+        _loss_of(device_type, whole=False),
+        torch.random.fork_rng(devices=[]),
+        FakeTensorMode(),
+        kernels,
+        log,
+    ):
         yield log
 
 
@@ -241,8 +257,10 @@ def trace_peaks(case: TraceCase) -> Peaks:
 def extend_peaks(low: Peaks, high: Peaks, share: float) -> Peaks:
     """Stretch by stretch and item by item, the line through `low` (0) and `high` (1)."""
     return {
-        region: {item: low[region][item] + share * (high[region][item] - low[region][item])
-                 for item in ITEMS}
+        region: {
+            item: low[region][item] + share * (high[region][item] - low[region][item])
+            for item in ITEMS
+        }
         for region in high
     }
 
@@ -251,13 +269,20 @@ def trace_whole(case: TraceCase) -> Peaks:
     """Peaks by tracing every layer."""
     config, training = case.model_config, case.training
     # The third micro-step and those after it are like the second.
-    training = replace(training, gradient_accumulation_steps=min(
-        2, training.gradient_accumulation_steps))
+    training = replace(
+        training, gradient_accumulation_steps=min(2, training.gradient_accumulation_steps)
+    )
     runtime = Runtime(torch.device("cpu"), case.dtype, False, ())
     plan = build_plan(training, ControlSettings(), config.context_length, 1, 1)
     with _pretend(case.device_type) as log:
-        trainer = Trainer(config, training, runtime, plan, 1e-3,
-                          gradient_checkpointing=case.gradient_checkpointing)
+        trainer = Trainer(
+            config,
+            training,
+            runtime,
+            plan,
+            1e-3,
+            gradient_checkpointing=case.gradient_checkpointing,
+        )
         model, optimizer = trainer.model, trainer.optimizer
         if case.device_type != "cpu":
             _use_cuda_dropout(model)
@@ -267,13 +292,16 @@ def trace_whole(case: TraceCase) -> Peaks:
         states = [tree_leaves(state) for state in optimizer.state.values()]
         log.label([x for state in states for x in state if isinstance(x, Tensor)], "optimizer")
         _watch_step(log, trainer)
-        batches = (_build_batch(training.batch_size, config.context_length)
-                   for _ in range(training.gradient_accumulation_steps))
+        batches = (
+            _build_batch(training.batch_size, config.context_length)
+            for _ in range(training.gradient_accumulation_steps)
+        )
         log.mark("training step", "start")
         trainer.train_step(1, batches)
         log.mark("evaluation", "all")
-        trainer.evaluate((_build_batch(training.batch_size, config.context_length)
-                          for _ in range(2)), 1.0)
+        trainer.evaluate(
+            (_build_batch(training.batch_size, config.context_length) for _ in range(2)), 1.0
+        )
         log.mark("generation", "all")
         with runtime.autocast():
             generate_longest(model, case)
@@ -287,24 +315,34 @@ def _replace_step(peaks: Peaks, case: TraceCase) -> Peaks:
     config, training = case.model_config, case.training
     runtime = Runtime(torch.device("cpu"), case.dtype, False, ())
     # The compiler joins chunks, and lets some of their gradients live longer: all are needed.
-    with _loss_of(case.device_type, whole=True), torch.random.fork_rng(devices=[]), \
-            FakeTensorMode(allow_non_fake_inputs=True):
+    with (
+        _loss_of(case.device_type, whole=True),
+        torch.random.fork_rng(devices=[]),
+        FakeTensorMode(allow_non_fake_inputs=True),
+    ):
         model = transformer_model.DecoderOnlyTransformer(
-            config, gradient_checkpointing=case.gradient_checkpointing)
+            config, gradient_checkpointing=case.gradient_checkpointing
+        )
         if case.device_type != "cpu":
             _use_cuda_dropout(model)
         graphs = capture_graphs(
-            model, runtime, _build_batch(training.batch_size, config.context_length))
+            model, runtime, _build_batch(training.batch_size, config.context_length)
+        )
     start = peaks["training step", "start"]
     # From the second micro-step on, the gradients are there throughout.
     gradients = start["weights"] if training.gradient_accumulation_steps > 1 else 0.0
-    held = {"weights": start["weights"], "optimizer": start["optimizer"], "gradients": gradients,
-            "activations kept": 16.0 * training.batch_size * config.context_length}
+    held = {
+        "weights": start["weights"],
+        "optimizer": start["optimizer"],
+        "gradients": gradients,
+        "activations kept": 16.0 * training.batch_size * config.context_length,
+    }
     result = {region: items for region, items in peaks.items() if region[0] != "training step"}
     for stretch, moments in trace_compiled_step(*graphs).items():
         top = max(moments, key=lambda items: sum(items.values()))
         result["training step", stretch] = {
-            item: held.get(item, 0.0) + top.get(item, 0) for item in ITEMS}
+            item: held.get(item, 0.0) + top.get(item, 0) for item in ITEMS
+        }
     return result
 
 

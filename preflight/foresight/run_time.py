@@ -110,8 +110,12 @@ class RunTime:
     @property
     def total_seconds(self) -> float:
         """All of it."""
-        return (self.start_seconds + self.training_seconds + self.evaluation_seconds
-                + self.checkpoint_seconds)
+        return (
+            self.start_seconds
+            + self.training_seconds
+            + self.evaluation_seconds
+            + self.checkpoint_seconds
+        )
 
 
 def estimate_run_time(
@@ -127,13 +131,19 @@ def estimate_run_time(
     n_curves = 1 + min(n_evaluations, training // CURVE_EVERY_SECONDS)
     evaluation = n_evaluations * (plan.eval_windows * cost.window_seconds + cost.sample_seconds)
     return RunTime(
-        cost.start_seconds, training, evaluation + n_curves * _CURVE_SECONDS,
-        n_checkpoints * cost.checkpoint_seconds, n_evaluations, n_checkpoints,
+        cost.start_seconds,
+        training,
+        evaluation + n_curves * _CURVE_SECONDS,
+        n_checkpoints * cost.checkpoint_seconds,
+        n_evaluations,
+        n_checkpoints,
     )
 
 
 def estimate_disk_bytes(
-    model_config: ModelConfig, training: TrainingSettings, control: ControlSettings,
+    model_config: ModelConfig,
+    training: TrainingSettings,
+    control: ControlSettings,
     total_steps: int | None = None,
 ) -> int:
     """Disk space of the checkpoints: the newest, the best, and the one being written."""
@@ -145,9 +155,14 @@ def estimate_disk_bytes(
 
 
 def estimate_cost(
-    model_config: ModelConfig, training: TrainingSettings, *, dtype: torch.dtype,
-    card: Card | None = None, cpu_flops: float | None = None,
-    gradient_checkpointing: bool = False, compile_model: bool = False,
+    model_config: ModelConfig,
+    training: TrainingSettings,
+    *,
+    dtype: torch.dtype,
+    card: Card | None = None,
+    cpu_flops: float | None = None,
+    gradient_checkpointing: bool = False,
+    compile_model: bool = False,
 ) -> RunCost:
     """Seconds by formula: products at a share of their rate, and the traffic to memory.
 
@@ -160,8 +175,9 @@ def estimate_cost(
         gradient_checkpointing: a third more of the blocks' work (Chen et al. 2016).
         compile_model: fused kernels move less and launch less.
     """
-    tokens = (training.batch_size * training.gradient_accumulation_steps
-              * model_config.context_length)
+    tokens = (
+        training.batch_size * training.gradient_accumulation_steps * model_config.context_length
+    )
     again = 4 / 3 if gradient_checkpointing else 1.0
     flops = estimate_flops_per_token(model_config) * tokens * again
     compile_seconds = _ASSUMED_COMPILE_SECONDS if compile_model else 0.0
@@ -169,8 +185,10 @@ def estimate_cost(
         assert cpu_flops is not None
         step = flops / (cpu_flops * CPU_PRODUCT_SHARE)
         token_seconds = estimate_flops_per_token(model_config, training=False) / cpu_flops * 3
-        basis = (f"{CPU_PRODUCT_SHARE:.0%} of a matrix product's rate here, "
-                 f"{cpu_flops / 1e9:,.0f} GFLOP/s")
+        basis = (
+            f"{CPU_PRODUCT_SHARE:.0%} of a matrix product's rate here, "
+            f"{cpu_flops / 1e9:,.0f} GFLOP/s"
+        )
     else:
         name = str(dtype).removeprefix("torch.")
         rate = card.rate_tflops(name) * 1e12 * CUDA_PRODUCT_SHARE
@@ -178,22 +196,31 @@ def estimate_cost(
         parameters = count_parameters(model_config)
         moved = _estimate_traffic_bytes(model_config, tokens, dtype, compile_model) * again
         moved += parameters * (_TRAFFIC_OF_UPDATE_BYTES + 12 * training.gradient_accumulation_steps)
-        kernels = (model_config.n_layers * _KERNELS_PER_BLOCK[compile_model] * again
-                   * training.gradient_accumulation_steps)
+        kernels = (
+            model_config.n_layers
+            * _KERNELS_PER_BLOCK[compile_model]
+            * again
+            * training.gradient_accumulation_steps
+        )
         step = max(flops / rate + moved / bandwidth, kernels * _LAUNCH_SECONDS)
-        token_seconds = max(4 * parameters / bandwidth,
-                            model_config.n_layers * 20 * _LAUNCH_SECONDS)
-        basis = (f"assumes {CUDA_PRODUCT_SHARE:.0%} of the {name} rate and "
-                 f"{CUDA_BANDWIDTH_SHARE:.0%} of the bandwidth of the {card.name} ({card.source})")
+        token_seconds = max(
+            4 * parameters / bandwidth, model_config.n_layers * 20 * _LAUNCH_SECONDS
+        )
+        basis = (
+            f"assumes {CUDA_PRODUCT_SHARE:.0%} of the {name} rate and "
+            f"{CUDA_BANDWIDTH_SHARE:.0%} of the bandwidth of the {card.name} ({card.source})"
+        )
     samples = training.batch_size * training.gradient_accumulation_steps
     return RunCost(
         step_seconds=step,
         window_seconds=step / samples / again / 3,  # a forward pass is a third of a step
         sample_seconds=SAMPLE_TOKENS * token_seconds,
-        checkpoint_seconds=(estimate_checkpoint_bytes(model_config, training)
-                            / _ASSUMED_DISK_BYTES_PER_SECOND),
+        checkpoint_seconds=(
+            estimate_checkpoint_bytes(model_config, training) / _ASSUMED_DISK_BYTES_PER_SECOND
+        ),
         start_seconds=compile_seconds,
-        basis=basis, compile_seconds=compile_seconds,
+        basis=basis,
+        compile_seconds=compile_seconds,
     )
 
 
@@ -236,8 +263,7 @@ class _Load:
 
     def count_flops(self, config: ModelConfig) -> float:
         shorter = dataclasses.replace(config, context_length=self.tokens)
-        return (estimate_flops_per_token(shorter) * self.micro_steps * self.sequences
-                * self.tokens)
+        return estimate_flops_per_token(shorter) * self.micro_steps * self.sequences * self.tokens
 
     def cut(self, batch: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
         inputs, targets = (x[: self.sequences, : self.tokens] for x in batch)
@@ -267,8 +293,13 @@ def _choose_loads(
 
 
 def measure_cost(
-    config: RunConfig, model_config: ModelConfig, plan: TrainingPlan, runtime: Runtime,
-    data: DataFolder, tokenizer: Tokenizer, expected_seconds: float,
+    config: RunConfig,
+    model_config: ModelConfig,
+    plan: TrainingPlan,
+    runtime: Runtime,
+    data: DataFolder,
+    tokenizer: Tokenizer,
+    expected_seconds: float,
 ) -> RunCost:
     """Time real steps, an evaluation, a sample and a checkpoint; nothing of it stays.
 
@@ -286,19 +317,31 @@ def measure_cost(
         RuntimeError: out of memory; see `runtime.is_out_of_memory`.
     """
     training = config.training
-    full = _Load(training.gradient_accumulation_steps, training.batch_size,
-                 model_config.context_length)
+    full = _Load(
+        training.gradient_accumulation_steps, training.batch_size, model_config.context_length
+    )
     may_shrink = runtime.device.type == "cpu" and not runtime.compile_model
     low, high = _choose_loads(full, expected_seconds, may_shrink)
     runtime.reset_peak_memory()
     began = time.perf_counter()
-    trainer = Trainer(model_config, training, runtime, plan, config.peak_learning_rate,
-                      gradient_checkpointing=config.system.gradient_checkpointing)
+    trainer = Trainer(
+        model_config,
+        training,
+        runtime,
+        plan,
+        config.peak_learning_rate,
+        gradient_checkpointing=config.system.gradient_checkpointing,
+    )
     runtime.synchronize()
     build_seconds = time.perf_counter() - began
-    loader = BatchLoader(data, "train", batch_size=training.batch_size,
-                         context_length=model_config.context_length, seed=training.seed,
-                         device=runtime.device)
+    loader = BatchLoader(
+        data,
+        "train",
+        batch_size=training.batch_size,
+        context_length=model_config.context_length,
+        seed=training.seed,
+        device=runtime.device,
+    )
     with loader:
         first, times, step = _measure_steps(trainer, loader, model_config, low, high, full)
         window = _measure_evaluation(trainer, data, plan, model_config, high)
@@ -309,15 +352,23 @@ def measure_cost(
         reserved = torch.cuda.max_memory_reserved(runtime.device)
         torch.cuda.empty_cache()
     compile_seconds = max(0.0, first - statistics.median(times)) if runtime.compile_model else 0.0
-    part = "" if low is None else (
-        f", each {high.micro_steps} x {high.sequences} x {high.tokens} of {full.micro_steps} x "
-        f"{full.sequences} x {full.tokens} tokens, scaled by FLOPs")
+    part = (
+        ""
+        if low is None
+        else (
+            f", each {high.micro_steps} x {high.sequences} x {high.tokens} of {full.micro_steps} x "
+            f"{full.sequences} x {full.tokens} tokens, scaled by FLOPs"
+        )
+    )
     return RunCost(
-        step_seconds=step, window_seconds=window, sample_seconds=sample,
+        step_seconds=step,
+        window_seconds=window,
+        sample_seconds=sample,
         checkpoint_seconds=_measure_checkpoint(config, model_config, runtime),
         start_seconds=build_seconds + max(0.0, first - statistics.median(times)),
         basis=f"measured: median of {len(times)} steps{part}",
-        spread_share=(max(times) - min(times)) / statistics.median(times), n_timed=len(times),
+        spread_share=(max(times) - min(times)) / statistics.median(times),
+        n_timed=len(times),
         compile_seconds=compile_seconds,
         peak_bytes=peak if low is None else None,
         reserved_bytes=reserved if low is None else None,
@@ -325,10 +376,15 @@ def measure_cost(
 
 
 def _measure_steps(
-    trainer: Trainer, loader: BatchLoader, config: ModelConfig, low: _Load | None, high: _Load,
+    trainer: Trainer,
+    loader: BatchLoader,
+    config: ModelConfig,
+    low: _Load | None,
+    high: _Load,
     full: _Load,
 ) -> tuple[float, list[float], float]:
     """Seconds of the first step, of each timed one, and of a whole step."""
+
     def feed(load: _Load) -> Callable[[], Iterator[tuple[Tensor, Tensor]]]:
         return lambda: (load.cut(loader.next_batch()) for _ in range(load.micro_steps))
 
@@ -375,16 +431,26 @@ def _measure_evaluation(
     n_windows = min(n_windows, count_windows(data.val.n_tokens, config.context_length))
     seconds = 0.0
     for _ in range(2 if whole else 1):  # the first pass warms up
-        batches = (load.cut(batch) for batch in iterate_windows(
-            data, "val", batch_size=rows, context_length=config.context_length,
-            n_windows=n_windows, device=trainer.runtime.device))
+        batches = (
+            load.cut(batch)
+            for batch in iterate_windows(
+                data,
+                "val",
+                batch_size=rows,
+                context_length=config.context_length,
+                n_windows=n_windows,
+                device=trainer.runtime.device,
+            )
+        )
         began = time.perf_counter()
         trainer.evaluate(batches, 1.0)
         seconds = time.perf_counter() - began
     if whole:
         return seconds / n_windows
-    part, window = (_Load(1, min(load.sequences, n_windows), load.tokens),
-                    _Load(1, 1, config.context_length))
+    part, window = (
+        _Load(1, min(load.sequences, n_windows), load.tokens),
+        _Load(1, 1, config.context_length),
+    )
     return seconds * window.count_flops(config) / part.count_flops(config)
 
 
@@ -408,7 +474,13 @@ def _measure_checkpoint(config: RunConfig, model_config: ModelConfig, runtime: R
     folder = Path(config.control.output_dir)
     with tempfile.TemporaryDirectory(prefix=TEMPORARY_PREFIX, dir=folder) as name:
         began = time.perf_counter()
-        save_checkpoint(Path(name), 1, {"sample": third}, {"sample": [third, third.clone()]},
-                        {"model": dataclasses.asdict(model_config)}, {"val_loss": None})
+        save_checkpoint(
+            Path(name),
+            1,
+            {"sample": third},
+            {"sample": [third, third.clone()]},
+            {"model": dataclasses.asdict(model_config)},
+            {"val_loss": None},
+        )
         seconds = time.perf_counter() - began
     return seconds * whole / size

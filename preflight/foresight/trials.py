@@ -94,10 +94,13 @@ class Order:
     def plan(self) -> TrainingPlan:
         """The run at this size; without data, one long enough to be worth compiling for."""
         context, data = self.model_config.context_length, self.data
-        windows = [count_windows(part.n_tokens, context)
-                   for part in ((data.train, data.val) if data else ())]
-        return build_plan(self.config.training, self.config.control, context,
-                          *(windows or (10**9, 10**6)))
+        windows = [
+            count_windows(part.n_tokens, context)
+            for part in ((data.train, data.val) if data else ())
+        ]
+        return build_plan(
+            self.config.training, self.config.control, context, *(windows or (10**9, 10**6))
+        )
 
     def runtime(self) -> Runtime:
         """Device, precision and compilation as the run at this size would choose them."""
@@ -105,8 +108,9 @@ class Order:
 
     def at(self, batch_size: int, accumulation: int) -> Order:
         """The same for another size."""
-        training = replace(self.config.training, batch_size=batch_size,
-                           gradient_accumulation_steps=accumulation)
+        training = replace(
+            self.config.training, batch_size=batch_size, gradient_accumulation_steps=accumulation
+        )
         return replace(self, config=replace(self.config, training=training))
 
 
@@ -162,8 +166,14 @@ def measure(order: Order) -> Trial:
     seconds: list[float] = []
     failure = ""
     build = functools.partial(
-        Trainer, order.model_config, training, runtime, plan, order.config.peak_learning_rate,
-        gradient_checkpointing=order.config.system.gradient_checkpointing)
+        Trainer,
+        order.model_config,
+        training,
+        runtime,
+        plan,
+        order.config.peak_learning_rate,
+        gradient_checkpointing=order.config.system.gradient_checkpointing,
+    )
     try:
         with meter.phase("training step"):
             trainer = build()
@@ -177,13 +187,20 @@ def measure(order: Order) -> Trial:
             generate_text(trainer.model, tokenizer, "", SamplingConfig(max_new_tokens=length))
         with meter.phase("save"):
             saved = checkpoint_format.save_checkpoint(
-                order.folder, 1, trainer.model.state_dict(), {"trainer": trainer.state_dict()},
-                {"model": dataclasses.asdict(order.model_config)}, {"val_loss": None})
+                order.folder,
+                1,
+                trainer.model.state_dict(),
+                {"trainer": trainer.state_dict()},
+                {"model": dataclasses.asdict(order.model_config)},
+                {"val_loss": None},
+            )
         shapes = {name: tuple(p.shape) for name, p in trainer.model.named_parameters()}
         del trainer
         with meter.phase("resume"):
-            build().load_state_dict(checkpoint_format.load_weights(saved, shapes),
-                                    checkpoint_format.load_training_state(saved)["trainer"])
+            build().load_state_dict(
+                checkpoint_format.load_weights(saved, shapes),
+                checkpoint_format.load_training_state(saved)["trainer"],
+            )
     except Exception as error:
         if not is_out_of_memory(error) and not is_out_of_memory(error.__cause__ or error):
             raise
@@ -192,18 +209,28 @@ def measure(order: Order) -> Trial:
         failure = f"out of memory in the {meter.name}: {lines[0][:120]}"
     step_seconds = statistics.median(seconds[1:] or seconds) if seconds else 0.0
     return Trial(
-        training.batch_size, len(seconds), max(meter.phases.values(), default=0),
-        meter.reserved_bytes, meter.needed_bytes, training.gradient_accumulation_steps,
-        step_seconds, plan.tokens_per_step / step_seconds if seconds else 0.0, failure,
-        meter.phases)
+        training.batch_size,
+        len(seconds),
+        max(meter.phases.values(), default=0),
+        meter.reserved_bytes,
+        meter.needed_bytes,
+        training.gradient_accumulation_steps,
+        step_seconds,
+        plan.tokens_per_step / step_seconds if seconds else 0.0,
+        failure,
+        meter.phases,
+    )
 
 
 def _load_libraries(order: Order, runtime: Runtime) -> None:
     """A step of a tiny model and a loss curve: what the libraries take for themselves is then
     there, and not counted as the model's.
     """
-    save_loss_curve(order.folder / CURVE_NAME,
-                    [{"event": "step", "tokens": 1, "loss": 1.0, "learning_rate": 1.0}], "")
+    save_loss_curve(
+        order.folder / CURVE_NAME,
+        [{"event": "step", "tokens": 1, "loss": 1.0, "learning_rate": 1.0}],
+        "",
+    )
     tiny = ModelConfig(64, 16, 16, 2, 1, 64)
     one = replace(order.config.training, batch_size=1, gradient_accumulation_steps=1)
     runtime = replace(runtime, compile_model=False)
@@ -235,8 +262,14 @@ def _open_batches(order: Order, runtime: Runtime) -> Iterator[Callable[[], Batch
     if order.data is None:
         yield functools.partial(_draw_batch, order, runtime)
         return
-    with BatchLoader(order.data, "train", batch_size=training.batch_size, context_length=context,
-                     seed=training.seed, device=runtime.device) as loader:
+    with BatchLoader(
+        order.data,
+        "train",
+        batch_size=training.batch_size,
+        context_length=context,
+        seed=training.seed,
+        device=runtime.device,
+    ) as loader:
         yield loader.next_batch
 
 
@@ -252,8 +285,14 @@ def _list_validation(order: Order, runtime: Runtime) -> Iterator[Batch]:
     if order.data is None:
         return iter([_draw_batch(order, runtime)])
     size = order.config.training.batch_size
-    return iterate_windows(order.data, "val", batch_size=size, n_windows=size,
-                           context_length=order.model_config.context_length, device=runtime.device)
+    return iterate_windows(
+        order.data,
+        "val",
+        batch_size=size,
+        n_windows=size,
+        context_length=order.model_config.context_length,
+        device=runtime.device,
+    )
 
 
 def run_in_child(order: Order, answer: Connection) -> None:
@@ -313,12 +352,18 @@ def run_trial(order: Order, hard_limit_bytes: int, stop: StopFlag) -> Trial:
     if isinstance(answer, tuple):
         raise PreflightError(answer[0], *answer[1])
     if answer in ("memory", -signal.SIGKILL, -signal.SIGABRT):
-        why = ("it held all the memory there was" if answer == "memory" else
-               f"ended by the system (signal {-int(answer)})")
+        why = (
+            "it held all the memory there was"
+            if answer == "memory"
+            else f"ended by the system (signal {-int(answer)})"
+        )
         return Trial(size, failure=f"out of memory: {why}")
     if isinstance(answer, int):
-        raise PreflightError(ExitCode.WORKER_LOST, f"the trial of batch size {size} ended without "
-                             f"a result (exit status {answer})", "run the same command again")
+        raise PreflightError(
+            ExitCode.WORKER_LOST,
+            f"the trial of batch size {size} ended without a result (exit status {answer})",
+            "run the same command again",
+        )
     raise RuntimeError(f"the trial of batch size {size} failed:\n{answer}")
 
 
@@ -334,8 +379,9 @@ def _start_shielded(process: BaseProcess) -> None:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-def _await_answer(receiver: Connection, process: BaseProcess, hard_limit_bytes: int,
-                  stop: StopFlag) -> Any:
+def _await_answer(
+    receiver: Connection, process: BaseProcess, hard_limit_bytes: int, stop: StopFlag
+) -> Any:
     """What the child sends, its exit status if nothing, or "memory" when it holds too much."""
     deadline = time.monotonic() + MAX_TRIAL_SECONDS
     while time.monotonic() < deadline:
@@ -349,8 +395,10 @@ def _await_answer(receiver: Connection, process: BaseProcess, hard_limit_bytes: 
             if psutil.Process(process.pid).memory_info().rss > hard_limit_bytes:
                 return "memory"
     raise PreflightError(
-        ExitCode.WORKER_LOST, f"a trial gave no result in {MAX_TRIAL_SECONDS / 60:.0f} minutes",
-        "try a few small sizes: --test-batch-sizes 1 2 4")
+        ExitCode.WORKER_LOST,
+        f"a trial gave no result in {MAX_TRIAL_SECONDS / 60:.0f} minutes",
+        "try a few small sizes: --test-batch-sizes 1 2 4",
+    )
 
 
 def _kill(process: BaseProcess) -> None:

@@ -92,8 +92,12 @@ class Target:
         hopper = None
         if self.runtime is None and self.card is not None:
             hopper = self.card.name.startswith(_HOPPER_AND_LATER)
-        return {"dtype": self.dtype, "compile_model": self.compile_model,
-                "device_type": self.device_type, "hopper_or_newer": hopper}
+        return {
+            "dtype": self.dtype,
+            "compile_model": self.compile_model,
+            "device_type": self.device_type,
+            "hopper_or_newer": hopper,
+        }
 
 
 def run_check(config: RunConfig) -> int:
@@ -168,11 +172,13 @@ class _Gatherer:
         if origin is not None:
             self.config = adopt_settings(self.config, origin)
             self.origin = origin
-            samples = (self.config.training.batch_size
-                       * self.config.training.gradient_accumulation_steps)
+            samples = (
+                self.config.training.batch_size * self.config.training.gradient_accumulation_steps
+            )
             self.state = TrainState(step=origin.step, cursor=origin.step * samples)
             self.report.sections["training configuration"]["continues"] = (
-                f"{origin.path}, step {origin.step:,}")
+                f"{origin.path}, step {origin.step:,}"
+            )
 
     def _resolve_model(self) -> None:
         """The architecture; where it is refused, the one with the tokenizer's own vocabulary."""
@@ -199,14 +205,16 @@ class _Gatherer:
             rows[f"{name}_documents"] = split.n_documents
             rows[f"{name}_shards"] = len(split.shards)
         rows["bytes_per_token"] = round(
-            (data.train.n_bytes + data.val.n_bytes) / (data.train.n_tokens + data.val.n_tokens), 3)
+            (data.train.n_bytes + data.val.n_bytes) / (data.train.n_tokens + data.val.n_tokens), 3
+        )
         content = scan_content(data, self.tokenizer)
         rows["largest_document_tokens"] = content.largest_tokens
         rows["duplicate_documents"] = content.duplicate_documents
         rows["replacement_characters"] = content.replacement_characters
         self.report.warnings += find_content_warnings(content)
-        windows = iterate_windows(data, "train", batch_size=1, context_length=context,
-                                  n_windows=1, device="cpu")
+        windows = iterate_windows(
+            data, "train", batch_size=1, context_length=context, n_windows=1, device="cpu"
+        )
         text = self.tokenizer.decode(next(iter(windows))[0][0].tolist())
         # repr shows line breaks and whatever a terminal would act on.
         rows["the_model_will_read"] = repr(text[:_SHOWN_CHARACTERS])
@@ -225,15 +233,21 @@ class _Gatherer:
             return
         context = self.model_config.context_length
         self.plan = plan = build_plan(
-            training, config.control, context, count_windows(self.data.train.n_tokens, context),
-            count_windows(self.data.val.n_tokens, context), self.state)
+            training,
+            config.control,
+            context,
+            count_windows(self.data.train.n_tokens, context),
+            count_windows(self.data.val.n_tokens, context),
+            self.state,
+        )
         rows["tokens_per_step"] = plan.tokens_per_step
         rows["steps_per_epoch"] = round(plan.steps_per_epoch, 2)
         rows["total_steps"] = plan.total_steps
         rows["epochs"] = round(plan.total_steps / plan.steps_per_epoch, 3)
         rows["tokens"] = plan.total_steps * plan.tokens_per_step
         rows["tokens_per_parameter"] = round(
-            rows["tokens"] / count_parameters(self.model_config), 3)
+            rows["tokens"] / count_parameters(self.model_config), 3
+        )
         rows["warmup_share"] = round(plan.warmup_steps / plan.total_steps, 4)
         rows["evaluation_every"] = plan.eval_every
         rows["checkpoint_every"] = plan.checkpoint_every
@@ -241,8 +255,11 @@ class _Gatherer:
     def _choose_target(self) -> None:
         """The device at hand, or the card that the flags name."""
         check, system = self.config.check, self.config.system
-        steps = self.plan.total_steps - self.state.step if self.plan else (
-            self.config.training.max_steps or MIN_STEPS_TO_COMPILE)
+        steps = (
+            self.plan.total_steps - self.state.step
+            if self.plan
+            else (self.config.training.max_steps or MIN_STEPS_TO_COMPILE)
+        )
         if check.target_gpu or check.gpu_memory:
             card = find_card(check.target_gpu) if check.target_gpu else None
             has_bf16 = card is None or card.bf16_tflops is not None
@@ -271,19 +288,22 @@ class _Gatherer:
             # Our own context is in use already, and counts as needed in the prediction.
             limit = min(total, free + CUDA_CONTEXT_BYTES)
             card = match_device(properties.name, properties.total_memory)
-            return Target(properties.name, "cuda", runtime.dtype, runtime.compile_model, limit,
-                          card, runtime)
+            return Target(
+                properties.name, "cuda", runtime.dtype, runtime.compile_model, limit, card, runtime
+            )
         # Predicted as resident memory of the whole process: what it holds now comes on top.
         limit = reachable_host_bytes()
-        return Target(str(device), "cpu", runtime.dtype, runtime.compile_model, limit,
-                      runtime=runtime)
+        return Target(
+            str(device), "cpu", runtime.dtype, runtime.compile_model, limit, runtime=runtime
+        )
 
     # ---- memory ---------------------------------------------------------------------------------
 
     def _estimate_options(self) -> dict[str, Any]:
         assert self.target is not None
         return self.target.options | {
-            "gradient_checkpointing": self.config.system.gradient_checkpointing}
+            "gradient_checkpointing": self.config.system.gradient_checkpointing
+        }
 
     def _needed_bytes(self, estimate: MemoryEstimate) -> int:
         """What counts against the target's limit: on the CPU the whole process."""
@@ -295,8 +315,9 @@ class _Gatherer:
         if self.model_config is None or self.target is None:
             self.report.sections["memory analysis"]["not_known"] = "needs the model and the device"
             return
-        self.memory = estimate_memory(self.model_config, self.config.training,
-                                      **self._estimate_options())
+        self.memory = estimate_memory(
+            self.model_config, self.config.training, **self._estimate_options()
+        )
 
     def _describe_memory(self) -> None:
         if self.memory is None or self.target is None or self.model_config is None:
@@ -316,30 +337,39 @@ class _Gatherer:
             rows["resident_bytes"] = compare(estimate.host_bytes, measured)
         else:
             rows["reserved_bytes"] = compare(
-                estimate.reserved_bytes, self.cost.reserved_bytes if self.cost else None)
+                estimate.reserved_bytes, self.cost.reserved_bytes if self.cost else None
+            )
         rows["needed_bytes"] = needed
         rows["available_bytes"] = self.target.limit_bytes
         verdict = judge_fit(needed, self.target.limit_bytes)
         rows["verdict"] = verdict
-        saved = estimate_savings(self.model_config, self.config.training,
-                                 **self._estimate_options())
+        saved = estimate_savings(
+            self.model_config, self.config.training, **self._estimate_options()
+        )
         for flags, size in saved.items():
             rows[f"saved_by_{flags.replace(' ', '_')}_bytes"] = size
         if verdict == "does not fit":
             self._report_misfit(needed)
         elif verdict == "tight":
-            self.report.warnings.append(Advice(
-                "memory", f"tight: {format_bytes(needed)} of "
-                f"{format_bytes(self.target.limit_bytes)} on {self.target.name}",
-                " or ".join(saved) or "a smaller --model-size"))
+            self.report.warnings.append(
+                Advice(
+                    "memory",
+                    f"tight: {format_bytes(needed)} of "
+                    f"{format_bytes(self.target.limit_bytes)} on {self.target.name}",
+                    " or ".join(saved) or "a smaller --model-size",
+                )
+            )
         self._check_host(rows)
 
     def _report_misfit(self, needed: int) -> None:
         assert self.target is not None
-        self.report.problems.append(Problem(
-            f"does not fit: {format_bytes(needed)} needed, "
-            f"{format_bytes(self.target.limit_bytes)} on {self.target.name}",
-            self._suggest_fit()))
+        self.report.problems.append(
+            Problem(
+                f"does not fit: {format_bytes(needed)} needed, "
+                f"{format_bytes(self.target.limit_bytes)} on {self.target.name}",
+                self._suggest_fit(),
+            )
+        )
 
     def _suggest_fit(self) -> str:
         """The largest batch that fits and divides the update, and the accumulation it needs."""
@@ -352,8 +382,9 @@ class _Gatherer:
                 continue
             options = self._estimate_options() | {"gradient_checkpointing": checkpointing}
             # With accumulation, as the smaller batch will have.
-            several = replace(training, gradient_accumulation_steps=max(
-                2, training.gradient_accumulation_steps))
+            several = replace(
+                training, gradient_accumulation_steps=max(2, training.gradient_accumulation_steps)
+            )
             curve = build_batch_curve(self.model_config, several, **options)
             low, high = 0, training.batch_size
             while high - low > 1:
@@ -363,8 +394,10 @@ class _Gatherer:
             if low:
                 size = max(n for n in range(1, low + 1) if samples % n == 0)
                 flags = "--gradient-checkpointing " * checkpointing
-                return (f"{flags}--batch-size {size} "
-                        f"--gradient-accumulation-steps {samples // size} fits")
+                return (
+                    f"{flags}--batch-size {size} "
+                    f"--gradient-accumulation-steps {samples // size} fits"
+                )
         return "a smaller --model-size or --context-length; no batch size fits"
 
     def _check_host(self, rows: dict[str, Any]) -> None:
@@ -377,24 +410,31 @@ class _Gatherer:
             if self.target.runtime is not None:  # a card that is not here has another host
                 rows["host_available_bytes"] = available
                 if self.memory.host_bytes > available:
-                    self.report.problems.append(Problem(
-                        f"host memory: {format_bytes(self.memory.host_bytes)} needed, "
-                        f"{format_bytes(available)} free", "close other programs, or choose a "
-                        "smaller --model-size"))
+                    self.report.problems.append(
+                        Problem(
+                            f"host memory: {format_bytes(self.memory.host_bytes)} needed, "
+                            f"{format_bytes(available)} free",
+                            "close other programs, or choose a smaller --model-size",
+                        )
+                    )
         total = self.plan.total_steps if self.plan else self.config.training.max_steps
-        needed = estimate_disk_bytes(self.model_config, self.config.training,
-                                     self.config.control, total)
+        needed = estimate_disk_bytes(
+            self.model_config, self.config.training, self.config.control, total
+        )
         free = free_bytes(self.output_dir)
         kept = _measure_folder_bytes(self.output_dir / "milestones")
         rows["checkpoint_bytes"] = self.memory.disk_bytes
         rows["disk_needed_bytes"] = needed
         rows["disk_free_bytes"] = free + kept
         if needed > free + kept:
-            self.report.problems.append(Problem(
-                f"disk: {format_bytes(needed)} needed for checkpoints in {self.output_dir}, "
-                f"{format_bytes(free)} free",
-                "another --output-dir, or fewer --max-checkpoints (now "
-                f"{self.config.control.max_checkpoints})"))
+            self.report.problems.append(
+                Problem(
+                    f"disk: {format_bytes(needed)} needed for checkpoints in {self.output_dir}, "
+                    f"{format_bytes(free)} free",
+                    "another --output-dir, or fewer --max-checkpoints (now "
+                    f"{self.config.control.max_checkpoints})",
+                )
+            )
 
     # ---- time -----------------------------------------------------------------------------------
 
@@ -411,14 +451,27 @@ class _Gatherer:
             rows["not_known"] = "a size alone says nothing about speed: --target-gpu NAME does"
             return
         estimate = estimate_cost(
-            self.model_config, training, dtype=target.dtype, card=target.card,
-            cpu_flops=cpu_flops, compile_model=target.compile_model,
-            gradient_checkpointing=self.config.system.gradient_checkpointing)
+            self.model_config,
+            training,
+            dtype=target.dtype,
+            card=target.card,
+            cpu_flops=cpu_flops,
+            compile_model=target.compile_model,
+            gradient_checkpointing=self.config.system.gradient_checkpointing,
+        )
         self.cost = estimate
-        self._rate_flops = cpu_flops or target.card.rate_tflops(  # type: ignore[union-attr]
-            str(target.dtype).removeprefix("torch.")) * 1e12
-        tokens = (training.batch_size * training.gradient_accumulation_steps
-                  * self.model_config.context_length)
+        self._rate_flops = (
+            cpu_flops
+            or target.card.rate_tflops(  # type: ignore[union-attr]
+                str(target.dtype).removeprefix("torch.")
+            )
+            * 1e12
+        )
+        tokens = (
+            training.batch_size
+            * training.gradient_accumulation_steps
+            * self.model_config.context_length
+        )
         self._predicted_rate, measured = tokens / estimate.step_seconds, None
         if self._may_measure():
             measured = self._measure(estimate)
@@ -429,18 +482,28 @@ class _Gatherer:
         if measured:
             rows["timed_steps"] = measured.n_timed
             rows["spread_share"] = round(measured.spread_share, 4)
-        rows["tokens_per_second"] = compare(round(self._predicted_rate, 1),
-                                            round(rate, 1) if measured else None)
+        rows["tokens_per_second"] = compare(
+            round(self._predicted_rate, 1), round(rate, 1) if measured else None
+        )
         used = estimate_flops_per_token(self.model_config) * rate / self._rate_flops
         rows["model_flops_utilisation_share"] = round(used, 4)
-        of = f"the {target.card.name}'s sheet" if target.card else (
-            "a matrix product's rate here" + (
-                f"; {target.name} is not in the table of cards" if target.device_type == "cuda"
-                else ""))
+        of = (
+            f"the {target.card.name}'s sheet"
+            if target.card
+            else (
+                "a matrix product's rate here"
+                + (
+                    f"; {target.name} is not in the table of cards"
+                    if target.device_type == "cuda"
+                    else ""
+                )
+            )
+        )
         rows["utilisation_of"] = f"{self._rate_flops / 1e12:,.3g} TFLOP/s, {of}"
         if self.plan is not None:
-            self.run_time = estimate_run_time(self.cost, self.plan, self.config.control,
-                                              self.state.step)
+            self.run_time = estimate_run_time(
+                self.cost, self.plan, self.config.control, self.state.step
+            )
 
     @property
     def _performance(self) -> dict[str, Any]:
@@ -462,16 +525,26 @@ class _Gatherer:
         assert self.data is not None
         assert self.tokenizer is not None
         try:
-            return measure_cost(self.config, self.model_config, self.plan, self.target.runtime,
-                                self.data, self.tokenizer, estimate.step_seconds)
+            return measure_cost(
+                self.config,
+                self.model_config,
+                self.plan,
+                self.target.runtime,
+                self.data,
+                self.tokenizer,
+                estimate.step_seconds,
+            )
         except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
             if not is_out_of_memory(error):
                 raise
-        self.report.problems.append(Problem(
-            f"out of memory in a trial step on {self.target.name}, though "
-            f"{format_bytes(self._needed_bytes(self.memory))} were predicted",  # type: ignore[arg-type]
-            "a smaller --batch-size with more --gradient-accumulation-steps, or "
-            "--gradient-checkpointing"))
+        self.report.problems.append(
+            Problem(
+                f"out of memory in a trial step on {self.target.name}, though "
+                f"{format_bytes(self._needed_bytes(self.memory))} were predicted",  # type: ignore[arg-type]
+                "a smaller --batch-size with more --gradient-accumulation-steps, or "
+                "--gradient-checkpointing",
+            )
+        )
         return None
 
     def _describe_performance(self) -> None:
@@ -541,29 +614,41 @@ class _Gatherer:
         """Warnings about what the run will learn, and what to do next."""
         report, target = self.report, self.target
         if self.plan is not None and self.model_config is not None and self.data is not None:
-            report.warnings += find_plan_warnings(self.config, self.model_config, self.plan,
-                                                  self.data)
+            report.warnings += find_plan_warnings(
+                self.config, self.model_config, self.plan, self.data
+            )
         runtime = target.runtime if target else None
-        if (self.config.system.mixed_precision and runtime is not None
-                and not has_fast_bf16(runtime.device)):
-            report.warnings.append(Advice(
-                "bf16", f"mixed precision was asked for, and {runtime.device} has no bf16 in "
-                f"hardware: {str(runtime.dtype).removeprefix('torch.')} is used",
-                "leave --mixed-precision out, or use --no-mixed-precision"))
+        if (
+            self.config.system.mixed_precision
+            and runtime is not None
+            and not has_fast_bf16(runtime.device)
+        ):
+            report.warnings.append(
+                Advice(
+                    "bf16",
+                    f"mixed precision was asked for, and {runtime.device} has no bf16 in "
+                    f"hardware: {str(runtime.dtype).removeprefix('torch.')} is used",
+                    "leave --mixed-precision out, or use --no-mixed-precision",
+                )
+            )
         if target is not None and self.memory is not None:
             share = self._needed_bytes(self.memory) / target.limit_bytes
             if target.device_type == "cuda" and share < _ROOMY_SHARE:
                 report.recommendations.append(
                     f"{share:.0%} of the memory is used: a larger --batch-size may be faster; "
-                    "python main.py --get-optimal-bs finds it")
+                    "python main.py --get-optimal-bs finds it"
+                )
         if self.cost is not None and not self.cost.n_timed:
             report.recommendations.append(
                 "the time is an estimate: --check on the device itself, without --no-measure, "
-                "measures it")
+                "measures it"
+            )
         report.recommendations.append(
-            "mend the problems below, then run --check again" if report.problems else
-            "python main.py --validate-only with the same flags tries every part once; "
-            "then --train")
+            "mend the problems below, then run --check again"
+            if report.problems
+            else "python main.py --validate-only with the same flags tries every part once; "
+            "then --train"
+        )
 
 
 def _measure_folder_bytes(folder: Path) -> int:

@@ -44,15 +44,7 @@ MAX_STEP_SECONDS = 20.0  # sizes whose micro-step would take longer are not trie
 FIRST_SIZE = 8  # on a CPU, to learn how long a step takes
 
 
-
-
 # ---- the search ---------------------------------------------------------------------------------
-
-
-
-
-
-
 
 
 # ---- the mode -----------------------------------------------------------------------------------
@@ -66,8 +58,9 @@ def run_search(config: RunConfig) -> int:
             else with the code of whatever stands in the way.
     """
     if config.search.test_batch_sizes and config.search.target_batch_size:
-        raise PreflightError(ExitCode.FLAGS, "--test-batch-sizes and --target-batch-size: give "
-                             "one of them")
+        raise PreflightError(
+            ExitCode.FLAGS, "--test-batch-sizes and --target-batch-size: give one of them"
+        )
     output_dir = Path(config.control.output_dir)
     storage.check_writable(output_dir)
     with contextlib.ExitStack() as stack:
@@ -77,16 +70,20 @@ def run_search(config: RunConfig) -> int:
         tokenizer = load_tokenizer(config.model.tokenizer)
         model_config = config.model.resolve(tokenizer.vocab_size)
         if model_config.vocab_size < tokenizer.vocab_size:
-            raise PreflightError(ExitCode.FLAGS, f"--vocab-size {model_config.vocab_size} is "
-                                 f"smaller than the {tokenizer.vocab_size:,} ids of "
-                                 f"{tokenizer.name}; raise it or drop it")
+            raise PreflightError(
+                ExitCode.FLAGS,
+                f"--vocab-size {model_config.vocab_size} is "
+                f"smaller than the {tokenizer.vocab_size:,} ids of "
+                f"{tokenizer.name}; raise it or drop it",
+            )
         data, source = _find_data(config, tokenizer, model_config, stack)
         order = Order(config, model_config, data, output_dir / f"{storage.TEMPORARY_PREFIX}trial")
         return _Mode(order, source, stop).run()
 
 
-def _find_data(config: RunConfig, tokenizer: Tokenizer, model_config: ModelConfig,
-               stack: contextlib.ExitStack) -> tuple[DataFolder | None, str]:
+def _find_data(
+    config: RunConfig, tokenizer: Tokenizer, model_config: ModelConfig, stack: contextlib.ExitStack
+) -> tuple[DataFolder | None, str]:
     """The prepared data where it fits the flags, and in words what the batches are made of."""
     folder, context = Path(config.data.data_dir), model_config.context_length
     if not (folder / METADATA_NAME).exists():
@@ -120,25 +117,36 @@ class _Mode:
         self.runtime = order.runtime()
         self.on_cuda = self.runtime.device.type == "cuda"
         self.limit_bytes, self.total_bytes = measure_limit(
-            self.runtime, self.settings.gpu_safety_margin)
+            self.runtime, self.settings.gpu_safety_margin
+        )
         self.host_bytes = available_host_bytes()
         self.keep: int | None = None
         if self.settings.tokens_per_step:
             self.keep = max(1, round(self.settings.tokens_per_step / self.context))
         elif self.settings.target_batch_size:
-            self.keep = (self.settings.target_batch_size
-                         * self.config.training.gradient_accumulation_steps)
+            self.keep = (
+                self.settings.target_batch_size * self.config.training.gradient_accumulation_steps
+            )
 
     def run(self) -> int:
         """Search and report; the exit code."""
         target = self.settings.target_batch_size
-        windows = count_windows(self.order.data.train.n_tokens, self.context) \
-            if self.order.data else MAX_SIZE
+        windows = (
+            count_windows(self.order.data.train.n_tokens, self.context)
+            if self.order.data
+            else MAX_SIZE
+        )
         result = search(
-            self.probe, self.predict, self.limit_bytes, keep=self.keep, target=target,
+            self.probe,
+            self.predict,
+            self.limit_bytes,
+            keep=self.keep,
+            target=target,
             sizes=self.settings.test_batch_sizes,
             largest=min(MAX_SIZE, windows, self.keep or MAX_SIZE),
-            first=None if self.on_cuda else FIRST_SIZE, max_step_seconds=MAX_STEP_SECONDS)
+            first=None if self.on_cuda else FIRST_SIZE,
+            max_step_seconds=MAX_STEP_SECONDS,
+        )
         report = self.describe(result)
         storage.write_json(self.order.folder.parent / REPORT_NAME, report)
         text = json.dumps(report, indent=2) if self.config.check.json else self.render(result)
@@ -159,20 +167,25 @@ class _Mode:
     def estimate(self, size: int) -> MemoryEstimate:
         """The predicted memory of a size."""
         order = self.order_at(size)
-        return self._curve(order.config.training.gradient_accumulation_steps,
-                           order.runtime().compile_model)(size)
+        return self._curve(
+            order.config.training.gradient_accumulation_steps, order.runtime().compile_model
+        )(size)
 
     @functools.lru_cache(maxsize=4)  # noqa: B019  # lives as long as the call
     def _curve(self, accumulation: int, compile_model: bool) -> Callable[[int], MemoryEstimate]:
         training = self.order.at(1, accumulation).config.training
-        return build_batch_curve(self.order.model_config, training,
-                                 **self.options() | {"compile_model": compile_model})
+        return build_batch_curve(
+            self.order.model_config, training, **self.options() | {"compile_model": compile_model}
+        )
 
     def options(self) -> dict[str, Any]:
         """Of `estimate_memory`."""
-        return {"dtype": self.runtime.dtype, "device_type": "cuda" if self.on_cuda else "cpu",
-                "gradient_checkpointing": self.config.system.gradient_checkpointing,
-                "compile_model": self.runtime.compile_model}
+        return {
+            "dtype": self.runtime.dtype,
+            "device_type": "cuda" if self.on_cuda else "cpu",
+            "gradient_checkpointing": self.config.system.gradient_checkpointing,
+            "compile_model": self.runtime.compile_model,
+        }
 
     def predict(self, size: int) -> int:
         """Predicted `Trial.needed_bytes`."""
@@ -181,8 +194,10 @@ class _Mode:
 
     def probe(self, size: int) -> Trial:
         """Run one size, and say so."""
-        say(f"batch size {size:,}: predicted to need {format_bytes(self.predict(size))} of "
-            f"{format_bytes(self.limit_bytes)} ...")
+        say(
+            f"batch size {size:,}: predicted to need {format_bytes(self.predict(size))} of "
+            f"{format_bytes(self.limit_bytes)} ..."
+        )
         trial = run_trial(self.order_at(size), self.host_bytes, self.stop)
         say(f"batch size {size:,}: {self.judge(trial)}, {trial.tokens_per_second:,.0f} tokens/s")
         return trial
@@ -204,9 +219,11 @@ class _Mode:
         words = ["python", "main.py", "--train"]
         for option in build_options().values():
             value = getattr(getattr(self.config, option.group), option.name)
-            if (self.config.sources.get(option.name) != "the command line"
-                    or option.group in ("search", "check", "generation", "sampling")
-                    or option.name in ("batch_size", "gradient_accumulation_steps")):
+            if (
+                self.config.sources.get(option.name) != "the command line"
+                or option.group in ("search", "check", "generation", "sampling")
+                or option.name in ("batch_size", "gradient_accumulation_steps")
+            ):
                 continue
             if option.kind is bool:
                 words.append(option.flag if value else option.flag.replace("--", "--no-", 1))
@@ -229,11 +246,13 @@ class _Mode:
             **{key: value for key, value in dataclasses.asdict(result).items() if key != "trials"},
             "flags": self.flags(result) if result.chosen else None,
             "trials": [
-                dataclasses.asdict(trial) | {
+                dataclasses.asdict(trial)
+                | {
                     "predicted_peak_bytes": (peak := self.estimate(trial.batch_size).peak_bytes),
                     "predicted_needed_bytes": self.predict(trial.batch_size),
                     "ratio": round(trial.peak_bytes / peak, 4),
-                    "fits": trial.fits(self.limit_bytes), "verdict": self.judge(trial),
+                    "fits": trial.fits(self.limit_bytes),
+                    "verdict": self.judge(trial),
                 }
                 for trial in result.trials
             ],
@@ -249,7 +268,8 @@ class _Mode:
             f"limit: {format_bytes(self.limit_bytes)}, that is {format_bytes(self.total_bytes)} "
             f"{'of the card' if self.on_cuda else 'available'} less {margin:.0%} "
             f"(--gpu-safety-margin)",
-            f"batches: {self.source}", "",
+            f"batches: {self.source}",
+            "",
             f"{'batch':>7} {'predicted':>10} {'measured':>10} {'ratio':>6} "
             f"{held:>10} {'tokens/s':>9} {'steps':>5}  result",
         ]
@@ -260,7 +280,8 @@ class _Mode:
                 f"{trial.batch_size:>7,} {format_bytes(predicted):>10} "
                 f"{format_bytes(trial.peak_bytes):>10} {trial.peak_bytes / predicted:>6.3f} "
                 f"{format_bytes(n_held):>10} {trial.tokens_per_second:>9,.0f} {trial.steps:>5}  "
-                f"{self.judge(trial)}")
+                f"{self.judge(trial)}"
+            )
         return "\n".join([*lines, "", *self.conclude(result)])
 
     def conclude(self, result: SearchResult) -> list[str]:
@@ -271,7 +292,7 @@ class _Mode:
             "memory": "the next size was tried and does not",
             "data": "larger ones would need more windows than an epoch or an update has",
             "time": f"larger sizes were not tried: a step would take over {MAX_STEP_SECONDS:.0f} "
-                    f"s; predicted to fit up to {result.predicted_largest:,}",
+            f"s; predicted to fit up to {result.predicted_largest:,}",
             "list": "of those given",
         }[result.bound]
         target = self.settings.target_batch_size
@@ -280,17 +301,23 @@ class _Mode:
             verdict = "fits" if result.largest == target else "does not fit"
             lines = [f"batch size {target:,} {verdict}; largest that fits: {result.largest:,}"]
         else:
-            lines += [f"fastest: {result.fastest:,}",
-                      f"recommended: {result.recommended:,}, the smallest within "
-                      f"{1 - FAST_SHARE:.0%} of the fastest"]
+            lines += [
+                f"fastest: {result.fastest:,}",
+                f"recommended: {result.recommended:,}, the smallest within "
+                f"{1 - FAST_SHARE:.0%} of the fastest",
+            ]
         if result.accumulation:
             tokens = result.chosen * result.accumulation * self.context
             asked = self.settings.tokens_per_step or tokens
             lines.append(
                 f"{result.chosen:,} x {result.accumulation:,} x {self.context:,} = {tokens:,} "
                 f"tokens per step"
-                + ("" if tokens == asked else f", the nearest to {asked:,}, which is no multiple "
-                                              f"of the context"))
+                + (
+                    ""
+                    if tokens == asked
+                    else f", the nearest to {asked:,}, which is no multiple of the context"
+                )
+            )
         return [*lines, "", "go on with:", f"  {self.command(result)}"]
 
     def explain_no_fit(self) -> PreflightError:
@@ -300,16 +327,21 @@ class _Mode:
         before = estimate_memory(model_config, training, **self.options()).needed_bytes
         saved = estimate_savings(model_config, training, **self.options())
         half = replace(model_config, context_length=max(2, self.context // 2))
-        saved[f"--context-length {half.context_length}"] = before - estimate_memory(
-            half, training, **self.options()).needed_bytes
+        saved[f"--context-length {half.context_length}"] = (
+            before - estimate_memory(half, training, **self.options()).needed_bytes
+        )
         names = list(MODEL_PRESETS)
         name = self.config.model.model_size
-        smaller = (f"--model-size {names[names.index(name) - 1]}" if name in names[1:] else
-                   "--n-layers, --n-embeddings")
+        smaller = (
+            f"--model-size {names[names.index(name) - 1]}"
+            if name in names[1:]
+            else "--n-layers, --n-embeddings"
+        )
         ways = [f"{flag} saves {format_bytes(size)}" for flag, size in saved.items() if size > 0]
         return PreflightError(
             ExitCode.OUT_OF_MEMORY,
             f"no batch size fits into {format_bytes(self.limit_bytes)}: one sequence is predicted "
             f"to need {format_bytes(self.predict(1))}",
             "; ".join([*ways, f"or a smaller model: {smaller}"]),
-            "every trial ran in a process of its own: nothing stays behind")
+            "every trial ran in a process of its own: nothing stays behind",
+        )

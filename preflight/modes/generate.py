@@ -44,14 +44,27 @@ Type a text and press Enter: the model goes on with it. Ctrl-C stops an answer. 
   /temp X   temperature, 0 for the likeliest   /topk N   candidates, 0 for all
   /topp X   share of probability, 0 to 1       /len N    tokens to write at most
   /seed N   seed of the next answers           /help     this text      /quit   leave"""
-COMMANDS = {"/temp": "temperature", "/topk": "top_k", "/topp": "top_p", "/len": "max_new_tokens",
-            "/seed": "seed"}
+COMMANDS = {
+    "/temp": "temperature",
+    "/topk": "top_k",
+    "/topp": "top_p",
+    "/len": "max_new_tokens",
+    "/seed": "seed",
+}
 # What a terminal would obey instead of show: C0 but newline and tab, DEL, C1, and the marks that
 # turn the direction of text (Boucher and Anderson 2021, "Trojan Source").
 _INVISIBLE = {
     code: f"\\x{code:02x}" if code < 256 else f"\\u{code:04x}"
-    for code in (*range(9), *range(11, 32), *range(127, 160), 0x61C, 0x200E, 0x200F,
-                 *range(0x202A, 0x202F), *range(0x2066, 0x206A))
+    for code in (
+        *range(9),
+        *range(11, 32),
+        *range(127, 160),
+        0x61C,
+        0x200E,
+        0x200F,
+        *range(0x202A, 0x202F),
+        *range(0x2066, 0x206A),
+    )
 }
 
 
@@ -73,8 +86,10 @@ def run_generation(config: RunConfig) -> int:
     try:
         model, tokenizer = load_model(checkpoint, runtime.device, runtime.dtype)
         check_model_flags(config, checkpoint)
-        say(f"{checkpoint.path}: step {checkpoint.step:,}, {model.config.label}, "
-             f"{runtime.device}, {str(runtime.dtype).removeprefix('torch.')}")
+        say(
+            f"{checkpoint.path}: step {checkpoint.step:,}, {model.config.label}, "
+            f"{runtime.device}, {str(runtime.dtype).removeprefix('torch.')}"
+        )
         if interactive:
             return Session(model, tokenizer, config.sampling).run(prompts)
         return _write_answers(model, tokenizer, prompts, config)
@@ -82,12 +97,11 @@ def run_generation(config: RunConfig) -> int:
         if not is_out_of_memory(error):
             raise
         raise PreflightError(
-            ExitCode.OUT_OF_MEMORY, "the memory of this device is used up",
+            ExitCode.OUT_OF_MEMORY,
+            "the memory of this device is used up",
             f"lower --generation-batch-size {config.generation.generation_batch_size}, "
             "or use --device cpu",
         ) from None
-
-
 
 
 def is_interactive(config: RunConfig) -> bool:
@@ -122,8 +136,10 @@ def _read_prompts_file(name: str) -> list[str]:
     except OSError as error:
         raise PreflightError(ExitCode.TEXT, f"--prompts-file {name}: {error.strerror}") from None
     if len(content) > MAX_PROMPTS_BYTES:
-        raise PreflightError(ExitCode.TEXT, f"--prompts-file {name}: larger than "
-                             f"{MAX_PROMPTS_BYTES // 2**20} MiB; split it")
+        raise PreflightError(
+            ExitCode.TEXT,
+            f"--prompts-file {name}: larger than {MAX_PROMPTS_BYTES // 2**20} MiB; split it",
+        )
     prompts, faults = [], {}
     lines = content.removeprefix(b"\xef\xbb\xbf").split(b"\n")
     for number, line in enumerate(lines, 1):
@@ -135,9 +151,10 @@ def _read_prompts_file(name: str) -> list[str]:
     if faults:
         first = [f"line {number}: {fault}" for number, fault in list(faults.items())[:5]]
         raise PreflightError(
-            ExitCode.TEXT, f"--prompts-file {name}: {len(faults):,} of {len(lines):,} lines "
-            "cannot be used", "; ".join(first),
-            "expected: UTF-8 text, one prompt a line; in .jsonl, objects like {\"prompt\": \"Hi\"}",
+            ExitCode.TEXT,
+            f"--prompts-file {name}: {len(faults):,} of {len(lines):,} lines cannot be used",
+            "; ".join(first),
+            'expected: UTF-8 text, one prompt a line; in .jsonl, objects like {"prompt": "Hi"}',
         )
     if not prompts:
         raise PreflightError(ExitCode.TEXT, f"--prompts-file {name}: there is no prompt in it")
@@ -159,7 +176,7 @@ def _parse_prompt(line: bytes, as_json: bool) -> str:
         raise ValueError("not JSON") from None
     prompt = record.get("prompt") if isinstance(record, dict) else None
     if not isinstance(prompt, str) or not _is_unicode(prompt):
-        raise ValueError("no \"prompt\" with a text")
+        raise ValueError('no "prompt" with a text')
     return prompt
 
 
@@ -181,8 +198,11 @@ def check_output(name: str | None) -> None:
     folder = Path(name).absolute().parent
     if Path(name).is_dir() or not folder.is_dir() or not os.access(folder, os.W_OK):
         reason = "is a folder" if Path(name).is_dir() else f"{folder} cannot be written to"
-        raise PreflightError(ExitCode.STORAGE, f"--output-file {name}: {reason}",
-                             "choose another place, or make the folder first")
+        raise PreflightError(
+            ExitCode.STORAGE,
+            f"--output-file {name}: {reason}",
+            "choose another place, or make the folder first",
+        )
 
 
 def _write_answers(
@@ -194,8 +214,12 @@ def _write_answers(
     done: dict[int, Generation] = {}
     shown = 0
     began, written = time.perf_counter(), 0
-    bar = tqdm(total=len(repeated), unit="answer", file=sys.stderr,
-               disable=None if len(repeated) > settings.generation_batch_size else True)
+    bar = tqdm(
+        total=len(repeated),
+        unit="answer",
+        file=sys.stderr,
+        disable=None if len(repeated) > settings.generation_batch_size else True,
+    )
 
     def note_step(ended: list[tuple[int, Generation]], n_tokens: int) -> None:
         nonlocal shown, written
@@ -211,13 +235,20 @@ def _write_answers(
 
     with StopFlag() as stop:
         try:
-            generate_batch(model, tokenizer, repeated, config.sampling,
-                           settings.generation_batch_size, note_step)
+            generate_batch(
+                model,
+                tokenizer,
+                repeated,
+                config.sampling,
+                settings.generation_batch_size,
+                note_step,
+            )
         finally:
             bar.close()
             if settings.output_file and done:
-                _save_answers(Path(settings.output_file), repeated, done,
-                              settings.num_return_sequences)
+                _save_answers(
+                    Path(settings.output_file), repeated, done, settings.num_return_sequences
+                )
     _say_rate(len(done), written, time.perf_counter() - began)
     return int(ExitCode.DONE)
 
@@ -284,8 +315,13 @@ class Session:
         began = time.perf_counter()
         try:
             _show(prompt if echo else "")
-            for piece in stream_text(self.model, self.tokenizer, prompt, config,
-                                     lambda ended, n_tokens: steps.append(n_tokens)):
+            for piece in stream_text(
+                self.model,
+                self.tokenizer,
+                prompt,
+                config,
+                lambda ended, n_tokens: steps.append(n_tokens),
+            ):
                 _show(piece)
             _show("\n")
         except KeyboardInterrupt:
@@ -328,11 +364,16 @@ def _show(text: str) -> None:
     except OSError as error:
         # What is buffered cannot be written at exit either: point stdout elsewhere.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        raise PreflightError(ExitCode.STORAGE, f"cannot write to stdout: {error.strerror}",
-                             "free space or use --output-file on another disk") from None
+        raise PreflightError(
+            ExitCode.STORAGE,
+            f"cannot write to stdout: {error.strerror}",
+            "free space or use --output-file on another disk",
+        ) from None
 
 
 def _say_rate(n_answers: int, n_tokens: int, seconds: float) -> None:
     what = "answer" if n_answers == 1 else "answers"
-    say(f"{n_answers:,} {what}, {n_tokens:,} tokens in {seconds:.1f} s, "
-         f"{n_tokens / max(seconds, 1e-9):,.1f} tokens/s")
+    say(
+        f"{n_answers:,} {what}, {n_tokens:,} tokens in {seconds:.1f} s, "
+        f"{n_tokens / max(seconds, 1e-9):,.1f} tokens/s"
+    )

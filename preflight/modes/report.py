@@ -12,8 +12,16 @@ from preflight.core.errors import ExitCode, PreflightError
 from preflight.foresight.learnability import Advice
 
 FORMAT, VERSION = "preflight-check", 1
-SECTIONS = ("model", "dataset", "training configuration", "memory analysis",
-            "performance estimation", "system information", "warnings", "recommendations")
+SECTIONS = (
+    "model",
+    "dataset",
+    "training configuration",
+    "memory analysis",
+    "performance estimation",
+    "system information",
+    "warnings",
+    "recommendations",
+)
 
 
 @dataclass(frozen=True)
@@ -29,7 +37,8 @@ class Report:
     """Rows by section; a row is a key, which carries its unit, and a plain JSON value."""
 
     sections: dict[str, dict[str, Any]] = field(
-        default_factory=lambda: {name: {} for name in SECTIONS[:-2]})
+        default_factory=lambda: {name: {} for name in SECTIONS[:-2]}
+    )
     warnings: list[Advice] = field(default_factory=list)
     recommendations: list[str] = field(default_factory=list)
     problems: list[Problem] = field(default_factory=list)
@@ -49,7 +58,9 @@ class Report:
     def to_dict(self) -> dict[str, Any]:
         """The report as plain JSON types, in the order of `SECTIONS`."""
         return {
-            "format": FORMAT, "version": VERSION, "ok": not self.problems,
+            "format": FORMAT,
+            "version": VERSION,
+            "ok": not self.problems,
             **{name.replace(" ", "_"): rows for name, rows in self.sections.items()},
             "warnings": [vars(advice) for advice in self.warnings],
             "recommendations": self.recommendations,
@@ -61,8 +72,10 @@ class Report:
         lines = []
         for name, rows in self.sections.items():
             lines += ["", name.capitalize()]
-            lines += [f"  {format_label(key):<28} {format_value(key, value)}"
-                      for key, value in rows.items()]
+            lines += [
+                f"  {format_label(key):<28} {format_value(key, value)}"
+                for key, value in rows.items()
+            ]
         lines += ["", "Warnings"]
         for advice in self.warnings:
             lines += [f"  - {advice.text}", f"    {advice.fix}"]
@@ -73,7 +86,8 @@ class Report:
             lines.append(f"{len(self.problems)} problem{'s' * (len(self.problems) > 1)} in the way")
             for number, problem in enumerate(self.problems, 1):
                 lines += [f"  {number}. {problem.text}"] + [f"     {problem.fix}"] * bool(
-                    problem.fix)
+                    problem.fix
+                )
         else:
             lines.append("Nothing stands in the way.")
         return "\n".join(lines[1:]) + "\n"
@@ -90,9 +104,12 @@ def format_value(key: str, value: Any) -> str:
     """A value for people, by the unit that its key ends with."""
     if isinstance(value, dict):
         unit = key if key.endswith(("_bytes", "_seconds", "_share")) else ""
-        return ", ".join(f"{name.replace('_', ' ')} {format_value(unit or name, item)}"
-                         if name != "ratio" else f"ratio {item:.3f}"
-                         for name, item in value.items())
+        return ", ".join(
+            f"{name.replace('_', ' ')} {format_value(unit or name, item)}"
+            if name != "ratio"
+            else f"ratio {item:.3f}"
+            for name, item in value.items()
+        )
     if isinstance(value, bool):
         return "yes" if value else "no"
     if isinstance(value, str) or value is None:

@@ -97,8 +97,11 @@ class TrainingRun:
         self.state, saved = self._read_state(origin)
         context = model_config.context_length
         self.plan = build_plan(
-            config.training, config.control, context,
-            count_windows(data.train.n_tokens, context), count_windows(data.val.n_tokens, context),
+            config.training,
+            config.control,
+            context,
+            count_windows(data.train.n_tokens, context),
+            count_windows(data.val.n_tokens, context),
             self.state,
         )
         self.state.eval_windows = self.plan.eval_windows
@@ -113,20 +116,30 @@ class TrainingRun:
         self._origin_path = origin.path if origin is not None else None
         self._check_memory()
         self.trainer = Trainer(
-            model_config, config.training, self.runtime, self.plan, config.peak_learning_rate,
+            model_config,
+            config.training,
+            self.runtime,
+            self.plan,
+            config.peak_learning_rate,
             gradient_checkpointing=config.system.gradient_checkpointing,
         )
         if origin is not None:
             shapes = {n: tuple(p.shape) for n, p in self.trainer.model.named_parameters()}
-            self.trainer.load_state_dict(checkpoint_format.load_weights(origin, shapes), saved["trainer"])
+            self.trainer.load_state_dict(
+                checkpoint_format.load_weights(origin, shapes), saved["trainer"]
+            )
         self._skipped_in_a_row = 0
         self._pending: deque[StepResult] = deque()
         # On CUDA a step's figures are read when the next one is under way: no waiting.
         self._lag = 1 if self.runtime.device.type == "cuda" else 0
         self._curve_drawn = self._last_save = self._last_row = time.monotonic()
         self._bar = tqdm(
-            total=self.plan.total_steps, initial=self.state.step, unit="step", dynamic_ncols=True,
-            disable=not is_progress_shown(), smoothing=0.1,
+            total=self.plan.total_steps,
+            initial=self.state.step,
+            unit="step",
+            dynamic_ncols=True,
+            disable=not is_progress_shown(),
+            smoothing=0.1,
         )
 
     def _read_state(self, origin: Checkpoint | None) -> tuple[TrainState, dict[str, Any]]:
@@ -177,15 +190,20 @@ class TrainingRun:
         if self.runtime.device.type != "cpu" or _ROOMY * least < reachable:
             return  # the prediction would take seconds, and its answer is clear
         needed = estimate_memory(
-            self.model_config, self.config.training, **self._memory_options()).host_bytes
+            self.model_config, self.config.training, **self._memory_options()
+        ).host_bytes
         if needed > reachable:
-            raise self._explain_out_of_memory(MemoryError(
-                f"{format_bytes(needed)} are needed, {format_bytes(reachable)} can be had"))
+            raise self._explain_out_of_memory(
+                MemoryError(
+                    f"{format_bytes(needed)} are needed, {format_bytes(reachable)} can be had"
+                )
+            )
 
     def _memory_options(self) -> dict[str, Any]:
         """What `estimate_memory` wants to know of this run."""
         return {
-            "dtype": self.runtime.dtype, "compile_model": self.runtime.compile_model,
+            "dtype": self.runtime.dtype,
+            "compile_model": self.runtime.compile_model,
             "device_type": "cuda" if self.runtime.device.type == "cuda" else "cpu",
             "gradient_checkpointing": self.config.system.gradient_checkpointing,
         }
@@ -194,14 +212,20 @@ class TrainingRun:
         """Train to the end of the plan, or until a signal; the exit code."""
         self._announce()
         if self.state.step > self.plan.total_steps or self._is_finished():
-            say(f"this run is finished: {self.state.step:,} steps trained; "
-                f"to train longer: --max-steps {2 * self.state.step}")
+            say(
+                f"this run is finished: {self.state.step:,} steps trained; "
+                f"to train longer: --max-steps {2 * self.state.step}"
+            )
             return ExitCode.DONE
         self._start_log()
         loader = BatchLoader(
-            self.data, "train", batch_size=self.config.training.batch_size,
-            context_length=self.model_config.context_length, seed=self.config.training.seed,
-            device=self.runtime.device, cursor=self.state.cursor,
+            self.data,
+            "train",
+            batch_size=self.config.training.batch_size,
+            context_length=self.model_config.context_length,
+            seed=self.config.training.seed,
+            device=self.runtime.device,
+            cursor=self.state.cursor,
         )
         started = time.monotonic()
         with loader, self._bar:
@@ -252,12 +276,19 @@ class TrainingRun:
             self.state.train_seconds += seconds
             rate = result.tokens / max(seconds, 1e-9)
             finite = math.isfinite(loss) and math.isfinite(norm)
-            self.log.append({
-                "event": "step", "step": result.step, "loss": loss,
-                "learning_rate": result.learning_rate, "grad_norm": norm,
-                "tokens": result.step * result.tokens, "tokens_per_second": round(rate, 1),
-                "peak_memory_bytes": self.runtime.peak_memory_bytes(),
-            } | ({} if finite else {"skipped": True}))
+            self.log.append(
+                {
+                    "event": "step",
+                    "step": result.step,
+                    "loss": loss,
+                    "learning_rate": result.learning_rate,
+                    "grad_norm": norm,
+                    "tokens": result.step * result.tokens,
+                    "tokens_per_second": round(rate, 1),
+                    "peak_memory_bytes": self.runtime.peak_memory_bytes(),
+                }
+                | ({} if finite else {"skipped": True})
+            )
             self._show_step(result, loss, rate)
             self._count_skipped(result, finite, norm)
 
@@ -266,9 +297,11 @@ class TrainingRun:
             self._bar.set_postfix_str(f"loss {loss:.3f}, {rate:,.0f} tokens/s", refresh=False)
         elif result.step % self.plan.log_every == 0 or result.step == 1:
             left = (self.plan.total_steps - result.step) * result.tokens / rate
-            say(f"step {result.step:,}/{self.plan.total_steps:,}  loss {loss:.4f}  "
+            say(
+                f"step {result.step:,}/{self.plan.total_steps:,}  loss {loss:.4f}  "
                 f"rate {result.learning_rate:.2e}  {rate:,.0f} tokens/s  "
-                f"ETA {format_seconds(left)}")
+                f"ETA {format_seconds(left)}"
+            )
 
     def _count_skipped(self, result: StepResult, finite: bool, norm: float) -> None:
         if finite:
@@ -308,7 +341,9 @@ class TrainingRun:
         began = time.monotonic()
         self.stop.save_requested = False
         self._saved = checkpoint_format.save_checkpoint(
-            self.output_dir, self.state.step, self.trainer.model.state_dict(),
+            self.output_dir,
+            self.state.step,
+            self.trainer.model.state_dict(),
             {
                 "state": dataclasses.asdict(self.state),
                 "trainer": self.trainer.state_dict(),
@@ -326,8 +361,10 @@ class TrainingRun:
 
     def _is_finished(self) -> bool:
         """Whether the last step is evaluated too: a run may be cut between save and evaluation."""
-        told = any(row.get("event") == "sample" and row.get("step") == self.state.step
-                   for row in reversed(read_metrics(self.log.path)))
+        told = any(
+            row.get("event") == "sample" and row.get("step") == self.state.step
+            for row in reversed(read_metrics(self.log.path))
+        )
         drawn = (self.output_dir / CURVE_NAME).exists()
         return self.state.step == self.plan.total_steps and told and drawn
 
@@ -360,9 +397,11 @@ class TrainingRun:
                 "vocab_size": self.tokenizer.vocab_size,
             },
             "training": training,
-            "data": {"fingerprint": self.data.fingerprint,
-                     "train_tokens": self.data.train.n_tokens,
-                     "val_tokens": self.data.val.n_tokens},
+            "data": {
+                "fingerprint": self.data.fingerprint,
+                "train_tokens": self.data.train.n_tokens,
+                "val_tokens": self.data.val.n_tokens,
+            },
         }
 
     def _evaluate_if_due(self) -> None:
@@ -379,8 +418,11 @@ class TrainingRun:
         self._write_rows(0)
         val = self.data.val
         windows = iterate_windows(
-            self.data, "val", batch_size=self.config.training.batch_size,
-            context_length=self.model_config.context_length, n_windows=self.plan.eval_windows,
+            self.data,
+            "val",
+            batch_size=self.config.training.batch_size,
+            context_length=self.model_config.context_length,
+            n_windows=self.plan.eval_windows,
             device=self.runtime.device,
         )
         result = self.trainer.evaluate(windows, val.n_tokens / val.n_bytes, self.stop)
@@ -392,14 +434,22 @@ class TrainingRun:
         self.state.evaluated_step = self.state.step
         if self._saved is not None and self._saved_step == self.state.step:
             self._saved = checkpoint_format.record_validation(self._saved, result.loss)
-        self.log.append({
-            "event": "eval", "step": self.state.step, "val_loss": result.loss,
-            "perplexity": result.perplexity, "bits_per_byte": result.bits_per_byte,
-            "tokens": self.state.tokens, "windows": self.plan.eval_windows,
-        })
-        say(f"step {self.state.step:,}: validation loss {result.loss:.4f}, perplexity "
+        self.log.append(
+            {
+                "event": "eval",
+                "step": self.state.step,
+                "val_loss": result.loss,
+                "perplexity": result.perplexity,
+                "bits_per_byte": result.bits_per_byte,
+                "tokens": self.state.tokens,
+                "windows": self.plan.eval_windows,
+            }
+        )
+        say(
+            f"step {self.state.step:,}: validation loss {result.loss:.4f}, perplexity "
             f"{result.perplexity:,.1f}, {result.bits_per_byte:.3f} bits per byte"
-            + (" (best so far)" if better else ""))
+            + (" (best so far)" if better else "")
+        )
         self._sample()
         if time.monotonic() - self._curve_drawn > CURVE_EVERY_SECONDS:
             self._draw_curve()
@@ -419,8 +469,10 @@ class TrainingRun:
 
     def _draw_curve(self) -> None:
         self._curve_drawn = time.monotonic()
-        title = (f"{self.model_config.label}, {count_parameters(self.model_config) / 1e6:,.1f}M "
-                 f"parameters, {self.plan.tokens_per_step:,} tokens per step")
+        title = (
+            f"{self.model_config.label}, {count_parameters(self.model_config) / 1e6:,.1f}M "
+            f"parameters, {self.plan.tokens_per_step:,} tokens per step"
+        )
         save_loss_curve(self.output_dir / CURVE_NAME, read_metrics(self.log.path), title)
 
     def _announce(self) -> None:
@@ -430,21 +482,31 @@ class TrainingRun:
             say(f"set: {line}")
         for note in self.runtime.notes:
             say(note)
-        say(f"model: {self.model_config.label}, {parameters:,} parameters, context "
-            f"{self.model_config.context_length:,}, vocabulary {self.model_config.vocab_size:,}")
-        say(f"data: {data.train.n_tokens:,} tokens to train on, {data.val.n_tokens:,} to validate "
-            f"({plan.eval_windows} windows each time)")
+        say(
+            f"model: {self.model_config.label}, {parameters:,} parameters, context "
+            f"{self.model_config.context_length:,}, vocabulary {self.model_config.vocab_size:,}"
+        )
+        say(
+            f"data: {data.train.n_tokens:,} tokens to train on, {data.val.n_tokens:,} to validate "
+            f"({plan.eval_windows} windows each time)"
+        )
         epochs = plan.total_steps / plan.steps_per_epoch
         tokens = plan.total_steps * plan.tokens_per_step
-        say(f"plan: {plan.total_steps:,} steps of {plan.tokens_per_step:,} tokens, "
-            f"{epochs:.2f} epochs, {tokens / parameters:.2f} tokens per parameter")
-        say(f"plan: {training.optimizer}, peak rate {self.config.peak_learning_rate:.1e}, "
+        say(
+            f"plan: {plan.total_steps:,} steps of {plan.tokens_per_step:,} tokens, "
+            f"{epochs:.2f} epochs, {tokens / parameters:.2f} tokens per parameter"
+        )
+        say(
+            f"plan: {training.optimizer}, peak rate {self.config.peak_learning_rate:.1e}, "
             f"{training.scheduler} after {plan.warmup_steps:,} steps of warm-up; evaluation every "
             f"{plan.eval_every:,}, checkpoint every {plan.checkpoint_every:,} steps or "
-            f"{self.config.control.checkpoint_minutes:g} minutes")
+            f"{self.config.control.checkpoint_minutes:g} minutes"
+        )
         if self.state.step:
-            say(f"continuing from {self._origin_path} (step {self.state.step:,}, "
-                f"{self.state.tokens:,} tokens, sample {self.state.cursor:,})")
+            say(
+                f"continuing from {self._origin_path} (step {self.state.step:,}, "
+                f"{self.state.tokens:,} tokens, sample {self.state.cursor:,})"
+            )
 
     def _start_log(self) -> None:
         if self.state.step:
@@ -459,9 +521,11 @@ class TrainingRun:
             say("run the same command again to continue exactly from there")
             return self.stop.exit_code
         best = store.find_best(self.output_dir)
-        say(f"done: {self.state.step:,} steps, {self.state.tokens:,} tokens in "
+        say(
+            f"done: {self.state.step:,} steps, {self.state.tokens:,} tokens in "
             f"{format_seconds(seconds)}; peak memory "
-            f"{format_bytes(self.runtime.peak_memory_bytes())}")
+            f"{format_bytes(self.runtime.peak_memory_bytes())}"
+        )
         if best.val_loss is not None:
             say(f"best: {best.path} (step {best.step:,}, validation loss {best.val_loss:.4f})")
         say(f"loss curve: {self.output_dir / CURVE_NAME}")
@@ -482,14 +546,24 @@ class TrainingRun:
         ]
         size = self._find_fitting_batch(options)
         if size:
-            lines.append(f"try --batch-size {size} --gradient-accumulation-steps "
-                         f"{n_sequences // size}: the same update, {n_sequences} sequences, in "
-                         "less memory")
-        saved = 0 if checkpointing else estimate_savings(
-            self.model_config, training, **options).get("--gradient-checkpointing", 0)
+            lines.append(
+                f"try --batch-size {size} --gradient-accumulation-steps "
+                f"{n_sequences // size}: the same update, {n_sequences} sequences, in "
+                "less memory"
+            )
+        saved = (
+            0
+            if checkpointing
+            else estimate_savings(self.model_config, training, **options).get(
+                "--gradient-checkpointing", 0
+            )
+        )
         if not checkpointing:
-            lines.append(f"--gradient-checkpointing would save {format_bytes(saved)}" if saved else
-                         "--gradient-checkpointing would save nothing here: the peak is elsewhere")
+            lines.append(
+                f"--gradient-checkpointing would save {format_bytes(saved)}"
+                if saved
+                else "--gradient-checkpointing would save nothing here: the peak is elsewhere"
+            )
         lines.append(f"last checkpoint, safe: {self._newest_path()}")
         return PreflightError(ExitCode.OUT_OF_MEMORY, *lines)
 
@@ -515,7 +589,8 @@ def _measure_reachable_bytes(runtime: Runtime) -> int:
     """Memory that this process could have: what it holds, and what is free."""
     if runtime.device.type == "cuda":
         return torch.cuda.get_device_properties(runtime.device).total_memory - max(
-            0, _count_foreign_bytes(runtime))
+            0, _count_foreign_bytes(runtime)
+        )
     return reachable_host_bytes()
 
 

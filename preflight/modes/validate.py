@@ -108,7 +108,8 @@ class Subject:
             try:
                 with StopFlag() as stop:
                     self._data = prepare_data(
-                        self.config.data, self.tokenizer, self.context_length, stop)
+                        self.config.data, self.tokenizer, self.context_length, stop
+                    )
                     stop.leave_if_stopping("stopped; the data folder is complete")
             except PreflightError as error:
                 self._data = error  # a large text is not read again for every check
@@ -129,13 +130,23 @@ class Subject:
         assert self.model_config is not None
         assert self.runtime is not None
         training = dataclasses.replace(
-            self.config.training, batch_size=self.batch_size, warmup_steps=0, max_steps=1000,
-            num_epochs=None, scheduler="none",
-            gradient_accumulation_steps=min(2, self.config.training.gradient_accumulation_steps))
+            self.config.training,
+            batch_size=self.batch_size,
+            warmup_steps=0,
+            max_steps=1000,
+            num_epochs=None,
+            scheduler="none",
+            gradient_accumulation_steps=min(2, self.config.training.gradient_accumulation_steps),
+        )
         plan = build_plan(training, ControlSettings(), self.model_config.context_length, 1, 1)
         return Trainer(
-            self.model_config, training, self.runtime, plan, self.config.peak_learning_rate,
-            gradient_checkpointing=self.config.system.gradient_checkpointing)
+            self.model_config,
+            training,
+            self.runtime,
+            plan,
+            self.config.peak_learning_rate,
+            gradient_checkpointing=self.config.system.gradient_checkpointing,
+        )
 
     @property
     def batch_size(self) -> int:
@@ -152,8 +163,9 @@ class Subject:
                 return loader.next_batch()
         except (PreflightError, Lacking):
             shape = (self.batch_size, self.model_config.context_length + 1)
-            ids = torch.randint(self.model_config.vocab_size, shape,
-                                generator=torch.Generator().manual_seed(0))
+            ids = torch.randint(
+                self.model_config.vocab_size, shape, generator=torch.Generator().manual_seed(0)
+            )
             ids = ids.to(self.runtime.device)
             return ids[:, :-1].contiguous(), ids[:, 1:].contiguous()
 
@@ -162,8 +174,14 @@ class Subject:
         if self.runtime is None:
             raise Lacking(1)
         return BatchLoader(
-            self.data, "train", batch_size=self.batch_size, context_length=self.context_length,
-            seed=self.config.training.seed, device=self.runtime.device, cursor=cursor)
+            self.data,
+            "train",
+            batch_size=self.batch_size,
+            context_length=self.context_length,
+            seed=self.config.training.seed,
+            device=self.runtime.device,
+            cursor=cursor,
+        )
 
     def compute_loss(self, *, mixed: bool = False) -> Tensor:
         """The model's loss on the batch, in fp32 or as a training step computes it."""
@@ -183,10 +201,17 @@ def run_validation(config: RunConfig) -> int:
             _print_result(result)
     failed = [result for result in results if result.status != "passed"]
     if config.check.json:
-        sys.stdout.write(json.dumps({
-            "ok": not failed, "warnings": subject.warnings,
-            "checks": [dataclasses.asdict(result) for result in results],
-        }, indent=2) + "\n")
+        sys.stdout.write(
+            json.dumps(
+                {
+                    "ok": not failed,
+                    "warnings": subject.warnings,
+                    "checks": [dataclasses.asdict(result) for result in results],
+                },
+                indent=2,
+            )
+            + "\n"
+        )
     else:
         for warning in subject.warnings:
             sys.stdout.write(f"warning: {warning}\n")
@@ -249,8 +274,9 @@ def check_configuration(subject: Subject) -> str:
     faults: list[tuple[str, str]] = []
     origin = _try(faults, lambda: find_origin(subject.config, subject.output_dir))
     if origin is not None:
-        subject.config = _try(
-            faults, lambda: adopt_settings(subject.config, origin)) or subject.config
+        subject.config = (
+            _try(faults, lambda: adopt_settings(subject.config, origin)) or subject.config
+        )
     config = subject.config
     subject.tokenizer = tokenizer = _try(faults, lambda: load_tokenizer(config.model.tokenizer))
     # Compiling is left to the run unless it was asked for: it takes longer than all checks.
@@ -258,26 +284,30 @@ def check_configuration(subject: Subject) -> str:
     system = dataclasses.replace(config.system, compile_model=asked)
     subject.runtime = runtime = _try(faults, lambda: build_runtime(system, 1))
     if tokenizer is not None:
-        subject.model_config = _try(
-            faults, lambda: resolve_model(config, tokenizer, origin))
+        subject.model_config = _try(faults, lambda: resolve_model(config, tokenizer, origin))
     if runtime is not None and config.system.mixed_precision and not has_fast_bf16(runtime.device):
         name = str(runtime.dtype).removeprefix("torch.")
         subject.warnings.append(
             f"mixed precision was asked for, and {runtime.device} has no bf16 in hardware: {name} "
-            "is used; leave --mixed-precision out, or use --no-mixed-precision")
+            "is used; leave --mixed-precision out, or use --no-mixed-precision"
+        )
     if faults:
         raise Fault(*faults)
     assert subject.model_config is not None
     assert runtime is not None
-    return (f"{subject.model_config.label}, {count_parameters(subject.model_config):,} parameters, "
-            f"{runtime.device}, {str(runtime.dtype).removeprefix('torch.')}")
+    return (
+        f"{subject.model_config.label}, {count_parameters(subject.model_config):,} parameters, "
+        f"{runtime.device}, {str(runtime.dtype).removeprefix('torch.')}"
+    )
 
 
 def check_folders(subject: Subject) -> str:
     """Both folders take files, and the disk has room for the checkpoints."""
     faults: list[tuple[str, str]] = []
-    for flag, folder in (("--output-dir", subject.output_dir),
-                         ("--data-dir", Path(subject.config.data.data_dir))):
+    for flag, folder in (
+        ("--output-dir", subject.output_dir),
+        ("--data-dir", Path(subject.config.data.data_dir)),
+    ):
         try:
             with _borrow_folder(folder):
                 check_writable(folder)
@@ -292,10 +322,13 @@ def check_folders(subject: Subject) -> str:
     needed = estimate_disk_bytes(subject.model_config, training, control, training.max_steps)
     held = sum(path.stat().st_size for path in subject.output_dir.glob("milestones/*/*"))
     if needed > free + held:
-        faults.append((
-            f"{subject.output_dir}: {format_bytes(needed)} needed for checkpoints, "
-            f"{format_bytes(free)} free",
-            f"another --output-dir, or fewer --max-checkpoints (now {control.max_checkpoints})"))
+        faults.append(
+            (
+                f"{subject.output_dir}: {format_bytes(needed)} needed for checkpoints, "
+                f"{format_bytes(free)} free",
+                f"another --output-dir, or fewer --max-checkpoints (now {control.max_checkpoints})",
+            )
+        )
     if faults:
         raise Fault(*faults)
     return f"writable, {format_bytes(free)} free, {format_bytes(needed)} needed for checkpoints"
@@ -310,12 +343,17 @@ def check_tokenizer(subject: Subject) -> str:
     ids = tokenizer.encode(text)
     again = tokenizer.decode_bytes(ids).decode("utf-8", errors="replace")
     if again != text or max(ids, default=0) >= tokenizer.vocab_size:
-        at = next((i for i, (a, b) in enumerate(zip(text, again, strict=False)) if a != b),
-                  min(len(text), len(again)))
-        raise Fault((
-            f"{where}: the text is another after encoding and decoding, from character {at:,}: "
-            f"{text[at : at + 20]!r} became {again[at : at + 20]!r}",
-            "choose another --tokenizer (gpt2 is built in)"))
+        at = next(
+            (i for i, (a, b) in enumerate(zip(text, again, strict=False)) if a != b),
+            min(len(text), len(again)),
+        )
+        raise Fault(
+            (
+                f"{where}: the text is another after encoding and decoding, from character {at:,}: "
+                f"{text[at : at + 20]!r} became {again[at : at + 20]!r}",
+                "choose another --tokenizer (gpt2 is built in)",
+            )
+        )
     return f"{len(text):,} characters of {where}, {len(ids):,} tokens, and back"
 
 
@@ -345,8 +383,10 @@ def check_shards(subject: Subject) -> str:
         if error.code in (ExitCode.SIGINT, ExitCode.SIGTERM):
             raise
         raise Fault(*_find_data_faults(subject, error)) from None
-    return (f"{len(data.train.shards) + len(data.val.shards)} shards, "
-            f"{data.train.n_tokens:,} tokens to train on, {data.val.n_tokens:,} to validate")
+    return (
+        f"{len(data.train.shards) + len(data.val.shards)} shards, "
+        f"{data.train.n_tokens:,} tokens to train on, {data.val.n_tokens:,} to validate"
+    )
 
 
 def _find_data_faults(subject: Subject, error: PreflightError) -> list[tuple[str, str]]:
@@ -359,10 +399,18 @@ def _find_data_faults(subject: Subject, error: PreflightError) -> list[tuple[str
         metadata = shards.read_metadata(data_dir)
         for part in ("train", "val"):
             for entry in metadata[part]["shards"]:
-                _try(faults, functools.partial(
-                    shards.verify_shard, data_dir / part, subject.tokenizer, entry))
-            _try(faults, functools.partial(
-                shards.check_long_enough, metadata[part], part, subject.context_length))
+                _try(
+                    faults,
+                    functools.partial(
+                        shards.verify_shard, data_dir / part, subject.tokenizer, entry
+                    ),
+                )
+            _try(
+                faults,
+                functools.partial(
+                    shards.check_long_enough, metadata[part], part, subject.context_length
+                ),
+            )
     return list(dict.fromkeys(faults))
 
 
@@ -375,15 +423,27 @@ def check_loader(subject: Subject) -> str:
             batches.append([loader.next_batch() for _ in range(2)])
     for inputs, targets in batches[0]:
         if inputs.shape != shape or targets.shape != shape or inputs.dtype != torch.int64:
-            raise Fault((f"batches are {tuple(inputs.shape)} {inputs.dtype}, expected {shape} "
-                         "int64", "rebuild the data folder with --text-file"))
+            raise Fault(
+                (
+                    f"batches are {tuple(inputs.shape)} {inputs.dtype}, expected {shape} int64",
+                    "rebuild the data folder with --text-file",
+                )
+            )
         if not torch.equal(inputs[:, 1:], targets[:, :-1]):
-            raise Fault(("targets are not the inputs moved by one",
-                         "rebuild the data folder with --text-file"))
+            raise Fault(
+                (
+                    "targets are not the inputs moved by one",
+                    "rebuild the data folder with --text-file",
+                )
+            )
     first, again, resumed = ([torch.stack(pair) for pair in pairs] for pairs in batches)
     if not all(map(torch.equal, first, again)) or not torch.equal(first[1], resumed[0]):
-        raise Fault(("the same cursor gave other batches: a resumed run would repeat or skip text",
-                     "rebuild the data folder with --text-file, on a disk that keeps its files"))
+        raise Fault(
+            (
+                "the same cursor gave other batches: a resumed run would repeat or skip text",
+                "rebuild the data folder with --text-file, on a disk that keeps its files",
+            )
+        )
     return f"batches of {shape[0]} x {shape[1]} tokens, the same each time and from any place"
 
 
@@ -397,8 +457,12 @@ def check_forward(subject: Subject) -> str:
     expected = math.log(subject.model_config.vocab_size)
     tolerance = _LOSS_TOLERANCE + _LOGIT_VARIANCE / 2 * subject.model_config.n_embeddings
     if not abs(loss - expected) <= tolerance:  # also where it is not a number
-        raise Fault((f"the loss is {loss:.3f}, expected {expected:.3f} within {tolerance:.2f}",
-                     "another --device shows whether the hardware computes wrongly"))
+        raise Fault(
+            (
+                f"the loss is {loss:.3f}, expected {expected:.3f} within {tolerance:.2f}",
+                "another --device shows whether the hardware computes wrongly",
+            )
+        )
     return f"loss {loss:.3f}, ln(vocabulary) {expected:.3f}"
 
 
@@ -410,8 +474,9 @@ def check_backward(subject: Subject) -> str:
     wrong = _find_wrong_gradients(model)
     model.zero_grad(set_to_none=True)
     if wrong:
-        raise Fault((f"{len(wrong)} parameters: {wrong[0]}",
-                     "another --device, or --no-mixed-precision"))
+        raise Fault(
+            (f"{len(wrong)} parameters: {wrong[0]}", "another --device, or --no-mixed-precision")
+        )
     return f"finite gradients in {sum(1 for _ in model.parameters())} tensors"
 
 
@@ -446,9 +511,13 @@ def check_update(subject: Subject) -> str:
         after = float(subject.compute_loss())
     trainer.model.train()
     if not after < before:
-        raise Fault((f"the loss went from {before:.4f} to {after:.4f} on the batch of the update",
-                     f"a lower --learning-rate (now {subject.config.peak_learning_rate:.1e}), "
-                     "or --warmup-steps"))
+        raise Fault(
+            (
+                f"the loss went from {before:.4f} to {after:.4f} on the batch of the update",
+                f"a lower --learning-rate (now {subject.config.peak_learning_rate:.1e}), "
+                "or --warmup-steps",
+            )
+        )
     return f"loss {before:.4f} before, {after:.4f} after"
 
 
@@ -457,19 +526,30 @@ def check_checkpoint(subject: Subject) -> str:
     trainer = subject.trainer
     weights = trainer.model.state_dict()
     state = {"trainer": trainer.state_dict()}
-    with (_borrow_folder(subject.output_dir),
-          tempfile.TemporaryDirectory(prefix=TEMPORARY_PREFIX, dir=subject.output_dir) as name):
+    with (
+        _borrow_folder(subject.output_dir),
+        tempfile.TemporaryDirectory(prefix=TEMPORARY_PREFIX, dir=subject.output_dir) as name,
+    ):
         saved = save_checkpoint(
-            Path(name), 1, weights, state,
-            {"model": dataclasses.asdict(trainer.model.config)}, {"val_loss": None})
+            Path(name),
+            1,
+            weights,
+            state,
+            {"model": dataclasses.asdict(trainer.model.config)},
+            {"val_loss": None},
+        )
         verify_checkpoint(saved)
         shapes = {n: tuple(p.shape) for n, p in trainer.model.named_parameters()}
         read, restored = load_weights(saved, shapes), load_training_state(saved)
         size = sum(path.stat().st_size for path in saved.path.iterdir())
     odd = [name for name in weights if not _is_same(weights[name], read.get(name))]
     if odd or not _is_same(state, restored):
-        raise Fault((f"read back differs from what was written: {odd[0] if odd else 'the state'}",
-                     "the disk or the memory is failing: choose another --output-dir"))
+        raise Fault(
+            (
+                f"read back differs from what was written: {odd[0] if odd else 'the state'}",
+                "the disk or the memory is failing: choose another --output-dir",
+            )
+        )
     return f"{format_bytes(size)} written, verified and read back equal"
 
 
@@ -478,8 +558,11 @@ def _is_same(a: Any, b: Any) -> bool:
     if isinstance(a, Tensor):
         return isinstance(b, Tensor) and torch.equal(a.cpu(), b.cpu())
     if isinstance(a, dict):
-        return isinstance(b, dict) and a.keys() == b.keys() and all(
-            _is_same(a[key], b[key]) for key in a)
+        return (
+            isinstance(b, dict)
+            and a.keys() == b.keys()
+            and all(_is_same(a[key], b[key]) for key in a)
+        )
     if isinstance(a, (list, tuple)):
         return type(a) is type(b) and len(a) == len(b) and all(map(_is_same, a, b))
     return bool(a == b)
@@ -490,16 +573,26 @@ def check_evaluation(subject: Subject) -> str:
     val = subject.data.val
     results = [
         subject.trainer.evaluate(
-            iterate_windows(subject.data, "val", batch_size=subject.batch_size,
-                            context_length=subject.context_length,
-                            n_windows=2 * MAX_SEQUENCES, device=subject.trainer.runtime.device),
-            val.n_tokens / val.n_bytes)
+            iterate_windows(
+                subject.data,
+                "val",
+                batch_size=subject.batch_size,
+                context_length=subject.context_length,
+                n_windows=2 * MAX_SEQUENCES,
+                device=subject.trainer.runtime.device,
+            ),
+            val.n_tokens / val.n_bytes,
+        )
         for _ in range(2)
     ]
     losses = [result.loss for result in results if result is not None]
     if len(losses) < 2 or not math.isfinite(losses[0]) or abs(losses[0] - losses[1]) > 1e-3:
-        raise Fault((f"two evaluations of the same windows gave {losses}",
-                     "another --device shows whether the hardware computes wrongly"))
+        raise Fault(
+            (
+                f"two evaluations of the same windows gave {losses}",
+                "another --device shows whether the hardware computes wrongly",
+            )
+        )
     return f"validation loss {losses[0]:.3f}, the same twice"
 
 
@@ -521,8 +614,12 @@ def check_generation(subject: Subject) -> str:
     model.train()
     plain = tokenizer.decode([i for i in ids if i != tokenizer.end_of_text_id])
     if cached != plain:
-        raise Fault((f"greedy text with the cache is {cached[:60]!r}, without it {plain[:60]!r}",
-                     "another --device shows whether the hardware computes wrongly"))
+        raise Fault(
+            (
+                f"greedy text with the cache is {cached[:60]!r}, without it {plain[:60]!r}",
+                "another --device shows whether the hardware computes wrongly",
+            )
+        )
     return f"{len(ids) - 1} greedy tokens, with the cache as without"
 
 
@@ -574,8 +671,9 @@ def _borrow_folder(folder: Path) -> Iterator[None]:
             path.mkdir(exist_ok=True)
         yield
     except OSError as error:
-        raise PreflightError(ExitCode.STORAGE, f"cannot write {folder}: {error.strerror}",
-                             "choose another folder") from error
+        raise PreflightError(
+            ExitCode.STORAGE, f"cannot write {folder}: {error.strerror}", "choose another folder"
+        ) from error
     finally:
         for path in missing:
             with contextlib.suppress(OSError):

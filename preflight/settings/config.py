@@ -74,7 +74,8 @@ class ModelSettings:
     """The model flags as given; ``None`` follows ``model_size`` or the tokenizer."""
 
     model_size: str = _option(
-        "micro", "preset to start from; the flags below override it",
+        "micro",
+        "preset to start from; the flags below override it",
         choices=(*MODEL_PRESETS, "custom"),
     )
     tokenizer: str = _option("gpt2", "gpt2 (built in), or another tiktoken encoding by name")
@@ -85,12 +86,15 @@ class ModelSettings:
         None, "tokens the model sees at once", lower=2, upper=1_048_576
     )
     n_embeddings: int | None = _option(None, "width of the model", lower=1, upper=65_536)
-    n_heads: int | None = _option(None, "attention heads; must divide the width", lower=1,
-                                  upper=1024)
+    n_heads: int | None = _option(
+        None, "attention heads; must divide the width", lower=1, upper=1024
+    )
     n_layers: int | None = _option(None, "transformer blocks", lower=1, upper=1024)
     ffn_hid_dim: int | None = _option(
-        None, "hidden width of the feed-forward part; unset: the preset's, or 4 x width",
-        lower=1, upper=262_144,
+        None,
+        "hidden width of the feed-forward part; unset: the preset's, or 4 x width",
+        lower=1,
+        upper=262_144,
     )
     activation: str = _option(
         "gelu_tanh", "feed-forward activation; gelu_tanh is GPT-2's", choices=ACTIVATIONS
@@ -161,28 +165,35 @@ class TrainingSettings:
     learning_rate: float | None = _option(
         None, "peak learning rate; unset: the preset's", above=0, upper=1e30
     )
-    weight_decay: float = _option(0.1, "decay of the weight matrices (not of biases, norms, "
-                                       "embeddings)", lower=0, upper=1e3)
+    weight_decay: float = _option(
+        0.1, "decay of the weight matrices (not of biases, norms, embeddings)", lower=0, upper=1e3
+    )
     beta1: float = _option(0.9, "Adam's first decay rate; momentum for sgd", lower=0, below=1)
     beta2: float = _option(0.95, "Adam's second decay rate", lower=0, below=1)
     eps: float = _option(1e-8, "Adam's epsilon", above=0, upper=1)
-    max_grad_norm: float = _option(1.0, "clip the gradient's norm to this; 0: no clipping",
-                                   lower=0, upper=1e30)
+    max_grad_norm: float = _option(
+        1.0, "clip the gradient's norm to this; 0: no clipping", lower=0, upper=1e30
+    )
     warmup_steps: int | None = _option(
-        None, "steps of rising learning rate; unset: 5 %% of the run, at most 2,000", lower=0,
+        None,
+        "steps of rising learning rate; unset: 5 %% of the run, at most 2,000",
+        lower=0,
         upper=_MAX_COUNT,
     )
     max_steps: int | None = _option(
-        None, "stop after this many updates; with --num-epochs too: the earlier of both",
-        lower=1, upper=_MAX_COUNT,
+        None,
+        "stop after this many updates; with --num-epochs too: the earlier of both",
+        lower=1,
+        upper=_MAX_COUNT,
     )
     num_epochs: float | None = _option(
         None, "passes over the training data; unset, and no --max-steps: 3", above=0, upper=1e6
     )
     optimizer: str = _option("adamw", "update rule", choices=OPTIMIZERS)
     scheduler: str = _option("cosine", "learning rate after warm-up", choices=SCHEDULERS)
-    seed: int = _option(42, "seed of initialisation, data order, dropout and sampling", lower=0,
-                        upper=2**63 - 1)
+    seed: int = _option(
+        42, "seed of initialisation, data order, dropout and sampling", lower=0, upper=2**63 - 1
+    )
 
 
 @dataclass(frozen=True)
@@ -190,7 +201,8 @@ class DataSettings:
     """Where the text is and where its shards go."""
 
     text_file: tuple[str, ...] = _option(
-        (), "text to learn from: files, folders (each file a document), globs, - for stdin",
+        (),
+        "text to learn from: files, folders (each file a document), globs, - for stdin",
         metavar="PATH",
     )
     data_dir: str = _option("data", "folder of the tokenised shards", metavar="DIR")
@@ -208,8 +220,9 @@ class DataSettings:
 class ControlSettings:
     """What is written, when, and what a run continues from."""
 
-    output_dir: str = _option("training_output", "folder of checkpoints, metrics and plots",
-                              metavar="DIR")
+    output_dir: str = _option(
+        "training_output", "folder of checkpoints, metrics and plots", metavar="DIR"
+    )
     checkpoint_every: int | None = _option(
         None, "steps between checkpoints; unset: a tenth of the run", lower=1, upper=_MAX_COUNT
     )
@@ -217,15 +230,20 @@ class ControlSettings:
         10.0, "minutes after which a checkpoint is written in any case", above=0, upper=1e6
     )
     eval_every: int | None = _option(
-        None, "steps between evaluations; unset: with every checkpoint", lower=1,
+        None,
+        "steps between evaluations; unset: with every checkpoint",
+        lower=1,
         upper=_MAX_COUNT,
     )
     log_every: int | None = _option(
-        None, "steps between log lines where there is no progress bar; unset: 1 %% of the run",
-        lower=1, upper=_MAX_COUNT,
+        None,
+        "steps between log lines where there is no progress bar; unset: 1 %% of the run",
+        lower=1,
+        upper=_MAX_COUNT,
     )
-    max_checkpoints: int = _option(3, "newest checkpoints kept, besides the best", lower=2,
-                                   upper=1_000_000)
+    max_checkpoints: int = _option(
+        3, "newest checkpoints kept, besides the best", lower=2, upper=1_000_000
+    )
     resume_from: str | None = _option(
         None, "checkpoint to continue from (the folder or a file in it)", metavar="PATH"
     )
@@ -241,8 +259,9 @@ class SystemSettings:
 
     device: str = _option("auto", "auto, cpu, cuda, cuda:N or mps")
     mixed_precision: bool | None = _option(
-        None, "bf16 where the hardware has it, else fp16 with a gradient scaler (CUDA); unset: "
-              "where it is faster",
+        None,
+        "bf16 where the hardware has it, else fp16 with a gradient scaler (CUDA); unset: "
+        "where it is faster",
     )
     gradient_checkpointing: bool = _option(
         False, "recompute each block's activations in the backward pass: less memory, slower"
@@ -251,8 +270,11 @@ class SystemSettings:
         None, "torch.compile; unset: on CUDA, for runs long enough to gain from it"
     )
     log_level: str = _option("info", "how much is told on stderr", choices=LOG_LEVELS)
-    config: str | None = _option(None, "JSON file of flags, as in {\"batch_size\": 16}; flags "
-                                       "given on the command line win", metavar="FILE")
+    config: str | None = _option(
+        None,
+        'JSON file of flags, as in {"batch_size": 16}; flags given on the command line win',
+        metavar="FILE",
+    )
 
 
 @dataclass(frozen=True)
@@ -260,17 +282,22 @@ class SamplingConfig:
     """How the next token is chosen. The whole of what `generate_text` needs besides a prompt."""
 
     max_new_tokens: int = _option(200, "tokens to write at most", lower=1, upper=10_000_000)
-    temperature: float = _option(0.8, "below 1 safer, above 1 wilder; 0: always the likeliest",
-                                 lower=0, upper=1e6)
-    top_k: int | None = _option(50, "choose among the k likeliest; 0: among all", lower=0,
-                                upper=_MAX_COUNT)
+    temperature: float = _option(
+        0.8, "below 1 safer, above 1 wilder; 0: always the likeliest", lower=0, upper=1e6
+    )
+    top_k: int | None = _option(
+        50, "choose among the k likeliest; 0: among all", lower=0, upper=_MAX_COUNT
+    )
     top_p: float = _option(1.0, "choose among the likeliest that add up to p", above=0, upper=1)
     repetition_penalty: float = _option(
-        1.0, "divide the score of tokens already there by this (Keskar et al. 2019)", above=0,
+        1.0,
+        "divide the score of tokens already there by this (Keskar et al. 2019)",
+        above=0,
         upper=1e6,
     )
-    stop: tuple[str, ...] = _option((), "texts that end an answer; they are not printed",
-                                    metavar="TEXT")
+    stop: tuple[str, ...] = _option(
+        (), "texts that end an answer; they are not printed", metavar="TEXT"
+    )
     do_sample: bool = _option(True, "draw at random; --no-do-sample: always the likeliest")
     seed: int = 42
 
@@ -280,12 +307,13 @@ class GenerationSettings:
     """Which checkpoint writes, from what, and where to."""
 
     checkpoint_path: str | None = _option(
-        None, "checkpoint to write with (the folder or a file in it); unset: the best in "
-              "--output-dir", metavar="PATH",
+        None,
+        "checkpoint to write with (the folder or a file in it); unset: the best in --output-dir",
+        metavar="PATH",
     )
     prompts: tuple[str, ...] = _option((), "texts to continue", metavar="TEXT")
     prompts_file: str | None = _option(
-        None, "file of prompts, one a line; .jsonl: objects with a \"prompt\"", metavar="FILE"
+        None, 'file of prompts, one a line; .jsonl: objects with a "prompt"', metavar="FILE"
     )
     num_return_sequences: int = _option(1, "answers per prompt", lower=1, upper=100_000)
     generation_batch_size: int = _option(8, "sequences written at once", lower=1, upper=65_536)
@@ -322,14 +350,18 @@ class SearchSettings:
         (), "try these sizes and no others", lower=1, upper=1_048_576
     )
     target_batch_size: int | None = _option(
-        None, "say whether this size fits, and what else would keep its tokens per step", lower=1,
+        None,
+        "say whether this size fits, and what else would keep its tokens per step",
+        lower=1,
         upper=1_048_576,
     )
     gpu_safety_margin: float = _option(
         0.15, "share of the device's (or the CPU's) memory left alone", lower=0, below=1
     )
     tokens_per_step: int | None = _option(
-        None, "print the accumulation that keeps this many tokens per update", lower=1,
+        None,
+        "print the accumulation that keeps this many tokens per update",
+        lower=1,
         upper=_MAX_COUNT,
     )
 
@@ -510,8 +542,9 @@ def _find_cross_faults(config: RunConfig) -> list[str]:
     if control.resume_from and not control.auto_resume:
         faults.append("--resume-from and --no-auto-resume contradict each other: drop one")
     if generation.output_file and Path(generation.output_file).suffix not in OUTPUT_SUFFIXES:
-        faults.append(f"--output-file {generation.output_file}: end it in "
-                      + " or ".join(OUTPUT_SUFFIXES))
+        faults.append(
+            f"--output-file {generation.output_file}: end it in " + " or ".join(OUTPUT_SUFFIXES)
+        )
     if generation.output_file and generation.interactive:
         faults.append("--output-file and --interactive contradict each other: drop one")
     if generation.prompts and generation.prompts_file:

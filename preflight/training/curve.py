@@ -43,9 +43,13 @@ def save_loss_curve(path: Path, rows: list[Row], title: str) -> None:
         lowest = min(range(len(values)), key=values.__getitem__)
         top.annotate(
             f"best {values[lowest]:.3f}\nperplexity {math.exp(min(values[lowest], 50)):,.1f}",
-            (places[lowest], values[lowest]), xytext=(0, 28), textcoords="offset points",
+            (places[lowest], values[lowest]),
+            xytext=(0, 28),
+            textcoords="offset points",
             ha="right" if places[lowest] > max(places) / 2 else "left",
-            color="#c8501e", fontsize=9, arrowprops={"arrowstyle": "-", "lw": 0.7},
+            color="#c8501e",
+            fontsize=9,
+            arrowprops={"arrowstyle": "-", "lw": 0.7},
         )
     top.set_ylabel("loss (nats per token)")
     top.set_title(title, loc="left", fontsize=11)

@@ -77,9 +77,3 @@ def read_metrics(path: Path) -> list[Row]:
         if isinstance(row, dict) and isinstance(row.get("step", 0), int):
             rows.append(row)
     return rows
-
-
-
-
-
-

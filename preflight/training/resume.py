@@ -38,7 +38,8 @@ def find_origin(config: RunConfig, output_dir: Path) -> Checkpoint | None:
     newest = store.find_newest(output_dir)
     if newest is not None and not config.control.auto_resume:
         raise PreflightError(
-            ExitCode.FLAGS, f"{output_dir} holds a run at step {newest.step:,}",
+            ExitCode.FLAGS,
+            f"{output_dir} holds a run at step {newest.step:,}",
             "drop --no-auto-resume to continue it, or choose another --output-dir",
         )
     return newest
@@ -62,8 +63,8 @@ def adopt_settings(config: RunConfig, origin: Checkpoint) -> RunConfig:
         elif asked != before and name in ("seed", "optimizer"):
             raise PreflightError(
                 ExitCode.CHECKPOINT,
-                f"{origin.path}: --{name} was {before}, now {asked}; it cannot change "
-                "within a run", "drop the flag, or start anew in another --output-dir",
+                f"{origin.path}: --{name} was {before}, now {asked}; it cannot change within a run",
+                "drop the flag, or start anew in another --output-dir",
             )
         elif asked != before:
             say(f"changed since the checkpoint: {name} {before} -> {asked}")
@@ -99,7 +100,8 @@ def resolve_model(
     if origin is None:
         if config.model.vocab_size and config.model.vocab_size < tokenizer.vocab_size:
             raise PreflightError(
-                ExitCode.FLAGS, f"--vocab-size {config.model.vocab_size} is smaller than the "
+                ExitCode.FLAGS,
+                f"--vocab-size {config.model.vocab_size} is smaller than the "
                 f"{tokenizer.vocab_size:,} ids of {tokenizer.name}; raise it or drop it",
             )
         return config.model.resolve(tokenizer.vocab_size)
@@ -127,7 +129,8 @@ def check_tokenizer(origin: Checkpoint, tokenizer: Tokenizer) -> None:
     n_rows = origin.model_config.vocab_size
     if n_rows < tokenizer.vocab_size:
         raise PreflightError(
-            ExitCode.CHECKPOINT, f"{origin.path}: {n_rows:,} embeddings are too few for the "
+            ExitCode.CHECKPOINT,
+            f"{origin.path}: {n_rows:,} embeddings are too few for the "
             f"{tokenizer.vocab_size:,} ids of {tokenizer.name}",
         )
 
@@ -154,6 +157,8 @@ def check_model_flags(config: RunConfig, origin: Checkpoint) -> None:
         odd.append(f"tokenizer: checkpoint {tokenizer}, flags {config.model.tokenizer}")
     if odd:
         raise PreflightError(
-            ExitCode.CHECKPOINT, f"{origin.path} is another model than the flags ask for",
-            "; ".join(odd), "drop these flags, or choose another --output-dir",
+            ExitCode.CHECKPOINT,
+            f"{origin.path} is another model than the flags ask for",
+            "; ".join(odd),
+            "drop these flags, or choose another --output-dir",
         )

@@ -35,12 +35,19 @@ from preflight.core.errors import ExitCode, PreflightError
 
 ROOT = Path(__file__).parent.parent
 CONFIG = {
-    "model": {"vocab_size": 11, "context_length": 8, "n_embeddings": 4, "n_heads": 2,
-              "n_layers": 1, "ffn_hid_dim": 8},
+    "model": {
+        "vocab_size": 11,
+        "context_length": 8,
+        "n_embeddings": 4,
+        "n_heads": 2,
+        "n_layers": 1,
+        "ffn_hid_dim": 8,
+    },
     "tokenizer": {"name": "gpt2", "fingerprint": "f" * 64},
 }
-HOSTILE = settings(max_examples=80, deadline=None,
-                   suppress_health_check=[HealthCheck.function_scoped_fixture])
+HOSTILE = settings(
+    max_examples=80, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
 
 
 def make_weights(seed: int) -> dict[str, torch.Tensor]:
@@ -59,13 +66,21 @@ def make_state(seed: int) -> dict[str, Any]:
     optimizer = torch.optim.AdamW([parameter])
     (parameter * seed).sum().backward()
     optimizer.step()
-    return {"optimizer": optimizer.state_dict(), "rng": torch.get_rng_state(), "step": seed,
-            "cursor": {"epoch": 1, "seen": (1, 2.5, None, "x", True)}}
+    return {
+        "optimizer": optimizer.state_dict(),
+        "rng": torch.get_rng_state(),
+        "step": seed,
+        "cursor": {"epoch": 1, "seen": (1, 2.5, None, "x", True)},
+    }
 
 
 def save(output_dir: Path, step: int, val_loss: float | None = None, seed: int = 0) -> Checkpoint:
     return checkpoint_format.save_checkpoint(
-        output_dir, step, make_weights(seed or step), make_state(seed or step), CONFIG,
+        output_dir,
+        step,
+        make_weights(seed or step),
+        make_state(seed or step),
+        CONFIG,
         {"train_loss": 3.0, "val_loss": val_loss},
     )
 
@@ -76,8 +91,7 @@ def same(left: Any, right: Any) -> bool:
     if isinstance(left, dict):
         return left.keys() == right.keys() and all(same(left[k], right[k]) for k in left)
     if isinstance(left, (list, tuple)):
-        return (type(left) is type(right) and len(left) == len(right)
-                and all(map(same, left, right)))
+        return type(left) is type(right) and len(left) == len(right) and all(map(same, left, right))
     return type(left) is type(right) and left == right
 
 
@@ -124,7 +138,9 @@ def test_round_trip_is_equal_bit_for_bit(tmp_path: Path) -> None:
     assert saved.step == 5
     assert saved.val_loss is None
     assert saved.config == CONFIG
-    assert sorted(os.listdir(saved.path)) == sorted([*checkpoint_format.DATA_NAMES, "manifest.json"])
+    assert sorted(os.listdir(saved.path)) == sorted(
+        [*checkpoint_format.DATA_NAMES, "manifest.json"]
+    )
     assert os.listdir(saved.path.parent) == ["checkpoint-5"]
     shapes = {name: tuple(t.shape) for name, t in make_weights(5).items()}
     assert same(checkpoint_format.load_weights(saved, shapes), make_weights(5))
@@ -202,18 +218,26 @@ def test_rotation_keeps_newest_and_best(tmp_path: Path) -> None:
     gone = store.retire_checkpoints(tmp_path, 2)
     assert [path.name for path in gone] == ["checkpoint-1", "checkpoint-3"]
     assert sorted(os.listdir(tmp_path / "milestones")) == [
-        f"checkpoint-{step}" for step in (2, 4, 5, 9)]
+        f"checkpoint-{step}" for step in (2, 4, 5, 9)
+    ]
     kept = save(tmp_path, 3)  # older than what is there, as after --resume-from
     assert store.retire_checkpoints(tmp_path, 1, protect=kept.path) == [
-        tmp_path / "milestones" / "checkpoint-4"]
+        tmp_path / "milestones" / "checkpoint-4"
+    ]
     store.retire_checkpoints(tmp_path, 0)
     assert [c.step for c in store.list_checkpoints(tmp_path)] == [5, 2]
 
 
 def test_only_exact_names_count(tmp_path: Path) -> None:
     five = save(tmp_path, 5).path
-    for name in ("checkpoint-", "checkpoint-5x", "xcheckpoint-6", "checkpoint-+6", ".tmp-9",
-                 "checkpoint-\N{ARABIC-INDIC DIGIT SIX}"):
+    for name in (
+        "checkpoint-",
+        "checkpoint-5x",
+        "xcheckpoint-6",
+        "checkpoint-+6",
+        ".tmp-9",
+        "checkpoint-\N{ARABIC-INDIC DIGIT SIX}",
+    ):
         shutil.copytree(five, five.parent / name)
     for name in ("checkpoint-6", "checkpoint-05"):
         shutil.copytree(five, five.parent / name)
@@ -253,9 +277,14 @@ def test_replaced_checkpoint_comes_back_after_a_kill(tmp_path: Path) -> None:
     assert len(os.listdir(folder)) == 4
 
 
-@pytest.mark.parametrize("bad", [
-    lambda: {"x": object()}, lambda: {"x": [1, {2: lambda: 0}]}, lambda: {"x": {1, 2}},
-])
+@pytest.mark.parametrize(
+    "bad",
+    [
+        lambda: {"x": object()},
+        lambda: {"x": [1, {2: lambda: 0}]},
+        lambda: {"x": {1, 2}},
+    ],
+)
 def test_state_that_cannot_be_read_back_is_not_saved(
     tmp_path: Path, bad: Callable[[], Any]
 ) -> None:
@@ -307,8 +336,11 @@ def test_this_test_can_fail(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     folder = save(tmp_path, 5).path
     raw = (folder / "model.safetensors").read_bytes()
     (folder / "model.safetensors").write_bytes(raw[:-1] + bytes([raw[-1] ^ 1]))
-    monkeypatch.setattr(checkpoint_format, "_open_verified",
-                        lambda c, name, hashed=True: storage.open_regular(c.path / name))
+    monkeypatch.setattr(
+        checkpoint_format,
+        "_open_verified",
+        lambda c, name, hashed=True: storage.open_regular(c.path / name),
+    )
     load_all(folder)
 
 
@@ -387,8 +419,10 @@ def test_other_shapes_are_told_apart_readably(tmp_path: Path) -> None:
         checkpoint_format.load_weights(saved, {})
 
 
-@pytest.mark.parametrize("tensor", [
-    torch.tensor([1.0, float("nan")]), torch.tensor([float("-inf")]), torch.tensor([1, 2])])
+@pytest.mark.parametrize(
+    "tensor",
+    [torch.tensor([1.0, float("nan")]), torch.tensor([float("-inf")]), torch.tensor([1, 2])],
+)
 def test_unusable_tensors_in_the_file_are_named(tmp_path: Path, tensor: torch.Tensor) -> None:
     folder = save(tmp_path, 5).path
     safetensors.torch.save_file({"some.name": tensor}, folder / "model.safetensors")
@@ -400,10 +434,19 @@ def test_unusable_tensors_in_the_file_are_named(tmp_path: Path, tensor: torch.Te
 # --------------------------------------------------------------------------- hostile manifests
 
 RAW_MANIFESTS = {
-    "empty": b"", "garbage": os.urandom(100), "bom": b"\xef\xbb\xbf{}", "null": b"null",
-    "list": b"[]", "string": b'"x"', "utf16": '{"a": 1}'.encode("utf-16"), "nul": b"\0" * 50,
-    "deep": b"[" * 100_000, "deep object": b'{"a":' * 100_000, "digits": b"1" * 100_000,
-    "surrogate": b'{"format": "\\ud800"}', "big": b'{"a": "' + b"x" * (17 * 2**20) + b'"}',
+    "empty": b"",
+    "garbage": os.urandom(100),
+    "bom": b"\xef\xbb\xbf{}",
+    "null": b"null",
+    "list": b"[]",
+    "string": b'"x"',
+    "utf16": '{"a": 1}'.encode("utf-16"),
+    "nul": b"\0" * 50,
+    "deep": b"[" * 100_000,
+    "deep object": b'{"a":' * 100_000,
+    "digits": b"1" * 100_000,
+    "surrogate": b'{"format": "\\ud800"}',
+    "big": b'{"a": "' + b"x" * (17 * 2**20) + b'"}',
 }
 
 
@@ -415,11 +458,19 @@ def test_manifest_that_is_none(tmp_path: Path, kind: str) -> None:
         load_all(folder)
 
 
-@pytest.mark.parametrize(("old", "new"), [
-    (b'"step": 5', b'"step": 5, "step": 5'), (b'"step": 5', b'"step": NaN'),
-    (b'"step": 5', b'"step": 1e999'), (b'"step": 5', b'"step": 5.0'), (b'"step": 5', b'"step": 6'),
-    (b'"train_loss": 3.0', b'"train_loss": 4.0'), (b"\n}", b"\n} "), (b"\n}", b"\n}{}"),
-])
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        (b'"step": 5', b'"step": 5, "step": 5'),
+        (b'"step": 5', b'"step": NaN'),
+        (b'"step": 5', b'"step": 1e999'),
+        (b'"step": 5', b'"step": 5.0'),
+        (b'"step": 5', b'"step": 6'),
+        (b'"train_loss": 3.0', b'"train_loss": 4.0'),
+        (b"\n}", b"\n} "),
+        (b"\n}", b"\n}{}"),
+    ],
+)
 def test_manifest_edited_by_hand(tmp_path: Path, old: bytes, new: bytes) -> None:
     path = save(tmp_path, 5).path / "manifest.json"
     assert old in path.read_bytes()
@@ -431,20 +482,45 @@ def test_manifest_edited_by_hand(tmp_path: Path, old: bytes, new: bytes) -> None
 ENTRY = {"bytes": 1, "sha256": "0" * 64}
 
 
-@pytest.mark.parametrize("changes", [
-    {"step": 2**70}, {"step": -1}, {"step": True}, {"step": "5"}, {"step": None}, {"extra": 1},
-    {"format": "other"}, {"format": None}, {"format_version": 2}, {"format_version": 2**70},
-    {"format_version": 0}, {"losses": []}, {"losses": {"val_loss": "1"}},
-    {"losses": {"val_loss": 2**70}}, {"losses": {"val_loss": True}}, {"versions": 1},
-    {"versions": {"torch": 1}}, {"files": {}}, {"files": []},
-    {"files": dict.fromkeys((*checkpoint_format.DATA_NAMES, "../../x"), ENTRY)},
-    {"files": dict.fromkeys(("/etc/passwd", "checkpoint.pt", "config.json"), ENTRY)},
-    {"files": {name: {"bytes": 2**70, "sha256": "0" * 64} for name in checkpoint_format.DATA_NAMES}},
-    {"files": {name: {"bytes": -1, "sha256": "0" * 64} for name in checkpoint_format.DATA_NAMES}},
-    {"files": {name: {"bytes": 1, "sha256": "x"} for name in checkpoint_format.DATA_NAMES}},
-    {"files": {name: {"bytes": 1} for name in checkpoint_format.DATA_NAMES}},
-    {"files": dict.fromkeys(checkpoint_format.DATA_NAMES, 7)},
-])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"step": 2**70},
+        {"step": -1},
+        {"step": True},
+        {"step": "5"},
+        {"step": None},
+        {"extra": 1},
+        {"format": "other"},
+        {"format": None},
+        {"format_version": 2},
+        {"format_version": 2**70},
+        {"format_version": 0},
+        {"losses": []},
+        {"losses": {"val_loss": "1"}},
+        {"losses": {"val_loss": 2**70}},
+        {"losses": {"val_loss": True}},
+        {"versions": 1},
+        {"versions": {"torch": 1}},
+        {"files": {}},
+        {"files": []},
+        {"files": dict.fromkeys((*checkpoint_format.DATA_NAMES, "../../x"), ENTRY)},
+        {"files": dict.fromkeys(("/etc/passwd", "checkpoint.pt", "config.json"), ENTRY)},
+        {
+            "files": {
+                name: {"bytes": 2**70, "sha256": "0" * 64} for name in checkpoint_format.DATA_NAMES
+            }
+        },
+        {
+            "files": {
+                name: {"bytes": -1, "sha256": "0" * 64} for name in checkpoint_format.DATA_NAMES
+            }
+        },
+        {"files": {name: {"bytes": 1, "sha256": "x"} for name in checkpoint_format.DATA_NAMES}},
+        {"files": {name: {"bytes": 1} for name in checkpoint_format.DATA_NAMES}},
+        {"files": dict.fromkeys(checkpoint_format.DATA_NAMES, 7)},
+    ],
+)
 def test_manifest_with_a_true_checksum_and_false_content(
     tmp_path: Path, changes: dict[str, Any]
 ) -> None:
@@ -463,18 +539,25 @@ def test_newer_format_says_so(tmp_path: Path) -> None:
 
 
 JSON_VALUES = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False)
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.floats(allow_nan=False, allow_infinity=False)
     | st.text(max_size=8),
-    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8), inner,
-                                                                max_size=3),
+    lambda inner: (
+        st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8), inner, max_size=3)
+    ),
     max_leaves=8,
 )
 
 
 @HOSTILE
-@given(key=st.sampled_from(sorted(
-    ["format", "format_version", "step", "losses", "files", "versions", "../x"])),
-    value=JSON_VALUES)
+@given(
+    key=st.sampled_from(
+        sorted(["format", "format_version", "step", "losses", "files", "versions", "../x"])
+    ),
+    value=JSON_VALUES,
+)
 def test_any_value_in_any_key(tmp_path: Path, key: str, value: Any) -> None:
     shutil.rmtree(tmp_path / "milestones", ignore_errors=True)
     folder = save(tmp_path, 5).path
@@ -498,10 +581,18 @@ def test_any_bytes_as_config(tmp_path: Path, raw: bytes) -> None:
         load_all(folder)
 
 
-@pytest.mark.parametrize("model", [None, {}, [], {**CONFIG["model"], "n_layers": 2.5},
-                                   {**CONFIG["model"], "n_layers": -1},
-                                   {**CONFIG["model"], "code": "os.system"},
-                                   {**CONFIG["model"], "activation": "__import__"}])
+@pytest.mark.parametrize(
+    "model",
+    [
+        None,
+        {},
+        [],
+        {**CONFIG["model"], "n_layers": 2.5},
+        {**CONFIG["model"], "n_layers": -1},
+        {**CONFIG["model"], "code": "os.system"},
+        {**CONFIG["model"], "activation": "__import__"},
+    ],
+)
 def test_config_that_makes_no_model(tmp_path: Path, model: Any) -> None:
     folder = save(tmp_path, 5).path
     (folder / "config.json").write_text(json.dumps(CONFIG | {"model": model}))
@@ -523,10 +614,15 @@ def entry_of(shape: list[int], start: int, end: int, dtype: str = "F32") -> dict
 
 
 BOMBS = {
-    "empty": b"", "seven bytes": b"\0" * 7, "header 2^63": pack({}, length=2**63),
-    "header 2^64-1": pack({}, length=2**64 - 1), "header 100 MB": pack({}, length=100_000_000),
-    "header past the end": pack({}, length=3), "not json": pack(b"garbage."),
-    "not utf-8": pack(b"\xff" * 8), "array": pack([1, 2]),
+    "empty": b"",
+    "seven bytes": b"\0" * 7,
+    "header 2^63": pack({}, length=2**63),
+    "header 2^64-1": pack({}, length=2**64 - 1),
+    "header 100 MB": pack({}, length=100_000_000),
+    "header past the end": pack({}, length=3),
+    "not json": pack(b"garbage."),
+    "not utf-8": pack(b"\xff" * 8),
+    "array": pack([1, 2]),
     "shape overflow": pack({"a": entry_of([2**62, 2**62], 0, 4)}, b"\0" * 4),
     "shape of 1 TB": pack({"a": entry_of([2**38], 0, 4)}, b"\0" * 4),
     "offsets past the end": pack({"a": entry_of([4], 0, 16)}, b"\0" * 4),
@@ -537,8 +633,11 @@ BOMBS = {
     "trailing bytes": pack({"a": entry_of([1], 0, 4)}, b"\0" * 9),
     "negative shape": pack({"a": entry_of([-1], 0, 4)}, b"\0" * 4),
     "unknown type": pack({"a": entry_of([1], 0, 4, "OBJECT")}, b"\0" * 4),
-    "twice": pack(b'{"a":{"dtype":"F32","shape":[1],"data_offsets":[0,4]},'
-                  b'"a":{"dtype":"F32","shape":[1],"data_offsets":[4,8]}}', b"\0" * 8),
+    "twice": pack(
+        b'{"a":{"dtype":"F32","shape":[1],"data_offsets":[0,4]},'
+        b'"a":{"dtype":"F32","shape":[1],"data_offsets":[4,8]}}',
+        b"\0" * 8,
+    ),
     "deep": pack(b"[" * 100_000),
     "lfs": b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 12\n",
 }
@@ -618,13 +717,16 @@ def payloads(mark: Path) -> dict[str, bytes]:
         "subprocess": torch_bytes(Payload(subprocess.call, ["touch", str(mark)])),
         "open": torch_bytes(Payload(open, str(mark), "w")),
         "torch.load inside": torch_bytes(
-            Payload(torch.storage._load_from_bytes, torch_bytes(system))),
+            Payload(torch.storage._load_from_bytes, torch_bytes(system))
+        ),
         "old torch format": torch_bytes(system, _use_new_zipfile_serialization=False),
-        "bare pickle 0": pickle.dumps(system, 0), "bare pickle 2": inner,
+        "bare pickle 0": pickle.dumps(system, 0),
+        "bare pickle 2": inner,
         "bare pickle 5": pickle.dumps(system, 5),
         "proto 0 global": b"cos\nsystem\n(S'" + command.encode() + b"'\ntR.",
         "zip proto 0": zip_of(b"cos\nsystem\n(S'touch " + str(mark).encode() + b"'\ntR."),
-        "zip": zip_of(inner), "deflated zip": zip_of(inner, zipfile.ZIP_DEFLATED),
+        "zip": zip_of(inner),
+        "deflated zip": zip_of(inner, zipfile.ZIP_DEFLATED),
         "zip slip": zip_of(inner, **{"../../evil": b"x"}),
         "numpy": torch_bytes({"x": Payload(numpy.load, str(mark))}),
         "inst opcode": b"(S'" + command.encode() + b"'\nios\nsystem\n.",
@@ -632,16 +734,24 @@ def payloads(mark: Path) -> dict[str, bytes]:
     }
 
 
-@pytest.mark.parametrize("where", ["checkpoint.pt", "model.safetensors", "bare", "config.json",
-                                   "manifest.json"])
+@pytest.mark.parametrize(
+    "where", ["checkpoint.pt", "model.safetensors", "bare", "config.json", "manifest.json"]
+)
 @pytest.mark.parametrize("kind", sorted(payloads(Path("x"))))
 def test_pickles_are_never_executed(tmp_path: Path, kind: str, where: str) -> None:
     mark = tmp_path / "executed"
     folder = save(tmp_path, 5).path
     raw = payloads(mark)[kind]
     if where == "bare":
-        for name in ("x.pt", "x.pth", "x.ckpt", "x.safetensors", "x", "checkpoint.pt",
-                     "model.safetensors"):
+        for name in (
+            "x.pt",
+            "x.pth",
+            "x.ckpt",
+            "x.safetensors",
+            "x",
+            "checkpoint.pt",
+            "model.safetensors",
+        ):
             (tmp_path / name).write_bytes(raw)
             with refused(ExitCode.CHECKPOINT, "is not a Preflight checkpoint"):
                 load_all(tmp_path / name)
@@ -709,6 +819,7 @@ def run_killed(action: Callable[[], Any], point: int) -> bool:
                 if point == 2 * count + 1:
                     os.kill(os.getpid(), signal.SIGKILL)
                 return result
+
             return counted
 
         for name in SYSTEM_CALLS:
@@ -738,8 +849,10 @@ def find_unrecoverable_points(
             assert not damaged
             for each in found:
                 checkpoint_format.verify_checkpoint(each)
-                assert any(same(checkpoint_format.load_weights(each), make_weights(seed))
-                           for seed in (each.step, 77))
+                assert any(
+                    same(checkpoint_format.load_weights(each), make_weights(seed))
+                    for seed in (each.step, 77)
+                )
             assert not list(output_dir.rglob(".tmp-*"))
         except (PreflightError, AssertionError):
             bad.append(point)
@@ -772,13 +885,15 @@ def test_kill_at_every_point_of_replacing_the_only_one(tmp_path: Path) -> None:
         save(output_dir, 5)
 
     points, bad = find_unrecoverable_points(
-        tmp_path, prepare, lambda output_dir: save(output_dir, 5, seed=77))
+        tmp_path, prepare, lambda output_dir: save(output_dir, 5, seed=77)
+    )
     assert points > 30
     assert bad == []
 
 
 def test_kill_points_find_a_saver_without_rename(tmp_path: Path) -> None:
     """The check of the checks: written in place, as many tools do, it is caught."""
+
     @contextlib.contextmanager
     def in_place(folder: Path, size_bytes: int = 0) -> Iterator[Path]:
         folder.mkdir()
@@ -804,6 +919,7 @@ def test_every_call_may_fail(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, co
     for point in range(1, 1000):
         count = 0
         with monkeypatch.context() as patch:
+
             def wrap(call: Callable[..., Any], stop: int = point) -> Callable[..., Any]:
                 def counted(*arguments: Any, **options: Any) -> Any:
                     nonlocal count
@@ -812,6 +928,7 @@ def test_every_call_may_fail(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, co
                         number = getattr(errno, code)
                         raise OSError(number, os.strerror(number))
                     return call(*arguments, **options)
+
                 return counted
 
             for name in SYSTEM_CALLS:
@@ -862,7 +979,9 @@ def test_torch_never_hides_the_full_disk(tmp_path: Path, monkeypatch: pytest.Mon
         write = fail
 
     real = checkpoint_format._HashingFile.__init__
-    monkeypatch.setattr(checkpoint_format._HashingFile, "__init__", lambda self, file: real(self, Full()))
+    monkeypatch.setattr(
+        checkpoint_format._HashingFile, "__init__", lambda self, file: real(self, Full())
+    )
     with refused(ExitCode.STORAGE, r"checkpoint-5: No space left on device\n.*bytes missing"):
         save(tmp_path, 5)
     with pytest.raises(Exception, match=r"No space|unexpected pos"):
@@ -934,8 +1053,11 @@ def find_durability_faults(lines: list[str], output_dir: str) -> tuple[int, list
         elif call.startswith("rename"):
             renames += 1
             source, target = paths[-2:]
-            faults += [f"not fsynced before rename: {p}" for p in dirty
-                       if p == source or p.startswith(source + "/")]
+            faults += [
+                f"not fsynced before rename: {p}"
+                for p in dirty
+                if p == source or p.startswith(source + "/")
+            ]
             waiting[os.path.dirname(target)] = line
     return renames, faults + [f"folder not fsynced after: {line}" for line in waiting.values()]
 
@@ -948,8 +1070,24 @@ def test_every_rename_is_durable(tmp_path: Path) -> None:
     calls = "write,pwrite64,ftruncate,fallocate,fsync,fdatasync,rename,renameat,renameat2"
     log = tmp_path / "log"
     subprocess.run(
-        ["strace", "-f", "-y", "--seccomp-bpf", "-s", "8", "-o", log, "-e", f"trace={calls}",
-         sys.executable, "-c", code], check=True, timeout=120)
+        [
+            "strace",
+            "-f",
+            "-y",
+            "--seccomp-bpf",
+            "-s",
+            "8",
+            "-o",
+            log,
+            "-e",
+            f"trace={calls}",
+            sys.executable,
+            "-c",
+            code,
+        ],
+        check=True,
+        timeout=120,
+    )
     lines = log.read_text(errors="replace").splitlines()
     renames, faults = find_durability_faults(lines, str(output_dir))
     assert renames >= 10  # three saves, a replacement, four validations, two retirements

@@ -35,6 +35,7 @@ def names(folder: Path) -> list[str]:
 def raise_always(error: BaseException) -> Callable[..., Any]:
     def raising(*unused: Any, **options: Any) -> Any:
         raise error
+
     return raising
 
 
@@ -69,9 +70,7 @@ def test_failed_file_leaves_the_old_one(
     assert names(tmp_path) == ["a"]
 
 
-def test_full_disk_names_the_bytes_missing(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_full_disk_names_the_bytes_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "posix_fallocate", raise_always(FULL))
     monkeypatch.setattr(storage, "free_bytes", lambda path: 1_000_000)
     for publish in (storage.publish_file, storage.publish_folder):
@@ -257,11 +256,29 @@ def test_only_plain_files_are_opened(tmp_path: Path) -> None:
     assert len(os.listdir("/proc/self/fd")) == before
 
 
-@pytest.mark.parametrize("raw", [
-    b"", b"{", b"[1,]", b"\xff", b"\xef\xbb\xbf{}", b'{"a":1,"a":2}', b'{"b":{"a":1,"a":1}}',
-    b"NaN", b"[Infinity]", b"-Infinity", b"1e999", b"[-1e999]", b"[" * 100_000, b'{"a":' * 100_000,
-    b"1" * 5000, b'"\x01"', b"{} {}", b'"' + b"x" * strict_json.MAX_JSON_BYTES + b'"',
-])
+@pytest.mark.parametrize(
+    "raw",
+    [
+        b"",
+        b"{",
+        b"[1,]",
+        b"\xff",
+        b"\xef\xbb\xbf{}",
+        b'{"a":1,"a":2}',
+        b'{"b":{"a":1,"a":1}}',
+        b"NaN",
+        b"[Infinity]",
+        b"-Infinity",
+        b"1e999",
+        b"[-1e999]",
+        b"[" * 100_000,
+        b'{"a":' * 100_000,
+        b"1" * 5000,
+        b'"\x01"',
+        b"{} {}",
+        b'"' + b"x" * strict_json.MAX_JSON_BYTES + b'"',
+    ],
+)
 def test_bad_json_is_a_value_error(tmp_path: Path, raw: bytes) -> None:
     (tmp_path / "a").write_bytes(raw)
     with pytest.raises(ValueError):
@@ -269,7 +286,7 @@ def test_bad_json_is_a_value_error(tmp_path: Path, raw: bytes) -> None:
 
 
 @settings(max_examples=300, deadline=None)
-@given(raw=st.binary(max_size=60) | st.text("[]{}\":,.0123456789eE+-aNftru\\ \n").map(str.encode))
+@given(raw=st.binary(max_size=60) | st.text('[]{}":,.0123456789eE+-aNftru\\ \n').map(str.encode))
 def test_any_bytes_are_json_or_a_value_error(raw: bytes) -> None:
     try:
         value = strict_json.parse_json(raw)
@@ -279,10 +296,17 @@ def test_any_bytes_are_json_or_a_value_error(raw: bytes) -> None:
 
 
 @settings(max_examples=100, deadline=None)
-@given(value=st.recursive(
-    st.none() | st.booleans() | st.integers(-2**60, 2**60) | st.text()
-    | st.floats(allow_nan=False, allow_infinity=False),
-    lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner), max_leaves=10))
+@given(
+    value=st.recursive(
+        st.none()
+        | st.booleans()
+        | st.integers(-(2**60), 2**60)
+        | st.text()
+        | st.floats(allow_nan=False, allow_infinity=False),
+        lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner),
+        max_leaves=10,
+    )
+)
 def test_json_round_trip(value: Any) -> None:
     assert strict_json.parse_json(json.dumps(value).encode()) == value
 
@@ -306,6 +330,7 @@ def test_hash_and_sizes(tmp_path: Path) -> None:
 
 def test_all_are_verified_and_the_first_fault_is_told() -> None:
     """Later items end sooner: neither the results nor the fault may follow who was quickest."""
+
     def verify(number: int) -> int:
         time.sleep((7 - number) / 100)
         if number in faulty:
@@ -336,8 +361,9 @@ sys.stdin.readline()
 
 def start_holder(folder: Path, shared: bool) -> subprocess.Popen[str]:
     code = HOLDER.format(root=str(ROOT), folder=str(folder), shared=shared)
-    return subprocess.Popen([sys.executable, "-c", code], text=True,
-                            stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    return subprocess.Popen(
+        [sys.executable, "-c", code], text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    )
 
 
 def read_line(process: subprocess.Popen[str]) -> str:
@@ -345,8 +371,10 @@ def read_line(process: subprocess.Popen[str]) -> str:
     return process.stdout.readline().strip()
 
 
-@pytest.mark.parametrize(("first", "second", "both"), [
-    (False, False, False), (False, True, False), (True, False, False), (True, True, True)])
+@pytest.mark.parametrize(
+    ("first", "second", "both"),
+    [(False, False, False), (False, True, False), (True, False, False), (True, True, True)],
+)
 def test_who_may_hold_a_lock_together(
     tmp_path: Path, first: bool, second: bool, both: bool
 ) -> None:

@@ -25,9 +25,38 @@ from preflight.tokenization.tokenizer import Tokenizer, load_tokenizer
 GPT2 = load_tokenizer("gpt2")
 
 # What the texts below are made of, beside words: runs that no pattern cuts, or all cut differently.
-UNITS = ["a", "A", "ab", "Ab", "^", "1", " ", "\n", "\r\n", "\r", "\t ", " \n", "\u6f22", "\u6f22A",
-         "\u3002", "\U0001f600", "'", "'s", "/", "\n/", "\u0301", "\xa0", "\u3000", "x'll", "\x1c",
-         "\u0130", "=-", "\ufeff", "\0", "<|endoftext|>"]
+UNITS = [
+    "a",
+    "A",
+    "ab",
+    "Ab",
+    "^",
+    "1",
+    " ",
+    "\n",
+    "\r\n",
+    "\r",
+    "\t ",
+    " \n",
+    "\u6f22",
+    "\u6f22A",
+    "\u3002",
+    "\U0001f600",
+    "'",
+    "'s",
+    "/",
+    "\n/",
+    "\u0301",
+    "\xa0",
+    "\u3000",
+    "x'll",
+    "\x1c",
+    "\u0130",
+    "=-",
+    "\ufeff",
+    "\0",
+    "<|endoftext|>",
+]
 
 
 @functools.cache
@@ -47,13 +76,20 @@ def build_tokenizer(name: str, dense: bool = False) -> Tokenizer:
     original = openai_public.load_tiktoken_bpe
     openai_public.load_tiktoken_bpe = lambda *args, **kwargs: {}  # type: ignore[assignment]
     try:
-        pattern = openai_public.r50k_pat_str if name == "gpt2" else (
-            getattr(openai_public, name)()["pat_str"])
+        pattern = (
+            openai_public.r50k_pat_str
+            if name == "gpt2"
+            else (getattr(openai_public, name)()["pat_str"])
+        )
     finally:
         openai_public.load_tiktoken_bpe = original
     ranks = build_dense_ranks() if dense else GPT2.encoding._mergeable_ranks
-    encoding = tiktoken.Encoding(f"test_{name}", pat_str=pattern, mergeable_ranks=ranks,
-                                 special_tokens={"<|endoftext|>": 50256})
+    encoding = tiktoken.Encoding(
+        f"test_{name}",
+        pat_str=pattern,
+        mergeable_ranks=ranks,
+        special_tokens={"<|endoftext|>": 50256},
+    )
     return Tokenizer(encoding)
 
 
@@ -65,10 +101,26 @@ RUNS = st.builds(
     st.sampled_from(UNITS),
     st.integers(1, 90),
 )
-WORDS = st.sampled_from(["the ", "we'll", " I'M", "don't ", "\n\n", "  ", "x = 1\n", "12345",
-                         "3.14",
-                         "\u4f60\u597d\u3002", "\u0e2a\u0e27\u0e31\u0e2a\u0e14\u0e35", "caf\xe9 ",
-                         "\u043f\u0440\u0438\u0432\u0435\u0442", "://", "\r\n", "HTTPServer"])
+WORDS = st.sampled_from(
+    [
+        "the ",
+        "we'll",
+        " I'M",
+        "don't ",
+        "\n\n",
+        "  ",
+        "x = 1\n",
+        "12345",
+        "3.14",
+        "\u4f60\u597d\u3002",
+        "\u0e2a\u0e27\u0e31\u0e2a\u0e14\u0e35",
+        "caf\xe9 ",
+        "\u043f\u0440\u0438\u0432\u0435\u0442",
+        "://",
+        "\r\n",
+        "HTTPServer",
+    ]
+)
 TEXTS = st.lists(st.one_of(RUNS, WORDS, st.text(max_size=12)), min_size=1, max_size=12).map("".join)
 
 
@@ -99,16 +151,15 @@ def cut_and_encode(text: str, tokenizer: Tokenizer, block_bytes: int) -> list[in
 @example(text="x" + ".\n/" * 60, block_bytes=64)
 @example(text="." * 64 + "\n" * 9 + "/" * 30 + "a" * 500, block_bytes=64)
 @settings(max_examples=100)
-def test_cutting_never_changes_the_ids(
-    name: str, dense: bool, text: str, block_bytes: int
-) -> None:
+def test_cutting_never_changes_the_ids(name: str, dense: bool, text: str, block_bytes: int) -> None:
     tokenizer = build_tokenizer(name, dense)
     assert cut_and_encode(text, tokenizer, block_bytes) == tokenizer.encode(text)
 
 
 @pytest.mark.parametrize("seam_tokens", [0, 1, 8])
 @given(
-    piece=st.lists(RUNS, min_size=4, max_size=60).map("".join), window=st.integers(64, 300),
+    piece=st.lists(RUNS, min_size=4, max_size=60).map("".join),
+    window=st.integers(64, 300),
     dense=st.booleans(),
 )
 @settings(max_examples=60)
@@ -136,8 +187,9 @@ def test_characters_that_the_two_engines_judge_differently() -> None:
     encoding = GPT2.encoding
     characters = "".join(map(chr, [*range(0x100, 0xD800), *range(0x10000, 0x33480)]))
     single_bytes = {bytes([i]): i for i in range(256)}
-    probe = tiktoken.Encoding("probe", pat_str=r"\p{L}", mergeable_ranks=single_bytes,
-                              special_tokens={})
+    probe = tiktoken.Encoding(
+        "probe", pat_str=r"\p{L}", mergeable_ranks=single_bytes, special_tokens={}
+    )
     known = set(bytes(probe.encode_ordinary(characters)).decode())
     differing = sorted(known ^ set(regex.findall(r"\p{L}", characters)))
     for character in [*differing[:3], *differing[-3:], "\u6f22"]:

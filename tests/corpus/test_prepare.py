@@ -41,8 +41,12 @@ GPT2 = load_tokenizer("gpt2")
 
 
 def build(
-    tmp_path: Path, *texts: str | bytes, tokenizer: Tokenizer = GPT2, block_bytes: int = 64,
-    n_workers: int = 0, **values: Any,
+    tmp_path: Path,
+    *texts: str | bytes,
+    tokenizer: Tokenizer = GPT2,
+    block_bytes: int = 64,
+    n_workers: int = 0,
+    **values: Any,
 ) -> DataFolder:
     """Prepare `texts` as files of their own, with small blocks."""
     tmp_path.mkdir(exist_ok=True)
@@ -77,7 +81,8 @@ def read_documents(data: DataFolder, tokenizer: Tokenizer = GPT2) -> dict[str, l
 def hash_tree(folder: Path) -> dict[str, str]:
     return {
         str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest()
-        for path in sorted(folder.rglob("*")) if path.is_file() and path.name != ".lock"
+        for path in sorted(folder.rglob("*"))
+        if path.is_file() and path.name != ".lock"
     }
 
 
@@ -104,12 +109,19 @@ def test_files_become_documents_in_shards(texts: list[str], block_bytes: int) ->
 
 def test_workers_and_block_sizes_give_the_same_folder(tmp_path: Path) -> None:
     draw = random.Random(1)
-    text = "".join(draw.choice(["word ", "\n", "\u6f22\u5b57\u3002", "a" * 300, "^" * 50, "12 "])
-                   for _ in range(3000))
+    text = "".join(
+        draw.choice(["word ", "\n", "\u6f22\u5b57\u3002", "a" * 300, "^" * 50, "12 "])
+        for _ in range(3000)
+    )
     trees = []
     for number, (block_bytes, n_workers) in enumerate(((64, 0), (1000, 2), (2**20, 0))):
-        data = build(tmp_path / str(number), text, block_bytes=block_bytes, n_workers=n_workers,
-                     shard_size=2000)
+        data = build(
+            tmp_path / str(number),
+            text,
+            block_bytes=block_bytes,
+            n_workers=n_workers,
+            shard_size=2000,
+        )
         trees.append(hash_tree(data.path))
     assert trees[0] == trees[1] == trees[2]
     assert len(trees[0]) > 10
@@ -151,9 +163,15 @@ if __name__ == "__main__":
     print(prepare_data(settings, tokenizer, 32).train.n_tokens)
 """
     (tmp_path / "text.txt").write_text("some words of text, again and again. " * 100_000)
-    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True,
-                          text=True, timeout=60, check=False,
-                          env=os.environ | {"PYTHONPATH": str(ROOT)})
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+    )
     assert done.returncode == 0, done.stderr
     assert int(done.stdout) > 800_000
     assert "a tokenising process was lost" in done.stderr
@@ -167,8 +185,9 @@ def test_separator_splits_documents_across_reads(
 ) -> None:
     monkeypatch.setattr(sources, "_READ_BYTES", 7)
     texts = [f"document {i} <|endoftex" for i in range(40)]
-    data = build(tmp_path, "<|endoftext|>".join([*texts, "", "end"]),
-                 document_separator="<|endoftext|>")
+    data = build(
+        tmp_path, "<|endoftext|>".join([*texts, "", "end"]), document_separator="<|endoftext|>"
+    )
     documents = read_documents(data)
     found = [GPT2.decode(ids) for ids in documents["train"] + documents["val"]]
     assert data.metadata["split"]["by"] == "tail"
@@ -201,9 +220,7 @@ def test_tail_is_cut_behind_a_line(tmp_path: Path) -> None:
     assert 0.08 < len(val) / len(text) < 0.1
 
 
-def test_folder_glob_and_skipped_files(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_folder_glob_and_skipped_files(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = tmp_path / "texts"
     (folder / "inner").mkdir(parents=True)
     (folder / "b.txt").write_text("second " * 30)
@@ -347,7 +364,9 @@ def test_file_with_a_false_size_and_sparse_file(tmp_path: Path) -> None:
         try:
             data = prepare_data(
                 DataSettings(text_file=("/proc/filesystems",), data_dir=str(tmp_path / "d")),
-                GPT2, 4)
+                GPT2,
+                4,
+            )
             assert data.metadata["sources"][0]["size"] > 0
         except PreflightError as error:
             assert error.code == ExitCode.TEXT
@@ -365,8 +384,9 @@ def test_pipe_is_copied_first(tmp_path: Path) -> None:
 
 
 def test_standard_input(preflight: CommandRunner, tmp_path: Path) -> None:
-    result = preflight("--train", "--text-file", "-", "--max-steps", "1", *TINY_FLAGS,
-                       stdin=GOOD * 20)
+    result = preflight(
+        "--train", "--text-file", "-", "--max-steps", "1", *TINY_FLAGS, stdin=GOOD * 20
+    )
     assert result.returncode == 0, result.stderr
     metadata = json.loads((tmp_path / "data" / "metadata.json").read_bytes())
     assert metadata["sources"][0]["size"] == len(GOOD) * 20
@@ -482,8 +502,11 @@ def test_damaged_shards(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> N
         first.write_bytes(second.read_bytes())
 
     damages: list[Callable[[], Any]] = [
-        lambda: first.write_bytes(good[:-2]), lambda: first.write_bytes(good + b"\0\0"),
-        first.unlink, lambda: (data.path / "train" / "shard_00099.npy").write_bytes(good), swap,
+        lambda: first.write_bytes(good[:-2]),
+        lambda: first.write_bytes(good + b"\0\0"),
+        first.unlink,
+        lambda: (data.path / "train" / "shard_00099.npy").write_bytes(good),
+        swap,
         lambda: (first.unlink(), first.symlink_to(second)),
     ]
     for damage in damages:
@@ -558,8 +581,9 @@ def test_killed_at_every_point_then_run_again_gives_the_same_folder(
 ) -> None:
     """SIGKILL before every call that changes the disk, over an older folder; then once more."""
     draw = random.Random(2)
-    text = "".join(draw.choice(["word ", "line\n", "number 12 ", "\u6f22\u5b57"])
-                   for _ in range(1500))
+    text = "".join(
+        draw.choice(["word ", "line\n", "number 12 ", "\u6f22\u5b57"]) for _ in range(1500)
+    )
     values: dict[str, Any] = {"val_split": 0.2, "block_bytes": 700}
     expected = hash_tree(build(tmp_path / "whole", text, **values).path)
     old = build(tmp_path / "old", GOOD)
@@ -575,8 +599,9 @@ def test_killed_at_every_point_then_run_again_gives_the_same_folder(
         assert status == signal.SIGKILL
         if not (target / "data" / ".building" / "metadata.json").exists():
             load_data_folder(target / "data", GPT2)  # the old one or the new, always whole
-        again = DataSettings(text_file=(str(source),), data_dir=str(target / "data"),
-                             shard_size=1024, val_split=0.2)
+        again = DataSettings(
+            text_file=(str(source),), data_dir=str(target / "data"), shard_size=1024, val_split=0.2
+        )
         prepare_data(again, GPT2, 4, block_bytes=333, n_workers=0)
         resumed += "resuming at shard" in capfd.readouterr().err
         assert hash_tree(target / "data") == expected
@@ -619,9 +644,7 @@ def test_unfinished_folder_without_text_is_an_error_and_a_finished_build_is_move
     assert caught.value.code == ExitCode.DATA
 
 
-def test_stop_keeps_finished_shards(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_stop_keeps_finished_shards(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     class StopSoon(StopFlag):
         polls = 0
 
@@ -633,8 +656,11 @@ def test_stop_keeps_finished_shards(
             return self.received is not None
 
     expected = build(tmp_path / "whole", GOOD * 50)
-    settings = DataSettings(text_file=(str(tmp_path / "whole" / "text0.txt"),), shard_size=1024,
-                            data_dir=str(tmp_path / "d"))
+    settings = DataSettings(
+        text_file=(str(tmp_path / "whole" / "text0.txt"),),
+        shard_size=1024,
+        data_dir=str(tmp_path / "d"),
+    )
     with pytest.raises(PreflightError, match="finished shards are kept") as caught:
         prepare_data(settings, GPT2, 4, StopSoon(), block_bytes=1000, n_workers=0)
     assert caught.value.code == ExitCode.SIGTERM

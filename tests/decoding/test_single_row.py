@@ -62,10 +62,15 @@ def test_scores_beyond_the_exponential_do_no_harm() -> None:
     torch.testing.assert_close(logits, model(tokens[None])[0], rtol=1e-3, atol=1e-3)
 
 
-@pytest.mark.parametrize(("rows", "dtype", "cached", "trained"), [
-    (2, torch.float32, torch.float32, False), (1, torch.bfloat16, torch.bfloat16, False),
-    (1, torch.float32, torch.bfloat16, False), (1, torch.float32, torch.float32, True),
-])
+@pytest.mark.parametrize(
+    ("rows", "dtype", "cached", "trained"),
+    [
+        (2, torch.float32, torch.float32, False),
+        (1, torch.bfloat16, torch.bfloat16, False),
+        (1, torch.float32, torch.bfloat16, False),
+        (1, torch.float32, torch.float32, True),
+    ],
+)
 def test_the_model_reads_wherever_numpy_cannot(
     rows: int, dtype: torch.dtype, cached: torch.dtype, trained: bool
 ) -> None:

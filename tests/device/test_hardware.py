@@ -19,12 +19,22 @@ def test_well_known_cards_are_there(name: str) -> None:
     assert match_device(card.name, card.usable_bytes) == card
 
 
-@pytest.mark.parametrize(("spelling", "name"), [
-    ("rtx4090", "RTX 4090"), ("GeForce RTX-4090", "RTX 4090"), ("4090", "RTX 4090"),
-    ("4060ti 16 GB", "RTX 4060 Ti 16GB"), ("Tesla T4", "T4"), ("a100-80gb", "A100 PCIe 80GB"),
-    ("H100 SXM5", "H100 SXM 80GB"), ("6000 ada", "RTX 6000 Ada"), ("h100", "H100 PCIe 80GB"),
-    ("A100", "A100 PCIe 40GB"), ("V100 32gb", "V100 PCIe 32GB"),
-])
+@pytest.mark.parametrize(
+    ("spelling", "name"),
+    [
+        ("rtx4090", "RTX 4090"),
+        ("GeForce RTX-4090", "RTX 4090"),
+        ("4090", "RTX 4090"),
+        ("4060ti 16 GB", "RTX 4060 Ti 16GB"),
+        ("Tesla T4", "T4"),
+        ("a100-80gb", "A100 PCIe 80GB"),
+        ("H100 SXM5", "H100 SXM 80GB"),
+        ("6000 ada", "RTX 6000 Ada"),
+        ("h100", "H100 PCIe 80GB"),
+        ("A100", "A100 PCIe 40GB"),
+        ("V100 32gb", "V100 PCIe 32GB"),
+    ],
+)
 def test_spelling_does_not_matter_and_the_careful_variant_is_taken(
     spelling: str, name: str
 ) -> None:
@@ -42,25 +52,28 @@ def test_an_unknown_card_names_its_neighbours() -> None:
             find_card(nonsense)
 
 
-@pytest.mark.parametrize(("driver_name", "gib", "name"), [
-    ("NVIDIA GeForce RTX 4090", 23.6, "RTX 4090"),
-    ("Tesla V100-SXM2-32GB", 31.7, "V100 SXM2 32GB"),
-    ("NVIDIA A100-SXM4-40GB", 39.4, "A100 SXM 40GB"),
-    ("NVIDIA A100 80GB PCIe", 79.1, "A100 PCIe 80GB"),
-    ("NVIDIA A10G", 22.1, "A10G"),
-    ("NVIDIA L40S", 44.4, "L40S"),
-    ("NVIDIA RTX 6000 Ada Generation", 47.5, "RTX 6000 Ada"),
-    ("NVIDIA H100 80GB HBM3", 79.1, "H100 SXM 80GB"),
-    ("NVIDIA H100 PCIe", 79.1, "H100 PCIe 80GB"),
-    ("NVIDIA H100 NVL", 93.1, "H100 NVL 94GB"),
-    ("NVIDIA H200", 139.8, "H200 SXM 141GB"),
-    ("NVIDIA GH200 480GB", 94.5, "GH200 96GB"),
-    ("NVIDIA GeForce RTX 4060 Ti", 15.6, "RTX 4060 Ti 16GB"),
-    ("NVIDIA GeForce RTX 3080", 11.8, None),  # the one with 12 GB is another card
-    ("NVIDIA GeForce RTX 4090 Laptop GPU", 15.6, None),
-    ("NVIDIA H100 80GB HBM3 MIG 1g.10gb", 9.7, None),
-    ("AMD Instinct MI300X", 191.0, None),
-])
+@pytest.mark.parametrize(
+    ("driver_name", "gib", "name"),
+    [
+        ("NVIDIA GeForce RTX 4090", 23.6, "RTX 4090"),
+        ("Tesla V100-SXM2-32GB", 31.7, "V100 SXM2 32GB"),
+        ("NVIDIA A100-SXM4-40GB", 39.4, "A100 SXM 40GB"),
+        ("NVIDIA A100 80GB PCIe", 79.1, "A100 PCIe 80GB"),
+        ("NVIDIA A10G", 22.1, "A10G"),
+        ("NVIDIA L40S", 44.4, "L40S"),
+        ("NVIDIA RTX 6000 Ada Generation", 47.5, "RTX 6000 Ada"),
+        ("NVIDIA H100 80GB HBM3", 79.1, "H100 SXM 80GB"),
+        ("NVIDIA H100 PCIe", 79.1, "H100 PCIe 80GB"),
+        ("NVIDIA H100 NVL", 93.1, "H100 NVL 94GB"),
+        ("NVIDIA H200", 139.8, "H200 SXM 141GB"),
+        ("NVIDIA GH200 480GB", 94.5, "GH200 96GB"),
+        ("NVIDIA GeForce RTX 4060 Ti", 15.6, "RTX 4060 Ti 16GB"),
+        ("NVIDIA GeForce RTX 3080", 11.8, None),  # the one with 12 GB is another card
+        ("NVIDIA GeForce RTX 4090 Laptop GPU", 15.6, None),
+        ("NVIDIA H100 80GB HBM3 MIG 1g.10gb", 9.7, None),
+        ("AMD Instinct MI300X", 191.0, None),
+    ],
+)
 def test_a_drivers_name_finds_its_card_or_none(
     driver_name: str, gib: float, name: str | None
 ) -> None:

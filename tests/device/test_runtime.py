@@ -29,10 +29,13 @@ def make_group(folder: Path, names: tuple[str, str], limit: str, used: int, idle
 V1, V2 = ("memory.limit_in_bytes", "memory.usage_in_bytes"), ("memory.max", "memory.current")
 
 
-@pytest.mark.parametrize(("line", "own", "above", "names"), [
-    ("0::/box/inner", "box/inner", "box", V2),
-    ("4:memory:/box/inner", "memory/box/inner", "memory/box", V1),
-])
+@pytest.mark.parametrize(
+    ("line", "own", "above", "names"),
+    [
+        ("0::/box/inner", "box/inner", "box", V2),
+        ("4:memory:/box/inner", "memory/box/inner", "memory/box", V1),
+    ],
+)
 def test_a_container_counts(
     tmp_path: Path, line: str, own: str, above: str, names: tuple[str, str]
 ) -> None:
@@ -94,8 +97,13 @@ def test_freed_memory_is_kept_for_the_next_step() -> None:
     """A block of 6,836 pages fits where small ones were freed: nothing is faulted in again."""
     faults = {}
     for how in ("keep", "default"):
-        done = subprocess.run([sys.executable, "-c", _COUNT_FAULTS, how], cwd=ROOT, check=True,
-                              capture_output=True, text=True)
+        done = subprocess.run(
+            [sys.executable, "-c", _COUNT_FAULTS, how],
+            cwd=ROOT,
+            check=True,
+            capture_output=True,
+            text=True,
+        )
         faults[how] = int(done.stdout)
     assert faults["keep"] < 1000
     assert faults["default"] > 5000  # else the test shows nothing
@@ -103,10 +111,14 @@ def test_freed_memory_is_kept_for_the_next_step() -> None:
 
 def test_the_peak_is_this_process_s_own() -> None:
     """A large parent's memory is not ours: Linux's getrusage counts it."""
-    child = f"import sys; sys.path.insert(0, {str(ROOT)!r}); import runtime; " \
-            "held = b'x' * 100_000_000; del held; print(host_memory._peak_resident_bytes())"
-    parent = f"held = b'x' * 1_500_000_000; import subprocess, sys; " \
-             f"subprocess.run([sys.executable, '-c', {child!r}], check=True)"
+    child = (
+        f"import sys; sys.path.insert(0, {str(ROOT)!r}); import runtime; "
+        "held = b'x' * 100_000_000; del held; print(host_memory._peak_resident_bytes())"
+    )
+    parent = (
+        f"held = b'x' * 1_500_000_000; import subprocess, sys; "
+        f"subprocess.run([sys.executable, '-c', {child!r}], check=True)"
+    )
     result = subprocess.run([sys.executable, "-c", parent], check=True, capture_output=True)
     assert 200e6 < int(result.stdout) < 1e9
 

@@ -43,9 +43,14 @@ from trainer import Trainer
 @functools.cache
 def build_byte_tokenizer() -> Tokenizer:
     """One id per byte."""
-    return Tokenizer(tiktoken.Encoding(
-        "gpt2", pat_str=r"[^\s]+|\s+", mergeable_ranks={bytes([i]): i for i in range(256)},
-        special_tokens={"<|endoftext|>": 256}))
+    return Tokenizer(
+        tiktoken.Encoding(
+            "gpt2",
+            pat_str=r"[^\s]+|\s+",
+            mergeable_ranks={bytes([i]): i for i in range(256)},
+            special_tokens={"<|endoftext|>": 256},
+        )
+    )
 
 
 def lighten() -> None:
@@ -66,6 +71,7 @@ def run_main(argv: list[str]) -> int:
 
 def run_preparation(argv: list[str]) -> int:
     """The command line of `--train` up to the prepared data folder."""
+
     def prepare_only(mode: str, config: RunConfig) -> int:
         with StopFlag() as stop:
             build.prepare_data(config.data, build_byte_tokenizer(), 8, stop)
@@ -217,6 +223,7 @@ def make_gradients_infinite() -> None:
 
 def break_publishing() -> None:
     """Writers that put their content under the final name at once, as many tools do."""
+
     @contextlib.contextmanager
     def in_place(path: Path, size_bytes: int = 0) -> Iterator[Any]:
         with open(path, "wb") as file:
@@ -236,6 +243,7 @@ def break_publishing() -> None:
 
 def break_locks() -> None:
     """A lock that is a file with a process id, looked for and then written."""
+
     class PidFile:
         def __init__(self, folder: Path, *, shared: bool = False) -> None:
             path = folder / "pid"
@@ -271,12 +279,18 @@ BREAKS = {
     "reading thread": end_reading_thread,
     "clock": make_clock_jump,
     "gradients": make_gradients_infinite,
-    "device memory": lambda: fail_at_step(3, torch.OutOfMemoryError("CUDA out of memory. Tried to "
-                                                                    "allocate 20.00 MiB.")),
+    "device memory": lambda: fail_at_step(
+        3, torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB.")
+    ),
     "host memory": lambda: fail_at_step(3, MemoryError()),
 }
 DRIVERS = {
-    "main": run_main, "preparation": run_preparation, "stopped": run_stopped,
-    "limited": run_limited, "cramped": run_cramped, "small disk": run_on_small_disk,
-    "read-only disk": run_on_read_only_disk, "lock": run_after_go,
+    "main": run_main,
+    "preparation": run_preparation,
+    "stopped": run_stopped,
+    "limited": run_limited,
+    "cramped": run_cramped,
+    "small disk": run_on_small_disk,
+    "read-only disk": run_on_read_only_disk,
+    "lock": run_after_go,
 }

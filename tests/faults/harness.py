@@ -21,24 +21,71 @@ import torch
 ROOT = Path(__file__).resolve().parents[2]
 # Every call that changes what a folder holds, or makes it durable.
 CALLS = (
-    "write", "writev", "pwrite64", "pwritev", "fsync", "fdatasync", "rename", "renameat",
-    "renameat2", "unlink", "unlinkat", "rmdir", "mkdir", "mkdirat", "truncate", "ftruncate",
-    "fallocate", "link", "linkat", "symlink", "symlinkat", "sendfile", "copy_file_range",
+    "write",
+    "writev",
+    "pwrite64",
+    "pwritev",
+    "fsync",
+    "fdatasync",
+    "rename",
+    "renameat",
+    "renameat2",
+    "unlink",
+    "unlinkat",
+    "rmdir",
+    "mkdir",
+    "mkdirat",
+    "truncate",
+    "ftruncate",
+    "fallocate",
+    "link",
+    "linkat",
+    "symlink",
+    "symlinkat",
+    "sendfile",
+    "copy_file_range",
 )
 OPENING = ("open", "openat", "creat")
 TRAIN_FLAGS = [
-    "--train", "--model-size", "custom", "--n-layers", "2", "--n-heads", "2", "--n-embeddings",
-    "32", "--context-length", "32", "--batch-size", "4", "--device", "cpu",
-    "--no-mixed-precision", "--num-workers", "1", "--text-file", "text.txt",
+    "--train",
+    "--model-size",
+    "custom",
+    "--n-layers",
+    "2",
+    "--n-heads",
+    "2",
+    "--n-embeddings",
+    "32",
+    "--context-length",
+    "32",
+    "--batch-size",
+    "4",
+    "--device",
+    "cpu",
+    "--no-mixed-precision",
+    "--num-workers",
+    "1",
+    "--text-file",
+    "text.txt",
 ]
-PREPARE_FLAGS = ["--train", "--text-file", "text.txt", "--shard-size", "1024", "--val-split",
-                 "0.2", "--num-workers", "1"]
+PREPARE_FLAGS = [
+    "--train",
+    "--text-file",
+    "text.txt",
+    "--shard-size",
+    "1024",
+    "--val-split",
+    "0.2",
+    "--num-workers",
+    "1",
+]
 
 
 def make_text(size: int, seed: int = 0) -> str:
     """About `size` bytes of lines of words."""
-    words = ("the quick brown fox jumps over a lazy dog while seven wizards quietly mix jade "
-             "boxes").split()
+    words = (
+        "the quick brown fox jumps over a lazy dog while seven wizards quietly mix jade boxes"
+    ).split()
     lines, total, number = [], 0, seed
     while total < size:
         line = " ".join(words[(number * 7 + j * (number % 5 + 1)) % len(words)] for j in range(9))
@@ -80,9 +127,13 @@ class ForkServer:
         path = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
         self._scratch, self._count = scratch, 0
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "faults.server"], stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE, text=True, cwd=scratch,
-            env=os.environ | {"PYTHONPATH": path, "MALLOC_ARENA_MAX": "1"})
+            [sys.executable, "-m", "faults.server"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            cwd=scratch,
+            env=os.environ | {"PYTHONPATH": path, "MALLOC_ARENA_MAX": "1"},
+        )
         assert self._process.stdout is not None
         assert json.loads(self._process.stdout.readline()) == {"ready": True}
 
@@ -94,16 +145,33 @@ class ForkServer:
         self._process.stdin.flush()
         return json.loads(self._process.stdout.readline())
 
-    def start(self, driver: str, *arguments: Any, cwd: Path, breaks: Sequence[str] = (),
-              stopped: bool = False, stdout: Path | None = None,
-              stderr: Path | None = None) -> Process:
+    def start(
+        self,
+        driver: str,
+        *arguments: Any,
+        cwd: Path,
+        breaks: Sequence[str] = (),
+        stopped: bool = False,
+        stdout: Path | None = None,
+        stderr: Path | None = None,
+    ) -> Process:
         """Begin a case; with `stopped` it waits for a SIGCONT."""
         self._count += 1
         streams = [self._scratch / f"{self._count}.{name}" for name in ("out", "err")]
         streams = [stdout or streams[0], stderr or streams[1]]
-        pid = self.ask({"start": {
-            "driver": driver, "arguments": arguments, "cwd": str(cwd), "breaks": list(breaks),
-            "stopped": stopped, "stdout": str(streams[0]), "stderr": str(streams[1])}})
+        pid = self.ask(
+            {
+                "start": {
+                    "driver": driver,
+                    "arguments": arguments,
+                    "cwd": str(cwd),
+                    "breaks": list(breaks),
+                    "stopped": stopped,
+                    "stdout": str(streams[0]),
+                    "stderr": str(streams[1]),
+                }
+            }
+        )
         return Process(self, pid, *streams)
 
     def run(self, driver: str, *arguments: Any, cwd: Path, **options: Any) -> tuple[int, str]:
@@ -111,13 +179,26 @@ class ForkServer:
         process = self.start(driver, *arguments, cwd=cwd, **options)
         return process.wait(), process.said()
 
-    def trace(self, driver: str, *arguments: Any, cwd: Path, inject: str = "",
-              **options: Any) -> tuple[int, str, list[str]]:
+    def trace(
+        self, driver: str, *arguments: Any, cwd: Path, inject: str = "", **options: Any
+    ) -> tuple[int, str, list[str]]:
         """A case under strace: exit code, stderr, and the lines of the trace."""
         process = self.start(driver, *arguments, cwd=cwd, stopped=True, **options)
         log = process.stderr.with_suffix(".strace")
-        command = ["strace", "-f", "-y", "-s", "0", "-qq", "-o", str(log), "-e", "signal=none",
-                   "-e", "trace=" + ",".join("?" + name for name in CALLS + OPENING)]
+        command = [
+            "strace",
+            "-f",
+            "-y",
+            "-s",
+            "0",
+            "-qq",
+            "-o",
+            str(log),
+            "-e",
+            "signal=none",
+            "-e",
+            "trace=" + ",".join("?" + name for name in CALLS + OPENING),
+        ]
         command += ["-e", f"inject={inject}"] if inject else []
         wait_until(lambda: read_status(process.pid, "State") in ("T", "Z", ""), 20)
         tracer = subprocess.Popen([*command, "-p", str(process.pid)], stderr=subprocess.PIPE)
@@ -194,8 +275,9 @@ def find_points(lines: list[str], folders: list[Path], opening: bool = False) ->
         call, text = match[2], match[3]
         counts[call] += 1
         touches = any(str(folder) in text for folder in folders)
-        writes = call in CALLS or (opening and ("O_WRONLY" in text or "O_CREAT" in text
-                                                or "O_RDWR" in text))
+        writes = call in CALLS or (
+            opening and ("O_WRONLY" in text or "O_CREAT" in text or "O_RDWR" in text)
+        )
         if touches and writes:
             points.append(Point(call, counts[call], text))
     return points
@@ -208,14 +290,18 @@ def hash_tree(folder: Path) -> dict[str, str]:
     """SHA-256 of every file below `folder` but the lock, by its path."""
     return {
         str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest()
-        for path in sorted(folder.rglob("*")) if path.is_file() and path.name != ".lock"
+        for path in sorted(folder.rglob("*"))
+        if path.is_file() and path.name != ".lock"
     }
 
 
 def find_temporaries(folder: Path) -> list[str]:
     """What a writer should not have left."""
-    return [str(path) for path in folder.rglob("*")
-            if path.name.startswith(".") and path.name != ".lock"]
+    return [
+        str(path)
+        for path in folder.rglob("*")
+        if path.name.startswith(".") and path.name != ".lock"
+    ]
 
 
 def read_rows(output_dir: Path, *, clocks: bool = False) -> list[dict[str, Any]]:
@@ -223,8 +309,9 @@ def read_rows(output_dir: Path, *, clocks: bool = False) -> list[dict[str, Any]]
     lines = (output_dir / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     rows = [json.loads(line) for line in lines]
     timed = () if clocks else ("tokens_per_second", "peak_memory_bytes")
-    return [{k: v for k, v in row.items() if k not in timed}
-            for row in rows if row["event"] != "resume"]
+    return [
+        {k: v for k, v in row.items() if k not in timed} for row in rows if row["event"] != "resume"
+    ]
 
 
 def read_state(output_dir: Path, step: int) -> tuple[str, dict[str, Any]]:
@@ -240,8 +327,7 @@ def is_equal(a: Any, b: Any) -> bool:
     if isinstance(a, torch.Tensor):
         return isinstance(b, torch.Tensor) and a.dtype == b.dtype and torch.equal(a, b)
     if isinstance(a, dict):
-        return isinstance(b, dict) and a.keys() == b.keys() and all(
-            is_equal(a[k], b[k]) for k in a)
+        return isinstance(b, dict) and a.keys() == b.keys() and all(is_equal(a[k], b[k]) for k in a)
     if isinstance(a, (list, tuple)):
         return type(a) is type(b) and len(a) == len(b) and all(map(is_equal, a, b))
     return type(a) is type(b) and a == b

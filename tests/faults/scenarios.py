@@ -49,8 +49,9 @@ class Scenario:
 
     def trace(self, inject: str = "") -> tuple[int, str, list[str]]:
         """The command under strace."""
-        return self.server.trace(self.driver, self.flags, cwd=self.place, inject=inject,
-                                 breaks=self.breaks)
+        return self.server.trace(
+            self.driver, self.flags, cwd=self.place, inject=inject, breaks=self.breaks
+        )
 
     def record(self, opening: bool = False) -> tuple[list[Point], Any]:
         """Every point of an unbroken run, and its outcome."""
@@ -88,9 +89,21 @@ def build_training(server: ForkServer, place: Path) -> Scenario:
     """Three steps, a checkpoint after each, two of them kept; the data folder is there before."""
     out = place / "out"
     (place / "text.txt").write_text(make_text(6000))
-    flags = [*TRAIN_FLAGS, "--data-dir", str(place / "data"), "--output-dir", str(out),
-             "--max-steps", str(LAST_STEP), "--checkpoint-every", "1", "--eval-every",
-             str(LAST_STEP), "--max-checkpoints", "2"]
+    flags = [
+        *TRAIN_FLAGS,
+        "--data-dir",
+        str(place / "data"),
+        "--output-dir",
+        str(out),
+        "--max-steps",
+        str(LAST_STEP),
+        "--checkpoint-every",
+        "1",
+        "--eval-every",
+        str(LAST_STEP),
+        "--max-checkpoints",
+        "2",
+    ]
     assert server.run("main", flags, cwd=place)[0] == 0
     older = hash_tree(place / "data")
 

@@ -34,8 +34,9 @@ def run_case(job: dict[str, Any]) -> NoReturn:
             os.close(descriptor)
         sys.stdin = open(0, encoding="utf-8")  # noqa: SIM115  # ours has been read from already
         for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, signal.default_int_handler if number == signal.SIGINT
-                          else signal.SIG_DFL)
+            signal.signal(
+                number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL
+            )
         drivers.lighten()
         for name in job.get("breaks", ()):
             drivers.BREAKS[name]()

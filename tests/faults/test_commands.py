@@ -89,8 +89,14 @@ def test_as_a_user_meets_them(place: Path, full: bool) -> None:
         seconds = []
         for _ in range(3):  # the machine may be busy: the best of three counts
             began = time.perf_counter()
-            done = subprocess.run([sys.executable, str(ROOT / "main.py"), *argv], cwd=place,
-                                  capture_output=True, text=True, timeout=20, check=False)
+            done = subprocess.run(
+                [sys.executable, str(ROOT / "main.py"), *argv],
+                cwd=place,
+                capture_output=True,
+                text=True,
+                timeout=20,
+                check=False,
+            )
             seconds.append(time.perf_counter() - began)
             assert done.returncode == 2, argv
             assert len(done.stderr.splitlines()) <= 5

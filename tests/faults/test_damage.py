@@ -71,8 +71,28 @@ def zero(raw: bytes, draw: random.Random) -> bytes:
     return raw[:begin] + bytes(end - begin) + raw[end:]
 
 
-ODD_VALUES = (None, True, -1, 0, 2**31, 2**64, 2**70, 1.5, 1e308, "", "x", "../../etc/passwd",
-              "/etc/passwd", "a\0b", "\ud800", [], {}, [[]] * 3, {"a": {}}, "x" * 10_000)
+ODD_VALUES = (
+    None,
+    True,
+    -1,
+    0,
+    2**31,
+    2**64,
+    2**70,
+    1.5,
+    1e308,
+    "",
+    "x",
+    "../../etc/passwd",
+    "/etc/passwd",
+    "a\0b",
+    "\ud800",
+    [],
+    {},
+    [[]] * 3,
+    {"a": {}},
+    "x" * 10_000,
+)
 
 
 def mutate_json(raw: bytes, draw: random.Random) -> bytes:
@@ -183,8 +203,11 @@ def test_a_loader_without_hashes_is_found(
     run_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The check of the check."""
-    monkeypatch.setattr(checkpoint_format, "_open_verified", lambda c, name, hashed=True:
-                        checkpoint_format.storage.open_regular(c.path / name))
+    monkeypatch.setattr(
+        checkpoint_format,
+        "_open_verified",
+        lambda c, name, hashed=True: checkpoint_format.storage.open_regular(c.path / name),
+    )
     folder = run_folder / "out" / "milestones" / "checkpoint-3"
     faults = find_accepted_mutants(folder, 60, random.Random(1))
     assert sum("accepted in silence" in fault for fault in faults) > 3
@@ -257,8 +280,15 @@ def find_silent_flips(folder: Path, full: bool) -> tuple[int, list[str]]:
 def small_data(server: ForkServer, place: Path) -> Path:
     """A whole data folder of a few kilobytes."""
     (place / "text.txt").write_text("a small text to learn from\n" * 60)
-    flags = ["--train", "--text-file", "text.txt", "--shard-size", "1024", "--data-dir",
-             str(place / "data")]
+    flags = [
+        "--train",
+        "--text-file",
+        "text.txt",
+        "--shard-size",
+        "1024",
+        "--data-dir",
+        str(place / "data"),
+    ]
     assert server.run("preparation", flags, cwd=place)[0] == 0
     return place / "data"
 
@@ -273,6 +303,7 @@ def test_a_reader_without_hashes_is_found(
     small_data: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The check of the check: with the hash function deaf, flips pass."""
+
     class Deaf:
         def __init__(self, raw: bytes = b"") -> None:
             self.real = hashlib.sha256(raw)
@@ -312,9 +343,11 @@ def build_payloads(mark: Path) -> dict[str, bytes]:
     with zipfile.ZipFile(zipped, "w") as archive:
         archive.writestr("x.npy", stream.getvalue())
     return checkpoint_tests.payloads(mark) | {
-        "numpy object array": stream.getvalue(), "npz": zipped.getvalue(),
+        "numpy object array": stream.getvalue(),
+        "npz": zipped.getvalue(),
         "nested in a tensor's hooks": checkpoint_tests.torch_bytes(
-            {"model": torch.ones(2), "hook": [{"x": call}]}),
+            {"model": torch.ones(2), "hook": [{"x": call}]}
+        ),
         "pickle 4 frames": pickle.dumps({"state": [call] * 3}, 4),
     }
 
@@ -331,8 +364,13 @@ def test_pickles_are_never_run(server: ForkServer, run_folder: Path, full: bool)
     tried = 0
     for number, (kind, raw) in enumerate(sorted(payloads.items())):
         bare.write_bytes(raw)
-        places = [bare, folder / "model.safetensors", folder / "checkpoint.pt",
-                  folder / "config.json", folder / "manifest.json"]
+        places = [
+            bare,
+            folder / "model.safetensors",
+            folder / "checkpoint.pt",
+            folder / "config.json",
+            folder / "manifest.json",
+        ]
         for place in places if full else [places[0], places[1 + number % 4]]:
             if place != bare:
                 place.write_bytes(raw)
@@ -342,8 +380,18 @@ def test_pickles_are_never_run(server: ForkServer, run_folder: Path, full: bool)
             commands = [["--train", "--resume-from", target, *text, "--max-steps", "9", *common]]
             # Writing text needs no training state, and so does not open checkpoint_format.pt.
             if place.name != "checkpoint.pt":
-                commands.append(["--generate", "--checkpoint-path", target, "--prompts", "x",
-                                 "--max-new-tokens", "1", *common])
+                commands.append(
+                    [
+                        "--generate",
+                        "--checkpoint-path",
+                        target,
+                        "--prompts",
+                        "x",
+                        "--max-new-tokens",
+                        "1",
+                        *common,
+                    ]
+                )
             for command in commands:
                 code, said = server.run("main", command, cwd=run_folder)
                 assert code == 5, (kind, place.name, command, said)

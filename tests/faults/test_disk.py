@@ -35,12 +35,16 @@ def find_faults(scenario: Scenario, points: list[Point], error: str, expected: A
         assert any("INJECTED" in line and point.paths[0] in line for line in lines), where
         in_log = any("metrics.jsonl" in path and ".tmp" not in path for path in point.paths)
         tolerated = code == 0 and (
-            any(name in point.text for name in TOLERATED) or "EEXIST" in point.text)
+            any(name in point.text for name in TOLERATED) or "EEXIST" in point.text
+        )
         if not tolerated:
             words = ["bytes"] if error == "ENOSPC" and "delete" not in said else []
             fault = find_message_faults(said, ERRORS[error], *words)
-            named = any(str(folder) in line for folder in scenario.watched
-                        for line in read_message(said)[:1])
+            named = any(
+                str(folder) in line
+                for folder in scenario.watched
+                for line in read_message(said)[:1]
+            )
             if code != 6 or fault or not named:
                 faults.append(f"{where}exit {code}, path named: {named}, {fault or said[-300:]}")
         elif in_log and "warning:" not in said:
@@ -136,9 +140,23 @@ def test_file_size_limit(server: ForkServer, place: Path, limit: int) -> None:
 def test_prlimit_on_the_real_command(place: Path) -> None:
     (place / "text.txt").write_text("some words to learn from\n" * 2000)
     done = subprocess.run(
-        ["prlimit", "--fsize=2000", sys.executable, str(ROOT / "main.py"), "--train",
-         "--text-file", "text.txt", "--device", "cpu"],
-        cwd=place, capture_output=True, text=True, timeout=120, check=False)
+        [
+            "prlimit",
+            "--fsize=2000",
+            sys.executable,
+            str(ROOT / "main.py"),
+            "--train",
+            "--text-file",
+            "text.txt",
+            "--device",
+            "cpu",
+        ],
+        cwd=place,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
     assert done.returncode == 6, done.stderr
     assert find_message_faults(done.stderr, "data", "File too large") == ""
 
@@ -160,8 +178,17 @@ def test_output_that_takes_nothing(server: ForkServer, place: Path) -> None:
     full_device = Path("/dev/full")
     code, _ = server.run("main", scenario.flags, cwd=place, stdout=full_device)
     assert code == 0
-    flags = ["--generate", "--output-dir", str(place / "out"), "--prompts", "x", "--device", "cpu",
-             "--max-new-tokens", "5"]
+    flags = [
+        "--generate",
+        "--output-dir",
+        str(place / "out"),
+        "--prompts",
+        "x",
+        "--device",
+        "cpu",
+        "--max-new-tokens",
+        "5",
+    ]
     code, said = server.run("main", flags, cwd=place, stdout=full_device)
     assert code == 6, said
     assert find_message_faults(said, "No space left on device") == ""
@@ -174,14 +201,28 @@ def test_nobody_may_write_there(place: Path) -> None:
     """A folder of another user's: root is above permissions, so the command runs as nobody."""
     os.chmod(place, 0o755)
     (place / "text.txt").write_text("some words to learn from\n" * 2000)
-    command = [sys.executable, str(ROOT / "main.py"), "--train", "--text-file", "text.txt",
-               "--device", "cpu"]
+    command = [
+        sys.executable,
+        str(ROOT / "main.py"),
+        "--train",
+        "--text-file",
+        "text.txt",
+        "--device",
+        "cpu",
+    ]
     if os.getuid() == 0:
         command = ["setpriv", "--reuid=65534", "--regid=65534", "--clear-groups", *command]
     else:
         os.chmod(place, 0o555)
-    done = subprocess.run(command, cwd=place, capture_output=True, text=True, timeout=120,
-                          check=False, env=os.environ | {"PYTHONDONTWRITEBYTECODE": "1"})
+    done = subprocess.run(
+        command,
+        cwd=place,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+        env=os.environ | {"PYTHONDONTWRITEBYTECODE": "1"},
+    )
     os.chmod(place, 0o755)
     assert done.returncode == 6, done.stderr
     assert find_message_faults(done.stderr, "training_output", "Permission denied") == ""

@@ -14,8 +14,10 @@ STARTS = 10
 def start_together(server: ForkServer, place: Path, number: int, *breaks: str) -> list[int]:
     """Exit codes of ten runs that reach for one folder at the same time."""
     folder, go, release = (place / f"{name}{number}" for name in ("out", "go", "release"))
-    runs = [server.start("lock", str(folder), str(go), str(release), cwd=place, breaks=breaks)
-            for _ in range(STARTS)]
+    runs = [
+        server.start("lock", str(folder), str(go), str(release), cwd=place, breaks=breaks)
+        for _ in range(STARTS)
+    ]
     go.touch()
     codes: dict[int, int] = {}
     deadline = time.monotonic() + (2 if breaks else 30)

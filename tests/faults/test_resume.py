@@ -14,9 +14,21 @@ STEPS = 50
 def run_whole(server: ForkServer, place: Path) -> tuple[list[str], Any]:
     """50 steps over an epoch end, with dropout and accumulation; the flags and the outcome."""
     (place / "text.txt").write_text(make_text(8000))
-    flags = [*TRAIN_FLAGS, "--data-dir", str(place / "data"), "--max-steps", str(STEPS),
-             "--gradient-accumulation-steps", "2", "--dropout", "0.1", "--eval-every", "25",
-             "--checkpoint-every", "20"]
+    flags = [
+        *TRAIN_FLAGS,
+        "--data-dir",
+        str(place / "data"),
+        "--max-steps",
+        str(STEPS),
+        "--gradient-accumulation-steps",
+        "2",
+        "--dropout",
+        "0.1",
+        "--eval-every",
+        "25",
+        "--checkpoint-every",
+        "20",
+    ]
     code, said = server.run("main", [*flags, "--output-dir", str(place / "whole")], cwd=place)
     assert code == 0, said
     expected = (*read_state(place / "whole", STEPS), read_rows(place / "whole"))

@@ -28,17 +28,32 @@ from .harness import (
 def build_flags(place: Path, steps: int = 12) -> list[str]:
     """A run with a checkpoint after each second step."""
     (place / "text.txt").write_text(make_text(6000))
-    return [*TRAIN_FLAGS, "--data-dir", str(place / "data"), "--output-dir", str(place / "out"),
-            "--max-steps", str(steps), "--checkpoint-every", "2", "--eval-every", str(steps),
-            "--log-every", "1"]
+    return [
+        *TRAIN_FLAGS,
+        "--data-dir",
+        str(place / "data"),
+        "--output-dir",
+        str(place / "out"),
+        "--max-steps",
+        str(steps),
+        "--checkpoint-every",
+        "2",
+        "--eval-every",
+        str(steps),
+        "--log-every",
+        "1",
+    ]
 
 
-@pytest.mark.parametrize(("fault", "code", "words"), [
-    ("reading thread", 10, "the thread that reads the data"),
-    ("gradients", 9, "last good checkpoint"),
-    ("device memory", 8, "out of memory"),
-    ("host memory", 8, "out of memory"),
-])
+@pytest.mark.parametrize(
+    ("fault", "code", "words"),
+    [
+        ("reading thread", 10, "the thread that reads the data"),
+        ("gradients", 9, "last good checkpoint"),
+        ("device memory", 8, "out of memory"),
+        ("host memory", 8, "out of memory"),
+    ],
+)
 def test_fault_ends_the_run_and_the_next_goes_on(
     server: ForkServer, place: Path, fault: str, code: int, words: str
 ) -> None:

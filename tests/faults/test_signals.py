@@ -41,8 +41,15 @@ PHASES = {
 def flags(place: Path, server: ForkServer) -> list[str]:
     """Endless training on data that is there already."""
     (place / "text.txt").write_text(make_text(20_000))
-    return [*TRAIN_FLAGS, "--max-steps", "1000000", "--log-every", "1",
-            "--output-dir", str(place / "out")]
+    return [
+        *TRAIN_FLAGS,
+        "--max-steps",
+        "1000000",
+        "--log-every",
+        "1",
+        "--output-dir",
+        str(place / "out"),
+    ]
 
 
 def begin(server: ForkServer, place: Path, flags: list[str], step: int = 1) -> Process:

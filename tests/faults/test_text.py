@@ -19,9 +19,26 @@ from preflight.tokenization.tokenizer import load_tokenizer
 from .harness import ForkServer, find_message_faults
 
 GPT2 = load_tokenizer("gpt2")
-UNITS = [*test_blocks.UNITS, "we'll", "\u0e2a\u0e27\u0e31\u0e2a\u0e14\u0e35", "e\u0301",
-         "\U0001f468\u200d\U0001f469", "\u202e", "\u200b", "\x07", "\x1b[31m", "\x85", "\u2028",
-         "<|endofprompt|>", "<|fim_prefix|>", "\U0010ffff", "\ufffd", "{\"a\": 1}", "://", "0x1F"]
+UNITS = [
+    *test_blocks.UNITS,
+    "we'll",
+    "\u0e2a\u0e27\u0e31\u0e2a\u0e14\u0e35",
+    "e\u0301",
+    "\U0001f468\u200d\U0001f469",
+    "\u202e",
+    "\u200b",
+    "\x07",
+    "\x1b[31m",
+    "\x85",
+    "\u2028",
+    "<|endofprompt|>",
+    "<|fim_prefix|>",
+    "\U0010ffff",
+    "\ufffd",
+    '{"a": 1}',
+    "://",
+    "0x1F",
+]
 
 
 def decode_shards(data_dir: Path, settings: DataSettings) -> bytes:
@@ -36,9 +53,11 @@ def generate_hostile(draw: random.Random) -> str:
     parts = []
     for _ in range(draw.randrange(1, 30)):
         repeats = draw.choice((1, 1, 1, 2, 5, 60, 700))
-        parts.append(draw.choice(UNITS) * repeats if draw.random() < 0.8
-                     else chr(draw.choice((draw.randrange(0x80, 0xd800),
-                                           draw.randrange(0x10000, 0x110000)))))
+        parts.append(
+            draw.choice(UNITS) * repeats
+            if draw.random() < 0.8
+            else chr(draw.choice((draw.randrange(0x80, 0xD800), draw.randrange(0x10000, 0x110000))))
+        )
     return "words before " + "".join(parts).replace("\0", "\x01") + " and words after"
 
 
@@ -49,8 +68,12 @@ def test_generated_texts(place: Path) -> None:
         text = generate_hostile(draw).encode()
         path = place / f"{number}.txt"
         path.write_bytes(text)
-        settings = DataSettings(text_file=(str(path),), data_dir=str(place / f"d{number}"),
-                                shard_size=1024, val_split=0.3)
+        settings = DataSettings(
+            text_file=(str(path),),
+            data_dir=str(place / f"d{number}"),
+            shard_size=1024,
+            val_split=0.3,
+        )
         assert decode_shards(path, settings) == text, text
     print(f"{count} hostile texts, every one decoded to its bytes")
 
@@ -58,13 +81,19 @@ def test_generated_texts(place: Path) -> None:
 GOOD = "plenty of words to learn from, line after line\n" * 40
 # Group F of the catalogue, as files that can be learned from; the rest is in the next table.
 EXACT: dict[str, bytes] = {
-    "CRLF": GOOD.replace("\n", "\r\n").encode(), "lone CR": GOOD.replace("\n", "\r").encode(),
-    "BOM": b"\xef\xbb\xbf" + GOOD.encode(), "two BOMs": b"\xef\xbb\xbf" * 2 + GOOD.encode(),
-    "few NULs": b"a\0b " * 3 + GOOD.encode(), "no final newline": GOOD.strip().encode(),
+    "CRLF": GOOD.replace("\n", "\r\n").encode(),
+    "lone CR": GOOD.replace("\n", "\r").encode(),
+    "BOM": b"\xef\xbb\xbf" + GOOD.encode(),
+    "two BOMs": b"\xef\xbb\xbf" * 2 + GOOD.encode(),
+    "few NULs": b"a\0b " * 3 + GOOD.encode(),
+    "no final newline": GOOD.strip().encode(),
     "special tokens": b"<|endoftext|>" * 50 + GOOD.encode(),
-    "one long line of a": b"a" * 400_000, "one long line of ^": b"^" * 300_000,
-    "spaces": b"x" + b" " * 1_100_000 + b"y z", "emoji": "\U0001f600".encode() * 60_000,
-    "base64": b"QUJD0123+/" * 40_000, "newlines": b"a" + b"\n" * 100_000 + b"b c d e f g",
+    "one long line of a": b"a" * 400_000,
+    "one long line of ^": b"^" * 300_000,
+    "spaces": b"x" + b" " * 1_100_000 + b"y z",
+    "emoji": "\U0001f600".encode() * 60_000,
+    "base64": b"QUJD0123+/" * 40_000,
+    "newlines": b"a" + b"\n" * 100_000 + b"b c d e f g",
     "noncharacters": "\ufffe\uffff\U0010ffff ".encode() * 200,
     "escapes": b"\x1b[2J\x07\x08" * 300 + GOOD.encode(),
 }
@@ -85,8 +114,9 @@ def test_refused_files_and_nothing_made(place: Path) -> None:
         path = place / "bad.txt"
         path.write_bytes(raw)
         with pytest.raises(PreflightError) as caught:
-            prepare_data(DataSettings(text_file=(str(path),), data_dir=str(place / "data")),
-                         GPT2, 64)
+            prepare_data(
+                DataSettings(text_file=(str(path),), data_dir=str(place / "data")), GPT2, 64
+            )
         assert caught.value.code == ExitCode.TEXT, name
         assert words in str(caught.value), name
         assert len(caught.value.lines) <= 5
@@ -96,7 +126,8 @@ def test_refused_files_and_nothing_made(place: Path) -> None:
 def test_refused_through_the_command_line(server: ForkServer, place: Path) -> None:
     """Exit code and message as the user meets them, before any model is built."""
     makers: dict[str, Callable[[Path], object]] = {
-        "missing": lambda path: None, "directory": lambda path: path.mkdir(),
+        "missing": lambda path: None,
+        "directory": lambda path: path.mkdir(),
         "dangling": lambda path: path.symlink_to("nowhere"),
         "random": lambda path: path.write_bytes(random.Random(6).randbytes(5000)),
         "random with even bytes": lambda path: path.write_bytes(os.urandom(10) * 500),
@@ -106,8 +137,17 @@ def test_refused_through_the_command_line(server: ForkServer, place: Path) -> No
     for name, make in makers.items():
         path = place / name
         make(path)
-        flags = ["--train", "--text-file", str(path), "--data-dir", str(place / "data"),
-                 "--output-dir", str(place / "out"), "--device", "cpu"]
+        flags = [
+            "--train",
+            "--text-file",
+            str(path),
+            "--data-dir",
+            str(place / "data"),
+            "--output-dir",
+            str(place / "out"),
+            "--device",
+            "cpu",
+        ]
         code, said = server.run("main", flags, cwd=place)
         assert code == 3, (name, said)
         assert find_message_faults(said, name) == ""

@@ -30,12 +30,19 @@ def build_folder(tmp_path: Path, n_train: int, n_val: int) -> Any:
 
 
 def find_keys(tmp_path: Path, n_train: int, n_val: int, **flags: Any) -> set[str]:
-    values = {"model_size": "custom", "n_layers": 3, "n_heads": 4, "n_embeddings": 64,
-              "context_length": 64, "batch_size": 64} | flags
+    values = {
+        "model_size": "custom",
+        "n_layers": 3,
+        "n_heads": 4,
+        "n_embeddings": 64,
+        "context_length": 64,
+        "batch_size": 64,
+    } | flags
     config = build(values)
     model = config.model.resolve(1000)
-    plan = build_plan(config.training, config.control, 64, max(1, n_train // 64),
-                      max(1, n_val // 64))
+    plan = build_plan(
+        config.training, config.control, 64, max(1, n_train // 64), max(1, n_val // 64)
+    )
     found = find_plan_warnings(config, model, plan, build_folder(tmp_path, n_train, n_val))
     assert all(advice.text and "--" in advice.fix for advice in found)
     return {advice.key for advice in found}
@@ -44,24 +51,33 @@ def find_keys(tmp_path: Path, n_train: int, n_val: int, **flags: Any) -> set[str
 SOUND = {"n_train": 2_000_000, "n_val": 50_000}
 
 
-@pytest.mark.parametrize(("changes", "key"), [
-    ({"n_train": 100_000}, "tokens_per_parameter"),
-    ({"n_train": 300_000, "num_epochs": 20.0}, "epochs"),
-    ({"n_train": 300_000, "num_epochs": 20.0}, "dropout"),
-    ({"batch_size": 1, "learning_rate": 1e-2}, "tokens_per_step"),
-    ({"max_steps": 1500, "warmup_steps": 1500}, "warmup"),
-    ({"n_val": 2000}, "validation"),
-    ({"eval_every": 10_000}, "evaluation_interval"),
-    ({"checkpoint_every": 10_000}, "checkpoint_interval"),
-])
+@pytest.mark.parametrize(
+    ("changes", "key"),
+    [
+        ({"n_train": 100_000}, "tokens_per_parameter"),
+        ({"n_train": 300_000, "num_epochs": 20.0}, "epochs"),
+        ({"n_train": 300_000, "num_epochs": 20.0}, "dropout"),
+        ({"batch_size": 1, "learning_rate": 1e-2}, "tokens_per_step"),
+        ({"max_steps": 1500, "warmup_steps": 1500}, "warmup"),
+        ({"n_val": 2000}, "validation"),
+        ({"eval_every": 10_000}, "evaluation_interval"),
+        ({"checkpoint_every": 10_000}, "checkpoint_interval"),
+    ],
+)
 def test_every_warning_has_its_cause(tmp_path: Path, changes: dict[str, Any], key: str) -> None:
     assert find_keys(tmp_path, **SOUND) == set()
     assert key in find_keys(tmp_path, **SOUND | changes)
 
 
 def test_the_suggested_batch_and_rate_end_the_warning(tmp_path: Path) -> None:
-    flags = {"model_size": "small", "n_layers": None, "n_heads": None, "n_embeddings": None,
-             "context_length": None, "batch_size": 3}
+    flags = {
+        "model_size": "small",
+        "n_layers": None,
+        "n_heads": None,
+        "n_embeddings": None,
+        "context_length": None,
+        "batch_size": 3,
+    }
     config = build(flags)
     model = config.model.resolve(50257)
     folder = build_folder(tmp_path, 10**9, 10**6)
@@ -81,15 +97,22 @@ def test_the_suggested_batch_and_rate_end_the_warning(tmp_path: Path) -> None:
 def prepare_text(folder: Path, documents: list[str]) -> DataFolder:
     source = folder / "text.txt"
     source.write_text("|||".join(documents), encoding="utf-8")
-    values = {"text_file": [str(source)], "data_dir": str(folder / "data"),
-              "document_separator": "|||", "num_workers": 1}
+    values = {
+        "text_file": [str(source)],
+        "data_dir": str(folder / "data"),
+        "document_separator": "|||",
+        "num_workers": 1,
+    }
     return prepare_data(build(values).data, load_tokenizer("gpt2"), 16)
 
 
 def test_suspicious_content(tmp_path: Path) -> None:
     tokenizer = load_tokenizer("gpt2")
-    documents = [f"Document {i} tells of {i * 7} ships and {i + 3} harbours, and of the "
-                 f"{i}th voyage to the {i * 13} islands." for i in range(400)]
+    documents = [
+        f"Document {i} tells of {i * 7} ships and {i + 3} harbours, and of the "
+        f"{i}th voyage to the {i * 13} islands."
+        for i in range(400)
+    ]
 
     def find(texts: list[str], name: str) -> tuple[learnability.Content, set[str]]:
         (tmp_path / name).mkdir()
@@ -111,8 +134,11 @@ def test_suspicious_content(tmp_path: Path) -> None:
 def test_scanning_goes_on_across_shards_and_stops_at_its_limit(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    documents = [f"The {i}th line is here, and it has some {i * 3} words more to be counted, so "
-                 "that it is longer than sixteen tokens." for i in range(300)]
+    documents = [
+        f"The {i}th line is here, and it has some {i * 3} words more to be counted, so "
+        "that it is longer than sixteen tokens."
+        for i in range(300)
+    ]
     data = prepare_text(tmp_path, documents)
     whole = scan_content(data, load_tokenizer("gpt2"))
     monkeypatch.setattr(learnability, "_CHUNK_TOKENS", 100)

@@ -50,13 +50,17 @@ class Case:
 
     @property
     def options(self) -> dict[str, Any]:
-        return {"dtype": self.dtype, "device_type": "cpu",
-                "gradient_checkpointing": self.gradient_checkpointing}
+        return {
+            "dtype": self.dtype,
+            "device_type": "cpu",
+            "gradient_checkpointing": self.gradient_checkpointing,
+        }
 
 
 def settings(batch: int, accumulation: int = 1, optimizer: str = "adamw") -> TrainingSettings:
-    return TrainingSettings(batch_size=batch, gradient_accumulation_steps=accumulation,
-                            optimizer=optimizer)
+    return TrainingSettings(
+        batch_size=batch, gradient_accumulation_steps=accumulation, optimizer=optimizer
+    )
 
 
 SMALL = ModelConfig(1000, 64, 64, 4, 3, 256)
@@ -86,8 +90,14 @@ CASES = [
 def build_trainer(case: Case, compile_model: bool = False) -> Trainer:
     plan = build_plan(case.training, ControlSettings(), case.model.context_length, 100, 10)
     runtime = Runtime(torch.device("cpu"), case.dtype, compile_model, ())
-    return Trainer(case.model, case.training, runtime, plan, 1e-3,
-                   gradient_checkpointing=case.gradient_checkpointing)
+    return Trainer(
+        case.model,
+        case.training,
+        runtime,
+        plan,
+        1e-3,
+        gradient_checkpointing=case.gradient_checkpointing,
+    )
 
 
 def build_batches(case: Case, n_batches: int) -> Iterator[tuple[Tensor, Tensor]]:
@@ -117,7 +127,8 @@ def measure_steps(case: Case, compile_model: bool = False) -> tuple[int, Trainer
     n_batches = case.training.gradient_accumulation_steps
     for step in range(2):
         peak, rest = measure_allocations(
-            lambda step=step: trainer.train_step(step, build_batches(case, n_batches)) and None)
+            lambda step=step: trainer.train_step(step, build_batches(case, n_batches)) and None
+        )
         highest = max(highest, held + peak)
         held += rest
     return highest, trainer, held
@@ -171,9 +182,14 @@ def test_a_forgotten_optimizer_state_is_noticed(monkeypatch: pytest.MonkeyPatch)
     assert estimate.peak_bytes < 0.95 * measured
 
 
-@pytest.mark.parametrize(("device_type", "dtype", "checkpointing", "batch", "dropout"), [
-    ("cpu", FP32, True, 1, 0.0), ("cpu", BF16, False, 20, 0.1), ("cuda", BF16, True, 5, 0.1),
-])
+@pytest.mark.parametrize(
+    ("device_type", "dtype", "checkpointing", "batch", "dropout"),
+    [
+        ("cpu", FP32, True, 1, 0.0),
+        ("cpu", BF16, False, 20, 0.1),
+        ("cuda", BF16, True, 5, 0.1),
+    ],
+)
 def test_depth_is_extended_exactly(
     device_type: str, dtype: torch.dtype, checkpointing: bool, batch: int, dropout: float
 ) -> None:
@@ -223,7 +239,8 @@ def test_generation_and_resume() -> None:
     def resume() -> Trainer:
         loaded = {name: tensor.clone() for name, tensor in weights.items()}
         copies = torch.utils._pytree.tree_map(
-            lambda x: x.clone() if isinstance(x, Tensor) else x, state)
+            lambda x: x.clone() if isinstance(x, Tensor) else x, state
+        )
         again = build_trainer(case)
         again.load_state_dict(loaded, copies)
         return again
@@ -237,9 +254,14 @@ def test_checkpoint_size(tmp_path: Path, optimizer: str) -> None:
     case = Case("disk", WIDE, settings(1, 1, optimizer))
     trainer = build_trainer(case)
     trainer.train_step(0, build_batches(case, 1))
-    saved = save_checkpoint(tmp_path, 1, trainer.model.state_dict(),
-                            {"trainer": trainer.state_dict()},
-                            {"model": dataclasses.asdict(WIDE)}, {"val_loss": None})
+    saved = save_checkpoint(
+        tmp_path,
+        1,
+        trainer.model.state_dict(),
+        {"trainer": trainer.state_dict()},
+        {"model": dataclasses.asdict(WIDE)},
+        {"val_loss": None},
+    )
     size = sum(path.stat().st_size for path in saved.path.iterdir())
     assert estimate_checkpoint_bytes(WIDE, case.training) == pytest.approx(size, rel=0.01)
 
@@ -260,8 +282,9 @@ def test_cuda_keeps_what_its_kernels_keep() -> None:
     model = replace(SMALL, n_layers=2)
 
     def kept(device_type: str, dropout: float) -> int:
-        estimate = estimate_memory(replace(model, dropout=dropout), settings(4), dtype=BF16,
-                                   device_type=device_type)
+        estimate = estimate_memory(
+            replace(model, dropout=dropout), settings(4), dtype=BF16, device_type=device_type
+        )
         return estimate.items["activations kept"]
 
     tokens, layers, width = 4 * 64, model.n_layers, model.n_embeddings
@@ -275,8 +298,17 @@ def test_verdict_and_savings() -> None:
     assert judge_fit(90, 100, 0.15) == "tight"
     assert judge_fit(101, 100, 0.15) == "does not fit"
     saved = estimate_savings(WIDE, settings(8), dtype=FP32, device_type="cpu")
-    assert set(saved) == {"--gradient-checkpointing", "--mixed-precision",
-                          "--batch-size 4 --gradient-accumulation-steps 2"}
+    assert set(saved) == {
+        "--gradient-checkpointing",
+        "--mixed-precision",
+        "--batch-size 4 --gradient-accumulation-steps 2",
+    }
     assert min(saved.values()) > 0
-    assert list(estimate_savings(WIDE, settings(1), dtype=BF16, device_type="cpu",
-                                 gradient_checkpointing=True)) == []
+    assert (
+        list(
+            estimate_savings(
+                WIDE, settings(1), dtype=BF16, device_type="cpu", gradient_checkpointing=True
+            )
+        )
+        == []
+    )

@@ -32,16 +32,16 @@ MODEL = ModelConfig(1000, 64, 64, 4, 3, 256)
 
 def test_a_run_adds_up() -> None:
     cost = RunCost(2.0, 0.1, 1.0, 5.0, 30.0, "test")
-    config = build({"max_steps": 100, "checkpoint_every": 30, "eval_every": 25,
-                    "checkpoint_minutes": 1.0})
+    config = build(
+        {"max_steps": 100, "checkpoint_every": 30, "eval_every": 25, "checkpoint_minutes": 1.0}
+    )
     plan = build_plan(config.training, config.control, 256, 10_000, 50)
     found = estimate_run_time(cost, plan, config.control)
     assert (found.n_checkpoints, found.n_evaluations) == (4, 4)
     assert found.training_seconds == 200
     assert found.checkpoint_seconds == 20
     assert found.evaluation_seconds == pytest.approx(4 * (plan.eval_windows * 0.1 + 1), abs=4)
-    assert found.total_seconds == pytest.approx(sum(
-        (30, 200, found.evaluation_seconds, 20)))
+    assert found.total_seconds == pytest.approx(sum((30, 200, found.evaluation_seconds, 20)))
     rest = estimate_run_time(cost, plan, config.control, done_steps=60)
     assert (rest.training_seconds, rest.n_evaluations, rest.n_checkpoints) == (80, 2, 2)
     # Every minute is every 30 steps; every six seconds is every third.

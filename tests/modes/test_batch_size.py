@@ -100,8 +100,12 @@ def test_true_maximum_in_six_trials_when_the_prediction_is_near(
 
 
 @given(
-    base=bases, slope=slopes, limit=limits, factor=st.sampled_from([0.5, 0.7, 0.9, 1.3, 2.0]),
-    offset=st.floats(-0.3, 0.3), physical=st.sampled_from([1.0, 1.18, math.inf]),
+    base=bases,
+    slope=slopes,
+    limit=limits,
+    factor=st.sampled_from([0.5, 0.7, 0.9, 1.3, 2.0]),
+    offset=st.floats(-0.3, 0.3),
+    physical=st.sampled_from([1.0, 1.18, math.inf]),
 )
 def test_true_maximum_when_the_prediction_is_wrong(
     base: float, slope: float, limit: float, factor: float, offset: float, physical: float
@@ -148,8 +152,12 @@ def test_true_maximum_of_stepwise_memory(
     assert len(result.trials) <= 24
 
 
-@given(slope=st.floats(1e6, 1e9), limit=st.floats(4e9, 100e9), noise=st.floats(0, 0.02),
-       seed=st.integers(0, 99))
+@given(
+    slope=st.floats(1e6, 1e9),
+    limit=st.floats(4e9, 100e9),
+    noise=st.floats(0, 0.02),
+    seed=st.integers(0, 99),
+)
 def test_a_border_is_shown_when_memory_is_noisy(
     slope: float, limit: float, noise: float, seed: int
 ) -> None:
@@ -262,8 +270,13 @@ def test_split_prefers_what_is_near() -> None:
 
 def build_order(tmp_path: Path, **flags: Any) -> Order:
     values = {
-        "model_size": "custom", "n_layers": 2, "n_heads": 2, "n_embeddings": 32,
-        "context_length": 32, "device": "cpu", "mixed_precision": False,
+        "model_size": "custom",
+        "n_layers": 2,
+        "n_heads": 2,
+        "n_embeddings": 32,
+        "context_length": 32,
+        "device": "cpu",
+        "mixed_precision": False,
     } | flags
     config = build_config(values, dict.fromkeys(values, "the command line"))
     return Order(config, config.model.resolve(50257), None, tmp_path / "trial")
@@ -307,8 +320,11 @@ def test_out_of_memory_is_a_result_and_names_the_phase(
 
 def list_children() -> list[int]:
     """Living children, but for the tracker that multiprocessing keeps to its end."""
-    return [p.pid for p in psutil.Process().children(recursive=True)
-            if "resource_tracker" not in " ".join(p.cmdline())]
+    return [
+        p.pid
+        for p in psutil.Process().children(recursive=True)
+        if "resource_tracker" not in " ".join(p.cmdline())
+    ]
 
 
 def test_killed_and_greedy_children_do_not_fit(
@@ -385,8 +401,16 @@ def test_given_sizes_on_the_command_line_then_train(
     preflight: CommandRunner, tmp_path: Path, tiny_text: Path, device: str
 ) -> None:
     flags = [*TINY_FLAGS, "--device", device]
-    result = preflight("--get-optimal-bs", *flags, "--test-batch-sizes", "4", "2", "--json",
-                       "--tokens-per-step", "256")
+    result = preflight(
+        "--get-optimal-bs",
+        *flags,
+        "--test-batch-sizes",
+        "4",
+        "2",
+        "--json",
+        "--tokens-per-step",
+        "256",
+    )
     assert result.returncode == 0, result.stderr
     report = json.loads(result.stdout)
     assert report == json.loads((tmp_path / "training_output/batch_size_report.json").read_text())
@@ -395,9 +419,18 @@ def test_given_sizes_on_the_command_line_then_train(
     assert report["largest"] == 4
     assert report["chosen"] * report["accumulation"] * 32 == 256
     assert sorted(p.name for p in (tmp_path / "training_output").iterdir()) == [
-        ".lock", "batch_size_report.json"]
-    trained = preflight("--train", *flags, *report["flags"].split(), "--max-steps", "2",
-                        "--text-file", str(tiny_text))
+        ".lock",
+        "batch_size_report.json",
+    ]
+    trained = preflight(
+        "--train",
+        *flags,
+        *report["flags"].split(),
+        "--max-steps",
+        "2",
+        "--text-file",
+        str(tiny_text),
+    )
     assert trained.returncode == 0, trained.stderr
     assert "2 steps of 256 tokens" in trained.stderr
 
@@ -410,21 +443,37 @@ def test_the_named_size_survives_the_run(
     assert result.returncode == 0, result.stderr
     report = json.loads(result.stdout)
     needed = next(t["needed_bytes"] for t in report["trials"] if t["batch_size"] == 64)
-    flags = ["--train", *TINY_FLAGS, *report["flags"].split(), "--max-steps", "12",
-             "--eval-every", "3", "--checkpoint-every", "6", "--text-file", str(tiny_text)]
-    run = subprocess.Popen([sys.executable, str(ROOT / "main.py"), *flags], cwd=tmp_path,
-                           stderr=subprocess.DEVNULL)
+    flags = [
+        "--train",
+        *TINY_FLAGS,
+        *report["flags"].split(),
+        "--max-steps",
+        "12",
+        "--eval-every",
+        "3",
+        "--checkpoint-every",
+        "6",
+        "--text-file",
+        str(tiny_text),
+    ]
+    run = subprocess.Popen(
+        [sys.executable, str(ROOT / "main.py"), *flags], cwd=tmp_path, stderr=subprocess.DEVNULL
+    )
     deadline = time.monotonic() + 60
-    while time.monotonic() < deadline and not (
-            tmp_path / "training_output/milestones/checkpoint-6").exists():
+    while (
+        time.monotonic() < deadline
+        and not (tmp_path / "training_output/milestones/checkpoint-6").exists()
+    ):
         time.sleep(0.02)
     run.kill()
     run.wait()
     resumed = preflight(*flags)
     assert resumed.returncode == 0, resumed.stderr
     assert "continuing from" in resumed.stderr
-    rows = [json.loads(line) for line in
-            (tmp_path / "training_output/metrics.jsonl").read_text().splitlines()]
+    rows = [
+        json.loads(line)
+        for line in (tmp_path / "training_output/metrics.jsonl").read_text().splitlines()
+    ]
     assert {"step", "eval", "sample", "resume"} <= {row["event"] for row in rows}
     peak = max(row["peak_memory_bytes"] for row in rows if row["event"] == "step")
     assert peak < 1.1 * needed, (peak, needed)
@@ -435,11 +484,16 @@ def run_in_process(
 ) -> int:
     """The whole mode with a simulated device."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(find_batch_size, "run_trial",
-                        lambda order, *_: device.probe(order.config.training.batch_size))
+    monkeypatch.setattr(
+        find_batch_size,
+        "run_trial",
+        lambda order, *_: device.probe(order.config.training.batch_size),
+    )
     monkeypatch.setattr(find_batch_size, "measure_limit", lambda runtime, margin: (limit, limit))
     values = {"model_size": "nano", "device": "cpu", "mixed_precision": False} | flags
-    return find_batch_size.run_search(build_config(values, dict.fromkeys(values, "the command line")))
+    return find_batch_size.run_search(
+        build_config(values, dict.fromkeys(values, "the command line"))
+    )
 
 
 def test_the_table_the_flags_and_the_exit_codes(
@@ -453,8 +507,10 @@ def test_the_table_the_flags_and_the_exit_codes(
     told = capsys.readouterr().out
     assert "largest that fits: 110 (the next size was tried and does not)" in told
     assert "96 x 5 x 128 = 61,440 tokens per step\n" in told
-    assert told.endswith("python main.py --train --model-size nano --device cpu "
-                         "--no-mixed-precision --batch-size 96 --gradient-accumulation-steps 5\n")
+    assert told.endswith(
+        "python main.py --train --model-size nano --device cpu "
+        "--no-mixed-precision --batch-size 96 --gradient-accumulation-steps 5\n"
+    )
     assert run(10**9, tokens_per_step=1000) == ExitCode.DONE
     assert "= 1,024 tokens per step, the nearest to 1,000" in capsys.readouterr().out
     assert run(10**9, target_batch_size=110) == ExitCode.DONE
@@ -467,9 +523,7 @@ def test_the_table_the_flags_and_the_exit_codes(
     assert "a step would take over 20 s; predicted to fit up to 110" in capsys.readouterr().out
 
 
-def test_nothing_fits_says_what_would_help(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+def test_nothing_fits_says_what_would_help(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     with pytest.raises(PreflightError) as caught:
         run_in_process(monkeypatch, tmp_path, Device(affine(450e6, 5e6)), 10**8)
     assert caught.value.code == ExitCode.OUT_OF_MEMORY

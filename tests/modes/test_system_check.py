@@ -35,8 +35,10 @@ def test_sections_in_order_and_the_same_figures_as_json(
 ) -> None:
     assert check.run_check(make_config()) == 0
     text = capsys.readouterr().out
-    places = [text.index(f"\n{name.capitalize()}\n") if i else text.index(name.capitalize())
-              for i, name in enumerate(SECTIONS)]
+    places = [
+        text.index(f"\n{name.capitalize()}\n") if i else text.index(name.capitalize())
+        for i, name in enumerate(SECTIONS)
+    ]
     assert places == sorted(places)
     saved = read_json(Path("training_output/check_report.json"))
     keys = [name.replace(" ", "_") for name in SECTIONS]
@@ -67,15 +69,14 @@ def test_only_the_data_folder_and_the_report_are_written(
     new = {name for name in list_tree(tmp_path) if name not in before}
     assert {name.split("/")[0] for name in new} == {"data", "training_output"}
     assert [n for n in new if n.startswith("training_output")] == [
-        "training_output/check_report.json"]
+        "training_output/check_report.json"
+    ]
     before = list_tree(tmp_path)
     check.run_check(make_config())
     assert set(list_tree(tmp_path)) == set(before)
 
 
-def test_measured_figures_stand_beside_predicted_ones(
-    make_config: MakeConfig, device: str
-) -> None:
+def test_measured_figures_stand_beside_predicted_ones(make_config: MakeConfig, device: str) -> None:
     report = build_report(make_config(measure=True, price_per_hour=2.0, device=device))
     rows = report.sections["performance estimation"]
     assert rows["timed_steps"] >= 5
@@ -111,18 +112,29 @@ def test_a_card_that_is_not_here(make_config: MakeConfig) -> None:
 
 
 def test_a_size_that_does_not_fit(make_config: MakeConfig) -> None:
-    flags = {"n_layers": 2, "n_heads": 4, "n_embeddings": 256, "context_length": 256,
-             "mixed_precision": None, "batch_size": 128, "compile_model": False}
+    flags = {
+        "n_layers": 2,
+        "n_heads": 4,
+        "n_embeddings": 256,
+        "context_length": 256,
+        "mixed_precision": None,
+        "batch_size": 128,
+        "compile_model": False,
+    }
     report = build_report(make_config(gpu_memory=1.2, **flags))
     assert report.sections["memory analysis"]["verdict"] == "does not fit"
     assert "--batch-size" in problems_of(report)
     # What is suggested fits indeed.
     words = report.problems[0].fix.split()
     batch = int(words[words.index("--batch-size") + 1])
-    again = build_report(make_config(
-        gpu_memory=1.2, **flags | {"batch_size": batch},
-        gradient_checkpointing="--gradient-checkpointing" in words,
-        gradient_accumulation_steps=math.ceil(128 / batch)))
+    again = build_report(
+        make_config(
+            gpu_memory=1.2,
+            **flags | {"batch_size": batch},
+            gradient_checkpointing="--gradient-checkpointing" in words,
+            gradient_accumulation_steps=math.ceil(128 / batch),
+        )
+    )
     assert again.problems == []
     assert "not_known" in again.sections["performance estimation"]
     hopeless = build_report(make_config(gpu_memory=0.3, batch_size=2))
@@ -130,7 +142,8 @@ def test_a_size_that_does_not_fit(make_config: MakeConfig) -> None:
 
 
 def test_five_faults_in_one_report(
-    make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch,
+    make_config: MakeConfig,
+    monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     prepare_data(make_config().data, load_tokenizer("gpt2"), 32)
@@ -140,8 +153,9 @@ def test_five_faults_in_one_report(
     shard.write_bytes(content)
     monkeypatch.setattr(check, "free_bytes", lambda path: 10)
     Path("blocked").write_text("a file")
-    config = make_config(text_file=[], vocab_size=100, gpu_memory=0.1, target_gpu="RTX 4090",
-                         resume_from="nowhere")
+    config = make_config(
+        text_file=[], vocab_size=100, gpu_memory=0.1, target_gpu="RTX 4090", resume_from="nowhere"
+    )
     assert check.run_check(config) == 1
     out = capsys.readouterr().out
     for words in ("--vocab-size 100", "is damaged", "disk: ", "nowhere", "does not fit"):
@@ -151,17 +165,22 @@ def test_five_faults_in_one_report(
     assert json.loads(Path("training_output/check_report.json").read_text())["ok"] is False
 
 
-@pytest.mark.parametrize(("flags", "words"), [
-    ({"device": "cuda:99"}, "--device"),
-    ({"target_gpu": "Voodoo 2"}, "--gpu-memory"),
-    ({"tokenizer": "klingon"}, "--tokenizer"),
-    ({"text_file": ["missing.txt"]}, "missing.txt"),
-    ({"context_length": 12_000, "batch_size": 1}, "--context-length"),
-    ({"val_split": 0.001}, "--val-split"),
-    ({"output_dir": "tiny.txt/run"}, "tiny.txt/run"),
-])
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        ({"device": "cuda:99"}, "--device"),
+        ({"target_gpu": "Voodoo 2"}, "--gpu-memory"),
+        ({"tokenizer": "klingon"}, "--tokenizer"),
+        ({"text_file": ["missing.txt"]}, "missing.txt"),
+        ({"context_length": 12_000, "batch_size": 1}, "--context-length"),
+        ({"val_split": 0.001}, "--val-split"),
+        ({"output_dir": "tiny.txt/run"}, "tiny.txt/run"),
+    ],
+)
 def test_each_problem_names_its_flag_and_hides_nothing(
-    make_config: MakeConfig, flags: dict[str, Any], words: str,
+    make_config: MakeConfig,
+    flags: dict[str, Any],
+    words: str,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     assert check.run_check(make_config(**flags)) == 1
@@ -194,11 +213,28 @@ def test_out_of_memory_in_a_trial_is_a_problem(
 
 
 def test_values_read_well() -> None:
-    shown = {"a_bytes": 3 * 2**30, "b_share": 0.125, "c_seconds": 0.25, "d_seconds": 7200.0,
-             "learning_rate": 6e-4, "n": 12345, "x": 1.5, "flag": True, "none": None}
+    shown = {
+        "a_bytes": 3 * 2**30,
+        "b_share": 0.125,
+        "c_seconds": 0.25,
+        "d_seconds": 7200.0,
+        "learning_rate": 6e-4,
+        "n": 12345,
+        "x": 1.5,
+        "flag": True,
+        "none": None,
+    }
     assert [format_value(key, value) for key, value in shown.items()] == [
-        "3.0 GiB", "12.5%", "250.0 ms", "2 h 00 min", "6.00e-04", "12,345", "1.50", "yes",
-        "unknown"]
+        "3.0 GiB",
+        "12.5%",
+        "250.0 ms",
+        "2 h 00 min",
+        "6.00e-04",
+        "12,345",
+        "1.50",
+        "yes",
+        "unknown",
+    ]
     both = compare(2**20, 2**21)
     assert format_value("peak_bytes", both) == "predicted 1.0 MiB, measured 2.0 MiB, ratio 2.000"
     assert compare(5, None) == 5

@@ -48,9 +48,7 @@ def run(tmp_path: Path, tiny_text: Path, monkeypatch: pytest.MonkeyPatch) -> Run
 
     def train(**flags: Any) -> int:
         values = TINY | {"text_file": [str(tiny_text)]} | flags
-        return train.run_training(
-            build_config(values, dict.fromkeys(values, "the command line"))
-        )
+        return train.run_training(build_config(values, dict.fromkeys(values, "the command line")))
 
     return train
 
@@ -327,8 +325,13 @@ def test_out_of_memory_on_a_card(run: Run) -> None:
     total = torch.cuda.get_device_properties(0).total_memory
     torch.cuda.set_per_process_memory_fraction(500e6 / total)
     try:
-        expect(run, ExitCode.OUT_OF_MEMORY, "--gradient-accumulation-steps", device="cuda",
-               batch_size=128)
+        expect(
+            run,
+            ExitCode.OUT_OF_MEMORY,
+            "--gradient-accumulation-steps",
+            device="cuda",
+            batch_size=128,
+        )
     finally:
         torch.cuda.set_per_process_memory_fraction(1.0)
 
@@ -340,7 +343,10 @@ def test_what_cannot_fit_is_refused_before_it_starts(
     monkeypatch.setattr(train.TrainingRun, "_loop", lambda *unused: began.append(1))
     monkeypatch.setattr(train, "reachable_host_bytes", lambda: 8 * 2**30)
     expect(
-        run, ExitCode.OUT_OF_MEMORY, "8.0 GiB can be had", "--gradient-accumulation-steps",
+        run,
+        ExitCode.OUT_OF_MEMORY,
+        "8.0 GiB can be had",
+        "--gradient-accumulation-steps",
         batch_size=100_000,
     )
     assert not began

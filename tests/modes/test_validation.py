@@ -182,8 +182,9 @@ def break_forward(patch: pytest.MonkeyPatch) -> dict[str, Any]:
 
 def break_backward(patch: pytest.MonkeyPatch) -> dict[str, Any]:
     forward = transformer_model.FeedForward.forward
-    patch.setattr(transformer_model.FeedForward, "forward",
-                  lambda self, x: forward(self, x).detach())
+    patch.setattr(
+        transformer_model.FeedForward, "forward", lambda self, x: forward(self, x).detach()
+    )
     return {}
 
 
@@ -195,8 +196,7 @@ def break_update(patch: pytest.MonkeyPatch) -> dict[str, Any]:
             group["lr"] = -group["lr"]
         step(self, *args)
 
-    patch.setattr(Trainer, "_step_if_finite",
-                  lambda self, witness: uphill(self.optimizer))
+    patch.setattr(Trainer, "_step_if_finite", lambda self, witness: uphill(self.optimizer))
     return {}
 
 
@@ -239,9 +239,18 @@ def break_mixed_precision(patch: pytest.MonkeyPatch) -> dict[str, Any]:
 
 
 BREAKS = [
-    break_configuration, break_folders, break_tokenizer, break_shards, break_loader,
-    break_forward, break_backward, break_update, break_checkpoint, break_evaluation,
-    break_generation, break_mixed_precision,
+    break_configuration,
+    break_folders,
+    break_tokenizer,
+    break_shards,
+    break_loader,
+    break_forward,
+    break_backward,
+    break_update,
+    break_checkpoint,
+    break_evaluation,
+    break_generation,
+    break_mixed_precision,
 ]
 
 

@@ -20,8 +20,15 @@ from preflight.training.metrics import MetricsLog, read_metrics
 
 def fill(log: MetricsLog, steps: range) -> None:
     for step in steps:
-        log.append({"event": "step", "step": step, "loss": 9.0 / step, "tokens": 64 * step,
-                    "learning_rate": 1e-3})
+        log.append(
+            {
+                "event": "step",
+                "step": step,
+                "loss": 9.0 / step,
+                "tokens": 64 * step,
+                "learning_rate": 1e-3,
+            }
+        )
         if step % 2 == 0:
             log.append({"event": "eval", "step": step, "val_loss": 10 / step, "tokens": 64 * step})
 
@@ -40,7 +47,12 @@ def test_trim_keeps_what_a_resumed_run_will_not_redo(tmp_path: Path) -> None:
     log.trim(4)
     rows = read_metrics(log.path)
     assert [(r["event"], r["step"]) for r in rows] == [
-        ("step", 1), ("step", 2), ("eval", 2), ("step", 3), ("step", 4)]
+        ("step", 1),
+        ("step", 2),
+        ("eval", 2),
+        ("step", 3),
+        ("step", 4),
+    ]
     log.trim(-1)
     assert log.path.read_bytes() == b""
 
@@ -80,8 +92,12 @@ def test_durations_read_well(seconds: float, text: str) -> None:
 
 def test_log_level(capsys: pytest.CaptureFixture[str]) -> None:
     try:
-        for level, expected in (("debug", "a\nb\nwarning: c\n"), ("info", "b\nwarning: c\n"),
-                                ("warning", "warning: c\n"), ("error", "")):
+        for level, expected in (
+            ("debug", "a\nb\nwarning: c\n"),
+            ("info", "b\nwarning: c\n"),
+            ("warning", "warning: c\n"),
+            ("error", ""),
+        ):
             set_log_level(level)
             say("a", "debug")
             say("b")
@@ -101,8 +117,14 @@ assert "matplotlib" not in sys.modules
 save_loss_curve(Path("curve.png"), [{"event": "step", "tokens": 1, "loss": 1.0,
                                      "learning_rate": 1.0}], "")
 """
-    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True,
-                          text=True, timeout=60, check=False,
-                          env=os.environ | {"PYTHONPATH": str(ROOT), "MPLBACKEND": "nonsense"})
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+        env=os.environ | {"PYTHONPATH": str(ROOT), "MPLBACKEND": "nonsense"},
+    )
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "curve.png").read_bytes().startswith(b"\x89PNG")
