@@ -15,12 +15,15 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from preflight.core.console import say_once
+from preflight.checkpoints.format import Checkpoint, load_weights
+from preflight.core.errors import ExitCode, PreflightError
+from preflight.core.log import log_once
 from preflight.decoding.assembling import TextAssembler
 from preflight.decoding.choosing import choose_tokens, is_greedy
 from preflight.decoding.single_row import choose_reader, one_torch_thread
-from preflight.settings.config import SamplingConfig
-from preflight.tokenization.tokenizer import Tokenizer
+from preflight.settings import SamplingConfig
+from preflight.tokenization.tokenizer import Tokenizer, load_tokenizer
+from preflight.training.resume import check_tokenizer
 from transformer_model import DecoderOnlyTransformer, KVCache
 
 SAMPLE_TOKENS = 48  # of the text that a run writes at each evaluation
@@ -39,6 +42,26 @@ class Generation:
 
 # Called after each step with the answers that ended in it, by index, and the tokens chosen.
 OnStep = Callable[[list[tuple[int, Generation]], int], None]
+
+
+def load_model(
+    checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype
+) -> tuple[DecoderOnlyTransformer, Tokenizer]:
+    """The model of a checkpoint, ready to write, and its tokenizer.
+
+    Raises:
+        PreflightError: code CHECKPOINT, when its parts are damaged or do not belong together.
+    """
+    try:
+        tokenizer = load_tokenizer(checkpoint.config["tokenizer"]["name"])
+    except PreflightError as error:  # there it is a flag's fault, here the checkpoint asks for it
+        raise PreflightError(ExitCode.CHECKPOINT, f"{checkpoint.path}:", *error.lines) from None
+    check_tokenizer(checkpoint, tokenizer)
+    with torch.device("meta"):  # shapes alone: the weights come from the file
+        model = DecoderOnlyTransformer(checkpoint.model_config)
+    shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
+    model.load_state_dict(load_weights(checkpoint, shapes), assign=True)
+    return model.to(device=device, dtype=dtype).eval().requires_grad_(False), tokenizer
 
 
 def generate_text(
@@ -185,7 +208,7 @@ class _Decoder:
             # An empty prompt starts as every document does: after an end of text.
             ids = tokenizer.encode(prompt) or [tokenizer.end_of_text_id]
             if len(ids) > self._context:
-                say_once(
+                log_once(
                     f"a prompt is longer than the context: its last {self._context:,} "
                     "tokens are used"
                 )
@@ -193,7 +216,7 @@ class _Decoder:
         # Longest first: windows filled together then need little padding.
         rows.sort(key=lambda row: -len(row.tokens))
         if len(rows[0].tokens) + self.config.max_new_tokens > self._context:
-            say_once(
+            log_once(
                 f"past {self._context:,} tokens the window slides: the start of the text "
                 "goes out of the model's sight"
             )

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from preflight.core.errors import ExitCode, PreflightError
-from preflight.settings.config import (
+from preflight.settings import (
     GROUPS,
     MODEL_PRESETS,
     Option,
@@ -27,21 +27,21 @@ from preflight.settings.config import (
 MODES = {
     "check": (
         "report what a run would need, take and learn, before it is paid for",
-        "system_check",
+        "preflight.modes.check",
         "run_check",
     ),
     "validate-only": (
         "try every part of a run once, in numbered checks",
-        "validation",
+        "preflight.modes.validate",
         "run_validation",
     ),
-    "train": ("prepare the text where needed, then train", "training_run", "run_training"),
+    "train": ("prepare the text where needed, then train", "preflight.modes.train", "run_training"),
     "get-optimal-bs": (
         "find the batch size that fits and the one that is fastest",
-        "batch_size",
+        "preflight.modes.find_batch_size",
         "run_search",
     ),
-    "generate": ("write text from a checkpoint", "generate", "run_generation"),
+    "generate": ("write text from a checkpoint", "preflight.modes.generate", "run_generation"),
 }
 EPILOG = """\
 examples:
@@ -160,9 +160,9 @@ def _merge_config_file(
 
 def run_mode(mode: str, config: RunConfig) -> int:
     """Run one mode; its module, and with it torch, is loaded here."""
-    from preflight.core.console import set_log_level
+    from preflight.core.log import configure_logging
 
-    set_log_level(config.system.log_level)
+    configure_logging(config.system.log_level)
     _, module, function = MODES[mode]
     if mode == "train":
         from preflight.core.storage import check_access

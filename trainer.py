@@ -13,11 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from preflight.core.console import say
 from preflight.core.errors import ExitCode, PreflightError
+from preflight.core.log import log
 from preflight.core.signals import StopFlag
 from preflight.device.runtime import Runtime, is_out_of_memory
-from preflight.settings.config import ModelConfig, TrainingSettings
+from preflight.settings import ModelConfig, TrainingSettings
 from preflight.training.optimizers import build_optimizer
 from preflight.training.plan import TrainingPlan
 from preflight.training.schedules import learning_rate_at
@@ -112,7 +112,7 @@ class Trainer:
             if self._forward is self.model or is_out_of_memory(error.__cause__ or error):
                 raise
             reason = (str(error).strip().splitlines() or ["no reason given"])[0]
-            say(f"torch.compile failed ({reason[:120]}); going on without it", "warning")
+            log.warning(f"torch.compile failed ({reason[:120]}); going on without it")
             self._forward = self.model
             with self.runtime.autocast():
                 return self.model(inputs, targets)
@@ -183,7 +183,7 @@ class Trainer:
                 "continue with the optimizer it was trained with",
             ) from None
         if state.get("device") != self.runtime.device.type:
-            say(
+            log.info(
                 f"note: trained on {state.get('device')}, going on on {self.runtime.device.type}: "
                 "equal samples, not equal bits"
             )

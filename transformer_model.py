@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from preflight.models.loss import linear_cross_entropy
-from preflight.settings.config import ModelConfig
+from preflight.settings import ModelConfig
 
 ACTIVATION_FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "gelu": F.gelu,

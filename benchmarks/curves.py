@@ -29,7 +29,7 @@ from peers import build_hugging_face, print_rows  # noqa: E402
 from benchmarks.prepare import gather_text  # noqa: E402
 from preflight.corpus.build import prepare_data  # noqa: E402
 from preflight.device.runtime import build_runtime, describe_device  # noqa: E402
-from preflight.settings.config import (  # noqa: E402
+from preflight.settings import (  # noqa: E402
     ControlSettings,
     DataSettings,
     ModelConfig,

@@ -34,7 +34,7 @@ from preflight.checkpoints import store  # noqa: E402
 from preflight.corpus.build import prepare_data  # noqa: E402
 from preflight.corpus.shards import load_data_folder  # noqa: E402
 from preflight.device.runtime import build_runtime  # noqa: E402
-from preflight.settings.config import (  # noqa: E402
+from preflight.settings import (  # noqa: E402
     ControlSettings,
     DataSettings,
     ModelSettings,

@@ -40,7 +40,7 @@ from preflight.foresight.run_time import (  # noqa: E402
     measure_product_flops,
 )
 from preflight.modes.train import run_training  # noqa: E402
-from preflight.settings.config import ModelConfig, RunConfig, build_config  # noqa: E402
+from preflight.settings import ModelConfig, RunConfig, build_config  # noqa: E402
 from preflight.tokenization.tokenizer import load_tokenizer  # noqa: E402
 from preflight.training.plan import TrainingPlan, build_plan  # noqa: E402
 from train_utils import count_windows  # noqa: E402

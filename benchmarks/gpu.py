@@ -29,7 +29,7 @@ GRACE = 10  # for foresight to print its table
 def build_command(part: str, limit: float, smoke: bool) -> list[str]:
     """The part's command line."""
     if part == "tests":
-        chosen = ["-n0", "tests/test_hardware.py"] if smoke else ["-n4", "-m", "cuda"]
+        chosen = ["-n0", "tests/device/test_hardware.py"] if smoke else ["-n4", "-m", "cuda"]
         return [sys.executable, "-m", "pytest", "-q", *chosen]
     command = [sys.executable, str(ROOT / "benchmarks" / f"{part}.py")]
     if part == "foresight":

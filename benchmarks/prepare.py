@@ -36,9 +36,9 @@ from preflight.tokenization.tokenizer import load_tokenizer  # noqa: E402
 _PREPARE = """
 import json, sys, time
 sys.path.insert(0, sys.argv[1])
-import prepare
-from config import DataSettings
-from tokenizer import load_tokenizer
+from preflight.corpus import build
+from preflight.settings import DataSettings
+from preflight.tokenization.tokenizer import load_tokenizer
 if __name__ == "__main__":
     tokenizer = load_tokenizer("gpt2")
     tokenizer.fingerprint
@@ -47,7 +47,7 @@ if __name__ == "__main__":
     print("ready", flush=True)
     sys.stdin.readline()
     began = time.perf_counter()
-    data = prepare.prepare_data(values, tokenizer, 128)
+    data = build.prepare_data(values, tokenizer, 128)
     print(json.dumps([time.perf_counter() - began, data.train.n_tokens + data.val.n_tokens]))
 """
 
@@ -162,7 +162,7 @@ def measure_tree_bytes(pid: int) -> int:
 def measure_loader(path: Path, seconds: float) -> dict[str, float]:
     """Million tokens a second of the loader alone, on the CPU, by context length."""
     from preflight.corpus.build import prepare_data
-    from preflight.settings.config import DataSettings
+    from preflight.settings import DataSettings
     from train_utils import BatchLoader
 
     rates = {}

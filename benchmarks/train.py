@@ -47,7 +47,7 @@ from preflight.device.cards import match_device  # noqa: E402
 from preflight.device.runtime import Runtime, build_runtime, describe_device  # noqa: E402
 from preflight.models.cost import estimate_flops_per_token  # noqa: E402
 from preflight.modes.train import run_training  # noqa: E402
-from preflight.settings.config import (  # noqa: E402
+from preflight.settings import (  # noqa: E402
     ControlSettings,
     ModelConfig,
     ModelSettings,

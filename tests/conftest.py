@@ -13,7 +13,8 @@ import pytest
 import torch
 from hypothesis import HealthCheck, settings
 
-from preflight.settings.config import RunConfig, build_config
+from preflight.core.log import configure_logging
+from preflight.settings import RunConfig, build_config
 
 # The tests run in one process per core, on shapes too small for a second thread to help.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -21,6 +22,7 @@ torch.set_num_threads(1)
 # Machines are noisy: a slow draw is no fault of the code under test.
 settings.register_profile("preflight", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("preflight")
+configure_logging("info")  # as main.py does
 
 ROOT = Path(__file__).parent.parent
 # A model small enough that a step takes milliseconds, with GPT-2's real vocabulary.

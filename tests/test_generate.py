@@ -21,13 +21,13 @@ import pytest
 import torch
 
 import main
+from generate import generate_text, load_model
 from preflight.checkpoints.format import save_checkpoint
 from preflight.checkpoints.store import open_checkpoint
 from preflight.core.errors import PreflightError
-from preflight.decoding.loading import load_model
 from preflight.modes import generate
-from preflight.modes.generate import generate_text, read_prompts
-from preflight.settings.config import GenerationSettings, ModelConfig, RunConfig, SamplingConfig
+from preflight.modes.generate import read_prompts
+from preflight.settings import GenerationSettings, ModelConfig, RunConfig, SamplingConfig
 from preflight.tokenization.tokenizer import load_tokenizer
 from transformer_model import DecoderOnlyTransformer
 

@@ -12,7 +12,7 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
-from preflight.settings.config import GROUPS, MODEL_PRESETS, ModelSettings, build_options  # noqa: E402
+from preflight.settings import GROUPS, MODEL_PRESETS, ModelSettings, build_options  # noqa: E402
 
 README = ROOT / "README.md"
 BEGIN, END = "<!-- flags: begin -->\n", "<!-- flags: end -->\n"

@@ -16,13 +16,13 @@ from torch import Tensor
 from transformers import LogitsProcessorList
 from transformers.generation import logits_process as hf
 
+import generate
 from generate import generate_batch, generate_text, stream_text, window_start
-from preflight.core import console
-from preflight.decoding import choosing
+from preflight.core import log
 from preflight.decoding.assembling import TextAssembler
 from preflight.decoding.choosing import choose_tokens, filter_probabilities, penalise_repetition
 from preflight.decoding.single_row import SingleRowReader
-from preflight.settings.config import ModelConfig, SamplingConfig
+from preflight.settings import ModelConfig, SamplingConfig
 from preflight.tokenization.tokenizer import END_OF_TEXT, Tokenizer
 from transformer_model import DecoderOnlyTransformer, KVCache
 
@@ -212,7 +212,7 @@ def scripted(
         written.append(script[len(written) % len(script)])
         return torch.tensor(written[-1:])
 
-    monkeypatch.setattr(choosing, "choose_tokens", choose)
+    monkeypatch.setattr(generate, "choose_tokens", choose)
 
 
 @pytest.mark.parametrize(
@@ -355,7 +355,7 @@ def test_generating_under_autocast(
 def test_a_window_that_loses_text_is_told_once(
     model: DecoderOnlyTransformer, tokenizer: Tokenizer, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    console.say_once.cache_clear()
+    log.log_once.cache_clear()
     config = dataclasses.replace(GREEDY, max_new_tokens=1)
     generate_text(model, tokenizer, "x" * (CONTEXT - 1), config)
     assert capsys.readouterr().err == ""

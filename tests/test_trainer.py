@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from preflight.device.runtime import Runtime, build_runtime
-from preflight.settings.config import ControlSettings, ModelConfig, SystemSettings, TrainingSettings
+from preflight.settings import ControlSettings, ModelConfig, SystemSettings, TrainingSettings
 from preflight.training.plan import TrainState, build_plan
 from preflight.training.schedules import learning_rate_at
 from trainer import Trainer

@@ -15,7 +15,7 @@ from benchmarks.peers import build_hugging_face, to_hugging_face
 from preflight.models import loss as losses
 from preflight.models.cost import count_parameters, estimate_flops_per_token
 from preflight.models.loss import LOSS_ROWS_CPU, LossLayout, linear_cross_entropy, loss_layout
-from preflight.settings.config import MODEL_PRESETS, ModelConfig, ModelSettings
+from preflight.settings import MODEL_PRESETS, ModelConfig, ModelSettings
 from transformer_model import Block, DecoderOnlyTransformer
 
 torch.set_num_threads(1)

@@ -1,0 +1,1 @@
+"""Checkpoint folders: their format, and the store that holds several."""

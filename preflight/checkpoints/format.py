@@ -35,7 +35,7 @@ from torch import Tensor
 
 from preflight.core import storage, strict_json
 from preflight.core.errors import ExitCode, PreflightError
-from preflight.settings.config import ModelConfig, model_config_from_dict
+from preflight.settings import ModelConfig, model_config_from_dict
 
 WEIGHTS_NAME = "model.safetensors"
 STATE_NAME = "checkpoint.pt"

@@ -21,8 +21,8 @@ from preflight.checkpoints.format import (
     verify_checkpoint,
 )
 from preflight.core import storage
-from preflight.core.console import say
 from preflight.core.errors import ExitCode, PreflightError
+from preflight.core.log import log
 
 
 def list_checkpoints(output_dir: Path) -> list[Checkpoint]:
@@ -131,7 +131,7 @@ def _choose_verified(
             passed_over[checkpoint.path] = error.lines[0]
             continue
         for path, reason in passed_over.items():
-            say(f"{path.name} is damaged, {checkpoint.path.name} is used: {reason}", "warning")
+            log.warning(f"{path.name} is damaged, {checkpoint.path.name} is used: {reason}")
         return checkpoint
     raise PreflightError(
         ExitCode.CHECKPOINT,

@@ -1,0 +1,1 @@
+"""What everything rests on: errors, logging, durable files, locks, JSON, signals. No torch."""

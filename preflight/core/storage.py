@@ -19,8 +19,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import IO, Any, TypeVar
 
-from preflight.core.console import format_bytes
 from preflight.core.errors import ExitCode, PreflightError
+from preflight.core.units import format_bytes
 
 Item = TypeVar("Item")
 Found = TypeVar("Found")

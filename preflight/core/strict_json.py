@@ -7,7 +7,7 @@ import math
 from pathlib import Path
 from typing import Any
 
-from preflight.core.console import format_bytes
+from preflight.core.units import format_bytes
 
 MAX_JSON_BYTES = 16 * 2**20
 

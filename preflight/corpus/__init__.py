@@ -1,0 +1,1 @@
+"""Text to verified shards: sources, documents, blocks, the build."""

@@ -17,8 +17,8 @@ import numpy as np
 import regex  # comes with tiktoken
 import tiktoken
 
-from preflight.core.console import format_bytes
 from preflight.core.errors import ExitCode, PreflightError
+from preflight.core.units import format_bytes
 from preflight.corpus.sources import Document, changed_error, open_source, text_error
 
 BLOCK_BYTES = 512 * 1024  # tiktoken 0.14 panics on a run of a million spaces

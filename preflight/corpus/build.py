@@ -20,9 +20,9 @@ from typing import Any
 
 from tqdm import tqdm
 
-from preflight.core.console import format_bytes, is_progress_shown, say
 from preflight.core.errors import ExitCode, PreflightError
 from preflight.core.locks import FolderLock
+from preflight.core.log import is_progress_shown, log
 from preflight.core.signals import StopFlag
 from preflight.core.storage import (
     free_bytes,
@@ -34,6 +34,7 @@ from preflight.core.storage import (
     write_json,
 )
 from preflight.core.strict_json import read_json
+from preflight.core.units import format_bytes
 from preflight.corpus.blocks import BLOCK_BYTES, read_blocks
 from preflight.corpus.shards import (
     FORMAT,
@@ -61,7 +62,7 @@ from preflight.corpus.sources import (
     scan_inputs,
 )
 from preflight.corpus.workers import Encoders
-from preflight.settings.config import DataSettings
+from preflight.settings import DataSettings
 from preflight.tokenization.tokenizer import Tokenizer
 
 BUILDING_NAME = ".building"
@@ -126,7 +127,7 @@ def prepare_data(
             if isinstance(found, DataFolder):
                 remove_tree(building)
                 return _reuse(found, context_length)
-            say(f"rebuilding {data_dir} because {found}")
+            log.info(f"rebuilding {data_dir} because {found}")
         plan = _build_plan(sources, settings, tokenizer)
         if n_workers is None:
             n_workers = _choose_workers(plan, settings)
@@ -143,7 +144,7 @@ def prepare_data(
 def _reuse(data: DataFolder, context_length: int) -> DataFolder:
     for name in ("train", "val"):
         check_long_enough(data.metadata[name], name, context_length)
-    say(f"reusing {data.path} ({data.train.n_tokens:,} training tokens)")
+    log.info(f"reusing {data.path} ({data.train.n_tokens:,} training tokens)")
     return data
 
 
@@ -351,7 +352,7 @@ class _Progress:
         if self._bar.disable and now - self._said >= self.EVERY_SECONDS:
             self._said = now
             rate = max(self._done - self._first, 1) / (now - self._began)
-            say(
+            log.info(
                 f"preparing: {format_bytes(self._done)} of {format_bytes(self._total)}, "
                 f"{format_bytes(rate)}/s, {(self._total - self._done) / rate:.0f} s left"
             )
@@ -421,7 +422,7 @@ class _Builder:
                 self._shards, self._position = journal["shards"], journal["position"]
         n_kept = sum(map(len, self._shards.values()))
         if n_kept:
-            say(f"resuming at shard {n_kept}")
+            log.info(f"resuming at shard {n_kept}")
         for split in SPLITS:
             kept = {entry["name"] for entry in self._shards[split]}
             folder = self._building / split

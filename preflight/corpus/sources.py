@@ -27,11 +27,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
-from preflight.core.console import say
 from preflight.core.errors import ExitCode, PreflightError
+from preflight.core.log import log
 from preflight.core.signals import StopFlag
 from preflight.core.storage import hash_file, publish_file
-from preflight.settings.config import DataSettings
+from preflight.settings import DataSettings
 
 SAMPLE_BYTES = 2_300_000
 SAMPLE_NAME = "sample.txt"
@@ -199,7 +199,7 @@ def scan_inputs(inputs: list[Input], separator: str | None, stop: StopFlag | Non
                 raise
             skipped.append(error)
     if skipped:
-        say(f"skipped {len(skipped)} of {len(inputs)} files, the first: {skipped[0].lines[0]}")
+        log.info(f"skipped {len(skipped)} of {len(inputs)} files, the first: {skipped[0].lines[0]}")
     if not any(source.spans for source in sources):
         raise (
             skipped[0]
@@ -230,7 +230,7 @@ def _scan_file(item: Input, separator: str | None) -> Source:
                     _refuse_binary(path, block)
                     if block.startswith(codecs.BOM_UTF8):
                         finder.begin = len(codecs.BOM_UTF8)
-                        say(f"{path}: a byte order mark at its beginning is left out")
+                        log.info(f"{path}: a byte order mark at its beginning is left out")
                 digest.update(block)  # in a thread of its own the waiting took longer
                 nuls += block.count(0) if b"\0" in block else 0  # to look is faster than to count
                 if nuls * 10 > size + len(block):
@@ -254,7 +254,7 @@ def _scan_file(item: Input, separator: str | None) -> Source:
             path, "empty" if not size else "holds only whitespace", "give a file with text in it"
         )
     if specials and separator != "<|endoftext|>":
-        say(
+        log.info(
             f"{path}: '<|endoftext|>' stands {specials:,} times in it and is taken as plain text; "
             "--document-separator '<|endoftext|>' would split documents there"
         )
@@ -393,7 +393,7 @@ def gather_sources(
             for number, item in enumerate(inputs)
         ]
         return scan_inputs(ready, separator, stop)
-    say(
+    log.info(
         "no --text-file given and the data folder is empty: preparing the built-in sample, "
         "the documentation that comes with Python"
     )
@@ -406,7 +406,7 @@ def gather_sources(
 
 def _spool_pipe(path: Path, target: Path, stop: StopFlag | None) -> Path:
     """Copy a pipe to a file, since the text is read twice; PreflightError (TEXT) if none writes."""
-    say(f"{path} is a pipe: it is copied first, and cannot be read again to resume")
+    log.info(f"{path} is a pipe: it is copied first, and cannot be read again to resume")
     began, waited = time.monotonic(), False
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)  # a plain open may block for ever
@@ -426,7 +426,7 @@ def _spool_pipe(path: Path, target: Path, stop: StopFlag | None) -> Path:
                 seconds = time.monotonic() - began
                 if seconds > 5 and not waited:
                     waited = True
-                    say(f"{path}: nothing has been written to this pipe yet; waiting")
+                    log.info(f"{path}: nothing has been written to this pipe yet; waiting")
                 if seconds > 60:
                     raise text_error(path, "nothing was written to this pipe for a minute")
                 time.sleep(0.05)

@@ -15,7 +15,7 @@ from concurrent.futures.process import BrokenProcessPool
 
 import numpy as np
 
-from preflight.core.console import say
+from preflight.core.log import log
 from preflight.corpus.blocks import Block, encode_block, encode_run
 from preflight.tokenization.tokenizer import Tokenizer, load_tokenizer
 
@@ -123,7 +123,7 @@ class Encoders:
 
     def _go_on_alone(self) -> None:
         if self._pool is not None:
-            say("a tokenising process was lost (out of memory, or killed?); going on without")
+            log.info("a tokenising process was lost (out of memory, or killed?); going on without")
             self.close()
 
     def _encode_run(self, block: Block) -> Iterator[tuple[Block, np.ndarray, bool]]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from preflight.settings.config import SamplingConfig
+from preflight.settings import SamplingConfig
 
 # Below this temperature every other token's probability underflows in fp32.
 COLDEST_TEMPERATURE = 1e-6

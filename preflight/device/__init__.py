@@ -1,0 +1,1 @@
+"""The machine: device, precision, compilation, memory, well-known cards."""

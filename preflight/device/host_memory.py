@@ -15,7 +15,7 @@ except ImportError:  # Windows
     resource = None  # type: ignore[assignment]
 
 
-def _peak_resident_bytes() -> int:
+def peak_resident_bytes() -> int:
     if resource is None:
         return psutil.Process().memory_info().peak_wset
     # Linux's getrusage starts with what the parent held; proc_pid_status(5) does not.

@@ -12,8 +12,8 @@ import psutil
 import torch
 
 from preflight.core.errors import ExitCode, PreflightError
-from preflight.device.host_memory import _peak_resident_bytes
-from preflight.settings.config import SystemSettings
+from preflight.device.host_memory import peak_resident_bytes
+from preflight.settings import SystemSettings
 
 # A compilation takes about a minute; below this many steps it is not earned back.
 MIN_STEPS_TO_COMPILE = 300
@@ -60,7 +60,7 @@ class Runtime:
         """
         if self.device.type == "cuda":
             return torch.cuda.max_memory_allocated(self.device)
-        return _peak_resident_bytes()
+        return peak_resident_bytes()
 
     def reset_peak_memory(self) -> None:
         """Have the peak count from now on: on CUDA and on Linux; elsewhere it goes on."""

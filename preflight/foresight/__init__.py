@@ -1,0 +1,1 @@
+"""What a run will need, take and learn, before it starts."""

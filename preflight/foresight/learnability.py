@@ -14,7 +14,7 @@ import numpy as np
 
 from preflight.corpus.shards import DataFolder, Split
 from preflight.models.cost import count_parameters
-from preflight.settings.config import MODEL_PRESETS, ModelConfig, ModelSettings, RunConfig
+from preflight.settings import MODEL_PRESETS, ModelConfig, ModelSettings, RunConfig
 from preflight.tokenization.tokenizer import Tokenizer
 from preflight.training.plan import TrainingPlan
 

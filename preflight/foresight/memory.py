@@ -15,7 +15,7 @@ import torch
 from preflight.foresight.memory_trace import Peaks, TraceCase, extend_peaks, trace_peaks
 from preflight.models import loss as losses
 from preflight.models.cost import count_parameters
-from preflight.settings.config import ModelConfig, TrainingSettings
+from preflight.settings import ModelConfig, TrainingSettings
 
 MIB = 2**20
 PHASES = ("training step", "optimizer step", "evaluation", "generation", "resume")

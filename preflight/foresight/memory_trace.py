@@ -29,7 +29,7 @@ from preflight.decoding.choosing import choose_tokens
 from preflight.device.runtime import Runtime
 from preflight.foresight.memory_compiled import capture_graphs, trace_compiled_step
 from preflight.models import loss as losses
-from preflight.settings.config import ControlSettings, ModelConfig, SamplingConfig, TrainingSettings
+from preflight.settings import ControlSettings, ModelConfig, SamplingConfig, TrainingSettings
 from preflight.training.plan import build_plan
 from trainer import Trainer
 from transformer_model import KVCache

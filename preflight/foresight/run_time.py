@@ -28,7 +28,7 @@ from preflight.device.cards import Card
 from preflight.device.runtime import Runtime
 from preflight.foresight.memory import estimate_checkpoint_bytes
 from preflight.models.cost import count_parameters, estimate_flops_per_token
-from preflight.settings.config import (
+from preflight.settings import (
     ControlSettings,
     ModelConfig,
     RunConfig,

@@ -37,7 +37,7 @@ from preflight.core.errors import ExitCode, PreflightError
 from preflight.core.signals import StopFlag
 from preflight.corpus.shards import DataFolder
 from preflight.device.runtime import Runtime, build_runtime, is_out_of_memory
-from preflight.settings.config import ControlSettings, ModelConfig, RunConfig, SamplingConfig
+from preflight.settings import ControlSettings, ModelConfig, RunConfig, SamplingConfig
 from preflight.tokenization.tokenizer import load_tokenizer
 from preflight.training.curve import CURVE_NAME, save_loss_curve
 from preflight.training.plan import TrainingPlan, build_plan

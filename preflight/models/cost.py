@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from preflight.settings.config import ModelConfig
+from preflight.settings import ModelConfig
 
 
 def count_parameters(config: ModelConfig) -> int:

@@ -21,10 +21,10 @@ import psutil
 import torch
 
 from preflight.checkpoints.format import Checkpoint
-from preflight.core.console import format_bytes
 from preflight.core.errors import ExitCode
 from preflight.core.signals import StopFlag
 from preflight.core.storage import check_writable, free_bytes, write_json
+from preflight.core.units import format_bytes
 from preflight.corpus.build import prepare_data
 from preflight.corpus.shards import DataFolder
 from preflight.device.cards import Card, find_card, match_device
@@ -61,7 +61,7 @@ from preflight.foresight.run_time import (
 )
 from preflight.models.cost import count_parameters, estimate_flops_per_token
 from preflight.modes.report import Problem, Report, compare
-from preflight.settings.config import ModelConfig, RunConfig, describe_choices
+from preflight.settings import ModelConfig, RunConfig, describe_choices
 from preflight.tokenization.tokenizer import Tokenizer, load_tokenizer
 from preflight.training.plan import TrainingPlan, TrainState, build_plan
 from preflight.training.resume import adopt_settings, find_origin, resolve_model

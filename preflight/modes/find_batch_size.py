@@ -20,10 +20,11 @@ from typing import Any
 import torch
 
 from preflight.core import storage
-from preflight.core.console import format_bytes, say
 from preflight.core.errors import ExitCode, PreflightError
 from preflight.core.locks import FolderLock
+from preflight.core.log import log
 from preflight.core.signals import StopFlag
+from preflight.core.units import format_bytes
 from preflight.corpus.shards import METADATA_NAME, DataFolder, load_data_folder
 from preflight.device.host_memory import available_host_bytes
 from preflight.device.runtime import Runtime, describe_device
@@ -35,7 +36,7 @@ from preflight.foresight.memory import (
     estimate_savings,
 )
 from preflight.foresight.trials import Order, Trial, run_trial
-from preflight.settings.config import MODEL_PRESETS, ModelConfig, RunConfig, build_options
+from preflight.settings import MODEL_PRESETS, ModelConfig, RunConfig, build_options
 from preflight.tokenization.tokenizer import Tokenizer, load_tokenizer
 from train_utils import count_windows
 
@@ -194,12 +195,14 @@ class _Mode:
 
     def probe(self, size: int) -> Trial:
         """Run one size, and say so."""
-        say(
+        log.info(
             f"batch size {size:,}: predicted to need {format_bytes(self.predict(size))} of "
             f"{format_bytes(self.limit_bytes)} ..."
         )
         trial = run_trial(self.order_at(size), self.host_bytes, self.stop)
-        say(f"batch size {size:,}: {self.judge(trial)}, {trial.tokens_per_second:,.0f} tokens/s")
+        log.info(
+            f"batch size {size:,}: {self.judge(trial)}, {trial.tokens_per_second:,.0f} tokens/s"
+        )
         return trial
 
     def judge(self, trial: Trial) -> str:

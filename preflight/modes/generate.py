@@ -15,15 +15,14 @@ from typing import Any
 
 from tqdm import tqdm
 
-from generate import Generation, generate_batch, generate_text, stream_text
+from generate import Generation, generate_batch, load_model, stream_text
 from preflight.checkpoints.store import find_best, open_checkpoint
-from preflight.core.console import say
 from preflight.core.errors import ExitCode, PreflightError
+from preflight.core.log import log
 from preflight.core.signals import StopFlag
 from preflight.core.storage import publish_file
-from preflight.decoding.loading import load_model
 from preflight.device.runtime import build_runtime, is_out_of_memory
-from preflight.settings.config import RunConfig, SamplingConfig, build_config
+from preflight.settings import RunConfig, SamplingConfig, build_config
 from preflight.tokenization.tokenizer import Tokenizer
 from preflight.training.resume import check_model_flags
 from transformer_model import DecoderOnlyTransformer
@@ -32,8 +31,6 @@ try:
     import readline  # line editing and history for input()
 except ImportError:  # Windows
     readline = None  # type: ignore[assignment]
-
-__all__ = ["SamplingConfig", "generate_text", "load_model", "run_generation", "stream_text"]
 
 DEFAULT_PROMPTS = ("Once upon a time", "The", "In the beginning", "It is important to")
 MAX_INTERACTIVE_PROMPTS = 5
@@ -86,7 +83,7 @@ def run_generation(config: RunConfig) -> int:
     try:
         model, tokenizer = load_model(checkpoint, runtime.device, runtime.dtype)
         check_model_flags(config, checkpoint)
-        say(
+        log.info(
             f"{checkpoint.path}: step {checkpoint.step:,}, {model.config.label}, "
             f"{runtime.device}, {str(runtime.dtype).removeprefix('torch.')}"
         )
@@ -269,7 +266,7 @@ def _save_answers(
         content = f"\n{SEPARATOR}\n".join(f"{r['prompt']}{r['text']}\n" for r in records)
     with publish_file(path, len(data := content.encode())) as file:
         file.write(data)
-    say(f"{len(records):,} answers in {path}")
+    log.info(f"{len(records):,} answers in {path}")
 
 
 class Session:
@@ -289,7 +286,7 @@ class Session:
             return int(ExitCode.DONE)
         terminal = sys.stdin.isatty()
         if terminal:
-            say("/help lists the commands, Ctrl-D leaves")
+            log.info("/help lists the commands, Ctrl-D leaves")
         while True:
             try:
                 line = input("> " if terminal else "")
@@ -326,30 +323,30 @@ class Session:
             _show("\n")
         except KeyboardInterrupt:
             _show("\n")
-            say("stopped")
+            log.info("stopped")
         _say_rate(1, sum(steps), time.perf_counter() - began)
 
     def command(self, line: str) -> None:
         """Carry out a line that starts with a slash; a wrong one changes nothing."""
         name, _, value = line.strip().partition(" ")
         if name == "/help":
-            say(HELP)
+            log.info(HELP)
             return
         field = COMMANDS.get(name)
         if field is None:
-            say(f"{name}: no such command; /help lists them")
+            log.info(f"{name}: no such command; /help lists them")
             return
         if not value.strip():
-            say(f"{name} is {getattr(self.sampling, field)}")
+            log.info(f"{name} is {getattr(self.sampling, field)}")
             return
         try:
             checked = build_config({field: value.strip()}, {}).sampling
         except PreflightError as error:
-            say(error.lines[0].replace("--" + field.replace("_", "-"), name))
+            log.info(error.lines[0].replace("--" + field.replace("_", "-"), name))
             return
         self.sampling = dataclasses.replace(self.sampling, **{field: getattr(checked, field)})
         self._n_answers = 0 if field == "seed" else self._n_answers
-        say(f"{name} is now {getattr(self.sampling, field)}")
+        log.info(f"{name} is now {getattr(self.sampling, field)}")
 
 
 def _show(text: str) -> None:
@@ -373,7 +370,7 @@ def _show(text: str) -> None:
 
 def _say_rate(n_answers: int, n_tokens: int, seconds: float) -> None:
     what = "answer" if n_answers == 1 else "answers"
-    say(
+    log.info(
         f"{n_answers:,} {what}, {n_tokens:,} tokens in {seconds:.1f} s, "
         f"{n_tokens / max(seconds, 1e-9):,.1f} tokens/s"
     )

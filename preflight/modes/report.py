@@ -7,8 +7,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-from preflight.core.console import format_bytes, format_seconds
 from preflight.core.errors import ExitCode, PreflightError
+from preflight.core.units import format_bytes, format_seconds
 from preflight.foresight.learnability import Advice
 
 FORMAT, VERSION = "preflight-check", 1

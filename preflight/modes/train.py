@@ -19,11 +19,12 @@ from generate import SAMPLE_TOKENS, generate_text
 from preflight.checkpoints import format as checkpoint_format
 from preflight.checkpoints import store
 from preflight.checkpoints.format import Checkpoint
-from preflight.core.console import format_bytes, format_seconds, is_progress_shown, say
 from preflight.core.errors import ExitCode, PreflightError
 from preflight.core.locks import FolderLock
+from preflight.core.log import is_progress_shown, log
 from preflight.core.signals import StopFlag
 from preflight.core.storage import check_writable, make_folder
+from preflight.core.units import format_bytes, format_seconds
 from preflight.corpus.build import prepare_data
 from preflight.corpus.shards import DataFolder
 from preflight.corpus.sources import find_inputs
@@ -38,7 +39,7 @@ from preflight.foresight.memory import (
     estimate_savings,
 )
 from preflight.models.cost import count_parameters
-from preflight.settings.config import ModelConfig, RunConfig, SamplingConfig, describe_choices
+from preflight.settings import ModelConfig, RunConfig, SamplingConfig, describe_choices
 from preflight.tokenization.tokenizer import Tokenizer, load_tokenizer
 from preflight.training.curve import CURVE_EVERY_SECONDS, CURVE_NAME, save_loss_curve
 from preflight.training.metrics import METRICS_NAME, MetricsLog, read_metrics
@@ -162,7 +163,7 @@ class TrainingRun:
                     "start anew with another --output-dir, or go on with the new data: "
                     f"--resume-from {origin.path}",
                 )
-            say("the data is new to this checkpoint: it is read from its beginning")
+            log.info("the data is new to this checkpoint: it is read from its beginning")
             state = dataclasses.replace(state, cursor=0, eval_windows=0, best_val_loss=None)
         return state, saved
 
@@ -177,7 +178,7 @@ class TrainingRun:
                 f"{self.plan.tokens_per_step:,}",
                 "keep --batch-size x --gradient-accumulation-steps, or give --allow-batch-change",
             )
-        say(f"tokens per step change from {before:,} to {self.plan.tokens_per_step:,}")
+        log.info(f"tokens per step change from {before:,} to {self.plan.tokens_per_step:,}")
 
     def _check_memory(self) -> None:
         """On the CPU what does not fit would not fail but thrash for hours: said before it starts.
@@ -212,7 +213,7 @@ class TrainingRun:
         """Train to the end of the plan, or until a signal; the exit code."""
         self._announce()
         if self.state.step > self.plan.total_steps or self._is_finished():
-            say(
+            log.info(
                 f"this run is finished: {self.state.step:,} steps trained; "
                 f"to train longer: --max-steps {2 * self.state.step}"
             )
@@ -297,7 +298,7 @@ class TrainingRun:
             self._bar.set_postfix_str(f"loss {loss:.3f}, {rate:,.0f} tokens/s", refresh=False)
         elif result.step % self.plan.log_every == 0 or result.step == 1:
             left = (self.plan.total_steps - result.step) * result.tokens / rate
-            say(
+            log.info(
                 f"step {result.step:,}/{self.plan.total_steps:,}  loss {loss:.4f}  "
                 f"rate {result.learning_rate:.2e}  {rate:,.0f} tokens/s  "
                 f"ETA {format_seconds(left)}"
@@ -357,7 +358,7 @@ class TrainingRun:
         self._saved_step = self.state.step
         self._last_save = time.monotonic()
         self._last_row += self._last_save - began  # not part of a step's time
-        say(f"step {self.state.step:,}: saved in {self._last_save - began:.2f} s", "debug")
+        log.debug(f"step {self.state.step:,}: saved in {self._last_save - began:.2f} s")
 
     def _is_finished(self) -> bool:
         """Whether the last step is evaluated too: a run may be cut between save and evaluation."""
@@ -445,7 +446,7 @@ class TrainingRun:
                 "windows": self.plan.eval_windows,
             }
         )
-        say(
+        log.info(
             f"step {self.state.step:,}: validation loss {result.loss:.4f}, perplexity "
             f"{result.perplexity:,.1f}, {result.bits_per_byte:.3f} bits per byte"
             + (" (best so far)" if better else "")
@@ -455,7 +456,7 @@ class TrainingRun:
             self._draw_curve()
         seconds = time.monotonic() - began
         self._last_row += seconds
-        say(f"  evaluation and sample took {seconds:.2f} s", "debug")
+        log.debug(f"  evaluation and sample took {seconds:.2f} s")
 
     def _sample(self) -> None:
         """Let the model write a little, so that a person sees what it has learned."""
@@ -465,7 +466,7 @@ class TrainingRun:
             text = generate_text(self.trainer.model, self.tokenizer, "", config)
         self.trainer.model.train()
         self.log.append({"event": "sample", "step": self.state.step, "text": text})
-        say("  it writes: " + " ".join(text.split())[:300])
+        log.info("  it writes: " + " ".join(text.split())[:300])
 
     def _draw_curve(self) -> None:
         self._curve_drawn = time.monotonic()
@@ -479,31 +480,31 @@ class TrainingRun:
         plan, data, training = self.plan, self.data, self.config.training
         parameters = count_parameters(self.model_config)
         for line in describe_choices(self.config):
-            say(f"set: {line}")
+            log.info(f"set: {line}")
         for note in self.runtime.notes:
-            say(note)
-        say(
+            log.info(note)
+        log.info(
             f"model: {self.model_config.label}, {parameters:,} parameters, context "
             f"{self.model_config.context_length:,}, vocabulary {self.model_config.vocab_size:,}"
         )
-        say(
+        log.info(
             f"data: {data.train.n_tokens:,} tokens to train on, {data.val.n_tokens:,} to validate "
             f"({plan.eval_windows} windows each time)"
         )
         epochs = plan.total_steps / plan.steps_per_epoch
         tokens = plan.total_steps * plan.tokens_per_step
-        say(
+        log.info(
             f"plan: {plan.total_steps:,} steps of {plan.tokens_per_step:,} tokens, "
             f"{epochs:.2f} epochs, {tokens / parameters:.2f} tokens per parameter"
         )
-        say(
+        log.info(
             f"plan: {training.optimizer}, peak rate {self.config.peak_learning_rate:.1e}, "
             f"{training.scheduler} after {plan.warmup_steps:,} steps of warm-up; evaluation every "
             f"{plan.eval_every:,}, checkpoint every {plan.checkpoint_every:,} steps or "
             f"{self.config.control.checkpoint_minutes:g} minutes"
         )
         if self.state.step:
-            say(
+            log.info(
                 f"continuing from {self._origin_path} (step {self.state.step:,}, "
                 f"{self.state.tokens:,} tokens, sample {self.state.cursor:,})"
             )
@@ -517,19 +518,19 @@ class TrainingRun:
 
     def _conclude(self, seconds: float) -> int:
         if self.stop.stopping:
-            say(f"stopped at step {self.state.step:,}; saved in {self._newest_path()}")
-            say("run the same command again to continue exactly from there")
+            log.info(f"stopped at step {self.state.step:,}; saved in {self._newest_path()}")
+            log.info("run the same command again to continue exactly from there")
             return self.stop.exit_code
         best = store.find_best(self.output_dir)
-        say(
+        log.info(
             f"done: {self.state.step:,} steps, {self.state.tokens:,} tokens in "
             f"{format_seconds(seconds)}; peak memory "
             f"{format_bytes(self.runtime.peak_memory_bytes())}"
         )
         if best.val_loss is not None:
-            say(f"best: {best.path} (step {best.step:,}, validation loss {best.val_loss:.4f})")
-        say(f"loss curve: {self.output_dir / CURVE_NAME}")
-        say(f"write with it: python main.py --generate --output-dir {self.output_dir}")
+            log.info(f"best: {best.path} (step {best.step:,}, validation loss {best.val_loss:.4f})")
+        log.info(f"loss curve: {self.output_dir / CURVE_NAME}")
+        log.info(f"write with it: python main.py --generate --output-dir {self.output_dir}")
         return ExitCode.DONE
 
     def _newest_path(self) -> Path | str:

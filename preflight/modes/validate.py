@@ -28,17 +28,17 @@ from preflight.checkpoints.format import (
     save_checkpoint,
     verify_checkpoint,
 )
-from preflight.core.console import format_bytes
 from preflight.core.errors import ExitCode, PreflightError
 from preflight.core.signals import StopFlag
 from preflight.core.storage import TEMPORARY_PREFIX, check_writable, free_bytes
+from preflight.core.units import format_bytes
 from preflight.corpus import shards
 from preflight.corpus.build import prepare_data
 from preflight.corpus.shards import DataFolder
 from preflight.device.runtime import Runtime, build_runtime, has_fast_bf16, is_out_of_memory
 from preflight.foresight.run_time import estimate_disk_bytes
 from preflight.models.cost import count_parameters
-from preflight.settings.config import ControlSettings, ModelConfig, RunConfig, SamplingConfig
+from preflight.settings import ControlSettings, ModelConfig, RunConfig, SamplingConfig
 from preflight.tokenization.tokenizer import Tokenizer, load_tokenizer
 from preflight.training.plan import build_plan
 from preflight.training.resume import adopt_settings, find_origin, resolve_model

@@ -1,0 +1,1 @@
+"""What a training run needs besides the step: plan, schedules, optimizers, metrics, resuming."""

@@ -8,7 +8,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from preflight.core.console import say
+from preflight.core.log import log
 from preflight.core.storage import publish_file
 
 METRICS_NAME = "metrics.jsonl"
@@ -56,7 +56,7 @@ class MetricsLog:
                 os.close(descriptor)
         except OSError as error:
             if not self._warned:
-                say(f"{self.path}: {error}; training goes on", "warning")
+                log.warning(f"{self.path}: {error}; training goes on")
             self._warned = True
         else:
             self._warned = False

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from preflight.settings.config import TrainingSettings
+from preflight.settings import TrainingSettings
 
 
 def build_optimizer(

@@ -6,7 +6,7 @@ import math
 import sys
 from dataclasses import dataclass
 
-from preflight.settings.config import ControlSettings, TrainingSettings
+from preflight.settings import ControlSettings, TrainingSettings
 
 EVAL_SHARE_OF_TRAINING = 0.05
 

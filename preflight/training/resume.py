@@ -9,9 +9,9 @@ from typing import Any
 from preflight.checkpoints import format as checkpoint_format
 from preflight.checkpoints import store
 from preflight.checkpoints.format import Checkpoint
-from preflight.core.console import say
 from preflight.core.errors import ExitCode, PreflightError
-from preflight.settings.config import ModelConfig, RunConfig, TrainingSettings, build_config
+from preflight.core.log import log
+from preflight.settings import ModelConfig, RunConfig, TrainingSettings, build_config
 from preflight.tokenization.tokenizer import Tokenizer
 
 LENGTH_FLAGS = {"max_steps", "num_epochs"}  # either one replaces both
@@ -67,7 +67,7 @@ def adopt_settings(config: RunConfig, origin: Checkpoint) -> RunConfig:
                 "drop the flag, or start anew in another --output-dir",
             )
         elif asked != before:
-            say(f"changed since the checkpoint: {name} {before} -> {asked}")
+            log.info(f"changed since the checkpoint: {name} {before} -> {asked}")
     training = dataclasses.replace(config.training, **values)
     model = dataclasses.replace(config.model, tokenizer=origin.config["tokenizer"]["name"])
     return dataclasses.replace(config, training=training, model=model)

@@ -33,7 +33,7 @@ from preflight.checkpoints.format import Checkpoint
 from preflight.core import storage
 from preflight.core.errors import ExitCode, PreflightError
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 CONFIG = {
     "model": {
         "vocab_size": 11,
@@ -1027,8 +1027,8 @@ import test_checkpoint as t
 out = Path({out!r})
 for step in (1, 2, 3, 3):
     new = t.save(out, step)
-    t.checkpoint.record_validation(new, 9.0 - step)
-    t.checkpoint.retire_checkpoints(out, 1)
+    t.checkpoint_format.record_validation(new, 9.0 - step)
+    t.store.retire_checkpoints(out, 1)
 """
 CALL = re.compile(r"(?:\d+ +)?(\w+)\((.*)\) += (-?\d+)")
 
@@ -1066,7 +1066,7 @@ def find_durability_faults(lines: list[str], output_dir: str) -> tuple[int, list
 def test_every_rename_is_durable(tmp_path: Path) -> None:
     output_dir = tmp_path / "run"
     output_dir.mkdir()
-    code = AUDITED.format(root=str(ROOT), tests=str(ROOT / "tests"), out=str(output_dir))
+    code = AUDITED.format(root=str(ROOT), tests=str(Path(__file__).parent), out=str(output_dir))
     calls = "write,pwrite64,ftruncate,fallocate,fsync,fdatasync,rename,renameat,renameat2"
     log = tmp_path / "log"
     subprocess.run(

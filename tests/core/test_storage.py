@@ -17,10 +17,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from preflight.core import console, locks, storage, strict_json
+from preflight.core import locks, storage, strict_json, units
 from preflight.core.errors import ExitCode, PreflightError
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 FULL = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
@@ -152,7 +152,7 @@ def test_disk_that_is_really_full(tmp_path: Path, size_kib: int) -> None:
     code = f"""
 import sys; sys.path.insert(0, {str(ROOT)!r})
 from pathlib import Path
-import storage, config
+from preflight.core import errors, storage
 place = Path({str(tmp_path)!r})
 (place / "old").write_bytes(b"old")
 try:
@@ -160,7 +160,7 @@ try:
         for number in range(6):
             with storage.publish_file(temporary / str(number), 100_000) as file:
                 file.write(b"x" * 100_000)
-except config.PreflightError as error:
+except errors.PreflightError as error:
     assert error.code == 6 and "No space left" in str(error), error
     assert "bytes missing" in str(error), error
     assert [p.name for p in place.iterdir()] == ["old"], list(place.iterdir())
@@ -322,9 +322,9 @@ def test_written_json_is_read_back(tmp_path: Path) -> None:
 def test_hash_and_sizes(tmp_path: Path) -> None:
     (tmp_path / "a").write_bytes(b"abc")
     assert storage.hash_file(tmp_path / "a").startswith("ba7816bf8f01cfea")
-    assert console.format_bytes(0) == "0 B"
-    assert console.format_bytes(1536) == "1.5 KiB"
-    assert console.format_bytes(3 * 2**40) == "3.0 TiB"
+    assert units.format_bytes(0) == "0 B"
+    assert units.format_bytes(1536) == "1.5 KiB"
+    assert units.format_bytes(3 * 2**40) == "3.0 TiB"
     assert storage.free_bytes(tmp_path / "not" / "there") > 0
 
 
@@ -349,10 +349,11 @@ def test_all_are_verified_and_the_first_fault_is_told() -> None:
 HOLDER = """
 import sys; sys.path.insert(0, {root!r})
 from pathlib import Path
-import storage, config, time
+import time
+from preflight.core import errors, locks
 try:
     lock = locks.FolderLock(Path({folder!r}), shared={shared})
-except config.PreflightError as error:
+except errors.PreflightError as error:
     print(error, flush=True); sys.exit(int(error.code))
 print("held", flush=True)
 sys.stdin.readline()

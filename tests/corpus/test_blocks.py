@@ -206,5 +206,5 @@ def test_workers_are_light() -> None:
         loaded = encoders._pool.submit(eval, "sorted(__import__('sys').modules)").result()
     finally:
         encoders.close()
-    assert "blocks" in loaded
+    assert "preflight.corpus.workers" in loaded
     assert "torch" not in loaded

@@ -29,14 +29,15 @@ from conftest import TINY_FLAGS, CommandRunner
 from preflight.core.errors import ExitCode, PreflightError
 from preflight.core.locks import FolderLock
 from preflight.core.signals import StopFlag
-from preflight.corpus import build, sources
+from preflight.corpus import build as build_module
+from preflight.corpus import sources
 from preflight.corpus.build import prepare_data
 from preflight.corpus.shards import DataFolder, load_data_folder
 from preflight.corpus.workers import Encoders
-from preflight.settings.config import DataSettings
+from preflight.settings import DataSettings
 from preflight.tokenization.tokenizer import Tokenizer, load_tokenizer
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 GPT2 = load_tokenizer("gpt2")
 
 
@@ -152,10 +153,12 @@ def test_workers_that_die_as_they_start(tmp_path: Path) -> None:
     """As a process that memory has no room for does: `false` stands for the interpreter."""
     code = """
 import multiprocessing.resource_tracker
-from config import DataSettings
-from prepare import prepare_data
-from tokenizer import load_tokenizer
+from preflight.core.log import configure_logging
+from preflight.corpus.build import prepare_data
+from preflight.settings import DataSettings
+from preflight.tokenization.tokenizer import load_tokenizer
 if __name__ == "__main__":
+    configure_logging("info")
     multiprocessing.resource_tracker.ensure_running()
     multiprocessing.set_executable("/bin/false")
     tokenizer = load_tokenizer("gpt2")
@@ -207,7 +210,7 @@ def test_many_documents_are_split_by_document(tmp_path: Path) -> None:
 @given(st.integers(1, 3000), st.floats(0.001, 0.5))
 @settings(max_examples=50)
 def test_validation_share_by_document(n_documents: int, share: float) -> None:
-    chosen = sum(build._is_validation(i, share) for i in range(n_documents))
+    chosen = sum(build_module._is_validation(i, share) for i in range(n_documents))
     assert abs(chosen - n_documents * share) <= 1.001
 
 
@@ -264,7 +267,7 @@ def test_sample_is_prepared_and_reused(
     assert data.train.n_documents > 80
     assert prepare_data(data_settings, GPT2, 128).fingerprint == data.fingerprint
     assert "reusing" in capsys.readouterr().err
-    assert not (tmp_path / "data" / build.BUILDING_NAME).exists()
+    assert not (tmp_path / "data" / build_module.BUILDING_NAME).exists()
 
 
 # ---- faults in the text -------------------------------------------------------------------------
@@ -405,7 +408,7 @@ def test_file_that_changes_between_the_passes_publishes_nothing(
 ) -> None:
     old = build(tmp_path, GOOD)
     tree = hash_tree(old.path)
-    original = build._build_plan
+    original = build_module._build_plan
 
     def change(*args: Any) -> Any:
         plan = original(*args)
@@ -413,7 +416,7 @@ def test_file_that_changes_between_the_passes_publishes_nothing(
             file.write(b"P")
         return plan
 
-    monkeypatch.setattr(build, "_build_plan", change)
+    monkeypatch.setattr(build_module, "_build_plan", change)
     with pytest.raises(PreflightError, match="changed while it was being read") as caught:
         build(tmp_path, GOOD + "more words\n")
     assert caught.value.code == ExitCode.TEXT
@@ -552,9 +555,10 @@ def test_lock_is_held_while_building(tmp_path: Path) -> None:
 DRIVER = """
 import os, sys
 sys.path.insert(0, {root!r})
-import prepare, storage
-from config import DataSettings
-from tokenizer import load_tokenizer
+from preflight.core import storage
+from preflight.corpus import build
+from preflight.settings import DataSettings
+from preflight.tokenization.tokenizer import load_tokenizer
 
 left = int(sys.argv[1])
 
@@ -631,7 +635,7 @@ def test_unfinished_folder_without_text_is_an_error_and_a_finished_build_is_move
 ) -> None:
     data = build(tmp_path, GOOD * 5)
     tree = hash_tree(data.path)
-    building = data.path / build.BUILDING_NAME
+    building = data.path / build_module.BUILDING_NAME
     building.mkdir()
     os.rename(data.path / "val", building / "val")
     os.rename(data.path / "metadata.json", building / "metadata.json")
@@ -681,7 +685,7 @@ def test_stop_keeps_finished_shards(tmp_path: Path, capsys: pytest.CaptureFixtur
 def test_full_disk_is_told_of_before_the_work(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(build, "free_bytes", lambda path: 100)
+    monkeypatch.setattr(build_module, "free_bytes", lambda path: 100)
     with pytest.raises(PreflightError) as caught:
         build(tmp_path, GOOD)
     assert caught.value.code == ExitCode.STORAGE
@@ -693,7 +697,8 @@ def test_workers_end_with_a_killed_parent(tmp_path: Path) -> None:
     source.write_text(GOOD * 4000)
     code = (
         f"import sys; sys.path.insert(0, {str(ROOT)!r})\n"
-        "import prepare\nfrom config import DataSettings\nfrom tokenizer import load_tokenizer\n"
+        "from preflight.corpus import build\nfrom preflight.settings import DataSettings\n"
+        "from preflight.tokenization.tokenizer import load_tokenizer\n"
         "if __name__ == '__main__':\n"
         f"    build.prepare_data(DataSettings(text_file=({str(source)!r},), shard_size=2000,\n"
         f"        data_dir={str(tmp_path / 'd')!r}), load_tokenizer('gpt2'), 4,\n"

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from preflight.decoding.single_row import SingleRowReader, choose_reader, one_torch_thread
-from preflight.settings.config import ModelConfig
+from preflight.settings import ModelConfig
 from transformer_model import ACTIVATION_FUNCTIONS, DecoderOnlyTransformer, KVCache
 
 torch.set_num_threads(1)

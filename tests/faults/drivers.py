@@ -28,14 +28,15 @@ import torch
 import torch._dynamo  # an optimizer loads it at its first use: once here, not in every case
 from matplotlib.figure import Figure
 
+import generate
 import main
 import train_utils
 from preflight.core import locks, storage
 from preflight.core.errors import ExitCode, PreflightError
 from preflight.core.signals import StopFlag
 from preflight.corpus import build
-from preflight.modes import generate, train
-from preflight.settings.config import RunConfig
+from preflight.modes import train
+from preflight.settings import RunConfig
 from preflight.tokenization.tokenizer import Tokenizer
 from trainer import Trainer
 
@@ -57,7 +58,7 @@ def lighten() -> None:
     """Make a forked process cheap; the calls on the disk stay those of the product."""
     torch.set_num_threads(1)
     tokenizer = build_byte_tokenizer()
-    for module in (training_run, generate):
+    for module in (train, generate):
         module.load_tokenizer = lambda name: tokenizer  # type: ignore[attr-defined]
     train_utils._POLL_SECONDS = 0.01  # else closing a loader waits half a second
     train_utils._CHUNK_TOKENS = 4096  # so that reading ahead does not pass all epoch ends at once
@@ -236,7 +237,7 @@ def break_publishing() -> None:
 
     storage.publish_folder = folder_in_place
     for module in list(sys.modules.values()):
-        if getattr(module, "publish_file", None) is storage.publish_file and module != storage:
+        if getattr(module, "publish_file", None) is storage.publish_file and module is not storage:
             module.publish_file = in_place  # type: ignore[attr-defined]
     storage.publish_file = in_place
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 import main
-from preflight.settings.config import build_options
+from preflight.settings import build_options
 
 from .harness import ROOT
 

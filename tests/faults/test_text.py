@@ -13,7 +13,7 @@ import test_prepare
 
 from preflight.core.errors import ExitCode, PreflightError
 from preflight.corpus.build import prepare_data
-from preflight.settings.config import DataSettings
+from preflight.settings import DataSettings
 from preflight.tokenization.tokenizer import load_tokenizer
 
 from .harness import ForkServer, find_message_faults

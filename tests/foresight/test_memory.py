@@ -33,7 +33,7 @@ from preflight.foresight.memory_trace import (
     trace_peaks,
     trace_whole,
 )
-from preflight.settings.config import ControlSettings, ModelConfig, ModelSettings, TrainingSettings
+from preflight.settings import ControlSettings, ModelConfig, ModelSettings, TrainingSettings
 from preflight.training.plan import build_plan
 from trainer import Trainer
 

@@ -23,7 +23,7 @@ from preflight.foresight.run_time import (
     measure_product_flops,
 )
 from preflight.modes import train
-from preflight.settings.config import ModelConfig, TrainingSettings
+from preflight.settings import ModelConfig, TrainingSettings
 from preflight.tokenization.tokenizer import load_tokenizer
 from preflight.training.plan import build_plan
 

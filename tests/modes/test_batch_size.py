@@ -27,7 +27,7 @@ from preflight.foresight import trials
 from preflight.foresight.batch_search import MAX_SIZE, SearchResult, search, split_sequences
 from preflight.foresight.trials import Order, Trial, run_trial
 from preflight.modes import find_batch_size
-from preflight.settings.config import build_config
+from preflight.settings import build_config
 
 GIB = 2**30
 Line = Callable[[int], float]

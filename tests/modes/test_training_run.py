@@ -22,7 +22,7 @@ from preflight.checkpoints import format as checkpoint_format
 from preflight.checkpoints import store
 from preflight.core.errors import ExitCode, PreflightError
 from preflight.modes import train
-from preflight.settings.config import build_config
+from preflight.settings import build_config
 from preflight.training import resume
 from trainer import StepResult, Trainer
 
@@ -46,11 +46,11 @@ def run(tmp_path: Path, tiny_text: Path, monkeypatch: pytest.MonkeyPatch) -> Run
     """Train the tiny model in this process; keywords are flags."""
     monkeypatch.chdir(tmp_path)
 
-    def train(**flags: Any) -> int:
+    def run_flags(**flags: Any) -> int:
         values = TINY | {"text_file": [str(tiny_text)]} | flags
         return train.run_training(build_config(values, dict.fromkeys(values, "the command line")))
 
-    return train
+    return run_flags
 
 
 def read_rows(folder: Path, event: str = "step") -> list[dict[str, Any]]:

@@ -20,7 +20,7 @@ from preflight.core.strict_json import read_json
 from preflight.corpus import build, shards
 from preflight.modes import validate
 from preflight.modes.validate import CHECKS, Result, Subject, run_check
-from preflight.settings.config import RunConfig
+from preflight.settings import RunConfig
 from preflight.tokenization.tokenizer import Tokenizer, load_tokenizer
 from train_utils import BatchLoader
 from trainer import Evaluation, Trainer

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from preflight.core.errors import ExitCode, PreflightError
-from preflight.settings.config import (
+from preflight.settings import (
     GROUPS,
     MODEL_PRESETS,
     ModelConfig,

@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 
 from conftest import ROOT
-from preflight.core.console import format_seconds, say, set_log_level
+from preflight.core.log import configure_logging, log
+from preflight.core.units import format_seconds
 from preflight.training import metrics
 from preflight.training.curve import save_loss_curve
 from preflight.training.metrics import MetricsLog, read_metrics
@@ -98,21 +99,21 @@ def test_log_level(capsys: pytest.CaptureFixture[str]) -> None:
             ("warning", "warning: c\n"),
             ("error", ""),
         ):
-            set_log_level(level)
-            say("a", "debug")
-            say("b")
-            say("c", "warning")
+            configure_logging(level)
+            log.debug("a")
+            log.info("b")
+            log.warning("c")
             assert capsys.readouterr().err == expected
     finally:
-        set_log_level("info")
+        configure_logging("info")
 
 
 def test_drawing_waits_for_its_time_and_heeds_no_backend(tmp_path: Path) -> None:
     code = """
 import sys
 from pathlib import Path
-import training_run
-from metrics import save_loss_curve
+import preflight.modes.train
+from preflight.training.curve import save_loss_curve
 assert "matplotlib" not in sys.modules
 save_loss_curve(Path("curve.png"), [{"event": "step", "tokens": 1, "loss": 1.0,
                                      "learning_rate": 1.0}], "")
