@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import argparse
 import difflib
-import importlib
 import os
 import sys
 from pathlib import Path
@@ -22,27 +21,8 @@ from preflight.settings import (
     build_config,
     build_options,
 )
+from preflight.settings.kinds import MODE_SUMMARIES, MODES
 
-# mode: what it does, the module and the function that do it
-MODES = {
-    "check": (
-        "report what a run would need, take and learn, before it is paid for",
-        "preflight.modes.check",
-        "run_check",
-    ),
-    "validate-only": (
-        "try every part of a run once, in numbered checks",
-        "preflight.modes.validate",
-        "run_validation",
-    ),
-    "train": ("prepare the text where needed, then train", "preflight.modes.train", "run_training"),
-    "get-optimal-bs": (
-        "find the batch size that fits and the one that is fastest",
-        "preflight.modes.find_batch_size",
-        "run_search",
-    ),
-    "generate": ("write text from a checkpoint", "preflight.modes.generate", "run_generation"),
-}
 EPILOG = """\
 examples:
   python main.py --train --text-file my.txt
@@ -68,8 +48,8 @@ def build_parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     modes = parser.add_argument_group("mode (exactly one)")
-    for mode, (text, _, _) in MODES.items():
-        modes.add_argument(f"--{mode}", action="store_true", help=text)
+    for mode in MODES.names():
+        modes.add_argument(f"--{mode}", action="store_true", help=MODE_SUMMARIES[mode])
     groups = {
         name: parser.add_argument_group(name, (cls.__doc__ or "").splitlines()[0])
         for name, cls in GROUPS.items()
@@ -108,11 +88,11 @@ def parse_command_line(argv: list[str]) -> tuple[str, RunConfig]:
     parser = build_parser()
     parsed, rest = parser.parse_known_args(argv)
     given = vars(parsed)
-    chosen = [mode for mode in MODES if given.pop(mode.replace("-", "_"))]
+    chosen = [mode for mode in MODES.names() if given.pop(mode.replace("-", "_"))]
     faults = [_explain_unknown(word, parser) for word in rest if word.startswith("-")]
     faults += [f"{word!r} belongs to no flag" for word in rest if not word.startswith("-")][:1]
     if len(chosen) != 1:
-        names = ", ".join(f"--{mode}" for mode in MODES)
+        names = ", ".join(f"--{mode}" for mode in MODES.names())
         found = " and ".join(f"--{mode}" for mode in chosen) or "none"
         faults.append(f"give exactly one mode of {names} (found {found})")
     sources = dict.fromkeys(given, "the command line")
@@ -163,12 +143,11 @@ def run_mode(mode: str, config: RunConfig) -> int:
     from preflight.core.log import configure_logging
 
     configure_logging(config.system.log_level)
-    _, module, function = MODES[mode]
     if mode == "train":
         from preflight.core.storage import check_access
 
         check_access(Path(config.control.output_dir))
-    return getattr(importlib.import_module(module), function)(config)
+    return MODES.load(mode)(config)
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -48,56 +48,65 @@ class Evaluation:
         return math.exp(min(self.loss, 700.0))
 
 
+def build_trainer(
+    model_config: ModelConfig,
+    training: TrainingSettings,
+    plan: TrainingPlan,
+    runtime: Runtime,
+    *,
+    gradient_checkpointing: bool = False,
+) -> Trainer:
+    """A trainer of a new model: initialised from the seed, with the optimizer of the flags."""
+    torch.manual_seed(training.seed)
+    with runtime.device:
+        model = DecoderOnlyTransformer(model_config, gradient_checkpointing=gradient_checkpointing)
+    optimizer = build_optimizer(model, training, plan.peak_learning_rate)
+    return Trainer(model, optimizer, plan, runtime, skips_on_device=True)
+
+
 class Trainer:
     """Model, optimizer and scaler, and the one training step everything goes through.
 
     Args:
-        model_config: the architecture.
-        training: how to update.
+        model: on the runtime's device, in fp32.
+        optimizer: over the model's parameters.
+        plan: the run's length, for the learning rate, and how an update is made.
         runtime: device, precision and compilation, decided once.
-        plan: the run's length, for the learning rate.
-        peak_rate: the highest learning rate.
-        gradient_checkpointing: recompute activations in the backward pass.
+        skips_on_device: the optimizer reads ``found_inf`` and then leaves the weights alone, as
+            torch's fused ones do. Otherwise each update waits for the device, to ask.
     """
 
     def __init__(
         self,
-        model_config: ModelConfig,
-        training: TrainingSettings,
-        runtime: Runtime,
+        model: DecoderOnlyTransformer,
+        optimizer: torch.optim.Optimizer,
         plan: TrainingPlan,
-        peak_rate: float,
+        runtime: Runtime,
         *,
-        gradient_checkpointing: bool = False,
+        skips_on_device: bool = False,
     ) -> None:
-        self.training, self.runtime, self.plan, self.peak_rate = training, runtime, plan, peak_rate
-        torch.manual_seed(training.seed)
-        with runtime.device:
-            self.model = DecoderOnlyTransformer(
-                model_config, gradient_checkpointing=gradient_checkpointing
-            )
-        self.optimizer = build_optimizer(self.model, training, peak_rate)
+        self.model, self.optimizer, self.plan, self.runtime = model, optimizer, plan, runtime
+        self.skips_on_device = skips_on_device
         self.scaler = torch.amp.GradScaler(runtime.device.type, enabled=runtime.needs_scaler)
         self._parameters = [p for p in self.model.parameters() if p.requires_grad]
         self._forward = torch.compile(self.model) if runtime.compile_model else self.model
 
     def train_step(self, step: int, batches: Iterable[tuple[Tensor, Tensor]]) -> StepResult:
-        """One update from `gradient_accumulation_steps` batches of (inputs, targets), each (B T).
+        """One update from `plan.accumulation_steps` batches of (inputs, targets), each (B T).
 
         Nothing here waits for the device.
         """
-        rate = learning_rate_at(step, self.plan, self.training.scheduler, self.peak_rate)
+        rate = learning_rate_at(step, self.plan)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
-        accumulation = self.training.gradient_accumulation_steps
         total = torch.zeros((), device=self.runtime.device)
         for inputs, targets in batches:
-            loss = self._compute_loss(inputs, targets) / accumulation
+            loss = self._compute_loss(inputs, targets) / self.plan.accumulation_steps
             self.scaler.scale(loss).backward()
             total += loss.detach()
         self.scaler.unscale_(self.optimizer)
         # An infinite limit measures the norm and changes nothing.
-        limit = self.training.max_grad_norm or math.inf
+        limit = self.plan.max_grad_norm or math.inf
         norm = torch.nn.utils.clip_grad_norm_(self._parameters, limit)
         self._step_if_finite(norm + total)
         # Freed, not zeroed: the next backward pass writes instead of adding.

@@ -41,7 +41,7 @@ from preflight.tokenization.tokenizer import load_tokenizer  # noqa: E402
 from preflight.training.plan import build_plan  # noqa: E402
 from preflight.training.schedules import learning_rate_at  # noqa: E402
 from train_utils import BatchLoader  # noqa: E402
-from trainer import Trainer  # noqa: E402
+from trainer import build_trainer  # noqa: E402
 
 PEAK_RATE = 1e-3
 
@@ -50,7 +50,7 @@ def train_both(
     shape: ModelConfig, megabytes: float, batch_size: int, steps: int, system: SystemSettings
 ) -> tuple[list[float], list[float]]:
     """Losses of each step: ours, and those of the plain loop."""
-    training = TrainingSettings(batch_size=batch_size, max_steps=steps)
+    training = TrainingSettings(batch_size=batch_size, max_steps=steps, learning_rate=PEAK_RATE)
     with tempfile.TemporaryDirectory() as folder:
         gather_text(Path(folder) / "text", int(megabytes * 1e6))
         data = prepare_data(
@@ -60,7 +60,7 @@ def train_both(
         )
         plan = build_plan(training, ControlSettings(), shape.context_length, 10**6, 100)
         # As for a long run, so that a card compiles.
-        trainer = Trainer(shape, training, build_runtime(system, 10**5), plan, PEAK_RATE)
+        trainer = build_trainer(shape, training, plan, build_runtime(system, 10**5))
         device = trainer.runtime.device
         peer = build_hugging_face(trainer.model)[0].to(device).train()
         named = list(peer.named_parameters())
@@ -90,7 +90,7 @@ def train_both(
                 ours.append(float(trainer.train_step(step, [(inputs, targets)]).loss))
                 torch.set_float32_matmul_precision("highest")  # no TF32
                 for group in optimizer.param_groups:
-                    group["lr"] = learning_rate_at(step, plan, training.scheduler, PEAK_RATE)
+                    group["lr"] = learning_rate_at(step, plan)
                 loss = F.cross_entropy(peer(inputs).logits.flatten(0, 1), targets.flatten())
                 loss.backward()
                 torch.nn.utils.clip_grad_norm_(peer.parameters(), training.max_grad_norm)

@@ -43,7 +43,7 @@ from preflight.settings import (  # noqa: E402
 )
 from preflight.tokenization.tokenizer import load_tokenizer  # noqa: E402
 from preflight.training.plan import build_plan  # noqa: E402
-from trainer import Trainer  # noqa: E402
+from trainer import build_trainer  # noqa: E402
 
 SAMPLE_TOKENS = 500_000  # a text of about two megabytes: the shortest run worth saving
 TEN_MINUTES = 600.0
@@ -66,7 +66,7 @@ def measure_training(size: str, folder: Path, repeats: int) -> dict[str, Any]:
     context = model_config.context_length
     windows = SAMPLE_TOKENS // context
     plan = build_plan(training, control, context, windows, windows // 20)
-    trainer = Trainer(model_config, training, build_runtime(SystemSettings()), plan, 1e-3)
+    trainer = build_trainer(model_config, training, plan, build_runtime(SystemSettings()))
     device = trainer.runtime.device
     draw = torch.Generator().manual_seed(0)
     shape = (training.batch_size, context)

@@ -39,12 +39,12 @@ from preflight.foresight.run_time import (  # noqa: E402
     measure_cost,
     measure_product_flops,
 )
-from preflight.modes.train import run_training  # noqa: E402
+from preflight.modes import train as train_mode  # noqa: E402
 from preflight.settings import ModelConfig, RunConfig, build_config  # noqa: E402
 from preflight.tokenization.tokenizer import load_tokenizer  # noqa: E402
 from preflight.training.plan import TrainingPlan, build_plan  # noqa: E402
 from train_utils import count_windows  # noqa: E402
-from trainer import Trainer  # noqa: E402
+from trainer import build_trainer  # noqa: E402
 
 GOALS = {
     "cuda": {"allocated": 0.03, "reserved": 0.05, "time": 0.10},
@@ -133,14 +133,14 @@ def predict_one(flags: dict[str, Any], folder: str, seconds: float) -> dict[str,
     windows = [
         count_windows(part.n_tokens, model.context_length) for part in (data.train, data.val)
     ]
-    plan = build_plan(config.training, config.control, model.context_length, *windows)
+    plan = build_plan(config.resolve_training(), config.control, model.context_length, *windows)
     cost = measure_cost(config, model, plan, runtime, data, tokenizer, guess.step_seconds)
     # An evaluation and a checkpoint at half and end.
     steps = max(4, round(seconds / cost.step_seconds))
     half = max(1, steps // 2)
     values |= {"max_steps": steps, "num_epochs": 1e6, "checkpoint_every": half, "eval_every": half}
     config = build_config(values, dict.fromkeys(values, "the benchmark"))
-    plan = build_plan(config.training, config.control, model.context_length, *windows)
+    plan = build_plan(config.resolve_training(), config.control, model.context_length, *windows)
     on_cuda = runtime.device.type == "cuda"
     timed = max(memory.phases["training step"], memory.phases["optimizer step"])
     return {
@@ -167,7 +167,7 @@ def run_one(values: dict[str, Any], folder: str) -> dict[str, Any]:
     torch.zeros(1, device=runtime.device)
     importlib.import_module("torch._dynamo")
     began = time.perf_counter()
-    assert run_training(config) == 0
+    assert train_mode.run(config) == 0
     found: dict[str, Any] = {"time": time.perf_counter() - began}
     if runtime.device.type == "cuda":
         return found | {
@@ -176,7 +176,7 @@ def run_one(values: dict[str, Any], folder: str) -> dict[str, Any]:
         }
     resident = runtime.peak_memory_bytes()
     model = config.model.resolve(load_tokenizer(config.model.tokenizer).vocab_size)
-    plan = build_plan(config.training, config.control, model.context_length, 100, 10)
+    plan = build_plan(config.resolve_training(), config.control, model.context_length, 100, 10)
     return found | {
         "resident": resident,
         "allocated": measure_allocated(config, model, plan, runtime),
@@ -189,12 +189,11 @@ def measure_allocated(
     """Most bytes allocated on the CPU in three steps, by the profiler's memory events."""
     batch = torch.zeros(config.training.batch_size, model.context_length, dtype=torch.long)
     with profile(profile_memory=True, activities=[ProfilerActivity.CPU]) as profiler:
-        trainer = Trainer(
+        trainer = build_trainer(
             model,
             config.training,
-            runtime,
             plan,
-            config.peak_learning_rate,
+            runtime,
             gradient_checkpointing=config.system.gradient_checkpointing,
         )
         for step in range(3):

@@ -43,10 +43,11 @@ from peers import (  # noqa: E402
     run_apart,
 )
 
+import trainer  # noqa: E402
 from preflight.device.cards import match_device  # noqa: E402
 from preflight.device.runtime import Runtime, build_runtime, describe_device  # noqa: E402
 from preflight.models.cost import estimate_flops_per_token  # noqa: E402
-from preflight.modes.train import run_training  # noqa: E402
+from preflight.modes import train as train_mode  # noqa: E402
 from preflight.settings import (  # noqa: E402
     ControlSettings,
     ModelConfig,
@@ -70,9 +71,9 @@ def build_trainer(
     shape: ModelConfig, batch: int, system: SystemSettings, **options: Any
 ) -> Trainer:
     """Ours, as `--train` builds it for a long run."""
-    training = TrainingSettings(batch_size=batch)
+    training = TrainingSettings(batch_size=batch, learning_rate=1e-4)
     plan = build_plan(training, ControlSettings(), shape.context_length, 10**6, 100)
-    return Trainer(shape, training, build_runtime(system, 10**5), plan, 1e-4, **options)
+    return trainer.build_trainer(shape, training, plan, build_runtime(system, 10**5), **options)
 
 
 def draw_batch(shape: ModelConfig, batch: int, device: torch.device) -> tuple[Tensor, Tensor]:
@@ -392,7 +393,7 @@ def measure_loop(runtime: Runtime, steps: int) -> list[Row]:
 
         Trainer.train_step = timed  # type: ignore[method-assign]
         try:
-            run_training(config)
+            train_mode.run(config)
         finally:
             Trainer.train_step = original  # type: ignore[method-assign]
         rows = [r for r in read_metrics(Path(folder) / "out/metrics.jsonl") if r["event"] == "step"]

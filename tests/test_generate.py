@@ -156,7 +156,7 @@ def test_files_hold_every_answer_in_order(
                 output_file=str(path),
             ),
         )
-        assert generate.run_generation(config) == 0
+        assert generate.run(config) == 0
         text = path.read_text(encoding="utf-8")
         if suffix == ".txt":
             assert text.count(generate.SEPARATOR) == 5
@@ -194,7 +194,7 @@ def test_a_stopped_run_keeps_the_complete_answers(
         generation=GenerationSettings(prompts=("a", "b", "c"), output_file=str(path)),
     )
     with pytest.raises(PreflightError) as caught:
-        generate.run_generation(config)
+        generate.run(config)
     assert caught.value.code == 143
     texts = [json.loads(line)["text"] for line in path.read_text().splitlines()]
     assert texts == ["first", "second"]

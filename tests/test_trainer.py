@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
+import trainer as trainer_module
 from preflight.device.runtime import Runtime, build_runtime
 from preflight.settings import ControlSettings, ModelConfig, SystemSettings, TrainingSettings
 from preflight.training.plan import TrainState, build_plan
@@ -23,9 +24,10 @@ Batch = tuple[Tensor, Tensor]
 
 
 def build_trainer(runtime: Runtime = CPU, **changes: object) -> Trainer:
-    training = TrainingSettings(**({"batch_size": 4, "max_steps": 30} | changes))  # type: ignore[arg-type]
+    flags = {"batch_size": 4, "max_steps": 30, "learning_rate": 1e-2} | changes
+    training = TrainingSettings(**flags)  # type: ignore[arg-type]
     plan = build_plan(training, ControlSettings(), MODEL.context_length, 1000, 20)
-    return Trainer(MODEL, training, runtime, plan, training.learning_rate or 1e-2)
+    return trainer_module.build_trainer(MODEL, training, plan, runtime)
 
 
 def draw_batches(count: int, batch_size: int = 4, seed: int = 1) -> list[Batch]:
@@ -108,20 +110,22 @@ def torch_rates(scheduler: str, total: int, warmup: int, peak: float) -> list[fl
 
 @pytest.mark.parametrize("scheduler", ["cosine", "linear", "onecycle", "none"])
 def test_learning_rates_equal_torchs_schedules(scheduler: str) -> None:
-    training = TrainingSettings(max_steps=50, warmup_steps=10, scheduler=scheduler)
+    training = TrainingSettings(
+        max_steps=50, warmup_steps=10, scheduler=scheduler, learning_rate=3e-3
+    )
     plan = build_plan(training, ControlSettings(), 16, 1000, 20)
-    ours = [learning_rate_at(step, plan, scheduler, 3e-3) for step in range(50)]
+    ours = [learning_rate_at(step, plan) for step in range(50)]
     assert ours == pytest.approx(torch_rates(scheduler, 50, 10, 3e-3), rel=1e-5, abs=1e-12)
 
 
 @pytest.mark.parametrize("scheduler", ["cosine", "linear", "onecycle", "none"])
 @pytest.mark.parametrize("steps", [1, 2, 3])
 def test_learning_rate_is_sane_for_the_shortest_runs(scheduler: str, steps: int) -> None:
-    training = TrainingSettings(max_steps=steps, scheduler=scheduler)
+    training = TrainingSettings(max_steps=steps, scheduler=scheduler, learning_rate=1.0)
     plan = build_plan(training, ControlSettings(), 16, 1000, 20)
     for step in range(steps):
-        assert 0 <= learning_rate_at(step, plan, scheduler, 1.0) <= 1.0
-    assert max(learning_rate_at(step, plan, scheduler, 1.0) for step in range(steps)) > 0
+        assert 0 <= learning_rate_at(step, plan) <= 1.0
+    assert max(learning_rate_at(step, plan) for step in range(steps)) > 0
 
 
 def test_accumulation_equals_one_large_batch() -> None:

@@ -1,7 +1,7 @@
 """Named things of one kind, loaded when they are asked for.
 
-A table holds names and where the thing is, as in ``{"adamw": "preflight.training.optimizers:ADAMW"}``.
-Flags list the names without importing torch; the object is imported by `Registry.load`.
+A table says where each thing is: ``{"adamw": "preflight.training.optimizers:ADAMW"}``.
+Flags list the names without importing torch; `Registry.load` imports the object.
 """
 
 from __future__ import annotations
@@ -44,7 +44,9 @@ class Registry(Generic[T]):
         """
         if name not in self._targets:
             near = difflib.get_close_matches(name, self._targets, n=1)
-            hint = f"did you mean {near[0]}?" if near else f"choose one of {', '.join(self.names())}"
+            hint = (
+                f"did you mean {near[0]}?" if near else f"choose one of {', '.join(self.names())}"
+            )
             raise PreflightError(ExitCode.FLAGS, f"{self.flag} {name[:60]!r} is unknown; {hint}")
         target = self._targets[name]
         if not isinstance(target, str):

@@ -113,7 +113,7 @@ class _SingleRowBlock:
         self.contract = _Map(block.feed_forward.contract)
 
     def add_to(self, x: Array, keys_values: Array, n_earlier: int) -> None:
-        """Add to `x` (C) what the block makes of it, and its key and value to the cache (2 H S D)."""
+        """Add to `x` (C) what the block makes of it, and key and value to the cache (2 H S D)."""
         heads = self.qkv(self.attention_norm(x)).reshape(3, self.n_heads, -1)  # 3 H D
         keys_values[:, :, n_earlier] = heads[1:]
         keys, values = keys_values[:, :, : n_earlier + 1]  # H N D

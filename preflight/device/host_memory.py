@@ -16,6 +16,7 @@ except ImportError:  # Windows
 
 
 def peak_resident_bytes() -> int:
+    """Most memory that this process has held at once."""
     if resource is None:
         return psutil.Process().memory_info().peak_wset
     # Linux's getrusage starts with what the parent held; proc_pid_status(5) does not.

@@ -160,8 +160,8 @@ def find_content_warnings(content: Content) -> list[Advice]:
         found.append(
             Advice(
                 "duplicates",
-                f"{content.duplicate_documents:,} of {content.n_documents:,} documents repeat another: "
-                "they are learned by heart, and flatter the validation loss",
+                f"{content.duplicate_documents:,} of {content.n_documents:,} documents repeat "
+                "another: they are learned by heart, and flatter the validation loss",
                 "remove them from the text and give it again with --text-file",
             )
         )
@@ -204,8 +204,8 @@ def _find_size_warnings(
         found.append(
             Advice(
                 "epochs",
-                f"{epochs:,.1f} passes over {data.train.n_tokens:,} tokens: past {GOOD_EPOCHS} little "
-                "is gained, and the text is learned by heart (Muennighoff et al. 2023)",
+                f"{epochs:,.1f} passes over {data.train.n_tokens:,} tokens: past {GOOD_EPOCHS} "
+                "little is gained, and the text is learned by heart (Muennighoff et al. 2023)",
                 f"--num-epochs {GOOD_EPOCHS}, or more text with --text-file",
             )
         )
@@ -224,7 +224,8 @@ def _find_size_warnings(
                 "validation",
                 f"{data.val.n_tokens:,} validation tokens: the validation loss is known to about "
                 f"+-{error:.2f} only, whatever it says",
-                f"a larger --val-split (now {config.data.val_split:g}), or more text with --text-file",
+                f"a larger --val-split (now {config.data.val_split:g}), "
+                "or more text with --text-file",
             )
         )
     return found
@@ -264,9 +265,9 @@ def _find_rate_warnings(
         found.append(
             Advice(
                 "tokens_per_step",
-                f"{plan.tokens_per_step:,} tokens per step are far under the {round(wanted, -3):,.0f} "
-                f"or so that a rate of {rate:.1e} was made for (Brown et al. 2020): noisy updates, "
-                "the loss may stop high",
+                f"{plan.tokens_per_step:,} tokens per step are far under the "
+                f"{round(wanted, -3):,.0f} or so that a rate of {rate:.1e} was made for "
+                "(Brown et al. 2020): noisy updates, the loss may stop high",
                 f"--gradient-accumulation-steps {accumulation}, or --learning-rate {calmer:.1e} "
                 "(square-root rule, Malladi et al. 2022)",
             )

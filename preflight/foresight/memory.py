@@ -190,7 +190,7 @@ def build_batch_curve(
 
 
 def judge_fit(needed_bytes: int, limit_bytes: int, margin: float = 0.15) -> Verdict:
-    """Whether that much fits: with `margin` (a share of the limit) to spare, only without, or not."""
+    """Whether that much fits: with `margin` (a share of it) to spare, only without, or not."""
     if needed_bytes <= limit_bytes * (1 - margin):
         return "fits"
     return "tight" if needed_bytes <= limit_bytes else "does not fit"

@@ -31,7 +31,7 @@ from preflight.foresight.memory_compiled import capture_graphs, trace_compiled_s
 from preflight.models import loss as losses
 from preflight.settings import ControlSettings, ModelConfig, SamplingConfig, TrainingSettings
 from preflight.training.plan import build_plan
-from trainer import Trainer
+from trainer import Trainer, build_trainer
 from transformer_model import KVCache
 
 ITEMS = (
@@ -275,13 +275,8 @@ def trace_whole(case: TraceCase) -> Peaks:
     runtime = Runtime(torch.device("cpu"), case.dtype, False, ())
     plan = build_plan(training, ControlSettings(), config.context_length, 1, 1)
     with _pretend(case.device_type) as log:
-        trainer = Trainer(
-            config,
-            training,
-            runtime,
-            plan,
-            1e-3,
-            gradient_checkpointing=case.gradient_checkpointing,
+        trainer = build_trainer(
+            config, training, plan, runtime, gradient_checkpointing=case.gradient_checkpointing
         )
         model, optimizer = trainer.model, trainer.optimizer
         if case.device_type != "cpu":

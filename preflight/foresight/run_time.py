@@ -39,7 +39,7 @@ from preflight.tokenization.tokenizer import Tokenizer
 from preflight.training.curve import CURVE_EVERY_SECONDS
 from preflight.training.plan import TrainingPlan
 from train_utils import BatchLoader, count_windows, iterate_windows
-from trainer import Trainer
+from trainer import Trainer, build_trainer
 
 TIMED_STEPS = 5
 LONG_SECONDS = 3.0  # a step longer than this is timed fewer times, or in part
@@ -324,12 +324,11 @@ def measure_cost(
     low, high = _choose_loads(full, expected_seconds, may_shrink)
     runtime.reset_peak_memory()
     began = time.perf_counter()
-    trainer = Trainer(
+    trainer = build_trainer(
         model_config,
         training,
-        runtime,
         plan,
-        config.peak_learning_rate,
+        runtime,
         gradient_checkpointing=config.system.gradient_checkpointing,
     )
     runtime.synchronize()
@@ -425,7 +424,7 @@ def _measure_evaluation(
     trainer: Trainer, data: DataFolder, plan: TrainingPlan, config: ModelConfig, load: _Load
 ) -> float:
     """Seconds of evaluating one whole window."""
-    rows = trainer.training.batch_size
+    rows = trainer.plan.samples_per_step // trainer.plan.accumulation_steps
     whole = (load.sequences, load.tokens) == (rows, config.context_length)
     n_windows = min(plan.eval_windows, 4 * rows) if whole else rows
     n_windows = min(n_windows, count_windows(data.val.n_tokens, config.context_length))

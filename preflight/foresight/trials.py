@@ -42,7 +42,7 @@ from preflight.tokenization.tokenizer import load_tokenizer
 from preflight.training.curve import CURVE_NAME, save_loss_curve
 from preflight.training.plan import TrainingPlan, build_plan
 from train_utils import BatchLoader, count_windows, iterate_windows
-from trainer import Trainer
+from trainer import Trainer, build_trainer
 
 MAX_TRIAL_SECONDS = 1800.0
 TIMED_STEPS, TIMED_SECONDS, SLOW_STEP_SECONDS = 5, 6.0, 4.0
@@ -99,7 +99,10 @@ class Order:
             for part in ((data.train, data.val) if data else ())
         ]
         return build_plan(
-            self.config.training, self.config.control, context, *(windows or (10**9, 10**6))
+            self.config.resolve_training(),
+            self.config.control,
+            context,
+            *(windows or (10**9, 10**6)),
         )
 
     def runtime(self) -> Runtime:
@@ -166,12 +169,11 @@ def measure(order: Order) -> Trial:
     seconds: list[float] = []
     failure = ""
     build = functools.partial(
-        Trainer,
+        build_trainer,
         order.model_config,
         training,
-        runtime,
         plan,
-        order.config.peak_learning_rate,
+        runtime,
         gradient_checkpointing=order.config.system.gradient_checkpointing,
     )
     try:
@@ -234,14 +236,14 @@ def _load_libraries(order: Order, runtime: Runtime) -> None:
     tiny = ModelConfig(64, 16, 16, 2, 1, 64)
     one = replace(order.config.training, batch_size=1, gradient_accumulation_steps=1)
     runtime = replace(runtime, compile_model=False)
-    trainer = Trainer(tiny, one, runtime, build_plan(one, ControlSettings(), 16, 1, 1), 1e-3)
+    trainer = build_trainer(tiny, one, build_plan(one, ControlSettings(), 16, 1, 1), runtime)
     tokens = torch.zeros((1, 16), dtype=torch.long, device=runtime.device)
     trainer.train_step(0, [(tokens, tokens)])
 
 
 def _time_steps(trainer: Trainer, next_batch: Callable[[], Batch], seconds: list[float]) -> None:
     """Append the seconds of full steps; the first is a warm-up unless a step is slow."""
-    runtime, n_micro_steps = trainer.runtime, trainer.training.gradient_accumulation_steps
+    runtime, n_micro_steps = trainer.runtime, trainer.plan.accumulation_steps
     if not runtime.compile_model:  # compiled, another shape would be compiled as well
         # The optimizer's state is there before the first full step: its peak counts.
         trainer.train_step(0, [tuple(part[:1] for part in next_batch())])  # type: ignore[list-item]

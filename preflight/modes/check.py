@@ -100,7 +100,7 @@ class Target:
         }
 
 
-def run_check(config: RunConfig) -> int:
+def run(config: RunConfig) -> int:
     """Print the report, write it to the output folder, and return 0, or 1 with problems."""
     report = build_report(config)
     with report.guard("system information"):
@@ -233,7 +233,7 @@ class _Gatherer:
             return
         context = self.model_config.context_length
         self.plan = plan = build_plan(
-            training,
+            config.resolve_training(),
             config.control,
             context,
             count_windows(self.data.train.n_tokens, context),

@@ -51,7 +51,7 @@ FIRST_SIZE = 8  # on a CPU, to learn how long a step takes
 # ---- the mode -----------------------------------------------------------------------------------
 
 
-def run_search(config: RunConfig) -> int:
+def run(config: RunConfig) -> int:
     """Search, print the table or JSON, write the report, and return the exit code.
 
     Raises:

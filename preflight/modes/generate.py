@@ -65,7 +65,7 @@ _INVISIBLE = {
 }
 
 
-def run_generation(config: RunConfig) -> int:
+def run(config: RunConfig) -> int:
     """Write what was asked for and return the exit code.
 
     Raises:

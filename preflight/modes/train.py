@@ -46,7 +46,7 @@ from preflight.training.metrics import METRICS_NAME, MetricsLog, read_metrics
 from preflight.training.plan import TrainState, build_plan
 from preflight.training.resume import adopt_settings, find_origin, resolve_model
 from train_utils import BatchLoader, count_windows, iterate_windows
-from trainer import StepResult, Trainer
+from trainer import StepResult, build_trainer
 
 # Updates in a row that may be skipped for a loss or gradient that is not finite. A gradient
 # scaler starts at 2^16 and halves at each overflow, so fp16 may need more of them.
@@ -55,7 +55,7 @@ MAX_SKIPPED_IN_A_ROW_FP16 = 40
 _ROOMY = 64  # a step needs less than this many times what it needs at least
 
 
-def run_training(config: RunConfig) -> int:
+def run(config: RunConfig) -> int:
     """Prepare the text, train, and return the exit code.
 
     Raises:
@@ -98,7 +98,7 @@ class TrainingRun:
         self.state, saved = self._read_state(origin)
         context = model_config.context_length
         self.plan = build_plan(
-            config.training,
+            config.resolve_training(),
             config.control,
             context,
             count_windows(data.train.n_tokens, context),
@@ -116,12 +116,11 @@ class TrainingRun:
         self._saved = origin if origin is not None and origin.path.parent == own else None
         self._origin_path = origin.path if origin is not None else None
         self._check_memory()
-        self.trainer = Trainer(
+        self.trainer = build_trainer(
             model_config,
             config.training,
-            self.runtime,
             self.plan,
-            config.peak_learning_rate,
+            self.runtime,
             gradient_checkpointing=config.system.gradient_checkpointing,
         )
         if origin is not None:

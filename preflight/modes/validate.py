@@ -43,7 +43,7 @@ from preflight.tokenization.tokenizer import Tokenizer, load_tokenizer
 from preflight.training.plan import build_plan
 from preflight.training.resume import adopt_settings, find_origin, resolve_model
 from train_utils import BatchLoader, iterate_windows
-from trainer import Trainer
+from trainer import Trainer, build_trainer
 
 MAX_SEQUENCES = 2
 _ROUND_TRIP_BYTES = 64 * 1024
@@ -130,7 +130,7 @@ class Subject:
         assert self.model_config is not None
         assert self.runtime is not None
         training = dataclasses.replace(
-            self.config.training,
+            self.config.resolve_training(),
             batch_size=self.batch_size,
             warmup_steps=0,
             max_steps=1000,
@@ -139,12 +139,11 @@ class Subject:
             gradient_accumulation_steps=min(2, self.config.training.gradient_accumulation_steps),
         )
         plan = build_plan(training, ControlSettings(), self.model_config.context_length, 1, 1)
-        return Trainer(
+        return build_trainer(
             self.model_config,
             training,
-            self.runtime,
             plan,
-            self.config.peak_learning_rate,
+            self.runtime,
             gradient_checkpointing=self.config.system.gradient_checkpointing,
         )
 
@@ -190,7 +189,7 @@ class Subject:
             return self.trainer.model(*self.batch)
 
 
-def run_validation(config: RunConfig) -> int:
+def run(config: RunConfig) -> int:
     """Run all checks, print each, and return 0, or 1 when one did not pass."""
     results: list[Result] = []
     subject = Subject(config)
@@ -501,7 +500,7 @@ def check_update(subject: Subject) -> str:
     trainer.model.train()
     probe = next(trainer.model.parameters())
     start = probe.detach().clone()
-    accumulation = trainer.training.gradient_accumulation_steps
+    accumulation = trainer.plan.accumulation_steps
     for step in range(_SCALER_STEPS if trainer.runtime.needs_scaler else 1):
         trainer.train_step(step, [subject.batch] * accumulation)
         if not torch.equal(probe, start):

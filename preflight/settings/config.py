@@ -387,6 +387,10 @@ class RunConfig:
         preset = MODEL_PRESETS.get(self.model.model_size, MODEL_PRESETS["micro"])
         return self.training.learning_rate or preset.learning_rate
 
+    def resolve_training(self) -> TrainingSettings:
+        """The training flags, with the preset's learning rate where none was given."""
+        return dataclasses.replace(self.training, learning_rate=self.peak_learning_rate)
+
 
 GROUPS: dict[str, type] = {
     "model": ModelSettings,

@@ -10,7 +10,7 @@ from preflight.settings import TrainingSettings
 
 
 def build_optimizer(
-    model: torch.nn.Module, training: TrainingSettings, peak_rate: float
+    model: torch.nn.Module, training: TrainingSettings, learning_rate: float
 ) -> torch.optim.Optimizer:
     """The optimizer, in two groups: weight matrices decay; norms, biases and embeddings do not.
 
@@ -25,7 +25,7 @@ def build_optimizer(
         {"params": others, "weight_decay": 0.0},
     ]
     if training.optimizer == "sgd":
-        return torch.optim.SGD(groups, lr=peak_rate, momentum=training.beta1, fused=True)
+        return torch.optim.SGD(groups, lr=learning_rate, momentum=training.beta1, fused=True)
     kind = torch.optim.AdamW if training.optimizer == "adamw" else torch.optim.Adam
     betas = (training.beta1, training.beta2)
-    return kind(groups, lr=peak_rate, betas=betas, eps=training.eps, fused=True)
+    return kind(groups, lr=learning_rate, betas=betas, eps=training.eps, fused=True)

@@ -6,9 +6,10 @@ import math
 import sys
 from dataclasses import dataclass
 
-from preflight.settings import ControlSettings, TrainingSettings
+from preflight.settings import MODEL_PRESETS, ControlSettings, TrainingSettings
 
 EVAL_SHARE_OF_TRAINING = 0.05
+DEFAULT_LEARNING_RATE = MODEL_PRESETS["micro"].learning_rate
 
 
 @dataclass(frozen=True)
@@ -24,6 +25,10 @@ class TrainingPlan:
     eval_windows: int
     samples_per_step: int
     tokens_per_step: int
+    accumulation_steps: int
+    peak_learning_rate: float
+    scheduler: str
+    max_grad_norm: float
 
 
 @dataclass
@@ -85,4 +90,8 @@ def build_plan(
         eval_windows=eval_windows,
         samples_per_step=samples,
         tokens_per_step=samples * context_length,
+        accumulation_steps=training.gradient_accumulation_steps,
+        peak_learning_rate=training.learning_rate or DEFAULT_LEARNING_RATE,
+        scheduler=training.scheduler,
+        max_grad_norm=training.max_grad_norm,
     )

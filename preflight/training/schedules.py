@@ -13,21 +13,21 @@ COSINE_FLOOR = 0.1  # share of the peak rate at the end (Brown et al. 2020, appe
 ONECYCLE_START, ONECYCLE_END = 1 / 25, 1 / 25e4
 
 
-def learning_rate_at(step: int, plan: TrainingPlan, scheduler: str, peak: float) -> float:
+def learning_rate_at(step: int, plan: TrainingPlan) -> float:
     """The rate of update `step`, counted from 0: linear warm-up, then the schedule.
 
     Cosine follows Loshchilov & Hutter 2017 (arXiv:1608.03983, eq. 5) down to a tenth of the peak;
     onecycle follows torch's OneCycleLR; linear falls to zero at the end.
     """
-    warmup, total = plan.warmup_steps, plan.total_steps
-    if scheduler == "onecycle":
+    warmup, total, peak = plan.warmup_steps, plan.total_steps, plan.peak_learning_rate
+    if plan.scheduler == "onecycle":
         return _onecycle_rate(step, warmup, total, peak)
     if step < warmup:
         return peak * (step + 1) / warmup
     progress = min(1.0, (step - warmup) / max(1, total - warmup))
-    if scheduler == "cosine":
+    if plan.scheduler == "cosine":
         return peak * (COSINE_FLOOR + (1 - COSINE_FLOOR) * 0.5 * (1 + math.cos(math.pi * progress)))
-    return peak * (1 - progress) if scheduler == "linear" else peak
+    return peak * (1 - progress) if plan.scheduler == "linear" else peak
 
 
 def _onecycle_rate(step: int, warmup: int, total: int, peak: float) -> float:

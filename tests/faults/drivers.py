@@ -147,7 +147,7 @@ def mount_privately(place: str, options: str) -> None:
 
 
 def run_after_go(folder: str, go: str, release: str) -> int:
-    """Take a run's lock in the way and order of `run_training`, and hold it until `release`."""
+    """Take a run's lock in the way and order of `--train`, and hold it until `release`."""
     wait_for_file(go)
 
     def hold(mode: str, config: RunConfig) -> int:

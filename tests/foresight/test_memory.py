@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
+import trainer
 from preflight.checkpoints.format import save_checkpoint
 from preflight.device.runtime import Runtime
 from preflight.foresight import memory_trace
@@ -90,12 +91,11 @@ CASES = [
 def build_trainer(case: Case, compile_model: bool = False) -> Trainer:
     plan = build_plan(case.training, ControlSettings(), case.model.context_length, 100, 10)
     runtime = Runtime(torch.device("cpu"), case.dtype, compile_model, ())
-    return Trainer(
+    return trainer.build_trainer(
         case.model,
         case.training,
-        runtime,
         plan,
-        1e-3,
+        runtime,
         gradient_checkpointing=case.gradient_checkpointing,
     )
 

@@ -491,9 +491,7 @@ def run_in_process(
     )
     monkeypatch.setattr(find_batch_size, "measure_limit", lambda runtime, margin: (limit, limit))
     values = {"model_size": "nano", "device": "cpu", "mixed_precision": False} | flags
-    return find_batch_size.run_search(
-        build_config(values, dict.fromkeys(values, "the command line"))
-    )
+    return find_batch_size.run(build_config(values, dict.fromkeys(values, "the command line")))
 
 
 def test_the_table_the_flags_and_the_exit_codes(

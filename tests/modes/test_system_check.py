@@ -33,7 +33,7 @@ def problems_of(report: Report) -> str:
 def test_sections_in_order_and_the_same_figures_as_json(
     make_config: MakeConfig, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert check.run_check(make_config()) == 0
+    assert check.run(make_config()) == 0
     text = capsys.readouterr().out
     places = [
         text.index(f"\n{name.capitalize()}\n") if i else text.index(name.capitalize())
@@ -54,7 +54,7 @@ def test_sections_in_order_and_the_same_figures_as_json(
     assert saved["model"]["shape"] == "2L-32H-2A"
     assert saved["memory_analysis"]["verdict"] == "fits"
     assert "estimate, not measured" in text
-    assert check.run_check(make_config(json=True)) == 0
+    assert check.run(make_config(json=True)) == 0
     printed = json.loads(capsys.readouterr().out)
     assert printed["model"] == saved["model"]
     assert printed["dataset"] == saved["dataset"]
@@ -65,14 +65,14 @@ def test_only_the_data_folder_and_the_report_are_written(
     make_config: MakeConfig, tmp_path: Path
 ) -> None:
     before = list_tree(tmp_path)
-    assert check.run_check(make_config(measure=True)) == 0
+    assert check.run(make_config(measure=True)) == 0
     new = {name for name in list_tree(tmp_path) if name not in before}
     assert {name.split("/")[0] for name in new} == {"data", "training_output"}
     assert [n for n in new if n.startswith("training_output")] == [
         "training_output/check_report.json"
     ]
     before = list_tree(tmp_path)
-    check.run_check(make_config())
+    check.run(make_config())
     assert set(list_tree(tmp_path)) == set(before)
 
 
@@ -93,7 +93,7 @@ def test_predicted_time_against_a_real_run(make_config: MakeConfig) -> None:
     config = make_config(measure=True, max_steps=20)
     total = build_report(config).sections["performance estimation"]["total_seconds"]
     began = time.perf_counter()
-    train.run_training(config)
+    train.run(config)
     real = time.perf_counter() - began
     assert real / 3 < total < real * 3  # the machine may be busy in one of the two
 
@@ -156,7 +156,7 @@ def test_five_faults_in_one_report(
     config = make_config(
         text_file=[], vocab_size=100, gpu_memory=0.1, target_gpu="RTX 4090", resume_from="nowhere"
     )
-    assert check.run_check(config) == 1
+    assert check.run(config) == 1
     out = capsys.readouterr().out
     for words in ("--vocab-size 100", "is damaged", "disk: ", "nowhere", "does not fit"):
         assert words in out.split("problems in the way")[1], words
@@ -183,7 +183,7 @@ def test_each_problem_names_its_flag_and_hides_nothing(
     words: str,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    assert check.run_check(make_config(**flags)) == 1
+    assert check.run(make_config(**flags)) == 1
     out = capsys.readouterr().out
     assert words in out.split("in the way")[1]
     assert all(f"{name.capitalize()}\n" in out for name in SECTIONS)
@@ -191,7 +191,7 @@ def test_each_problem_names_its_flag_and_hides_nothing(
 
 
 def test_a_run_that_would_be_continued(make_config: MakeConfig) -> None:
-    train.run_training(make_config(max_steps=4))
+    train.run(make_config(max_steps=4))
     report = build_report(make_config(max_steps=12))
     rows = report.sections["training configuration"]
     assert "checkpoint-4, step 4" in rows["continues"]

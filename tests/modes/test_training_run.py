@@ -48,7 +48,7 @@ def run(tmp_path: Path, tiny_text: Path, monkeypatch: pytest.MonkeyPatch) -> Run
 
     def run_flags(**flags: Any) -> int:
         values = TINY | {"text_file": [str(tiny_text)]} | flags
-        return train.run_training(build_config(values, dict.fromkeys(values, "the command line")))
+        return train.run(build_config(values, dict.fromkeys(values, "the command line")))
 
     return run_flags
 

@@ -47,13 +47,13 @@ def test_a_sound_run_passes_and_leaves_only_the_data(
     make_config: MakeConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str], device: str
 ) -> None:
     before = list_tree(tmp_path)
-    assert validate.run_validation(make_config(mixed_precision=True, device=device)) == 0
+    assert validate.run(make_config(mixed_precision=True, device=device)) == 0
     out = capsys.readouterr().out
     assert out.count(" passed ") == 12
     assert "12 of 12 checks passed" in out
     assert {name.split("/")[0] for name in list_tree(tmp_path) - before} == {"data"}
     before = list_tree(tmp_path)
-    assert validate.run_validation(make_config(json=True, device=device)) == 0
+    assert validate.run(make_config(json=True, device=device)) == 0
     report = json.loads(capsys.readouterr().out)
     assert [check["number"] for check in report["checks"]] == list(range(1, 13))
     assert list_tree(tmp_path) == before
@@ -63,7 +63,7 @@ def test_bf16_without_hardware_is_a_warning(
     make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(validate, "has_fast_bf16", lambda device: False)
-    assert validate.run_validation(make_config(mixed_precision=True)) == 0
+    assert validate.run(make_config(mixed_precision=True)) == 0
     assert "warning: mixed precision was asked for" in capsys.readouterr().out
 
 
@@ -93,7 +93,7 @@ def test_five_planted_faults_in_one_run(
     monkeypatch.setattr(validate, "free_bytes", lambda path: 1000)
     monkeypatch.setattr(validate, "has_fast_bf16", lambda device: False)
     config = make_config(text_file=[], vocab_size=100, mixed_precision=True, context_length=2000)
-    assert validate.run_validation(config) == 1
+    assert validate.run(config) == 1
     out = capsys.readouterr().out
     assert "--vocab-size 100 is smaller" in out
     assert "needed for checkpoints" not in out  # the model is unknown: its size is not judged

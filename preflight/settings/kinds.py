@@ -1,0 +1,67 @@
+"""What can be chosen by name: one row adds a thing. Nothing here imports what it names."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from preflight.core.registry import Registry
+
+ACTIVATIONS: Registry[Any] = Registry(
+    "--activation",
+    {
+        "gelu": "torch.nn.functional:gelu",
+        "gelu_tanh": "preflight.models.activations:gelu_tanh",
+        "relu": "torch.nn.functional:relu",
+        "silu": "torch.nn.functional:silu",
+    },
+)
+# An OptimizerSpec: how it is built, its state's size, and whether it skips an update by itself.
+OPTIMIZERS: Registry[Any] = Registry(
+    "--optimizer",
+    {
+        "adamw": "preflight.training.optimizers:ADAMW",
+        "adam": "preflight.training.optimizers:ADAM",
+        "sgd": "preflight.training.optimizers:SGD",
+    },
+)
+# (step, plan) -> learning rate.
+SCHEDULES: Registry[Any] = Registry(
+    "--scheduler",
+    {
+        "cosine": "preflight.training.schedules:cosine",
+        "linear": "preflight.training.schedules:linear",
+        "onecycle": "preflight.training.schedules:onecycle",
+        "none": "preflight.training.schedules:constant",
+    },
+)
+# (name) -> Tokenizer.
+TOKENIZERS: Registry[Any] = Registry(
+    "--tokenizer",
+    {
+        "gpt2": "preflight.tokenization.tiktoken_bpe:load_gpt2",
+        "r50k_base": "preflight.tokenization.tiktoken_bpe:load_encoding",
+        "p50k_base": "preflight.tokenization.tiktoken_bpe:load_encoding",
+        "p50k_edit": "preflight.tokenization.tiktoken_bpe:load_encoding",
+        "cl100k_base": "preflight.tokenization.tiktoken_bpe:load_encoding",
+        "o200k_base": "preflight.tokenization.tiktoken_bpe:load_encoding",
+        "o200k_harmony": "preflight.tokenization.tiktoken_bpe:load_encoding",
+    },
+)
+# (config) -> exit code, by the flag that chooses the mode.
+MODES: Registry[Any] = Registry(
+    "mode",
+    {
+        "check": "preflight.modes.check:run",
+        "validate-only": "preflight.modes.validate:run",
+        "train": "preflight.modes.train:run",
+        "get-optimal-bs": "preflight.modes.find_batch_size:run",
+        "generate": "preflight.modes.generate:run",
+    },
+)
+MODE_SUMMARIES = {
+    "check": "report what a run would need, take and learn, before it is paid for",
+    "validate-only": "try every part of a run once, in numbered checks",
+    "train": "prepare the text where needed, then train",
+    "get-optimal-bs": "find the largest batch size that fits, and the fastest",
+    "generate": "generate text from a checkpoint",
+}
