@@ -12,16 +12,14 @@ import dataclasses
 import functools
 import gc
 import multiprocessing
-import os
 import shutil
 import signal
 import statistics
-import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
-from multiprocessing.connection import Connection, wait
+from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
@@ -34,6 +32,7 @@ from generate import SAMPLE_TOKENS, generate_text
 from preflight.checkpoints import format as checkpoint_format
 from preflight.core import storage
 from preflight.core.errors import ExitCode, PreflightError
+from preflight.core.processes import end_with_parent, start_shielded
 from preflight.core.signals import StopFlag
 from preflight.corpus.shards import DataFolder
 from preflight.device.runtime import Runtime, build_runtime, is_out_of_memory
@@ -299,7 +298,7 @@ def _list_validation(order: Order, runtime: Runtime) -> Iterator[Batch]:
 
 def run_in_child(order: Order, answer: Connection) -> None:
     """The child's whole life: measure, answer, end."""
-    _end_with_parent(order.folder)
+    end_with_parent(functools.partial(_remove_folder, order.folder), int(ExitCode.WORKER_LOST))
     with contextlib.suppress(OSError):  # Linux: out of memory, the system ends us, not the parent
         Path("/proc/self/oom_score_adj").write_text("1000", encoding="ascii")
     try:
@@ -310,19 +309,9 @@ def run_in_child(order: Order, answer: Connection) -> None:
         answer.send(traceback.format_exc())
 
 
-def _end_with_parent(folder: Path) -> None:
-    """When the parent is gone, however it went, remove the temporary folder and end."""
-    parent = multiprocessing.parent_process()
-    if parent is None:
-        return
-
-    def watch() -> None:
-        wait([parent.sentinel])
-        for _ in range(3):  # the main thread may be writing there
-            shutil.rmtree(folder, ignore_errors=True)
-        os._exit(int(ExitCode.WORKER_LOST))
-
-    threading.Thread(target=watch, daemon=True).start()
+def _remove_folder(folder: Path) -> None:
+    for _ in range(3):  # the main thread may be writing there
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def run_trial(order: Order, hard_limit_bytes: int, stop: StopFlag) -> Trial:
@@ -342,7 +331,7 @@ def run_trial(order: Order, hard_limit_bytes: int, stop: StopFlag) -> Trial:
     size = order.config.training.batch_size
     try:
         storage.make_folder(order.folder)
-        _start_shielded(process)
+        start_shielded(process)
         sender.close()
         answer = _await_answer(receiver, process, hard_limit_bytes, stop)
     finally:
@@ -367,18 +356,6 @@ def run_trial(order: Order, hard_limit_bytes: int, stop: StopFlag) -> Trial:
             "run the same command again",
         )
     raise RuntimeError(f"the trial of batch size {size} failed:\n{answer}")
-
-
-def _start_shielded(process: BaseProcess) -> None:
-    """Start a child that does not hear Ctrl-C: the parent does, and ends it."""
-    if not hasattr(signal, "pthread_sigmask"):  # Windows
-        process.start()
-        return
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-    try:
-        process.start()
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _await_answer(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 import os
@@ -22,6 +23,7 @@ from hypothesis import strategies as st
 
 from conftest import ROOT, TINY_FLAGS, CommandRunner
 from preflight.core.errors import ExitCode, PreflightError
+from preflight.core.processes import end_with_parent
 from preflight.core.signals import StopFlag
 from preflight.foresight import trials
 from preflight.foresight.batch_search import MAX_SIZE, SearchResult, search, split_sequences
@@ -369,7 +371,7 @@ def _answer_with_error(order: Order, answer: Any) -> None:
 
 
 def _sleep_in_folder(order: Order, answer: Any) -> None:
-    trials._end_with_parent(order.folder)
+    end_with_parent(functools.partial(trials._remove_folder, order.folder))
     (order.folder / "started").touch()
     time.sleep(60)
 
