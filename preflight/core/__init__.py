@@ -1,1 +1,1 @@
-"""What everything rests on: errors, logging, durable files, locks, JSON, signals. No torch."""
+"""What every other package uses: errors, logging, durable files, locks, JSON, signals. No torch."""

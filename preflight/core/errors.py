@@ -6,7 +6,7 @@ from enum import IntEnum
 
 
 class ExitCode(IntEnum):
-    """What a shell sees. One number per kind of trouble, so that scripts can act on it."""
+    """The exit code of the process: one number per kind of error, so that scripts can act on it."""
 
     DONE = 0
     CHECK_FAILED = 1
@@ -26,10 +26,10 @@ class ExitCode(IntEnum):
 
 
 class PreflightError(Exception):
-    """A trouble the user can act on: at most five lines and an exit code, never a traceback.
+    """An error that the user can act on: at most five lines and an exit code, never a traceback.
 
-    ``lines`` say what happened and where, what was expected and found, what was kept, and the
-    command to go on with, in that order.
+    ``lines`` say, in this order, what happened and where, what was expected and found, what was
+    kept, and the command to continue with.
     """
 
     MAX_LINES = 5

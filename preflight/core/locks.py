@@ -1,4 +1,4 @@
-"""Locks on folders: one writer or many readers, freed by the kernel however a process ends."""
+"""Locks on folders: one writer or many readers. The kernel frees them when a process ends."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ LOCK_NAME = ".lock"
 
 
 class FolderLock:
-    """A lock on a folder, held until released or until the process ends, however it ends.
+    """A lock on a folder, held until it is released or the process ends.
 
-    Writers take it exclusively, readers share it. The kernel frees it on SIGKILL, so there are no
-    stale locks; the text in the lock file only informs.
+    Writers take it exclusively, readers share it. The kernel frees it even after SIGKILL, so there
+    are no stale locks. The text in the lock file only names the owner.
 
     Raises:
         PreflightError: code LOCKED at once when another process holds it, naming that process;
@@ -40,7 +40,7 @@ class FolderLock:
         try:
             if shared and fcntl is not None:
                 self._shared_descriptor = _open_shared(self._path)
-            else:  # without flock a reader locks like a writer: stricter, never wrong
+            else:  # without flock a reader locks like a writer: stricter, but correct
                 self._lock.acquire()
         except (filelock.Timeout, BlockingIOError):
             raise PreflightError(
@@ -51,7 +51,7 @@ class FolderLock:
         except OSError as error:
             raise storage_error(self._path, error) from error
         if not shared:
-            with contextlib.suppress(OSError):  # informative only
+            with contextlib.suppress(OSError):  # the lock holds without its text
                 started = time.strftime("%Y-%m-%d %H:%M:%S")
                 self._path.write_text(
                     f"pid {os.getpid()} on {socket.gethostname()} since {started}\n",
@@ -67,7 +67,7 @@ class FolderLock:
         return "".join(c for c in text if c.isprintable()) or "a reader"
 
     def release(self) -> None:
-        """Let others in."""
+        """Free the lock."""
         if self._shared_descriptor >= 0:
             os.close(self._shared_descriptor)
             self._shared_descriptor = -1
@@ -86,7 +86,7 @@ def _open_shared(path: Path) -> int:
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         try:
             fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
-            # A writer that left may have unlinked the file that we opened: then look again.
+            # A writer that finished may have deleted the file just opened: then open the new one.
             if os.path.exists(path) and os.path.samestat(os.stat(path), os.fstat(descriptor)):
                 return descriptor
         except BaseException:

@@ -40,7 +40,7 @@ class StopFlag:
 
     def _note_stop(self, number: int, frame: FrameType | None) -> None:
         if number == signal.SIGINT and self.received is not None:
-            self._tell(b"\npreflight: stopped at once; the checkpoints saved before are intact\n")
+            self._tell(b"\npreflight: stopped without saving; earlier checkpoints are intact\n")
             os._exit(int(ExitCode.SIGINT))
         self.received = number
         self._tell(b"\npreflight: stopping after this step (press Ctrl-C again to stop at once)\n")

@@ -1,8 +1,8 @@
-"""Durable files: publish, verify, lock, and read JSON that may be damaged or hostile.
+"""Durable files and folders: write, publish, hash, delete.
 
-Everything this project writes and later relies on goes through `publish_file` or
-`publish_folder`: a temporary name in the same folder, fsync, rename, fsync of the folder. A reader
-therefore finds the old content or the new, whatever happens in between.
+Whatever is written and later read again goes through `publish_file` or `publish_folder`: a
+temporary name in the same folder, fsync, rename, fsync of the folder. A reader therefore finds the
+old content or the new one, even after a crash or a power cut in between.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ Item = TypeVar("Item")
 Found = TypeVar("Found")
 TEMPORARY_PREFIX = ".tmp-"
 _BLOCK_BYTES = 4 * 2**20
-# What only a failing or full disk raises, never a mistake of ours.
+# Raised only by a failing or full disk, never by a bug of this program.
 DISK_ERRNOS = {errno.ENOSPC, errno.EIO, errno.EDQUOT, errno.EFBIG, errno.EROFS}
-# What a writer meets there, or at a wrong path.
+# Raised there, or at a wrong path.
 _STORAGE_ERRNOS = DISK_ERRNOS | {
     errno.EACCES,
     errno.EPERM,
@@ -49,7 +49,7 @@ _STORAGE_ERRNOS = DISK_ERRNOS | {
 
 
 def storage_error(path: Path, error: OSError, needed_bytes: int = 0) -> PreflightError:
-    """The user's message for a failed write: what, where, how many bytes are missing."""
+    """The error for a failed write: what, where, how many bytes are missing."""
     lines = [f"cannot write {path}: {error.strerror or error}"]
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         with contextlib.suppress(OSError):
@@ -85,7 +85,7 @@ def fsync_folder(folder: Path) -> None:
     try:
         os.fsync(descriptor)
     except OSError as error:
-        error.filename = str(folder)  # so that whoever tells of it can name the place
+        error.filename = str(folder)  # so that the error message can name it
         raise
     finally:
         os.close(descriptor)
@@ -98,7 +98,7 @@ def fsync_file(path: Path) -> None:
 
 
 def make_folder(folder: Path) -> None:
-    """`folder` with its parents, each made durable in its own parent.
+    """Make `folder` and its parents, each durable in its own parent.
 
     Raises:
         PreflightError: code STORAGE.
@@ -142,7 +142,7 @@ def publish_file(path: Path, size_bytes: int = 0) -> Iterator[IO[bytes]]:
 
 
 def reserve_bytes(file: IO[bytes], size_bytes: int) -> None:
-    """Claim the space first: a full disk then fails here, with nothing half written.
+    """Allocate the space first, so that a full disk fails here, before the first write.
 
     Raises:
         OSError: there is no room.
@@ -151,7 +151,7 @@ def reserve_bytes(file: IO[bytes], size_bytes: int) -> None:
         try:
             os.posix_fallocate(file.fileno(), 0, size_bytes)
         except OSError as error:
-            # Some file systems lack the call; the write below then finds out.
+            # Some file systems lack this call; there the write itself fails.
             if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS):
                 raise
 
@@ -195,28 +195,30 @@ def remove_tree(path: Path) -> None:
         try:
             shutil.rmtree(path)
         except OSError as error:
-            error.filename = str(path)  # it names what is inside without the folder
+            error.filename = str(path)  # rmtree names only the entry inside
             raise
 
 
 def retire_folder(folder: Path) -> None:
-    """Delete a folder so that a cut never leaves it half there under its own name.
+    """Delete a folder so that an interruption never leaves part of it under its own name.
 
     Raises:
         PreflightError: code STORAGE.
     """
-    doomed = folder.with_name(f"{TEMPORARY_PREFIX}retired-{folder.name}")
+    retired = folder.with_name(f"{TEMPORARY_PREFIX}retired-{folder.name}")
     try:
-        remove_tree(doomed)
-        os.rename(folder, doomed)
-        fsync_folder(folder.parent)  # before the first file goes: a power cut must not mix them
-        remove_tree(doomed)
+        remove_tree(retired)
+        os.rename(folder, retired)
+        fsync_folder(
+            folder.parent
+        )  # before the first file is deleted: a power cut must not reorder them
+        remove_tree(retired)
     except OSError as error:
         raise _removal_error(folder, error) from error
 
 
 def remove_leftovers(folder: Path) -> None:
-    """Delete what a killed writer left; call it under the folder's exclusive lock.
+    """Delete what a killed writer left behind; the caller holds the folder's exclusive lock.
 
     Raises:
         PreflightError: code STORAGE.
@@ -232,12 +234,12 @@ def _removal_error(path: Path, error: OSError) -> PreflightError:
     return PreflightError(
         ExitCode.STORAGE,
         f"cannot delete {path}: {error.strerror or error}",
-        "delete it by hand or mend its permissions, then run the same command again",
+        "delete it by hand or fix its permissions, then run the same command again",
     )
 
 
 def open_regular(path: Path) -> IO[bytes]:
-    """Open an existing plain file to read; never a symbolic link, a pipe or a device.
+    """Open an existing regular file to read; never a symbolic link, a pipe or a device.
 
     Raises:
         OSError: there is none, it is something else, or it cannot be read.
@@ -264,10 +266,10 @@ def hash_file(path: Path) -> str:
 
 
 def verify_all(verify: Callable[[Item], Found], items: Iterable[Item]) -> list[Found]:
-    """What `verify` gives for each, several at once, since hashing leaves Python's lock.
+    """The results of `verify` for all items, in threads, since hashing releases the GIL.
 
     Raises:
-        what `verify` raised for the first item at fault, in their order.
+        what `verify` raised for the first item at fault, in the order of the items.
     """
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
         return list(pool.map(verify, items))
@@ -280,7 +282,7 @@ def write_json(path: Path, content: Any) -> None:
 
 
 def check_access(folder: Path) -> None:
-    """Refuse a folder that plainly cannot be written, without writing; `check_writable` is sure.
+    """Refuse a folder without write permission. Writes nothing; `check_writable` tests more.
 
     Raises:
         PreflightError: code STORAGE.
@@ -291,7 +293,7 @@ def check_access(folder: Path) -> None:
 
 
 def check_writable(folder: Path) -> None:
-    """Write, fsync, rename and delete a small file in `folder`, which is made if it is missing.
+    """Write, fsync, rename and delete a small file in `folder`, which is made if missing.
 
     Raises:
         PreflightError: code STORAGE.

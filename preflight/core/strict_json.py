@@ -1,4 +1,4 @@
-"""JSON that may be damaged or hostile, read strictly."""
+"""A strict reader of JSON files that may be damaged or hostile."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def read_json(path: Path) -> Any:
 
 
 def parse_json(raw: bytes) -> Any:
-    """JSON read strictly; see `read_json`.
+    """Parse JSON strictly; see `read_json`.
 
     Raises:
         ValueError: as `read_json`.
