@@ -63,8 +63,9 @@ from preflight.models.cost import count_parameters, estimate_flops_per_token
 from preflight.modes.report import Problem, Report, compare
 from preflight.settings import ModelConfig, RunConfig, describe_choices
 from preflight.tokenization.tokenizer import Tokenizer, load_tokenizer
-from preflight.training.plan import TrainingPlan, TrainState, build_plan
+from preflight.training.plan import TrainingPlan, build_plan
 from preflight.training.resume import adopt_settings, find_origin, resolve_model
+from preflight.training.state import TrainState
 from train_utils import count_windows, iterate_windows
 
 REPORT_NAME = "check_report.json"

@@ -22,8 +22,9 @@ from preflight.modes import validate
 from preflight.modes.validate import CHECKS, Result, Subject, run_check
 from preflight.settings import RunConfig
 from preflight.tokenization.tokenizer import Tokenizer, load_tokenizer
+from preflight.training.state import Evaluation
 from train_utils import BatchLoader
-from trainer import Evaluation, Trainer
+from trainer import Trainer
 from transformer_model import DecoderOnlyTransformer
 
 
