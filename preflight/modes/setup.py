@@ -14,6 +14,7 @@ from typing import Any, Generic, TypeVar
 
 from torch import Tensor
 
+from generate import load_model
 from preflight.checkpoints.format import Checkpoint, load_training_state, load_weights
 from preflight.checkpoints.store import find_best, open_checkpoint
 from preflight.core.errors import ExitCode, PreflightError
@@ -25,10 +26,16 @@ from preflight.device.runtime import MIN_STEPS_TO_COMPILE, Runtime, build_runtim
 from preflight.settings import ModelConfig, RunConfig
 from preflight.tokenization.tokenizer import Tokenizer, load_tokenizer
 from preflight.training.plan import TrainingPlan, build_plan
-from preflight.training.resume import adopt_settings, find_origin, resolve_model
+from preflight.training.resume import (
+    adopt_settings,
+    check_model_flags,
+    find_origin,
+    resolve_model,
+)
 from preflight.training.state import TrainState
 from train_utils import BatchLoader, count_windows, iterate_windows
 from trainer import Trainer, build_trainer
+from transformer_model import DecoderOnlyTransformer
 
 T = TypeVar("T")
 
@@ -63,10 +70,13 @@ class RunSetup:
         stop: signals end a preparation of data.
         resumes: the run goes on from its checkpoint, whose training state is read. Otherwise
             the run is only foreseen, and where it stands is taken from the manifest.
+        trains: training steps will run. Otherwise nothing is compiled.
     """
 
-    def __init__(self, given: RunConfig, stop: StopFlag, *, resumes: bool = False) -> None:
-        self.given, self.stop, self.resumes = given, stop, resumes
+    def __init__(
+        self, given: RunConfig, stop: StopFlag, *, resumes: bool = False, trains: bool = True
+    ) -> None:
+        self.given, self.stop, self.resumes, self.trains = given, stop, resumes, trains
         self.output_dir = Path(given.control.output_dir)
 
     @part
@@ -87,9 +97,15 @@ class RunSetup:
     @property
     def known_config(self) -> RunConfig:
         """`config`, or the flags as given where the origin is refused."""
+        known = self.known_adopted
+        return dataclasses.replace(known, training=known.resolve_training())
+
+    @property
+    def known_adopted(self) -> RunConfig:
+        """`adopted`, or the flags as given where the origin is refused."""
         with contextlib.suppress(PreflightError):
-            return self.config
-        return dataclasses.replace(self.given, training=self.given.resolve_training())
+            return self.adopted
+        return self.given
 
     @property
     def known_origin(self) -> Checkpoint | None:
@@ -149,25 +165,7 @@ class RunSetup:
             training = self.config.training
             samples = training.batch_size * training.gradient_accumulation_steps
             return TrainState(step=origin.step, cursor=origin.step * samples)
-        try:
-            state = TrainState(**self.saved["state"])
-            fingerprint = self.saved["data_fingerprint"]
-        except (KeyError, TypeError) as error:
-            raise PreflightError(
-                ExitCode.CHECKPOINT, f"{origin.path}/checkpoint.pt lacks a field: {error}"
-            ) from None
-        if fingerprint == self.data.fingerprint:
-            return state
-        if not self.config.control.resume_from:
-            raise PreflightError(
-                ExitCode.DATA,
-                f"{self.config.data.data_dir} is not the data that {origin.path} was trained "
-                f"on (fingerprint {fingerprint[:12]}, now {self.data.fingerprint[:12]})",
-                "start anew with another --output-dir, or continue on the new data: "
-                f"--resume-from {origin.path}",
-            )
-        log.info("the data is new to this checkpoint: training starts at its beginning")
-        return dataclasses.replace(state, cursor=0, eval_windows=0, best_val_loss=None)
+        return _restore_state(self, origin)
 
     @part
     def plan(self) -> TrainingPlan:
@@ -182,33 +180,41 @@ class RunSetup:
             count_windows(split.n_tokens, context) for split in (self.data.train, self.data.val)
         )
         plan = build_plan(config.training, config.control, context, n_train, n_val, self.state)
-        before = self.saved.get("tokens_per_step") if self.resumes else None
-        if before not in (None, plan.tokens_per_step):
-            if not config.control.allow_batch_change:
-                raise PreflightError(
-                    ExitCode.CHECKPOINT,
-                    f"the checkpoint has {before:,} tokens per step, the flags ask for "
-                    f"{plan.tokens_per_step:,}",
-                    "keep --batch-size x --gradient-accumulation-steps, "
-                    "or give --allow-batch-change",
-                )
-            log.info(f"tokens per step change from {before:,} to {plan.tokens_per_step:,}")
+        if self.resumes:
+            _check_tokens_per_step(self, plan)
         return plan
 
     @part
     def runtime(self) -> Runtime:
         """Device, precision and compilation for the steps to come."""
-        try:
-            steps = max(1, self.plan.total_steps - self.state.step)
-        except PreflightError:
-            steps = self.given.training.max_steps or MIN_STEPS_TO_COMPILE
-        return build_runtime(self.given.system, steps)
+        if not self.trains:
+            return build_runtime(self.given.system)
+        # The plan, and with it the data, is needed only to choose whether to compile.
+        decided = self.given.system.compile_model is not None
+        return build_runtime(self.given.system, 1 if decided else max(1, self.n_steps_to_come))
+
+    @property
+    def n_steps_to_come(self) -> int:
+        """Steps left in the plan; where there is no plan, what the flags say."""
+        with contextlib.suppress(PreflightError):
+            return self.plan.total_steps - self.state.step
+        return self.given.training.max_steps or MIN_STEPS_TO_COMPILE
 
     @part
     def checkpoint(self) -> Checkpoint:
         """The checkpoint to generate with: the one that is named, else the best."""
         path = self.given.generation.checkpoint_path
         return open_checkpoint(path) if path else find_best(self.output_dir)
+
+    def load_model(self) -> tuple[DecoderOnlyTransformer, Tokenizer]:
+        """The model of `checkpoint`, ready to generate, and its tokenizer.
+
+        Raises:
+            PreflightError: code CHECKPOINT, when it is damaged, or not the model that flags name.
+        """
+        loaded = load_model(self.checkpoint, self.runtime.device, self.runtime.dtype)
+        check_model_flags(self.given, self.checkpoint)
+        return loaded
 
     def build_trainer(self) -> Trainer:
         """A trainer at the run's state: of a new model, or of the origin's."""
@@ -249,3 +255,41 @@ class RunSetup:
             n_windows=n_windows,
             device=self.runtime.device,
         )
+
+
+def _restore_state(setup: RunSetup, origin: Checkpoint) -> TrainState:
+    """Where the origin's run stood; at the beginning of its data, where that is new."""
+    try:
+        state = TrainState(**setup.saved["state"])
+        fingerprint = setup.saved["data_fingerprint"]
+    except (KeyError, TypeError) as error:
+        raise PreflightError(
+            ExitCode.CHECKPOINT, f"{origin.path}/checkpoint.pt lacks a field: {error}"
+        ) from None
+    if fingerprint == setup.data.fingerprint:
+        return state
+    if not setup.given.control.resume_from:
+        raise PreflightError(
+            ExitCode.DATA,
+            f"{setup.given.data.data_dir} is not the data that {origin.path} was trained on "
+            f"(fingerprint {fingerprint[:12]}, now {setup.data.fingerprint[:12]})",
+            "start anew with another --output-dir, or continue on the new data: "
+            f"--resume-from {origin.path}",
+        )
+    log.info("the data is new to this checkpoint: training starts at its beginning")
+    return dataclasses.replace(state, cursor=0, eval_windows=0, best_val_loss=None)
+
+
+def _check_tokens_per_step(setup: RunSetup, plan: TrainingPlan) -> None:
+    """Refuse another number of tokens per step than the origin's, unless flags allow it."""
+    before = setup.saved.get("tokens_per_step", plan.tokens_per_step)
+    if before == plan.tokens_per_step:
+        return
+    if not setup.given.control.allow_batch_change:
+        raise PreflightError(
+            ExitCode.CHECKPOINT,
+            f"the checkpoint has {before:,} tokens per step, the flags ask for "
+            f"{plan.tokens_per_step:,}",
+            "keep --batch-size x --gradient-accumulation-steps, or give --allow-batch-change",
+        )
+    log.info(f"tokens per step change from {before:,} to {plan.tokens_per_step:,}")
