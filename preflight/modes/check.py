@@ -33,8 +33,14 @@ from preflight.device.runtime import (
     MIN_STEPS_TO_COMPILE,
     Runtime,
     build_runtime,
-    has_fast_bf16,
     is_out_of_memory,
+)
+from preflight.foresight.fits import (
+    check_disk,
+    find_bf16_fault,
+    judge_fit,
+    measure_reachable_bytes,
+    suggest_fit,
 )
 from preflight.foresight.learnability import (
     Advice,
@@ -43,18 +49,15 @@ from preflight.foresight.learnability import (
     scan_content,
 )
 from preflight.foresight.memory import (
-    CUDA_CONTEXT_BYTES,
     MemoryEstimate,
-    build_batch_curve,
+    MemoryOptions,
     estimate_memory,
     estimate_savings,
-    judge_fit,
 )
 from preflight.foresight.run_time import (
     RunCost,
     RunTime,
     estimate_cost,
-    estimate_disk_bytes,
     estimate_run_time,
     measure_cost,
     measure_product_flops,
@@ -86,18 +89,18 @@ class Target:
     card: Card | None = None
     runtime: Runtime | None = None
 
-    @property
-    def options(self) -> dict[str, Any]:
-        """What `estimate_memory` wants to know of it."""
+    def memory_options(self, gradient_checkpointing: bool) -> MemoryOptions:
+        """What `estimate_memory` has to know of it."""
         hopper = None
         if self.runtime is None and self.card is not None:
             hopper = self.card.name.startswith(_HOPPER_AND_LATER)
-        return {
-            "dtype": self.dtype,
-            "compile_model": self.compile_model,
-            "device_type": self.device_type,
-            "hopper_or_newer": hopper,
-        }
+        return MemoryOptions(
+            self.dtype,
+            self.device_type,
+            gradient_checkpointing,
+            self.compile_model,
+            hopper_or_newer=hopper,
+        )
 
 
 def run(config: RunConfig) -> int:
@@ -281,42 +284,29 @@ class _Gatherer:
         rows["gradient_checkpointing"] = system.gradient_checkpointing
 
     def _describe_present(self, runtime: Runtime) -> Target:
-        device = runtime.device
+        device, limit = runtime.device, measure_reachable_bytes(runtime)
         if device.type == "cuda":
             properties = torch.cuda.get_device_properties(device)
-            free, total = torch.cuda.mem_get_info(device)
-            # Our own context is in use already, and counts as needed in the prediction.
-            limit = min(total, free + CUDA_CONTEXT_BYTES)
             card = match_device(properties.name, properties.total_memory)
             return Target(
                 properties.name, "cuda", runtime.dtype, runtime.compile_model, limit, card, runtime
             )
-        # Predicted as resident memory of the whole process: what it holds now comes on top.
-        limit = reachable_host_bytes()
         return Target(
             str(device), "cpu", runtime.dtype, runtime.compile_model, limit, runtime=runtime
         )
 
     # ---- memory ---------------------------------------------------------------------------------
 
-    def _estimate_options(self) -> dict[str, Any]:
+    def _memory_options(self) -> MemoryOptions:
         assert self.target is not None
-        return self.target.options | {
-            "gradient_checkpointing": self.config.system.gradient_checkpointing
-        }
-
-    def _needed_bytes(self, estimate: MemoryEstimate) -> int:
-        """What counts against the target's limit: on the CPU the whole process."""
-        assert self.target is not None
-        on_cpu = self.target.device_type == "cpu"
-        return estimate.host_bytes if on_cpu else estimate.needed_bytes
+        return self.target.memory_options(self.config.system.gradient_checkpointing)
 
     def _predict_memory(self) -> None:
         if self.model_config is None or self.target is None:
             self.report.sections["memory analysis"]["not_known"] = "needs the model and the device"
             return
         self.memory = estimate_memory(
-            self.model_config, self.config.training, **self._estimate_options()
+            self.model_config, self.config.training, self._memory_options()
         )
 
     def _describe_memory(self) -> None:
@@ -328,7 +318,7 @@ class _Gatherer:
             rows[f"{item.replace(' ', '_')}_bytes"] = size
         for phase, size in estimate.phases.items():
             rows[f"peak_in_{phase.replace(' ', '_')}_bytes"] = size
-        on_cpu, needed = self.target.device_type == "cpu", self._needed_bytes(estimate)
+        on_cpu, needed = self.target.device_type == "cpu", estimate.required_bytes
         measured = self.cost.peak_bytes if self.cost else None
         timed = max(estimate.phases[phase] for phase in _TIMED_PHASES)
         rows["allocated_bytes"] = compare(timed, None if on_cpu else measured)
@@ -343,9 +333,7 @@ class _Gatherer:
         rows["available_bytes"] = self.target.limit_bytes
         verdict = judge_fit(needed, self.target.limit_bytes)
         rows["verdict"] = verdict
-        saved = estimate_savings(
-            self.model_config, self.config.training, **self._estimate_options()
-        )
+        saved = estimate_savings(self.model_config, self.config.training, self._memory_options())
         for flags, size in saved.items():
             rows[f"saved_by_{flags.replace(' ', '_')}_bytes"] = size
         if verdict == "does not fit":
@@ -363,42 +351,19 @@ class _Gatherer:
 
     def _report_misfit(self, needed: int) -> None:
         assert self.target is not None
+        assert self.model_config is not None
         self.report.problems.append(
             Problem(
                 f"does not fit: {format_bytes(needed)} needed, "
                 f"{format_bytes(self.target.limit_bytes)} on {self.target.name}",
-                self._suggest_fit(),
+                suggest_fit(
+                    self.model_config,
+                    self.config.training,
+                    self._memory_options(),
+                    self.target.limit_bytes,
+                ),
             )
         )
-
-    def _suggest_fit(self) -> str:
-        """The largest batch that fits and divides the update, and the accumulation it needs."""
-        assert self.target is not None
-        assert self.model_config is not None
-        training, limit = self.config.training, self.target.limit_bytes
-        samples = training.batch_size * training.gradient_accumulation_steps
-        for checkpointing in (False, True):
-            if self.config.system.gradient_checkpointing and not checkpointing:
-                continue
-            options = self._estimate_options() | {"gradient_checkpointing": checkpointing}
-            # With accumulation, as the smaller batch will have.
-            several = replace(
-                training, gradient_accumulation_steps=max(2, training.gradient_accumulation_steps)
-            )
-            curve = build_batch_curve(self.model_config, several, **options)
-            low, high = 0, training.batch_size
-            while high - low > 1:
-                middle = (low + high) // 2
-                fits = judge_fit(self._needed_bytes(curve(middle)), limit) == "fits"
-                low, high = (middle, high) if fits else (low, middle)
-            if low:
-                size = max(n for n in range(1, low + 1) if samples % n == 0)
-                flags = "--gradient-checkpointing " * checkpointing
-                return (
-                    f"{flags}--batch-size {size} "
-                    f"--gradient-accumulation-steps {samples // size} fits"
-                )
-        return "a smaller --model-size or --context-length; no batch size fits"
 
     def _check_host(self, rows: dict[str, Any]) -> None:
         """The machine's own memory, beside a card, and the disk for checkpoints."""
@@ -418,23 +383,14 @@ class _Gatherer:
                         )
                     )
         total = self.plan.total_steps if self.plan else self.config.training.max_steps
-        needed = estimate_disk_bytes(
-            self.model_config, self.config.training, self.config.control, total
+        disk = check_disk(
+            self.output_dir, self.model_config, self.config.training, self.config.control, total
         )
-        free = free_bytes(self.output_dir)
-        kept = _measure_folder_bytes(self.output_dir / "milestones")
         rows["checkpoint_bytes"] = self.memory.disk_bytes
-        rows["disk_needed_bytes"] = needed
-        rows["disk_free_bytes"] = free + kept
-        if needed > free + kept:
-            self.report.problems.append(
-                Problem(
-                    f"disk: {format_bytes(needed)} needed for checkpoints in {self.output_dir}, "
-                    f"{format_bytes(free)} free",
-                    "another --output-dir, or fewer --max-checkpoints (now "
-                    f"{self.config.control.max_checkpoints})",
-                )
-            )
+        rows["disk_needed_bytes"] = disk.needed_bytes
+        rows["disk_free_bytes"] = disk.free_bytes + disk.kept_bytes
+        if disk.fault:
+            self.report.problems.append(Problem(*disk.fault))
 
     # ---- time -----------------------------------------------------------------------------------
 
@@ -514,7 +470,7 @@ class _Gatherer:
             return False
         if self.plan is None or self.data is None or self.memory is None:
             return False
-        return judge_fit(self._needed_bytes(self.memory), self.target.limit_bytes) != "does not fit"
+        return judge_fit(self.memory.required_bytes, self.target.limit_bytes) != "does not fit"
 
     def _measure(self, estimate: RunCost) -> RunCost | None:
         """Measured cost; None, and a problem, when the memory does not suffice after all."""
@@ -540,7 +496,7 @@ class _Gatherer:
         self.report.problems.append(
             Problem(
                 f"out of memory in a trial step on {self.target.name}, though "
-                f"{format_bytes(self._needed_bytes(self.memory))} were predicted",  # type: ignore[arg-type]
+                f"{format_bytes(self.memory.required_bytes)} were predicted",  # type: ignore[union-attr]
                 "a smaller --batch-size with more --gradient-accumulation-steps, or "
                 "--gradient-checkpointing",
             )
@@ -617,22 +573,11 @@ class _Gatherer:
             report.warnings += find_plan_warnings(
                 self.config, self.model_config, self.plan, self.data
             )
-        runtime = target.runtime if target else None
-        if (
-            self.config.system.mixed_precision
-            and runtime is not None
-            and not has_fast_bf16(runtime.device)
-        ):
-            report.warnings.append(
-                Advice(
-                    "bf16",
-                    f"mixed precision was asked for, and {runtime.device} has no bf16 in "
-                    f"hardware: {str(runtime.dtype).removeprefix('torch.')} is used",
-                    "leave --mixed-precision out, or use --no-mixed-precision",
-                )
-            )
+        if target is not None and target.runtime is not None:
+            fault = find_bf16_fault(target.runtime, self.config.system.mixed_precision)
+            report.warnings += [Advice("bf16", *fault)] if fault else []
         if target is not None and self.memory is not None:
-            share = self._needed_bytes(self.memory) / target.limit_bytes
+            share = self.memory.required_bytes / target.limit_bytes
             if target.device_type == "cuda" and share < _ROOMY_SHARE:
                 report.recommendations.append(
                     f"{share:.0%} of the memory is used: a larger --batch-size may be faster; "
@@ -649,12 +594,3 @@ class _Gatherer:
             else "python main.py --validate-only with the same flags tries every part once; "
             "then --train"
         )
-
-
-def _measure_folder_bytes(folder: Path) -> int:
-    """Bytes of all files below a folder: what older checkpoints hold, and will be replaced."""
-    total = 0
-    for path in folder.rglob("*"):
-        with contextlib.suppress(OSError):  # a run may be retiring it at this moment
-            total += path.stat().st_size if path.is_file() else 0
-    return total

@@ -33,6 +33,7 @@ from preflight.device.runtime import Runtime, build_runtime, is_out_of_memory
 from preflight.foresight.memory import (
     CUDA_CONTEXT_BYTES,
     MemoryEstimate,
+    MemoryOptions,
     build_batch_curve,
     estimate_least_bytes,
     estimate_memory,
@@ -190,7 +191,7 @@ class TrainingRun:
         if self.runtime.device.type != "cpu" or _ROOMY * least < reachable:
             return  # the prediction would take seconds, and its answer is clear
         needed = estimate_memory(
-            self.model_config, self.config.training, **self._memory_options()
+            self.model_config, self.config.training, self._memory_options()
         ).host_bytes
         if needed > reachable:
             raise self._explain_out_of_memory(
@@ -199,14 +200,8 @@ class TrainingRun:
                 )
             )
 
-    def _memory_options(self) -> dict[str, Any]:
-        """What `estimate_memory` wants to know of this run."""
-        return {
-            "dtype": self.runtime.dtype,
-            "compile_model": self.runtime.compile_model,
-            "device_type": "cuda" if self.runtime.device.type == "cuda" else "cpu",
-            "gradient_checkpointing": self.config.system.gradient_checkpointing,
-        }
+    def _memory_options(self) -> MemoryOptions:
+        return MemoryOptions.of(self.runtime, self.config.system.gradient_checkpointing)
 
     def run(self) -> int:
         """Train to the end of the plan, or until a signal; the exit code."""
@@ -554,7 +549,7 @@ class TrainingRun:
         saved = (
             0
             if checkpointing
-            else estimate_savings(self.model_config, training, **options).get(
+            else estimate_savings(self.model_config, training, options).get(
                 "--gradient-checkpointing", 0
             )
         )
@@ -567,12 +562,12 @@ class TrainingRun:
         lines.append(f"last checkpoint, safe: {self._newest_path()}")
         return PreflightError(ExitCode.OUT_OF_MEMORY, *lines)
 
-    def _find_fitting_batch(self, options: dict[str, Any]) -> int | None:
+    def _find_fitting_batch(self, options: MemoryOptions) -> int | None:
         """The largest micro-batch below the present one that divides the update and should fit."""
-        training, on_cuda = self.config.training, options["device_type"] == "cuda"
+        training, on_cuda = self.config.training, options.device_type == "cuda"
         two_steps = dataclasses.replace(training, gradient_accumulation_steps=2)
-        now = build_batch_curve(self.model_config, training, **options)
-        later = build_batch_curve(self.model_config, two_steps, **options)
+        now = build_batch_curve(self.model_config, training, options)
+        later = build_batch_curve(self.model_config, two_steps, options)
 
         def needed(estimate: MemoryEstimate) -> int:
             return estimate.needed_bytes if on_cuda else estimate.host_bytes

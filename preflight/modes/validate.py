@@ -35,8 +35,8 @@ from preflight.core.units import format_bytes
 from preflight.corpus import shards
 from preflight.corpus.build import prepare_data
 from preflight.corpus.shards import DataFolder
-from preflight.device.runtime import Runtime, build_runtime, has_fast_bf16, is_out_of_memory
-from preflight.foresight.run_time import estimate_disk_bytes
+from preflight.device.runtime import Runtime, build_runtime, is_out_of_memory
+from preflight.foresight.fits import check_disk, find_bf16_fault
 from preflight.models.cost import count_parameters
 from preflight.settings import ControlSettings, ModelConfig, RunConfig, SamplingConfig
 from preflight.tokenization.tokenizer import Tokenizer, load_tokenizer
@@ -284,12 +284,9 @@ def check_configuration(subject: Subject) -> str:
     subject.runtime = runtime = _try(faults, lambda: build_runtime(system, 1))
     if tokenizer is not None:
         subject.model_config = _try(faults, lambda: resolve_model(config, tokenizer, origin))
-    if runtime is not None and config.system.mixed_precision and not has_fast_bf16(runtime.device):
-        name = str(runtime.dtype).removeprefix("torch.")
-        subject.warnings.append(
-            f"mixed precision was asked for, and {runtime.device} has no bf16 in hardware: {name} "
-            "is used; leave --mixed-precision out, or use --no-mixed-precision"
-        )
+    if runtime is not None:
+        bf16 = find_bf16_fault(runtime, config.system.mixed_precision)
+        subject.warnings += ["; ".join(bf16)] if bf16 else []
     if faults:
         raise Fault(*faults)
     assert subject.model_config is not None
@@ -312,25 +309,21 @@ def check_folders(subject: Subject) -> str:
                 check_writable(folder)
         except PreflightError as error:
             faults.append((error.lines[0], f"choose another {flag}, or mend this one"))
-    free = free_bytes(subject.output_dir)
     if subject.model_config is None:
         if faults:
             raise Fault(*faults)
-        return f"writable, {format_bytes(free)} free"
+        return f"writable, {format_bytes(free_bytes(subject.output_dir))} free"
     training, control = subject.config.training, subject.config.control
-    needed = estimate_disk_bytes(subject.model_config, training, control, training.max_steps)
-    held = sum(path.stat().st_size for path in subject.output_dir.glob("milestones/*/*"))
-    if needed > free + held:
-        faults.append(
-            (
-                f"{subject.output_dir}: {format_bytes(needed)} needed for checkpoints, "
-                f"{format_bytes(free)} free",
-                f"another --output-dir, or fewer --max-checkpoints (now {control.max_checkpoints})",
-            )
-        )
+    disk = check_disk(
+        subject.output_dir, subject.model_config, training, control, training.max_steps
+    )
+    faults += [disk.fault] if disk.fault else []
     if faults:
         raise Fault(*faults)
-    return f"writable, {format_bytes(free)} free, {format_bytes(needed)} needed for checkpoints"
+    return (
+        f"writable, {format_bytes(disk.free_bytes)} free, "
+        f"{format_bytes(disk.needed_bytes)} needed for checkpoints"
+    )
 
 
 def check_tokenizer(subject: Subject) -> str:
