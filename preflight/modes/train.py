@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import re
 import time
 from pathlib import Path
 from typing import Any
@@ -12,23 +11,15 @@ import torch
 
 from generate import SAMPLE_TOKENS, generate_text
 from preflight.checkpoints.store import find_best, remove_leftovers
-from preflight.core.errors import ExitCode, PreflightError
+from preflight.core.errors import ExitCode
 from preflight.core.locks import FolderLock
 from preflight.core.log import log
 from preflight.core.signals import StopFlag
 from preflight.core.storage import check_writable, make_folder
 from preflight.core.units import format_bytes, format_seconds
 from preflight.corpus.sources import find_inputs
-from preflight.device.host_memory import available_host_bytes, reachable_host_bytes
-from preflight.device.runtime import Runtime, is_out_of_memory
-from preflight.foresight.memory import (
-    CUDA_CONTEXT_BYTES,
-    MemoryEstimate,
-    build_batch_curve,
-    estimate_least_bytes,
-    estimate_memory,
-    estimate_savings,
-)
+from preflight.device.runtime import is_out_of_memory
+from preflight.foresight.fits import check_memory, explain_out_of_memory
 from preflight.models.cost import count_parameters
 from preflight.modes.setup import RunSetup
 from preflight.settings import RunConfig, SamplingConfig, describe_choices
@@ -72,7 +63,8 @@ class TrainingRun:
         self.state.eval_windows = self.plan.eval_windows
         self.runtime = setup.runtime
         self.trackers = Trackers(self.output_dir)
-        check_memory(setup)
+        newest = setup.origin.path if setup.origin else "none yet"
+        check_memory(**self._memory_case(newest))
         self.trainer = setup.build_trainer()
         guard = DivergenceGuard(self.output_dir, fp16=self.runtime.needs_scaler)
         self.recorder = StepRecorder(self.plan, self.runtime, self.state, self.trackers, guard)
@@ -125,8 +117,19 @@ class TrainingRun:
             finally:
                 self._draw_curve()
         if failure is not None:
-            raise explain_out_of_memory(self.setup, failure, self.saver.newest_path)
+            newest = self.saver.newest_path or "none yet"
+            raise explain_out_of_memory(failure, **self._memory_case(newest))
         return self._conclude(time.monotonic() - began)
+
+    def _memory_case(self, last_checkpoint: Path | str) -> dict[str, Any]:
+        """What the functions of `fits` need to know of this run."""
+        return {
+            "model_config": self.setup.model_config,
+            "training": self.config.training,
+            "runtime": self.runtime,
+            "gradient_checkpointing": self.config.system.gradient_checkpointing,
+            "last_checkpoint": last_checkpoint,
+        }
 
     def _take_snapshot(self) -> dict[str, Any]:
         """What a checkpoint of this moment holds."""
@@ -245,119 +248,3 @@ def announce(setup: RunSetup) -> None:
             f"continuing from {setup.origin.path} (step {state.step:,}, "
             f"{state.tokens:,} tokens, sample {state.cursor:,})"
         )
-
-
-# TEMPORARY until foresight.fits has these
-_ROOMY = 64
-
-
-def memory_options(setup: RunSetup) -> dict[str, Any]:
-    """What `estimate_memory` wants to know of this run."""
-    return {
-        "dtype": setup.runtime.dtype,
-        "compile_model": setup.runtime.compile_model,
-        "device_type": "cuda" if setup.runtime.device.type == "cuda" else "cpu",
-        "gradient_checkpointing": setup.config.system.gradient_checkpointing,
-    }
-
-
-def check_memory(setup: RunSetup) -> None:
-    """Refuse on the CPU what cannot fit."""
-    least = estimate_least_bytes(setup.model_config, setup.config.training)
-    reachable = _measure_reachable_bytes(setup.runtime)
-    if setup.runtime.device.type != "cpu" or _ROOMY * least < reachable:
-        return
-    needed = estimate_memory(
-        setup.model_config, setup.config.training, **memory_options(setup)
-    ).host_bytes
-    if needed > reachable:
-        raise explain_out_of_memory(
-            setup,
-            MemoryError(f"{format_bytes(needed)} are needed, {format_bytes(reachable)} can be had"),
-            None,
-        )
-
-
-def explain_out_of_memory(
-    setup: RunSetup, error: BaseException, newest: Path | None
-) -> PreflightError:
-    """What was tried, what to set to keep the tokens per step, and what is safe."""
-    training, checkpointing = setup.config.training, setup.config.system.gradient_checkpointing
-    options = memory_options(setup)
-    batch, n_sequences = training.batch_size, setup.plan.samples_per_step
-    lines = [
-        f"out of memory with {batch} sequences of {setup.model_config.context_length} tokens: "
-        + _describe_shortage(error, setup.runtime),
-    ]
-    size = _find_fitting_batch(setup, options)
-    if size:
-        lines.append(
-            f"try --batch-size {size} --gradient-accumulation-steps "
-            f"{n_sequences // size}: the same update, {n_sequences} sequences, in "
-            "less memory"
-        )
-    saved = (
-        0
-        if checkpointing
-        else estimate_savings(setup.model_config, training, **options).get(
-            "--gradient-checkpointing", 0
-        )
-    )
-    if not checkpointing:
-        lines.append(
-            f"--gradient-checkpointing would save {format_bytes(saved)}"
-            if saved
-            else "--gradient-checkpointing would save nothing here: the peak is elsewhere"
-        )
-    lines.append(f"last checkpoint, safe: {newest or 'nothing yet'}")
-    return PreflightError(ExitCode.OUT_OF_MEMORY, *lines)
-
-
-def _find_fitting_batch(setup: RunSetup, options: dict[str, Any]) -> int | None:
-    training, on_cuda = setup.config.training, options["device_type"] == "cuda"
-    two_steps = dataclasses.replace(training, gradient_accumulation_steps=2)
-    now = build_batch_curve(setup.model_config, training, **options)
-    later = build_batch_curve(setup.model_config, two_steps, **options)
-
-    def needed(estimate: MemoryEstimate) -> int:
-        return estimate.needed_bytes if on_cuda else estimate.host_bytes
-
-    limit = _measure_reachable_bytes(setup.runtime)
-    below = training.batch_size
-    if needed(now(below)) <= limit:
-        below = below // 2 + 1
-    sizes = (n for n in range(below - 1, 0, -1) if setup.plan.samples_per_step % n == 0)
-    return next((n for n in sizes if n == 1 or needed(later(n)) <= limit), None)
-
-
-def _measure_reachable_bytes(runtime: Runtime) -> int:
-    """Memory that this process could have: what it holds, and what is free."""
-    if runtime.device.type == "cuda":
-        return torch.cuda.get_device_properties(runtime.device).total_memory - max(
-            0, _count_foreign_bytes(runtime)
-        )
-    return reachable_host_bytes()
-
-
-def _count_foreign_bytes(runtime: Runtime) -> int:
-    """On the card, beside our allocator and a context of ours."""
-    free, total = torch.cuda.mem_get_info(runtime.device)
-    return total - free - torch.cuda.memory_reserved(runtime.device) - CUDA_CONTEXT_BYTES
-
-
-def _describe_shortage(error: BaseException, runtime: Runtime) -> str:
-    """Torch's message in few words: what was tried and what was free."""
-    text = " ".join(str(error).split())
-    tried = re.search(r"tried to allocate ([\d.]+ ?(?:[KMGT]iB|bytes))", text, re.IGNORECASE)
-    free = re.search(r"of which ([\d.]+ (?:[KMGT]iB|bytes)) is free", text)
-    if not tried:
-        return text[:150] or "there is none left"
-    amount = tried[1]
-    if amount.endswith("bytes"):
-        amount = format_bytes(int(float(amount.removesuffix("bytes"))))
-    if free:
-        return f"tried to allocate {amount}, {free[1]} were free"
-    if runtime.device.type != "cuda":
-        free_now = format_bytes(available_host_bytes())
-        return f"tried to allocate {amount}, {free_now} are available"
-    return f"tried to allocate {amount}"

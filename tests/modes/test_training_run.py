@@ -21,6 +21,7 @@ from conftest import ROOT, TINY_FLAGS, CommandRunner
 from preflight.checkpoints import format as checkpoint_format
 from preflight.checkpoints import store
 from preflight.core.errors import ExitCode, PreflightError
+from preflight.foresight import fits
 from preflight.modes import train
 from preflight.settings import build_config
 from preflight.training import divergence, resume
@@ -342,11 +343,11 @@ def test_what_cannot_fit_is_refused_before_it_starts(
 ) -> None:
     began: list[int] = []
     monkeypatch.setattr(Trainer, "train", lambda *unused: began.append(1))
-    monkeypatch.setattr(train, "reachable_host_bytes", lambda: 8 * 2**30)
+    monkeypatch.setattr(fits, "reachable_host_bytes", lambda: 8 * 2**30)
     expect(
         run,
         ExitCode.OUT_OF_MEMORY,
-        "8.0 GiB can be had",
+        "8.0 GiB are available",
         "--gradient-accumulation-steps",
         batch_size=100_000,
     )
@@ -354,7 +355,7 @@ def test_what_cannot_fit_is_refused_before_it_starts(
 
 
 def test_what_fits_is_not_refused(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(train, "reachable_host_bytes", lambda: 2**30)  # tight, and traced
+    monkeypatch.setattr(fits, "reachable_host_bytes", lambda: 2**30)  # tight, and traced
     assert run(max_steps=1) == 0
 
 

@@ -20,7 +20,7 @@ from preflight.core.storage import hash_file
 from preflight.core.strict_json import read_json
 from preflight.corpus import build, shards
 from preflight.foresight import fits
-from preflight.modes import validate
+from preflight.modes import validate, validation_checks
 from preflight.modes.setup import RunSetup
 from preflight.modes.validate import CHECKS, Result, run_check
 from preflight.modes.validation_checks import Subject
@@ -211,7 +211,7 @@ def break_checkpoint(patch: pytest.MonkeyPatch) -> dict[str, Any]:
         next(iter(weights.values())).view(-1)[0] += 1
         return weights
 
-    patch.setattr(validate, "load_weights", flip)
+    patch.setattr(validation_checks, "load_weights", flip)
     return {}
 
 
