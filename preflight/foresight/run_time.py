@@ -140,17 +140,6 @@ def estimate_run_time(
     )
 
 
-def estimate_disk_bytes(
-    model_config: ModelConfig,
-    training: TrainingSettings,
-    control: ControlSettings,
-    total_steps: int | None = None,
-) -> int:
-    """Disk space of the checkpoints: the newest, the best, and the one being written."""
-    count = min(control.max_checkpoints + 2, total_steps or control.max_checkpoints + 2)
-    return count * estimate_checkpoint_bytes(model_config, training)
-
-
 # ---- without the device -------------------------------------------------------------------------
 
 

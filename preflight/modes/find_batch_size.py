@@ -31,6 +31,7 @@ from preflight.device.runtime import Runtime, describe_device
 from preflight.foresight.batch_search import FAST_SHARE, MAX_SIZE, SearchResult, search
 from preflight.foresight.memory import (
     MemoryEstimate,
+    MemoryOptions,
     build_batch_curve,
     estimate_memory,
     estimate_savings,
@@ -176,22 +177,16 @@ class _Mode:
     def _curve(self, accumulation: int, compile_model: bool) -> Callable[[int], MemoryEstimate]:
         training = self.order.at(1, accumulation).config.training
         return build_batch_curve(
-            self.order.model_config, training, **self.options() | {"compile_model": compile_model}
+            self.order.model_config, training, replace(self.options(), compile_model=compile_model)
         )
 
-    def options(self) -> dict[str, Any]:
+    def options(self) -> MemoryOptions:
         """Of `estimate_memory`."""
-        return {
-            "dtype": self.runtime.dtype,
-            "device_type": "cuda" if self.on_cuda else "cpu",
-            "gradient_checkpointing": self.config.system.gradient_checkpointing,
-            "compile_model": self.runtime.compile_model,
-        }
+        return MemoryOptions.of(self.runtime, self.config.system.gradient_checkpointing)
 
     def predict(self, size: int) -> int:
         """Predicted `Trial.needed_bytes`."""
-        estimate = self.estimate(size)
-        return estimate.needed_bytes if self.on_cuda else estimate.host_bytes
+        return self.estimate(size).required_bytes
 
     def probe(self, size: int) -> Trial:
         """Run one size, and say so."""
@@ -327,11 +322,11 @@ class _Mode:
         """Not even one sequence fits: what would help, by how much."""
         training = self.order_at(1).config.training
         model_config = self.order.model_config
-        before = estimate_memory(model_config, training, **self.options()).needed_bytes
-        saved = estimate_savings(model_config, training, **self.options())
+        before = estimate_memory(model_config, training, self.options()).needed_bytes
+        saved = estimate_savings(model_config, training, self.options())
         half = replace(model_config, context_length=max(2, self.context // 2))
         saved[f"--context-length {half.context_length}"] = (
-            before - estimate_memory(half, training, **self.options()).needed_bytes
+            before - estimate_memory(half, training, self.options()).needed_bytes
         )
         names = list(MODEL_PRESETS)
         name = self.config.model.model_size

@@ -1,4 +1,4 @@
-"""What a run tells: `metrics.jsonl`, the loss curve, and the lines or the bar on the screen."""
+"""`metrics.jsonl`: the first of the trackers, and the one that the loss curve is drawn from."""
 
 from __future__ import annotations
 
@@ -6,13 +6,12 @@ import json
 import math
 import os
 from pathlib import Path
-from typing import Any
 
 from preflight.core.log import log
 from preflight.core.storage import publish_file
+from preflight.training.trackers import Row
 
 METRICS_NAME = "metrics.jsonl"
-Row = dict[str, Any]
 
 
 class MetricsLog:
@@ -27,6 +26,11 @@ class MetricsLog:
         self.path = path
         self._warned = False
 
+    def resume(self, step: int) -> None:
+        """Drop the rows that a run continued behind `step` will write again."""
+        if step or self.path.exists():  # else: rows of a run that never reached a checkpoint
+            self.trim(step or -1)
+
     def trim(self, last_step: int) -> None:
         """Keep the rows up to the `step` row of `last_step`: what a resumed run will not redo."""
         kept = []
@@ -38,7 +42,7 @@ class MetricsLog:
         with publish_file(self.path) as file:
             file.write("".join(line + "\n" for line in kept).encode())
 
-    def append(self, row: Row) -> None:
+    def log(self, row: Row) -> None:
         """Add one row; numbers that are not finite become null, as JSON has none."""
         finite = {
             key: None if isinstance(value, float) and not math.isfinite(value) else value
@@ -60,6 +64,11 @@ class MetricsLog:
             self._warned = True
         else:
             self._warned = False
+
+
+def open_metrics(output_dir: Path) -> MetricsLog:
+    """The metrics of the run in `output_dir`."""
+    return MetricsLog(output_dir / METRICS_NAME)
 
 
 def read_metrics(path: Path) -> list[Row]:

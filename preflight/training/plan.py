@@ -7,6 +7,7 @@ import sys
 from dataclasses import dataclass
 
 from preflight.settings import MODEL_PRESETS, ControlSettings, TrainingSettings
+from preflight.training.state import TrainState
 
 EVAL_SHARE_OF_TRAINING = 0.05
 DEFAULT_LEARNING_RATE = MODEL_PRESETS["micro"].learning_rate
@@ -29,23 +30,6 @@ class TrainingPlan:
     peak_learning_rate: float
     scheduler: str
     max_grad_norm: float
-
-
-@dataclass
-class TrainState:
-    """Where a run stands; saved and restored as a whole.
-
-    `cursor` is the number of training samples handed out since the first step.
-    """
-
-    step: int = 0
-    cursor: int = 0
-    tokens: int = 0
-    best_val_loss: float | None = None
-    evaluated_step: int = 0
-    skipped_steps: int = 0
-    train_seconds: float = 0.0
-    eval_windows: int = 0
 
 
 def build_plan(
