@@ -64,7 +64,7 @@ def render_flags() -> str:
         lines += [
             f"## {group.capitalize()}",
             "",
-            (settings.__doc__ or "").splitlines()[0],
+            (settings.__doc__ or "").splitlines()[0].rstrip(".") + ".",
             "",
             "| flag | default | what it does |",
             "|---|---|---|",
