@@ -60,7 +60,7 @@ from preflight.foresight.run_time import (
     estimate_cost,
     estimate_run_time,
     measure_cost,
-    measure_product_flops,
+    measure_matmul_flops,
 )
 from preflight.models.cost import count_parameters, estimate_flops_per_token
 from preflight.modes.report import Problem, Report, compare
@@ -401,7 +401,7 @@ class _Gatherer:
         target, training, rows = self.target, self.config.training, self._performance
         cpu_flops = None
         if target.runtime is not None and target.card is None:
-            cpu_flops = measure_product_flops(target.runtime.device, target.dtype)
+            cpu_flops = measure_matmul_flops(target.runtime.device, target.dtype)
             rows["matrix_product_gflops"] = round(cpu_flops / 1e9, 1)
         elif target.card is None:
             rows["not_known"] = "a size alone says nothing about speed: --target-gpu NAME does"
