@@ -15,22 +15,26 @@ from torch import Tensor
 import transformer_model
 from conftest import TINY_FLAGS, CommandRunner, MakeConfig
 from preflight.checkpoints.format import load_weights
+from preflight.core.signals import StopFlag
 from preflight.core.storage import hash_file
 from preflight.core.strict_json import read_json
 from preflight.corpus import build, shards
 from preflight.foresight import fits
-from preflight.modes import validate
-from preflight.modes.validate import CHECKS, Result, Subject, run_check
+from preflight.modes import validate, validation_checks
+from preflight.modes.setup import RunSetup
+from preflight.modes.validate import CHECKS, Result, run_check
+from preflight.modes.validation_checks import Subject
 from preflight.settings import RunConfig
 from preflight.tokenization.tokenizer import Tokenizer, load_tokenizer
+from preflight.training.state import Evaluation
 from train_utils import BatchLoader
-from trainer import Evaluation, Trainer
+from trainer import Trainer
 from transformer_model import DecoderOnlyTransformer
 
 
 def run_all(config: RunConfig) -> list[Result]:
     results: list[Result] = []
-    subject = Subject(config)
+    subject = Subject(RunSetup(config, StopFlag()))
     for number in range(1, len(CHECKS) + 1):
         results.append(run_check(number, subject, results))
     return results
@@ -207,7 +211,7 @@ def break_checkpoint(patch: pytest.MonkeyPatch) -> dict[str, Any]:
         next(iter(weights.values())).view(-1)[0] += 1
         return weights
 
-    patch.setattr(validate, "load_weights", flip)
+    patch.setattr(validation_checks, "load_weights", flip)
     return {}
 
 
