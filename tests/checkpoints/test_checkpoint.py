@@ -28,8 +28,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from preflight.checkpoints import format as checkpoint_format
-from preflight.checkpoints import store
+from preflight.checkpoints import store, writing
 from preflight.checkpoints.format import Checkpoint
+from preflight.checkpoints.manifest import MAX_FILES, REQUIRED_NAMES, render_manifest
 from preflight.core import storage
 from preflight.core.errors import ExitCode, PreflightError
 
@@ -74,7 +75,25 @@ def make_state(seed: int) -> dict[str, Any]:
     }
 
 
-def save(output_dir: Path, step: int, val_loss: float | None = None, seed: int = 0) -> Checkpoint:
+class FakeTokenizer:
+    """Saves the files that it is given."""
+
+    def __init__(self, **files: bytes) -> None:
+        self.files = files or {"vocab.txt": b"a b c", "merges-1.json": b"[]"}
+
+    def save(self, folder: Path) -> list[Path]:
+        for name, content in self.files.items():
+            (folder / name).write_bytes(content)
+        return [folder / name for name in self.files]
+
+
+def save(
+    output_dir: Path,
+    step: int,
+    val_loss: float | None = None,
+    seed: int = 0,
+    tokenizer: Any | None = None,
+) -> Checkpoint:
     return checkpoint_format.save_checkpoint(
         output_dir,
         step,
@@ -82,6 +101,7 @@ def save(output_dir: Path, step: int, val_loss: float | None = None, seed: int =
         make_state(seed or step),
         CONFIG,
         {"train_loss": 3.0, "val_loss": val_loss},
+        tokenizer,
     )
 
 
@@ -108,7 +128,7 @@ def refused(code: ExitCode, pattern: str = "") -> Iterator[None]:
 def _quick_and_forgetful(monkeypatch: pytest.MonkeyPatch) -> None:
     """No hash remembered, and no waiting for the disk: what is durable the audit below shows,
     whose process is another."""
-    checkpoint_format._verified.clear()
+    checkpoint_format.forget_verified()
     monkeypatch.setattr(os, "fsync", lambda descriptor: None)
 
 
@@ -116,10 +136,10 @@ def rewrite_manifest(folder: Path, **changes: Any) -> None:
     """A consistent manifest over whatever the files hold now, as an attacker would write it."""
     manifest = json.loads((folder / "manifest.json").read_bytes())
     del manifest["checksum"]
-    for name in checkpoint_format.DATA_NAMES:
+    for name in REQUIRED_NAMES:
         raw = (folder / name).read_bytes()
         manifest["files"][name] = {"bytes": len(raw), "sha256": hashlib.sha256(raw).hexdigest()}
-    (folder / "manifest.json").write_bytes(checkpoint_format._render_manifest(manifest | changes))
+    (folder / "manifest.json").write_bytes(render_manifest(manifest | changes))
 
 
 def load_all(path: Path) -> None:
@@ -138,9 +158,7 @@ def test_round_trip_is_equal_bit_for_bit(tmp_path: Path) -> None:
     assert saved.step == 5
     assert saved.val_loss is None
     assert saved.config == CONFIG
-    assert sorted(os.listdir(saved.path)) == sorted(
-        [*checkpoint_format.DATA_NAMES, "manifest.json"]
-    )
+    assert sorted(os.listdir(saved.path)) == sorted([*REQUIRED_NAMES, "manifest.json"])
     assert os.listdir(saved.path.parent) == ["checkpoint-5"]
     shapes = {name: tuple(t.shape) for name, t in make_weights(5).items()}
     assert same(checkpoint_format.load_weights(saved, shapes), make_weights(5))
@@ -159,14 +177,14 @@ def test_validation_is_recorded_afterwards(tmp_path: Path) -> None:
     assert again is not None
     assert again.val_loss == amended.val_loss == 2.25
     assert again.manifest == amended.manifest
-    assert again.manifest["losses"]["train_loss"] == 3.0
+    assert again.manifest.losses["train_loss"] == 3.0
     assert checkpoint_format.record_validation(amended, float("nan")).val_loss is None
 
 
 def test_names_that_open_a_checkpoint(tmp_path: Path) -> None:
     save(tmp_path, 5, val_loss=1.0)
     newest = save(tmp_path, 7, val_loss=2.0)
-    for name in ("", *checkpoint_format.DATA_NAMES, "manifest.json"):
+    for name in ("", *REQUIRED_NAMES, "manifest.json"):
         assert store.open_checkpoint(str(newest.path / name)).step == 7
     assert store.open_checkpoint(str(tmp_path)).step == 5
     assert store.open_checkpoint(str(tmp_path / "milestones")).step == 5
@@ -317,12 +335,12 @@ def mutate(raw: bytes, kind: str, place: int) -> bytes:
 def test_every_damage_is_found_and_named(tmp_path: Path) -> None:
     folder = save(tmp_path, 5, val_loss=2.0).path
     rng = random.Random(1)
-    for name in (*checkpoint_format.DATA_NAMES, "manifest.json"):
+    for name in (*REQUIRED_NAMES, "manifest.json"):
         raw = (folder / name).read_bytes()
         kinds = ["flip"] * 80 + ["cut"] * 5 + ["grow"] * 3
         for kind in kinds:
             (folder / name).write_bytes(mutate(raw, kind, rng.getrandbits(40)))
-            checkpoint_format._verified.clear()
+            checkpoint_format.forget_verified()
             with refused(ExitCode.CHECKPOINT, re.escape(name)):
                 load_all(folder)
             with refused(ExitCode.CHECKPOINT, "none of the 1 checkpoints"):
@@ -337,14 +355,12 @@ def test_this_test_can_fail(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     raw = (folder / "model.safetensors").read_bytes()
     (folder / "model.safetensors").write_bytes(raw[:-1] + bytes([raw[-1] ^ 1]))
     monkeypatch.setattr(
-        checkpoint_format,
-        "_open_verified",
-        lambda c, name, hashed=True: storage.open_regular(c.path / name),
+        Checkpoint, "open", lambda c, name, hashed=True: storage.open_regular(c.path / name)
     )
     load_all(folder)
 
 
-@pytest.mark.parametrize("name", [*checkpoint_format.DATA_NAMES, "manifest.json"])
+@pytest.mark.parametrize("name", [*REQUIRED_NAMES, "manifest.json"])
 @pytest.mark.parametrize("kind", ["missing", "symlink", "folder", "fifo"])
 def test_file_replaced_by_something_else(tmp_path: Path, name: str, kind: str) -> None:
     path = save(tmp_path, 5).path / name
@@ -403,6 +419,53 @@ def test_foreign_files_beside_ours_are_never_read(tmp_path: Path) -> None:
     load_all(folder)
     with refused(ExitCode.CHECKPOINT, r"notes\.txt is not a Preflight checkpoint"):
         store.open_checkpoint(str(folder / "notes.txt"))
+
+
+# ----------------------------------------------------------------------- the tokenizer's files
+
+
+def test_tokenizer_travels_inside(tmp_path: Path) -> None:
+    saved = save(tmp_path, 5, tokenizer=FakeTokenizer())
+    assert set(saved.manifest.files) == {*REQUIRED_NAMES, "vocab.txt", "merges-1.json"}
+    load_all(saved.path)
+    with saved.open("vocab.txt") as file:
+        assert file.read() == b"a b c"
+    (saved.path / "vocab.txt").write_bytes(b"a b d")
+    with refused(ExitCode.CHECKPOINT, r"vocab\.txt: its content has changed"):
+        saved.open("vocab.txt")
+    with refused(ExitCode.CHECKPOINT, r"vocab\.txt"):
+        load_all(saved.path)
+
+
+@pytest.mark.parametrize("name", ["notes.txt", "manifest.json", "../outside", "/etc/passwd", ""])
+def test_files_that_are_not_listed_are_never_opened(tmp_path: Path, name: str) -> None:
+    saved = save(tmp_path, 5, tokenizer=FakeTokenizer())
+    (saved.path / "notes.txt").write_text("mine")
+    (saved.path.parent / "outside").write_text("mine")
+    with refused(ExitCode.CHECKPOINT, r"manifest\.json does not list it"):
+        saved.open(name)
+
+
+@pytest.mark.parametrize("kind", ["link", "folder", "fifo"])
+def test_listed_file_that_is_no_plain_file(tmp_path: Path, kind: str) -> None:
+    saved = save(tmp_path, 5, tokenizer=FakeTokenizer())
+    path = saved.path / "vocab.txt"
+    path.rename(tmp_path / "outside")
+    if kind == "link":
+        path.symlink_to(tmp_path / "outside")
+    elif kind == "folder":
+        path.mkdir()
+    else:
+        os.mkfifo(path)
+    with refused(ExitCode.CHECKPOINT, r"vocab\.txt"):
+        load_all(saved.path)
+
+
+@pytest.mark.parametrize("name", [*REQUIRED_NAMES, "manifest.json", "../x", "a b", ".hidden"])
+def test_tokenizer_cannot_take_other_names(tmp_path: Path, name: str) -> None:
+    with pytest.raises(ValueError, match=r"may not save|files"):
+        save(tmp_path, 5, tokenizer=FakeTokenizer(**{name: b"x"}))
+    assert not list((tmp_path / "milestones").glob("*checkpoint*"))
 
 
 # ------------------------------------------------------------------------------ another model
@@ -490,35 +553,48 @@ ENTRY = {"bytes": 1, "sha256": "0" * 64}
         {"step": True},
         {"step": "5"},
         {"step": None},
-        {"extra": 1},
         {"format": "other"},
         {"format": None},
-        {"format_version": 2},
+        {"format_version": 3},
+        {"format_version": 2.0},
+        {"format_version": None},
         {"format_version": 2**70},
         {"format_version": 0},
         {"losses": []},
         {"losses": {"val_loss": "1"}},
-        {"losses": {"val_loss": 2**70}},
+        {"losses": {"val_loss": 10**400}},
         {"losses": {"val_loss": True}},
         {"versions": 1},
         {"versions": {"torch": 1}},
         {"files": {}},
         {"files": []},
-        {"files": dict.fromkeys((*checkpoint_format.DATA_NAMES, "../../x"), ENTRY)},
+        *(
+            {"files": dict.fromkeys((*REQUIRED_NAMES, name), ENTRY)}
+            for name in (
+                "../../x",
+                "..",
+                ".",
+                "",
+                "a/b",
+                "a\\b",
+                "/etc/passwd",
+                "C:x",
+                ".hidden",
+                "a\0b",
+                "new\nline",
+                "trailing\n",
+                "\N{FULLWIDTH SOLIDUS}",
+                "x" * 101,
+                "manifest.json",
+            )
+        ),
+        {"files": dict.fromkeys((*REQUIRED_NAMES, *map(str, range(MAX_FILES))), ENTRY)},
         {"files": dict.fromkeys(("/etc/passwd", "checkpoint.pt", "config.json"), ENTRY)},
-        {
-            "files": {
-                name: {"bytes": 2**70, "sha256": "0" * 64} for name in checkpoint_format.DATA_NAMES
-            }
-        },
-        {
-            "files": {
-                name: {"bytes": -1, "sha256": "0" * 64} for name in checkpoint_format.DATA_NAMES
-            }
-        },
-        {"files": {name: {"bytes": 1, "sha256": "x"} for name in checkpoint_format.DATA_NAMES}},
-        {"files": {name: {"bytes": 1} for name in checkpoint_format.DATA_NAMES}},
-        {"files": dict.fromkeys(checkpoint_format.DATA_NAMES, 7)},
+        {"files": {name: {"bytes": 2**70, "sha256": "0" * 64} for name in REQUIRED_NAMES}},
+        {"files": {name: {"bytes": -1, "sha256": "0" * 64} for name in REQUIRED_NAMES}},
+        {"files": {name: {"bytes": 1, "sha256": "x"} for name in REQUIRED_NAMES}},
+        {"files": {name: {"bytes": 1} for name in REQUIRED_NAMES}},
+        {"files": dict.fromkeys(REQUIRED_NAMES, 7)},
     ],
 )
 def test_manifest_with_a_true_checksum_and_false_content(
@@ -531,9 +607,43 @@ def test_manifest_with_a_true_checksum_and_false_content(
     assert store.list_checkpoints(tmp_path) == []
 
 
+def test_unknown_keys_and_files_are_kept_and_verified(tmp_path: Path) -> None:
+    folder = save(tmp_path, 5).path
+    (folder / "loss_mask.bin").write_bytes(b"later")
+    entry = {"bytes": 5, "sha256": hashlib.sha256(b"later").hexdigest(), "kind": {"a": [1]}}
+    manifest = json.loads((folder / "manifest.json").read_bytes())
+    files = manifest["files"] | {"loss_mask.bin": entry}
+    rewrite_manifest(folder, files=files, later={"key": [None, 1.5, "\N{SNOWMAN}"]})
+    load_all(folder)
+    checkpoint_format.record_validation(store.open_checkpoint(str(folder)), 1.0)
+    again = json.loads((folder / "manifest.json").read_bytes())
+    assert again["later"] == {"key": [None, 1.5, "\N{SNOWMAN}"]}
+    assert again["files"]["loss_mask.bin"] == entry
+    with store.open_checkpoint(str(folder)).open("loss_mask.bin") as file:
+        assert file.read() == b"later"
+    for damage in (b"Later", b"late"):
+        (folder / "loss_mask.bin").write_bytes(damage)
+        with refused(ExitCode.CHECKPOINT, r"loss_mask\.bin"):
+            load_all(folder)
+        with refused(ExitCode.CHECKPOINT, "none of the 1 checkpoints"):
+            store.find_newest(tmp_path)
+
+
+def test_deeply_nested_unknown_key(tmp_path: Path) -> None:
+    path = save(tmp_path, 5).path / "manifest.json"
+    for depth in (990, 2000, 50_000):  # at the limits of reading and of rendering, and far beyond
+        raw = path.read_bytes().replace(
+            b'"step"', b'"x": ' + b"[" * depth + b"]" * depth + b', "step"'
+        )
+        path.with_name("manifest.json").write_bytes(raw)
+        with refused(ExitCode.CHECKPOINT, r"manifest\.json"):
+            load_all(path.parent)
+        save(tmp_path, 5)
+
+
 def test_newer_format_says_so(tmp_path: Path) -> None:
     folder = save(tmp_path, 5).path
-    rewrite_manifest(folder, format_version=2)
+    rewrite_manifest(folder, format_version=3)
     with refused(ExitCode.CHECKPOINT, "newer Preflight"):
         load_all(folder)
 
@@ -567,7 +677,10 @@ def test_any_value_in_any_key(tmp_path: Path, key: str, value: Any) -> None:
     except PreflightError as error:
         assert error.code == ExitCode.CHECKPOINT
     else:  # what is neither a path nor a size may be anything of its type
-        assert key in ("losses", "versions") or (key, value) in (("step", 5), ("format_version", 1))
+        assert key in ("losses", "versions", "../x") or (key, value) in (
+            ("step", 5),
+            ("format_version", 2),
+        )
 
 
 @HOSTILE
@@ -841,7 +954,7 @@ def find_unrecoverable_points(
         shutil.rmtree(output_dir, ignore_errors=True)
         shutil.copytree(tmp_path / "before", output_dir)
         done = run_killed(lambda place=output_dir: action(place), point)
-        checkpoint_format._verified.clear()
+        checkpoint_format.forget_verified()
         try:
             store.remove_leftovers(output_dir)
             found, damaged = store.scan_checkpoints(output_dir)
@@ -978,10 +1091,8 @@ def test_torch_never_hides_the_full_disk(tmp_path: Path, monkeypatch: pytest.Mon
     class Full:
         write = fail
 
-    real = checkpoint_format._HashingFile.__init__
-    monkeypatch.setattr(
-        checkpoint_format._HashingFile, "__init__", lambda self, file: real(self, Full())
-    )
+    real = writing.HashingFile.__init__
+    monkeypatch.setattr(writing.HashingFile, "__init__", lambda self, file: real(self, Full()))
     with refused(ExitCode.STORAGE, r"checkpoint-5: No space left on device\n.*bytes missing"):
         save(tmp_path, 5)
     with pytest.raises(Exception, match=r"No space|unexpected pos"):
@@ -998,12 +1109,20 @@ def test_too_little_room_is_seen_before_writing(
     assert os.listdir(tmp_path / "milestones") == ["checkpoint-4"]
 
 
+@pytest.mark.parametrize("name", [*REQUIRED_NAMES, "manifest.json", "vocab.txt"])
 def test_disk_that_lies_is_caught_before_the_rename(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
-    monkeypatch.setattr(storage, "hash_file", lambda path: "0" * 64)
-    with refused(ExitCode.STORAGE, "read back differs"):
-        save(tmp_path, 5)
+    real = writing.FolderWriter.read_back
+
+    def read_back_changed(self: writing.FolderWriter) -> None:
+        path = self.folder / name
+        path.write_bytes(path.read_bytes()[:-1] + b"?")
+        real(self)
+
+    monkeypatch.setattr(writing.FolderWriter, "read_back", read_back_changed)
+    with refused(ExitCode.STORAGE, f"{name} differs from what was written"):
+        save(tmp_path, 5, tokenizer=FakeTokenizer())
     assert os.listdir(tmp_path / "milestones") == []
 
 
@@ -1013,7 +1132,7 @@ def test_output_folder_that_vanished_or_became_a_link(tmp_path: Path) -> None:
     (tmp_path / "elsewhere").mkdir()
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "milestones").symlink_to(tmp_path / "elsewhere")
-    with refused(ExitCode.STORAGE, "a link stands in its place"):
+    with refused(ExitCode.STORAGE, "milestones is a link"):
         save(tmp_path / "run", 5)
     assert os.listdir(tmp_path / "elsewhere") == []
 
