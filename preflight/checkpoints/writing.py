@@ -76,7 +76,9 @@ class FolderWriter:
             file.write(content)
 
     def save_tokenizer(self, tokenizer: Any) -> None:
-        """Let `tokenizer` save its files into the folder, then fsync and record them.
+        """Let `tokenizer` save its files into the folder, and record them.
+
+        `storage.publish_folder` fsyncs them with all others.
 
         Raises:
             ValueError: it saved a file elsewhere, or under a name that a checkpoint uses itself.
@@ -84,7 +86,6 @@ class FolderWriter:
         for path in tokenizer.save(self.folder):
             if path.parent != self.folder or path.name in (*REQUIRED_NAMES, MANIFEST_NAME):
                 raise ValueError(f"{tokenizer} may not save {path}")
-            storage.fsync_file(path)
             self.files[path.name] = _describe_file(path)
 
     def read_back(self) -> None:

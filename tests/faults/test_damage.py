@@ -16,8 +16,8 @@ from typing import Any
 
 import numpy
 import pytest
-import test_checkpoint as checkpoint_tests
 import torch
+from checkpoints import samples
 
 from preflight.checkpoints import format as checkpoint_format
 from preflight.checkpoints import store
@@ -336,17 +336,17 @@ def test_a_reader_without_hashes_is_found(
 
 
 def build_payloads(mark: Path) -> dict[str, bytes]:
-    """Those of test_checkpoint.py and some more: every guise in which a pickle may come."""
-    call = checkpoint_tests.Payload(eval, f"open({str(mark)!r}, 'w')")
+    """Those of the checkpoint tests and some more: every guise in which a pickle may come."""
+    call = samples.Payload(eval, f"open({str(mark)!r}, 'w')")
     stream = io.BytesIO()
     numpy.save(stream, numpy.array([call], dtype=object), allow_pickle=True)
     zipped = io.BytesIO()
     with zipfile.ZipFile(zipped, "w") as archive:
         archive.writestr("x.npy", stream.getvalue())
-    return checkpoint_tests.payloads(mark) | {
+    return samples.payloads(mark) | {
         "numpy object array": stream.getvalue(),
         "npz": zipped.getvalue(),
-        "nested in a tensor's hooks": checkpoint_tests.torch_bytes(
+        "nested in a tensor's hooks": samples.torch_bytes(
             {"model": torch.ones(2), "hook": [{"x": call}]}
         ),
         "pickle 4 frames": pickle.dumps({"state": [call] * 3}, 4),
