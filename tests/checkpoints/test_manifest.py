@@ -22,7 +22,9 @@ from checkpoints.samples import (
 )
 from preflight.checkpoints import format as checkpoint_format
 from preflight.checkpoints import store
+from preflight.checkpoints.format import read_checkpoint
 from preflight.checkpoints.manifest import MAX_FILES, REQUIRED_NAMES
+from preflight.core import strict_json
 from preflight.core.errors import ExitCode, PreflightError
 
 
@@ -179,6 +181,18 @@ def test_deeply_nested_unknown_key(tmp_path: Path) -> None:
         with refused(ExitCode.CHECKPOINT, r"manifest\.json"):
             load_all(path.parent)
         save(tmp_path, 5)
+
+
+def test_nested_deeper_than_python_renders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Python 3.12 and later can parse more levels than they can render."""
+    saved = save(tmp_path, 5)
+    nested: list[Any] = []
+    for _ in range(3000):
+        nested = [nested]
+    content = saved.manifest.model_dump() | {"checksum": "0" * 64, "x": nested}
+    monkeypatch.setattr(strict_json, "parse_json", lambda raw: content)
+    with refused(ExitCode.CHECKPOINT, r"manifest\.json: nested too deeply"):
+        read_checkpoint(saved.path)
 
 
 def test_newer_format_says_so(tmp_path: Path) -> None:
