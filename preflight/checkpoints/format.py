@@ -154,7 +154,7 @@ class Checkpoint:
 
 
 def forget_verified() -> None:
-    """Hash every file anew when it is opened next."""
+    """Make every file be hashed again when it is next opened."""
     _verified.clear()
 
 
@@ -233,7 +233,7 @@ def save_checkpoint(
     A checkpoint of the same step is replaced. If its weights are equal, its losses are kept.
 
     Args:
-        output_dir: the run's folder. It must exist: if a mount is lost, it is not made anew.
+        output_dir: the run's folder. It must exist: if its mount is lost, it is not created again.
         step: updates done.
         weights: floating-point tensors on any device.
         training_state: tensors and plain types, nested in dicts, lists and tuples.

@@ -81,7 +81,7 @@ def run_killed(action: Callable[[], Any], point: int) -> bool:
 def find_unrecoverable_points(
     tmp_path: Path, prepare: Callable[[Path], Any], action: Callable[[Path], Any]
 ) -> tuple[int, list[int]]:
-    """The kill points passed, and those after which no whole checkpoint was found."""
+    """The kill points passed, and those after which no intact checkpoint was found."""
     bad: list[int] = []
     prepare(tmp_path / "before")
     for point in range(2, 1000):
