@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -18,34 +17,15 @@ from preflight.core.log import log
 from preflight.core.signals import StopFlag
 from preflight.device.runtime import Runtime, is_out_of_memory
 from preflight.settings import ModelConfig, TrainingSettings
+from preflight.training.evaluating import Evaluator
 from preflight.training.optimizers import build_optimizer
 from preflight.training.plan import TrainingPlan
+from preflight.training.recording import StepRecorder
+from preflight.training.saving import CheckpointSaver
 from preflight.training.schedules import learning_rate_at
+from preflight.training.state import Evaluation, StepResult, TrainState
+from train_utils import BatchLoader
 from transformer_model import DecoderOnlyTransformer
-
-
-@dataclass(frozen=True)
-class StepResult:
-    """What one update gave; loss and gradient norm stay on the device until they are read."""
-
-    step: int
-    tokens: int
-    learning_rate: float
-    loss: Tensor
-    grad_norm: Tensor
-
-
-@dataclass(frozen=True)
-class Evaluation:
-    """Validation figures; `loss` in nats per token."""
-
-    loss: float
-    bits_per_byte: float
-
-    @property
-    def perplexity(self) -> float:
-        """exp(loss)."""
-        return math.exp(min(self.loss, 700.0))
 
 
 def build_trainer(
@@ -112,6 +92,31 @@ class Trainer:
         # Freed, not zeroed: the next backward pass writes instead of adding.
         self.optimizer.zero_grad(set_to_none=True)
         return StepResult(step + 1, self.plan.tokens_per_step, rate, total, norm)
+
+    def train(
+        self,
+        state: TrainState,
+        loader: BatchLoader,
+        recorder: StepRecorder,
+        saver: CheckpointSaver,
+        evaluator: Evaluator,
+        stop: StopFlag,
+    ) -> None:
+        """Train to the end of the plan, or until a signal comes.
+
+        What was earned is saved before anything else can fail: step, log, save, evaluate, sample.
+        """
+        saver.retire()  # for a run cut between a save and the deletion of older checkpoints
+        evaluator.evaluate_if_due()  # for a run cut between a save and its evaluation
+        while state.step < self.plan.total_steps and not stop.stopping:
+            batches = (loader.next_batch() for _ in range(self.plan.accumulation_steps))
+            result = self.train_step(state.step, batches)
+            state.advance(result, loader.cursor)
+            recorder.record(result)
+            saver.save_if_due()
+            evaluator.evaluate_if_due()
+        recorder.flush()
+        saver.save()
 
     def _compute_loss(self, inputs: Tensor, targets: Tensor) -> Tensor:
         try:

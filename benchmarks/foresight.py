@@ -32,12 +32,12 @@ sys.path.insert(0, str(ROOT))
 
 from preflight.corpus.build import prepare_data  # noqa: E402
 from preflight.device.runtime import Runtime, build_runtime, describe_device  # noqa: E402
-from preflight.foresight.memory import estimate_memory  # noqa: E402
+from preflight.foresight.memory import MemoryOptions, estimate_memory  # noqa: E402
 from preflight.foresight.run_time import (  # noqa: E402
     estimate_cost,
     estimate_run_time,
     measure_cost,
-    measure_product_flops,
+    measure_matmul_flops,
 )
 from preflight.modes import train as train_mode  # noqa: E402
 from preflight.settings import ModelConfig, RunConfig, build_config  # noqa: E402
@@ -114,19 +114,13 @@ def predict_one(flags: dict[str, Any], folder: str, seconds: float) -> dict[str,
     model = config.model.resolve(tokenizer.vocab_size)
     data = prepare_data(config.data, tokenizer, model.context_length)
     runtime = build_runtime(config.system, 1000)
-    memory = estimate_memory(
-        model,
-        config.training,
-        dtype=runtime.dtype,
-        device_type=runtime.device.type,
-        compile_model=runtime.compile_model,
-        gradient_checkpointing=config.system.gradient_checkpointing,
-    )
+    options = MemoryOptions.of(runtime, config.system.gradient_checkpointing)
+    memory = estimate_memory(model, config.training, options)
     guess = estimate_cost(
         model,
         config.training,
         dtype=runtime.dtype,
-        cpu_flops=measure_product_flops(runtime.device, runtime.dtype),
+        cpu_flops=measure_matmul_flops(runtime.device, runtime.dtype),
         gradient_checkpointing=config.system.gradient_checkpointing,
         compile_model=runtime.compile_model,
     )

@@ -117,7 +117,7 @@ def run_process(output_dir: Path, tmp_path: Path) -> Run:
     return call
 
 
-def greedy_answer(output_dir: Path, prompt: str) -> str:
+def complete_greedily(output_dir: Path, prompt: str) -> str:
     checkpoint = open_checkpoint(str(output_dir / "milestones" / "checkpoint-2"))
     model, tokenizer = load_model(checkpoint, torch.device("cpu"), torch.float32)
     return generate_text(model, tokenizer, prompt, SamplingConfig(6, temperature=0.0))
@@ -132,11 +132,11 @@ def test_prompt_and_text_on_stdout_statistics_on_stderr(
     assert done.returncode == 0, done.stderr
     rule = f"\n{generate.SEPARATOR}\n"
     expected = rule.join(
-        f"{p}{greedy_answer(output_dir, p)}\n" for p in ("Hello there", "A caf\u00e9")
+        f"{p}{complete_greedily(output_dir, p)}\n" for p in ("Hello there", "A caf\u00e9")
     )
     assert done.stdout.decode() == expected
     assert b"checkpoint-2: step 2" in done.stderr  # the best
-    assert b"2 answers, " in done.stderr
+    assert b"2 completions, " in done.stderr
     assert b"tokens/s" in done.stderr
 
 
@@ -145,7 +145,7 @@ def test_files_hold_every_answer_in_order(
 ) -> None:
     prompts = ("one", "two and more", "three")
     for suffix in (".json", ".jsonl", ".txt"):
-        path = tmp_path / f"answers{suffix}"
+        path = tmp_path / f"completions{suffix}"
         config = RunConfig(
             control=dataclasses.replace(RunConfig().control, output_dir=str(output_dir)),
             sampling=SamplingConfig(max_new_tokens=5),
@@ -172,13 +172,13 @@ def test_files_hold_every_answer_in_order(
         assert all(r["finish_reason"] in ("length", "end") for r in records)
         assert records[0]["text"] != records[1]["text"]
     assert sorted(p.name for p in tmp_path.iterdir()) == [
-        "answers.json",
-        "answers.jsonl",
-        "answers.txt",
+        "completions.json",
+        "completions.jsonl",
+        "completions.txt",
     ]
 
 
-def test_a_stopped_run_keeps_the_complete_answers(
+def test_a_stopped_run_keeps_the_finished_completions(
     output_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def write(*arguments: Any) -> None:
@@ -188,7 +188,7 @@ def test_a_stopped_run_keeps_the_complete_answers(
         raise AssertionError("not stopped")
 
     monkeypatch.setattr(generate, "generate_batch", write)
-    path = tmp_path / "answers.jsonl"
+    path = tmp_path / "completions.jsonl"
     config = RunConfig(
         control=dataclasses.replace(RunConfig().control, output_dir=str(output_dir)),
         generation=GenerationSettings(prompts=("a", "b", "c"), output_file=str(path)),
@@ -205,15 +205,15 @@ def test_interactive_from_a_pipe(output_dir: Path, run: Run) -> None:
     done = run("--interactive", *GREEDY, stdin=lines)
     assert done.returncode == 0, done.stderr
     out = done.stdout.decode()
-    assert out.startswith(f"a{greedy_answer(output_dir, 'a')}\nb")
+    assert out.startswith(f"a{complete_greedily(output_dir, 'a')}\nb")
     told = done.stderr.decode()
     assert "/temp takes a number, got 'cold'" in told
     assert "/nonsense: no such command" in told
     assert "/len is now 3" in told
     assert "/topk is 50" in told
     assert "/topp must be at most 1" in told
-    assert "1 answer, 6 tokens" in told
-    assert "1 answer, 3 tokens" in told
+    assert "1 completion, 6 tokens" in told
+    assert "1 completion, 3 tokens" in told
 
 
 def test_a_session_repeats_with_its_seed(run: Run) -> None:
@@ -290,7 +290,7 @@ def terminal(output_dir: Path, tmp_path: Path) -> Iterator[Callable[..., Termina
 
 def test_on_a_terminal_it_answers_then_asks(terminal: Callable[..., Terminal]) -> None:
     screen = terminal("--prompts", "Hello \x1b[31m", *GREEDY)
-    shown = screen.read_until(b"1 answer, 6 tokens")
+    shown = screen.read_until(b"1 completion, 6 tokens")
     assert b"Hello \\x1b[31m" in shown  # made visible, not obeyed
     assert b"\x1b[31m" not in shown
     screen.read_until(b"> ")
@@ -306,13 +306,13 @@ def test_on_a_terminal_it_answers_then_asks(terminal: Callable[..., Terminal]) -
     screen.read_until(b"Go on\r\n")
     while len(screen.seen) < 20:  # it streams
         screen.read_some()
-    screen.write(b"\x03")  # Ctrl-C stops this answer
+    screen.write(b"\x03")  # Ctrl-C stops this completion
     screen.read_until(b"stopped\r\n")
     screen.read_until(b"> ")
     screen.write(b"/len 2\n")
     screen.read_until(b"> ")
     screen.write(b"again\n")
-    screen.read_until(b"1 answer, 2 tokens")
+    screen.read_until(b"1 completion, 2 tokens")
     screen.read_until(b"> ")
     screen.write(b"half a line")
     screen.read_until(b"half a line")

@@ -12,8 +12,9 @@ from torch import Tensor
 import trainer as trainer_module
 from preflight.device.runtime import Runtime, build_runtime
 from preflight.settings import ControlSettings, ModelConfig, SystemSettings, TrainingSettings
-from preflight.training.plan import TrainState, build_plan
+from preflight.training.plan import build_plan
 from preflight.training.schedules import learning_rate_at
+from preflight.training.state import TrainState
 from trainer import Trainer
 
 MODEL = ModelConfig(

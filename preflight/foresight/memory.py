@@ -1,17 +1,17 @@
 """Predicted memory of a configuration, itemised: nothing is allocated, no device is needed.
 
-The peaks come from `memory_trace`; here they become what a person asks: does it fit, what would
-help, how much does each batch size need, how much disk and host memory.
+The peaks come from `memory_trace`. This file turns them into the memory that a device, the host
+and the disk must have. Whether that fits, and what would help, is in `fits`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any, Literal
 
 import torch
 
+from preflight.device.runtime import Runtime
 from preflight.foresight.memory_trace import Peaks, TraceCase, extend_peaks, trace_peaks
 from preflight.models import loss as losses
 from preflight.models.cost import count_parameters
@@ -21,19 +21,56 @@ MIB = 2**20
 PHASES = ("training step", "optimizer step", "evaluation", "generation", "resume")
 # What the driver keeps for a CUDA context with torch's kernels (about 300 to 550 MiB, by card).
 CUDA_CONTEXT_BYTES = 500 * MIB
-# cuBLAS keeps a workspace for each thread that multiplies, here forward and backward; from
-# Hopper on 32 MiB, before it 8 MiB and 128 KiB (torch/aten/src/ATen/cuda/CublasHandlePool.cpp).
+# cuBLAS keeps a workspace for each thread that runs matmuls: one for forward, one for backward.
+# It is 32 MiB from Hopper on, 8 MiB and 128 KiB before (ATen/cuda/CublasHandlePool.cpp).
 CUBLAS_WORKSPACE_BYTES = 2 * 8_519_680
 CUBLAS_WORKSPACE_BYTES_HOPPER = 2 * 32 * MIB
-# Reserved beyond allocated: pieces of blocks too small for what is asked. Not yet measured.
+# Reserved beyond allocated: free pieces of blocks that are too small to use. Not yet measured.
 CUDA_FRAGMENTATION = 0.05
-# Share that the peak may be off, by (on CUDA, compiled). On the CPU measured, tests/test_memory.py.
+# Relative error of the peak, by (on CUDA, compiled). Tested on the CPU in tests/foresight; on CUDA
+# it is a goal that is not measured yet.
 _ERROR_SHARES = {(False, False): 0.01, (False, True): 0.05, (True, False): 0.03, (True, True): 0.1}
-# Resident beside what is allocated: interpreter, libraries, and what malloc does not give back;
-# on the CPU 400 to 490 MiB were seen (benchmarks/RESULTS.md), with CUDA it is a guess.
+# Resident beside the allocated tensors: interpreter, libraries, and freed memory that malloc keeps.
+# 400 to 490 MiB were measured on the CPU (benchmarks/RESULTS.md); the value for CUDA is a guess.
 HOST_BASE_BYTES = {"cpu": 450 * MIB, "cuda": 2500 * MIB}
 
-Verdict = Literal["fits", "tight", "does not fit"]
+
+@dataclass(frozen=True)
+class MemoryOptions:
+    """What an estimate depends on besides the model and the training settings.
+
+    Attributes:
+        dtype: what the matmuls compute in, as in `Runtime.dtype`.
+        device_type: ``cpu`` or ``cuda``; the device need not be present.
+        gradient_checkpointing: each block is recomputed in the backward pass.
+        compile_model: the step goes through torch.compile.
+        generation_batch_size: sequences generated at once; a training run generates one.
+        hopper_or_newer: decides the size of the cuBLAS workspace. Unset: asks the card that is
+            present, and assumes an older one where there is none.
+    """
+
+    dtype: torch.dtype
+    device_type: str
+    gradient_checkpointing: bool = False
+    compile_model: bool = False
+    generation_batch_size: int = 1
+    hopper_or_newer: bool | None = None
+
+    @classmethod
+    def of(cls, runtime: Runtime, gradient_checkpointing: bool) -> MemoryOptions:
+        """The options of a training run on a device that is present."""
+        device_type = "cuda" if runtime.device.type == "cuda" else "cpu"
+        return cls(runtime.dtype, device_type, gradient_checkpointing, runtime.compile_model)
+
+    @property
+    def workspace_bytes(self) -> int:
+        """What cuBLAS keeps for itself."""
+        if self.device_type != "cuda":
+            return 0
+        hopper = self.hopper_or_newer
+        if hopper is None:
+            hopper = torch.cuda.is_available() and torch.cuda.get_device_capability()[0] >= 9
+        return CUBLAS_WORKSPACE_BYTES_HOPPER if hopper else CUBLAS_WORKSPACE_BYTES
 
 
 @dataclass(frozen=True)
@@ -41,17 +78,18 @@ class MemoryEstimate:
     """Bytes. ``items`` adds up to ``needed_bytes``.
 
     Attributes:
-        items: what the memory holds at the highest moment, by `memory_trace.ITEMS`. 16-bit copies
-            of weights, which autocast makes, count as activations kept.
-        phases: the highest allocation in each of `PHASES`.
-        peak_bytes: the highest allocation of all; on CUDA to compare with
+        items: what the memory holds at the peak, by `memory_trace.ITEMS`. The 16-bit copies of
+            the weights that autocast makes count as activations kept.
+        phases: the peak of allocated memory in each of `PHASES`.
+        peak_bytes: the highest of these peaks; on CUDA it compares with
             ``torch.cuda.max_memory_allocated``.
-        reserved_bytes: what the caching allocator holds then; ``max_memory_reserved``.
-        needed_bytes: all that the device must have: reserved, and the CUDA context.
+        reserved_bytes: what the caching allocator holds then; on CUDA it compares with
+            ``torch.cuda.max_memory_reserved``.
+        needed_bytes: reserved memory and the CUDA context.
         host_bytes: resident memory of the process.
         disk_bytes: one checkpoint.
-        error_share: how far off the peak may be; on the CPU as tested in tests/test_memory.py, on
-            CUDA a goal that is not measured yet.
+        error_share: relative error that the peak may have.
+        device_type: ``cpu`` or ``cuda``.
     """
 
     items: dict[str, int]
@@ -62,41 +100,38 @@ class MemoryEstimate:
     host_bytes: int
     disk_bytes: int
     error_share: float
+    device_type: str
+
+    @property
+    def required_bytes(self) -> int:
+        """What counts against the device's limit.
+
+        On the CPU that is the resident memory of the process; on CUDA it is the memory that the
+        allocator reserves, and the context.
+        """
+        return self.needed_bytes if self.device_type == "cuda" else self.host_bytes
 
 
 def estimate_memory(
-    model_config: ModelConfig,
-    training: TrainingSettings,
-    *,
-    dtype: torch.dtype,
-    device_type: str,
-    gradient_checkpointing: bool = False,
-    compile_model: bool = False,
-    generation_batch_size: int = 1,
-    hopper_or_newer: bool | None = None,
+    model_config: ModelConfig, training: TrainingSettings, options: MemoryOptions
 ) -> MemoryEstimate:
-    """Predict what a training run needs, from its first step through evaluation and samples.
+    """Predict what a training run needs, from its first step through evaluation and samples."""
+    case = _build_case(model_config, training, options)
+    return _summarise(trace_peaks(case), case, options.workspace_bytes)
 
-    Args:
-        model_config: the architecture.
-        training: batch size, accumulation and optimizer count.
-        dtype: what the products compute in, as in `Runtime.dtype`.
-        device_type: ``cpu`` or ``cuda``; present or not.
-        gradient_checkpointing: blocks are recomputed in the backward pass.
-        compile_model: through torch.compile.
-        generation_batch_size: texts written at once; the samples of a run are one.
-        hopper_or_newer: which cuBLAS workspace; unset: the present card's, else the smaller.
-    """
-    case = TraceCase(
+
+def _build_case(
+    model_config: ModelConfig, training: TrainingSettings, options: MemoryOptions
+) -> TraceCase:
+    return TraceCase(
         model_config,
         training,
-        dtype,
-        device_type,
-        gradient_checkpointing,
-        compile_model,
-        generation_batch_size,
+        options.dtype,
+        options.device_type,
+        options.gradient_checkpointing,
+        options.compile_model,
+        options.generation_batch_size,
     )
-    return _summarise(trace_peaks(case), case, _estimate_workspace(device_type, hopper_or_newer))
 
 
 def _summarise(peaks: Peaks, case: TraceCase, workspace: int) -> MemoryEstimate:
@@ -108,7 +143,8 @@ def _summarise(peaks: Peaks, case: TraceCase, workspace: int) -> MemoryEstimate:
         phase: round(max(total for (name, _), total in totals.items() if name == phase)) + workspace
         for phase in PHASES[:-1]
     }
-    # The weights are read to the host and copied; on the CPU the optimizer's state is used as read.
+    # Resuming holds the weights twice on the CPU, as read and in the model; on CUDA they are read
+    # into the host's memory. The optimizer adopts the tensors of its state as they were read.
     phases["resume"] = round(weights * (1 if on_cuda else 2) + optimizer) + workspace
     peak = max(phases.values())
     reserved = round(peak * (1 + CUDA_FRAGMENTATION)) if on_cuda else peak
@@ -126,98 +162,70 @@ def _summarise(peaks: Peaks, case: TraceCase, workspace: int) -> MemoryEstimate:
         host_bytes=host + (round(weights + optimizer) if on_cuda else peak),
         disk_bytes=estimate_checkpoint_bytes(case.model_config, case.training),
         error_share=_ERROR_SHARES[on_cuda, case.compile_model],
+        device_type="cuda" if on_cuda else "cpu",
     )
 
 
-def _estimate_workspace(device_type: str, hopper_or_newer: bool | None) -> int:
-    if device_type != "cuda":
-        return 0
-    if hopper_or_newer is None:
-        hopper_or_newer = torch.cuda.is_available() and torch.cuda.get_device_capability()[0] >= 9
-    return CUBLAS_WORKSPACE_BYTES_HOPPER if hopper_or_newer else CUBLAS_WORKSPACE_BYTES
-
-
 def estimate_checkpoint_bytes(model_config: ModelConfig, training: TrainingSettings) -> int:
-    """Disk space of one checkpoint: weights and optimizer state in fp32, and what frames them."""
+    """Disk space of one checkpoint: weights and optimizer state in fp32, and their headers."""
     copies = {"adamw": 2, "adam": 2, "sgd": 1 if training.beta1 else 0}[training.optimizer]
     n_tensors = 4 + 12 * model_config.n_layers
-    framing = 120 * n_tensors * (1 + 3 * copies)  # names, shapes and alignment
-    return 4 * count_parameters(model_config) * (1 + copies) + framing
+    headers = 120 * n_tensors * (1 + 3 * copies)  # names, shapes and alignment
+    return 4 * count_parameters(model_config) * (1 + copies) + headers
 
 
 def estimate_least_bytes(model_config: ModelConfig, training: TrainingSettings) -> int:
-    """What any step holds in any precision: weights, gradients, each block's input."""
+    """A lower bound of a step in any precision: weights, gradients, and each block's input."""
     tokens = training.batch_size * model_config.context_length
     inputs = 2 * tokens * model_config.n_embeddings * model_config.n_layers  # in 16 bit
     return 8 * count_parameters(model_config) + inputs
 
 
 def build_batch_curve(
-    model_config: ModelConfig, training: TrainingSettings, **options: Any
+    model_config: ModelConfig, training: TrainingSettings, options: MemoryOptions
 ) -> Callable[[int], MemoryEstimate]:
-    """`estimate_memory` as a function of the batch size, for a search: two traces, then lines.
+    """`estimate_memory` as a function of the batch size, cheap enough for a search.
 
-    Each stretch of a step grows by the same bytes with each sequence once the loss goes through
-    its rows in several chunks; smaller batches are traced one by one. `options` are those of
-    `estimate_memory`.
+    From some batch size on, the loss goes through its rows in several chunks. From there each
+    stretch of a step grows by the same bytes with each sequence, so that two traces give a line
+    for every larger batch. Smaller batches are traced one by one.
     """
-    device_type = options["device_type"]
-    rows = losses.loss_layout(device_type).rows
+    rows = losses.loss_layout(options.device_type).rows
     first = -(-4 * rows // model_config.context_length)
-    workspace = _estimate_workspace(device_type, options.pop("hopper_or_newer", None))
-    base = TraceCase(
-        model_config,
-        training,
-        **{
-            "gradient_checkpointing": False,
-            "compile_model": False,
-            "generation_batch_size": 1,
-            **options,
-        },
-    )
+    workspace = options.workspace_bytes
+
+    def build_case(batch_size: int) -> TraceCase:
+        return _build_case(model_config, replace(training, batch_size=batch_size), options)
 
     def estimate(batch_size: int) -> MemoryEstimate:
-        def at(size: int) -> TraceCase:
-            return replace(base, training=replace(training, batch_size=size))
-
+        case = build_case(batch_size)
         if batch_size <= 2 * first:
-            return _summarise(trace_peaks(at(batch_size)), at(batch_size), workspace)
-        low, high = trace_peaks(at(first)), trace_peaks(at(2 * first))
-        peaks = extend_peaks(low, high, (batch_size - first) / first)
-        return _summarise(peaks, at(batch_size), workspace)
+            return _summarise(trace_peaks(case), case, workspace)
+        low, high = trace_peaks(build_case(first)), trace_peaks(build_case(2 * first))
+        return _summarise(extend_peaks(low, high, (batch_size - first) / first), case, workspace)
 
     return estimate
 
 
-def judge_fit(needed_bytes: int, limit_bytes: int, margin: float = 0.15) -> Verdict:
-    """Whether that much fits: with `margin` (a share of it) to spare, only without, or not."""
-    if needed_bytes <= limit_bytes * (1 - margin):
-        return "fits"
-    return "tight" if needed_bytes <= limit_bytes else "does not fit"
-
-
 def estimate_savings(
-    model_config: ModelConfig, training: TrainingSettings, **options: Any
+    model_config: ModelConfig, training: TrainingSettings, options: MemoryOptions
 ) -> dict[str, int]:
-    """Bytes less needed by each change that could help, by the flags that make it.
-
-    `options` are those of `estimate_memory`. Changes that save nothing are left out.
-    """
-    variants: dict[str, tuple[TrainingSettings, dict[str, Any]]] = {}
-    if not options.get("gradient_checkpointing"):
-        variants["--gradient-checkpointing"] = training, {"gradient_checkpointing": True}
+    """Bytes that each change would save, by the flags that make the change; only those above 0."""
+    variants: dict[str, tuple[TrainingSettings, MemoryOptions]] = {}
+    if not options.gradient_checkpointing:
+        changed = replace(options, gradient_checkpointing=True)
+        variants["--gradient-checkpointing"] = training, changed
     if training.batch_size > 1:
         half = training.batch_size // 2
         steps = -(-training.batch_size * training.gradient_accumulation_steps // half)
-        variants[f"--batch-size {half} --gradient-accumulation-steps {steps}"] = (
-            replace(training, batch_size=half, gradient_accumulation_steps=steps),
-            {},
-        )
-    if options["dtype"] == torch.float32:
-        variants["--mixed-precision"] = training, {"dtype": torch.bfloat16}
-    before = estimate_memory(model_config, training, **options).needed_bytes
+        smaller = replace(training, batch_size=half, gradient_accumulation_steps=steps)
+        flags = f"--batch-size {half} --gradient-accumulation-steps {steps}"
+        variants[flags] = smaller, options
+    if options.dtype == torch.float32:
+        variants["--mixed-precision"] = training, replace(options, dtype=torch.bfloat16)
+    before = estimate_memory(model_config, training, options).needed_bytes
     saved = {
-        flags: before - estimate_memory(model_config, changed, **{**options, **others}).needed_bytes
-        for flags, (changed, others) in variants.items()
+        flags: before - estimate_memory(model_config, *variant).needed_bytes
+        for flags, variant in variants.items()
     }
     return {flags: size for flags, size in saved.items() if size > 0}

@@ -1,6 +1,6 @@
-"""`--generate`: load a checkpoint, gather prompts, write answers to the screen or into a file.
+"""`--generate`: load a checkpoint, read prompts, print completions or write them to a file.
 
-Only the answers go to stdout; everything said about them goes to stderr.
+Only completions go to stdout; everything else goes to stderr.
 """
 
 from __future__ import annotations
@@ -15,16 +15,15 @@ from typing import Any
 
 from tqdm import tqdm
 
-from generate import Generation, generate_batch, load_model, stream_text
-from preflight.checkpoints.store import find_best, open_checkpoint
+from generate import Generation, generate_batch, stream_text
 from preflight.core.errors import ExitCode, PreflightError
 from preflight.core.log import log
 from preflight.core.signals import StopFlag
 from preflight.core.storage import publish_file
-from preflight.device.runtime import build_runtime, is_out_of_memory
+from preflight.device.runtime import is_out_of_memory
+from preflight.modes.setup import RunSetup
 from preflight.settings import RunConfig, SamplingConfig, build_config
 from preflight.tokenization.tokenizer import Tokenizer
-from preflight.training.resume import check_model_flags
 from transformer_model import DecoderOnlyTransformer
 
 try:
@@ -37,10 +36,10 @@ MAX_INTERACTIVE_PROMPTS = 5
 MAX_PROMPTS_BYTES = 64 * 2**20
 SEPARATOR = "-" * 40
 HELP = """\
-Type a text and press Enter: the model goes on with it. Ctrl-C stops an answer. Commands:
-  /temp X   temperature, 0 for the likeliest   /topk N   candidates, 0 for all
-  /topp X   share of probability, 0 to 1       /len N    tokens to write at most
-  /seed N   seed of the next answers           /help     this text      /quit   leave"""
+Type a prompt and press Enter: the model continues it. Ctrl-C stops a completion. Commands:
+  /temp X   sampling temperature, 0: greedy    /topk N   top-k, 0: all tokens
+  /topp X   top-p (nucleus sampling), 0 to 1   /len N    tokens to generate at most
+  /seed N   seed of the next completions       /help     this text      /quit   leave"""
 COMMANDS = {
     "/temp": "temperature",
     "/topk": "top_k",
@@ -48,7 +47,8 @@ COMMANDS = {
     "/len": "max_new_tokens",
     "/seed": "seed",
 }
-# What a terminal would obey instead of show: C0 but newline and tab, DEL, C1, and the marks that
+# Characters that control a terminal instead of being shown: C0 but
+# newline and tab, DEL, C1, and the marks that
 # turn the direction of text (Boucher and Anderson 2021, "Trojan Source").
 _INVISIBLE = {
     code: f"\\x{code:02x}" if code < 256 else f"\\u{code:04x}"
@@ -66,7 +66,7 @@ _INVISIBLE = {
 
 
 def run(config: RunConfig) -> int:
-    """Write what was asked for and return the exit code.
+    """Generate what was asked for and return the exit code.
 
     Raises:
         PreflightError: with the code of whatever stands in the way.
@@ -77,32 +77,30 @@ def run(config: RunConfig) -> int:
     prompts = read_prompts(config)
     interactive = is_interactive(config)
     check_output(config.generation.output_file)
-    runtime = build_runtime(config.system)
-    path = config.generation.checkpoint_path
-    checkpoint = open_checkpoint(path) if path else find_best(Path(config.control.output_dir))
+    setup = RunSetup(config, StopFlag(), trains=False)
+    checkpoint, runtime = setup.checkpoint, setup.runtime
     try:
-        model, tokenizer = load_model(checkpoint, runtime.device, runtime.dtype)
-        check_model_flags(config, checkpoint)
+        model, tokenizer = setup.load_model()
         log.info(
             f"{checkpoint.path}: step {checkpoint.step:,}, {model.config.label}, "
             f"{runtime.device}, {str(runtime.dtype).removeprefix('torch.')}"
         )
         if interactive:
             return Session(model, tokenizer, config.sampling).run(prompts)
-        return _write_answers(model, tokenizer, prompts, config)
+        return _write_completions(model, tokenizer, prompts, config)
     except RuntimeError as error:
         if not is_out_of_memory(error):
             raise
         raise PreflightError(
             ExitCode.OUT_OF_MEMORY,
-            "the memory of this device is used up",
+            "out of memory on this device",
             f"lower --generation-batch-size {config.generation.generation_batch_size}, "
             "or use --device cpu",
         ) from None
 
 
 def is_interactive(config: RunConfig) -> bool:
-    """Whether to end at a prompt to type at: as asked, else where a person seems to sit."""
+    """Whether to open the interactive prompt: as asked, else on a terminal with few prompts."""
     settings = config.generation
     if settings.interactive is not None:
         return settings.interactive
@@ -112,7 +110,7 @@ def is_interactive(config: RunConfig) -> bool:
 
 
 def read_prompts(config: RunConfig) -> list[str]:
-    """The prompts of the flags or the file; the default ones, unless prompts will be typed.
+    """The prompts of the flags or the file; else the default ones, unless prompts will be typed.
 
     Raises:
         PreflightError: code TEXT, with the numbers of the first lines that cannot be used.
@@ -183,7 +181,7 @@ def _is_unicode(text: str) -> bool:
 
 
 def check_output(name: str | None) -> None:
-    """See that the output file can be written, before the work is done.
+    """Check that the output file can be written, before anything is generated.
 
     Raises:
         PreflightError: code STORAGE.
@@ -202,10 +200,10 @@ def check_output(name: str | None) -> None:
         )
 
 
-def _write_answers(
+def _write_completions(
     model: DecoderOnlyTransformer, tokenizer: Tokenizer, prompts: list[str], config: RunConfig
 ) -> int:
-    """Answer all prompts in batches. Answers show in order, as soon as those before are there."""
+    """Complete all prompts in batches. Completions are printed in order, as soon as they can be."""
     settings = config.generation
     repeated = [p for p in prompts for _ in range(settings.num_return_sequences)]
     done: dict[int, Generation] = {}
@@ -213,7 +211,7 @@ def _write_answers(
     began, written = time.perf_counter(), 0
     bar = tqdm(
         total=len(repeated),
-        unit="answer",
+        unit="completion",
         file=sys.stderr,
         disable=None if len(repeated) > settings.generation_batch_size else True,
     )
@@ -228,7 +226,9 @@ def _write_answers(
                 rule = f"\n{SEPARATOR}\n" if shown else ""
                 _show(f"{rule}{repeated[shown]}{done[shown].text}\n")
             shown += 1
-        stop.leave_if_stopping(f"stopped: {len(done):,} of {len(repeated):,} answers are complete")
+        stop.leave_if_stopping(
+            f"stopped: {len(done):,} of {len(repeated):,} completions are finished"
+        )
 
     with StopFlag() as stop:
         try:
@@ -243,17 +243,17 @@ def _write_answers(
         finally:
             bar.close()
             if settings.output_file and done:
-                _save_answers(
+                _save_completions(
                     Path(settings.output_file), repeated, done, settings.num_return_sequences
                 )
-    _say_rate(len(done), written, time.perf_counter() - began)
+    _log_rate(len(done), written, time.perf_counter() - began)
     return int(ExitCode.DONE)
 
 
-def _save_answers(
+def _save_completions(
     path: Path, prompts: list[str], done: dict[int, Generation], n_sequences: int
 ) -> None:
-    """Publish the complete answers, in the order of the prompts."""
+    """Publish the finished completions, in the order of the prompts."""
     records: list[dict[str, Any]] = [
         {"prompt": prompts[i], "sequence": i % n_sequences, **dataclasses.asdict(done[i])}
         for i in sorted(done)
@@ -266,27 +266,27 @@ def _save_answers(
         content = f"\n{SEPARATOR}\n".join(f"{r['prompt']}{r['text']}\n" for r in records)
     with publish_file(path, len(data := content.encode())) as file:
         file.write(data)
-    log.info(f"{len(records):,} answers in {path}")
+    log.info(f"{len(records):,} completions in {path}")
 
 
 class Session:
-    """The prompt to type at. Settings change by commands; every answer streams."""
+    """The interactive prompt. Commands change the sampling; every completion streams."""
 
     def __init__(
         self, model: DecoderOnlyTransformer, tokenizer: Tokenizer, sampling: SamplingConfig
     ) -> None:
         self.model, self.tokenizer, self.sampling = model, tokenizer, sampling
-        self._n_answers = 0  # since the seed was set: a prompt asked twice has two answers
+        self._n_completions = 0  # since the seed was set: a prompt given twice has two completions
 
     def run(self, prompts: list[str]) -> int:
-        """Answer `prompts`, then what is typed until /quit, Ctrl-D or Ctrl-C at the prompt."""
+        """Complete `prompts`, then what is typed until /quit, Ctrl-D or Ctrl-C at the prompt."""
         for prompt in prompts:
-            self.answer(prompt)
+            self.complete(prompt)
         if sys.stdin is None:
             return int(ExitCode.DONE)
         terminal = sys.stdin.isatty()
         if terminal:
-            log.info("/help lists the commands, Ctrl-D leaves")
+            log.info("/help lists the commands, Ctrl-D quits")
         while True:
             try:
                 line = input("> " if terminal else "")
@@ -295,19 +295,19 @@ class Session:
             except KeyboardInterrupt:
                 if readline is None or not readline.get_line_buffer():
                     raise
-                _show("\n")  # half a line was typed: only that is dropped
+                _show("\n")  # half a line was typed: only it is dropped
                 continue
             if line.strip() == "/quit":
                 return int(ExitCode.DONE)
             if line.startswith("/"):
                 self.command(line)
             elif line.strip():
-                self.answer(line, echo=not terminal)
+                self.complete(line, echo=not terminal)
 
-    def answer(self, prompt: str, *, echo: bool = True) -> None:
-        """Stream one answer; Ctrl-C ends it, and only it."""
-        config = dataclasses.replace(self.sampling, seed=self.sampling.seed + self._n_answers)
-        self._n_answers += 1
+    def complete(self, prompt: str, *, echo: bool = True) -> None:
+        """Stream one completion; Ctrl-C ends it, and only it."""
+        config = dataclasses.replace(self.sampling, seed=self.sampling.seed + self._n_completions)
+        self._n_completions += 1
         steps: list[int] = []
         began = time.perf_counter()
         try:
@@ -324,10 +324,10 @@ class Session:
         except KeyboardInterrupt:
             _show("\n")
             log.info("stopped")
-        _say_rate(1, sum(steps), time.perf_counter() - began)
+        _log_rate(1, sum(steps), time.perf_counter() - began)
 
     def command(self, line: str) -> None:
-        """Carry out a line that starts with a slash; a wrong one changes nothing."""
+        """Execute a line that starts with a slash; a wrong one changes nothing."""
         name, _, value = line.strip().partition(" ")
         if name == "/help":
             log.info(HELP)
@@ -345,12 +345,12 @@ class Session:
             log.info(error.lines[0].replace("--" + field.replace("_", "-"), name))
             return
         self.sampling = dataclasses.replace(self.sampling, **{field: getattr(checked, field)})
-        self._n_answers = 0 if field == "seed" else self._n_answers
+        self._n_completions = 0 if field == "seed" else self._n_completions
         log.info(f"{name} is now {getattr(self.sampling, field)}")
 
 
 def _show(text: str) -> None:
-    """Text to stdout at once; on a terminal, what it would obey is made visible."""
+    """Print text at once; on a terminal, control characters are made visible."""
     if sys.stdout.isatty():
         text = text.translate(_INVISIBLE)
     try:
@@ -368,9 +368,9 @@ def _show(text: str) -> None:
         ) from None
 
 
-def _say_rate(n_answers: int, n_tokens: int, seconds: float) -> None:
-    what = "answer" if n_answers == 1 else "answers"
+def _log_rate(n_completions: int, n_tokens: int, seconds: float) -> None:
+    what = "completion" if n_completions == 1 else "completions"
     log.info(
-        f"{n_answers:,} {what}, {n_tokens:,} tokens in {seconds:.1f} s, "
+        f"{n_completions:,} {what}, {n_tokens:,} tokens in {seconds:.1f} s, "
         f"{n_tokens / max(seconds, 1e-9):,.1f} tokens/s"
     )

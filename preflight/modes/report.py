@@ -89,7 +89,7 @@ class Report:
                     problem.fix
                 )
         else:
-            lines.append("Nothing stands in the way.")
+            lines.append("All checks passed.")
         return "\n".join(lines[1:]) + "\n"
 
 

@@ -1,75 +1,59 @@
 """`--validate-only`: twelve numbered checks that try every part of a run once, on the real model.
 
-Each check is a small function that returns what it saw, or raises `Fault` with the fix. None stops
-the others, and what a check writes is gone when it ends; only the data folder may be built.
+Each check returns what it saw, or raises `Fault` with the fix. None stops the others, and what a
+check writes is gone when it ends; only the data folder may be built.
 """
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import functools
 import json
-import math
 import sys
-import tempfile
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any, Literal
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
 
-import torch
-from torch import Tensor
-
-from generate import generate_text
-from preflight.checkpoints.format import (
-    load_training_state,
-    load_weights,
-    save_checkpoint,
-    verify_checkpoint,
-)
 from preflight.core.errors import ExitCode, PreflightError
 from preflight.core.signals import StopFlag
-from preflight.core.storage import TEMPORARY_PREFIX, check_writable, free_bytes
-from preflight.core.units import format_bytes
-from preflight.corpus import shards
-from preflight.corpus.build import prepare_data
-from preflight.corpus.shards import DataFolder
-from preflight.device.runtime import Runtime, build_runtime, has_fast_bf16, is_out_of_memory
-from preflight.foresight.run_time import estimate_disk_bytes
-from preflight.models.cost import count_parameters
-from preflight.settings import ControlSettings, ModelConfig, RunConfig, SamplingConfig
-from preflight.tokenization.tokenizer import Tokenizer, load_tokenizer
-from preflight.training.plan import build_plan
-from preflight.training.resume import adopt_settings, find_origin, resolve_model
-from train_utils import BatchLoader, iterate_windows
-from trainer import Trainer, build_trainer
-
-MAX_SEQUENCES = 2
-_ROUND_TRIP_BYTES = 64 * 1024
-_GENERATED_TOKENS = 8
-# Skipped updates before fp16's scaler, which starts at 2^16, must have found its factor.
-_SCALER_STEPS = 20
-# A fresh model knows nothing, so that its loss is ln(vocabulary), and half the logits' variance
-# more: 0.02^2 a unit of width by GPT-2's initialisation.
-_LOSS_TOLERANCE, _LOGIT_VARIANCE = 0.5, 0.02**2
+from preflight.device.runtime import is_out_of_memory
+from preflight.modes.setup import RunSetup
+from preflight.modes.validation_checks import (
+    Fault,
+    Lacking,
+    Subject,
+    check_backward,
+    check_checkpoint,
+    check_configuration,
+    check_evaluation,
+    check_folders,
+    check_forward,
+    check_generation,
+    check_loader,
+    check_mixed_precision,
+    check_shards,
+    check_tokenizer,
+    check_update,
+    read_error,
+)
+from preflight.settings import RunConfig
 
 Status = Literal["passed", "failed", "not run"]
 
-
-class Fault(Exception):
-    """Something a check found wrong: pairs of what and the fix."""
-
-    def __init__(self, *faults: tuple[str, str]) -> None:
-        super().__init__(faults[0][0])
-        self.faults = faults
-
-
-class Lacking(Exception):
-    """A check cannot say anything without another one, by its number."""
-
-    def __init__(self, number: int) -> None:
-        super().__init__(f"needs check {number}")
+# Name, function, and the checks without which it cannot say anything.
+CHECKS: tuple[tuple[str, Callable[[Subject], str], tuple[int, ...]], ...] = (
+    ("configuration", check_configuration, ()),
+    ("folders", check_folders, ()),
+    ("tokenizer", check_tokenizer, ()),
+    ("shards", check_shards, ()),
+    ("loader", check_loader, (4,)),
+    ("forward pass", check_forward, (1,)),
+    ("backward pass", check_backward, (6,)),
+    ("update", check_update, (7,)),
+    ("checkpoint", check_checkpoint, (2, 6)),
+    ("evaluation", check_evaluation, (4, 6)),
+    ("generation", check_generation, (6,)),
+    ("mixed precision", check_mixed_precision, (6,)),
+)
 
 
 @dataclass(frozen=True)
@@ -83,121 +67,18 @@ class Result:
     faults: tuple[tuple[str, str], ...] = ()
 
 
-@dataclass
-class Subject:
-    """What the checks share; each part is made once, by the check that answers for it."""
-
-    config: RunConfig
-    warnings: list[str] = field(default_factory=list)
-    tokenizer: Tokenizer | None = None
-    model_config: ModelConfig | None = None
-    runtime: Runtime | None = None
-    _data: DataFolder | PreflightError | None = None
-
-    @property
-    def output_dir(self) -> Path:
-        """The run's folder."""
-        return Path(self.config.control.output_dir)
-
-    @property
-    def data(self) -> DataFolder:
-        """The prepared and verified data folder; PreflightError when it cannot be had."""
-        if self.tokenizer is None:
-            raise Lacking(1)
-        if self._data is None:
-            try:
-                with StopFlag() as stop:
-                    self._data = prepare_data(
-                        self.config.data, self.tokenizer, self.context_length, stop
-                    )
-                    stop.leave_if_stopping("stopped; the data folder is complete")
-            except PreflightError as error:
-                self._data = error  # a large text is not read again for every check
-        if isinstance(self._data, PreflightError):
-            raise self._data
-        return self._data
-
-    @property
-    def context_length(self) -> int:
-        """Tokens of a window, known even where the rest of the model is refused."""
-        if self.model_config is not None:
-            return self.model_config.context_length
-        return dataclasses.replace(self.config.model, vocab_size=None).resolve(2).context_length
-
-    @functools.cached_property
-    def trainer(self) -> Trainer:
-        """The real model at its full rate from the first step, with a small batch."""
-        assert self.model_config is not None
-        assert self.runtime is not None
-        training = dataclasses.replace(
-            self.config.resolve_training(),
-            batch_size=self.batch_size,
-            warmup_steps=0,
-            max_steps=1000,
-            num_epochs=None,
-            scheduler="none",
-            gradient_accumulation_steps=min(2, self.config.training.gradient_accumulation_steps),
-        )
-        plan = build_plan(training, ControlSettings(), self.model_config.context_length, 1, 1)
-        return build_trainer(
-            self.model_config,
-            training,
-            plan,
-            self.runtime,
-            gradient_checkpointing=self.config.system.gradient_checkpointing,
-        )
-
-    @property
-    def batch_size(self) -> int:
-        """At most two sequences: these checks ask whether, not how fast."""
-        return min(MAX_SEQUENCES, self.config.training.batch_size)
-
-    @functools.cached_property
-    def batch(self) -> tuple[Tensor, Tensor]:
-        """Inputs and targets: the user's own text, or random ids where it cannot be had."""
-        assert self.model_config is not None
-        assert self.runtime is not None
-        try:
-            with self.open_loader() as loader:
-                return loader.next_batch()
-        except (PreflightError, Lacking):
-            shape = (self.batch_size, self.model_config.context_length + 1)
-            ids = torch.randint(
-                self.model_config.vocab_size, shape, generator=torch.Generator().manual_seed(0)
-            )
-            ids = ids.to(self.runtime.device)
-            return ids[:, :-1].contiguous(), ids[:, 1:].contiguous()
-
-    def open_loader(self, cursor: int = 0) -> BatchLoader:
-        """The training part as a run reads it."""
-        if self.runtime is None:
-            raise Lacking(1)
-        return BatchLoader(
-            self.data,
-            "train",
-            batch_size=self.batch_size,
-            context_length=self.context_length,
-            seed=self.config.training.seed,
-            device=self.runtime.device,
-            cursor=cursor,
-        )
-
-    def compute_loss(self, *, mixed: bool = False) -> Tensor:
-        """The model's loss on the batch, in fp32 or as a training step computes it."""
-        context = self.trainer.runtime.autocast() if mixed else contextlib.nullcontext()
-        with context:
-            return self.trainer.model(*self.batch)
-
-
 def run(config: RunConfig) -> int:
     """Run all checks, print each, and return 0, or 1 when one did not pass."""
+    # Compilation is left to the run unless it was asked for: it takes longer than all checks.
+    system = dataclasses.replace(config.system, compile_model=bool(config.system.compile_model))
     results: list[Result] = []
-    subject = Subject(config)
-    for number in range(1, len(CHECKS) + 1):
-        result = run_check(number, subject, results)
-        results.append(result)
-        if not config.check.json:
-            _print_result(result)
+    with StopFlag() as stop:
+        subject = Subject(RunSetup(dataclasses.replace(config, system=system), stop))
+        for number in range(1, len(CHECKS) + 1):
+            result = run_check(number, subject, results)
+            results.append(result)
+            if not config.check.json:
+                _print_result(result)
     failed = [result for result in results if result.status != "passed"]
     if config.check.json:
         sys.stdout.write(
@@ -241,7 +122,7 @@ def run_check(number: int, subject: Subject, before: list[Result]) -> Result:
     except PreflightError as error:
         if error.code in (ExitCode.SIGINT, ExitCode.SIGTERM):
             raise
-        faults = (_read_error(error),)
+        faults = (read_error(error),)
     except Exception as error:  # a broken part must not hide what the other checks find
         fix = "this may be a fault of the installation: pip install -r requirements.txt"
         if is_out_of_memory(error):
@@ -250,430 +131,3 @@ def run_check(number: int, subject: Subject, before: list[Result]) -> Result:
         faults = ((f"{type(error).__name__}: {text[:200]}", fix),)
     count = f"{len(faults)} fault{'s' * (len(faults) > 1)}"
     return Result(number, name, "failed", count, faults)
-
-
-def _read_error(error: PreflightError) -> tuple[str, str]:
-    return error.lines[0], "; ".join(error.lines[1:])
-
-
-def _try(faults: list[tuple[str, str]], work: Callable[[], Any]) -> Any:
-    """What `work` returns; a `PreflightError` joins `faults` instead."""
-    try:
-        return work()
-    except PreflightError as error:
-        faults.append(_read_error(error))
-        return None
-
-
-# ---- the checks ---------------------------------------------------------------------------------
-
-
-def check_configuration(subject: Subject) -> str:
-    """Tokenizer, device, the run to continue, and an architecture that suits them."""
-    faults: list[tuple[str, str]] = []
-    origin = _try(faults, lambda: find_origin(subject.config, subject.output_dir))
-    if origin is not None:
-        subject.config = (
-            _try(faults, lambda: adopt_settings(subject.config, origin)) or subject.config
-        )
-    config = subject.config
-    subject.tokenizer = tokenizer = _try(faults, lambda: load_tokenizer(config.model.tokenizer))
-    # Compiling is left to the run unless it was asked for: it takes longer than all checks.
-    asked = bool(config.system.compile_model)
-    system = dataclasses.replace(config.system, compile_model=asked)
-    subject.runtime = runtime = _try(faults, lambda: build_runtime(system, 1))
-    if tokenizer is not None:
-        subject.model_config = _try(faults, lambda: resolve_model(config, tokenizer, origin))
-    if runtime is not None and config.system.mixed_precision and not has_fast_bf16(runtime.device):
-        name = str(runtime.dtype).removeprefix("torch.")
-        subject.warnings.append(
-            f"mixed precision was asked for, and {runtime.device} has no bf16 in hardware: {name} "
-            "is used; leave --mixed-precision out, or use --no-mixed-precision"
-        )
-    if faults:
-        raise Fault(*faults)
-    assert subject.model_config is not None
-    assert runtime is not None
-    return (
-        f"{subject.model_config.label}, {count_parameters(subject.model_config):,} parameters, "
-        f"{runtime.device}, {str(runtime.dtype).removeprefix('torch.')}"
-    )
-
-
-def check_folders(subject: Subject) -> str:
-    """Both folders take files, and the disk has room for the checkpoints."""
-    faults: list[tuple[str, str]] = []
-    for flag, folder in (
-        ("--output-dir", subject.output_dir),
-        ("--data-dir", Path(subject.config.data.data_dir)),
-    ):
-        try:
-            with _borrow_folder(folder):
-                check_writable(folder)
-        except PreflightError as error:
-            faults.append((error.lines[0], f"choose another {flag}, or mend this one"))
-    free = free_bytes(subject.output_dir)
-    if subject.model_config is None:
-        if faults:
-            raise Fault(*faults)
-        return f"writable, {format_bytes(free)} free"
-    training, control = subject.config.training, subject.config.control
-    needed = estimate_disk_bytes(subject.model_config, training, control, training.max_steps)
-    held = sum(path.stat().st_size for path in subject.output_dir.glob("milestones/*/*"))
-    if needed > free + held:
-        faults.append(
-            (
-                f"{subject.output_dir}: {format_bytes(needed)} needed for checkpoints, "
-                f"{format_bytes(free)} free",
-                f"another --output-dir, or fewer --max-checkpoints (now {control.max_checkpoints})",
-            )
-        )
-    if faults:
-        raise Fault(*faults)
-    return f"writable, {format_bytes(free)} free, {format_bytes(needed)} needed for checkpoints"
-
-
-def check_tokenizer(subject: Subject) -> str:
-    """The user's own text becomes ids and the same text again."""
-    tokenizer = subject.tokenizer
-    if tokenizer is None:
-        raise Lacking(1)
-    text, where = _read_own_text(subject)
-    ids = tokenizer.encode(text)
-    again = tokenizer.decode_bytes(ids).decode("utf-8", errors="replace")
-    if again != text or max(ids, default=0) >= tokenizer.vocab_size:
-        at = next(
-            (i for i, (a, b) in enumerate(zip(text, again, strict=False)) if a != b),
-            min(len(text), len(again)),
-        )
-        raise Fault(
-            (
-                f"{where}: the text is another after encoding and decoding, from character {at:,}: "
-                f"{text[at : at + 20]!r} became {again[at : at + 20]!r}",
-                "choose another --tokenizer (gpt2 is built in)",
-            )
-        )
-    return f"{len(text):,} characters of {where}, {len(ids):,} tokens, and back"
-
-
-def _read_own_text(subject: Subject) -> tuple[str, str]:
-    """Some of the text: of the first source that is a plain file, else of the shards."""
-    for name in subject.config.data.text_file:
-        path = Path(name)
-        if path.is_file():
-            with open(path, "rb") as file:
-                return file.read(_ROUND_TRIP_BYTES).decode("utf-8", errors="ignore"), name
-    assert subject.tokenizer is not None
-    try:
-        parts = subject.data.train.open()
-    except PreflightError:
-        raise Lacking(4) from None
-    ids = parts[0][: _ROUND_TRIP_BYTES // 4].tolist()
-    pieces = [i for i in ids if i != subject.tokenizer.end_of_text_id]
-    text = subject.tokenizer.decode_bytes(pieces).decode("utf-8", errors="ignore")
-    return text, str(subject.data.path)
-
-
-def check_shards(subject: Subject) -> str:
-    """The data folder is complete, and every byte and id is what its metadata says."""
-    try:
-        data = subject.data
-    except PreflightError as error:
-        if error.code in (ExitCode.SIGINT, ExitCode.SIGTERM):
-            raise
-        raise Fault(*_find_data_faults(subject, error)) from None
-    return (
-        f"{len(data.train.shards) + len(data.val.shards)} shards, "
-        f"{data.train.n_tokens:,} tokens to train on, {data.val.n_tokens:,} to validate"
-    )
-
-
-def _find_data_faults(subject: Subject, error: PreflightError) -> list[tuple[str, str]]:
-    """Preparation stops at the first fault; here every shard and both parts are looked at."""
-    faults = [_read_error(error)]
-    data_dir = Path(subject.config.data.data_dir)
-    if subject.config.data.text_file or subject.tokenizer is None:
-        return faults  # the text was at fault, or the building: not what lay there before
-    with contextlib.suppress(PreflightError):
-        metadata = shards.read_metadata(data_dir)
-        for part in ("train", "val"):
-            for entry in metadata[part]["shards"]:
-                _try(
-                    faults,
-                    functools.partial(
-                        shards.verify_shard, data_dir / part, subject.tokenizer, entry
-                    ),
-                )
-            _try(
-                faults,
-                functools.partial(
-                    shards.check_long_enough, metadata[part], part, subject.context_length
-                ),
-            )
-    return list(dict.fromkeys(faults))
-
-
-def check_loader(subject: Subject) -> str:
-    """Batches have their shapes, targets follow inputs, and the order repeats from any cursor."""
-    shape = (subject.batch_size, subject.context_length)
-    batches = []
-    for cursor in (0, 0, subject.batch_size):
-        with subject.open_loader(cursor) as loader:
-            batches.append([loader.next_batch() for _ in range(2)])
-    for inputs, targets in batches[0]:
-        if inputs.shape != shape or targets.shape != shape or inputs.dtype != torch.int64:
-            raise Fault(
-                (
-                    f"batches are {tuple(inputs.shape)} {inputs.dtype}, expected {shape} int64",
-                    "rebuild the data folder with --text-file",
-                )
-            )
-        if not torch.equal(inputs[:, 1:], targets[:, :-1]):
-            raise Fault(
-                (
-                    "targets are not the inputs moved by one",
-                    "rebuild the data folder with --text-file",
-                )
-            )
-    first, again, resumed = ([torch.stack(pair) for pair in pairs] for pairs in batches)
-    if not all(map(torch.equal, first, again)) or not torch.equal(first[1], resumed[0]):
-        raise Fault(
-            (
-                "the same cursor gave other batches: a resumed run would repeat or skip text",
-                "rebuild the data folder with --text-file, on a disk that keeps its files",
-            )
-        )
-    return f"batches of {shape[0]} x {shape[1]} tokens, the same each time and from any place"
-
-
-def check_forward(subject: Subject) -> str:
-    """A fresh model's loss is that of guessing among all ids."""
-    assert subject.model_config is not None
-    subject.trainer.model.eval()
-    with torch.no_grad():
-        loss = float(subject.compute_loss())
-    subject.trainer.model.train()
-    expected = math.log(subject.model_config.vocab_size)
-    tolerance = _LOSS_TOLERANCE + _LOGIT_VARIANCE / 2 * subject.model_config.n_embeddings
-    if not abs(loss - expected) <= tolerance:  # also where it is not a number
-        raise Fault(
-            (
-                f"the loss is {loss:.3f}, expected {expected:.3f} within {tolerance:.2f}",
-                "another --device shows whether the hardware computes wrongly",
-            )
-        )
-    return f"loss {loss:.3f}, ln(vocabulary) {expected:.3f}"
-
-
-def check_backward(subject: Subject) -> str:
-    """Every parameter gets a gradient, finite and not all zero."""
-    model = subject.trainer.model
-    model.zero_grad(set_to_none=True)
-    subject.compute_loss().backward()
-    wrong = _find_wrong_gradients(model)
-    model.zero_grad(set_to_none=True)
-    if wrong:
-        raise Fault(
-            (f"{len(wrong)} parameters: {wrong[0]}", "another --device, or --no-mixed-precision")
-        )
-    return f"finite gradients in {sum(1 for _ in model.parameters())} tensors"
-
-
-def _find_wrong_gradients(model: torch.nn.Module, *, scaled: bool = False) -> list[str]:
-    wrong = []
-    for name, parameter in model.named_parameters():
-        if parameter.grad is None:
-            wrong.append(f"{name} has no gradient")
-        elif not parameter.grad.isfinite().all():
-            wrong.append(f"{name} has a gradient that is not finite")
-        elif not scaled and not parameter.grad.any():
-            wrong.append(f"{name} has a gradient of zeros")
-    return wrong
-
-
-def check_update(subject: Subject) -> str:
-    """One update lowers the loss on the batch that it was made from."""
-    trainer = subject.trainer
-    trainer.model.eval()
-    with torch.no_grad():
-        before = float(subject.compute_loss())
-    trainer.model.train()
-    probe = next(trainer.model.parameters())
-    start = probe.detach().clone()
-    accumulation = trainer.plan.accumulation_steps
-    for step in range(_SCALER_STEPS if trainer.runtime.needs_scaler else 1):
-        trainer.train_step(step, [subject.batch] * accumulation)
-        if not torch.equal(probe, start):
-            break
-    trainer.model.eval()
-    with torch.no_grad():
-        after = float(subject.compute_loss())
-    trainer.model.train()
-    if not after < before:
-        raise Fault(
-            (
-                f"the loss went from {before:.4f} to {after:.4f} on the batch of the update",
-                f"a lower --learning-rate (now {subject.config.peak_learning_rate:.1e}), "
-                "or --warmup-steps",
-            )
-        )
-    return f"loss {before:.4f} before, {after:.4f} after"
-
-
-def check_checkpoint(subject: Subject) -> str:
-    """Weights and state are written, verified and read back, each tensor the same."""
-    trainer = subject.trainer
-    weights = trainer.model.state_dict()
-    state = {"trainer": trainer.state_dict()}
-    with (
-        _borrow_folder(subject.output_dir),
-        tempfile.TemporaryDirectory(prefix=TEMPORARY_PREFIX, dir=subject.output_dir) as name,
-    ):
-        saved = save_checkpoint(
-            Path(name),
-            1,
-            weights,
-            state,
-            {"model": dataclasses.asdict(trainer.model.config)},
-            {"val_loss": None},
-        )
-        verify_checkpoint(saved)
-        shapes = {n: tuple(p.shape) for n, p in trainer.model.named_parameters()}
-        read, restored = load_weights(saved, shapes), load_training_state(saved)
-        size = sum(path.stat().st_size for path in saved.path.iterdir())
-    odd = [name for name in weights if not _is_same(weights[name], read.get(name))]
-    if odd or not _is_same(state, restored):
-        raise Fault(
-            (
-                f"read back differs from what was written: {odd[0] if odd else 'the state'}",
-                "the disk or the memory is failing: choose another --output-dir",
-            )
-        )
-    return f"{format_bytes(size)} written, verified and read back equal"
-
-
-def _is_same(a: Any, b: Any) -> bool:
-    """Equal values, tensors bit for bit, wherever they are."""
-    if isinstance(a, Tensor):
-        return isinstance(b, Tensor) and torch.equal(a.cpu(), b.cpu())
-    if isinstance(a, dict):
-        return (
-            isinstance(b, dict)
-            and a.keys() == b.keys()
-            and all(_is_same(a[key], b[key]) for key in a)
-        )
-    if isinstance(a, (list, tuple)):
-        return type(a) is type(b) and len(a) == len(b) and all(map(_is_same, a, b))
-    return bool(a == b)
-
-
-def check_evaluation(subject: Subject) -> str:
-    """The validation loss is finite, and the same twice."""
-    val = subject.data.val
-    results = [
-        subject.trainer.evaluate(
-            iterate_windows(
-                subject.data,
-                "val",
-                batch_size=subject.batch_size,
-                context_length=subject.context_length,
-                n_windows=2 * MAX_SEQUENCES,
-                device=subject.trainer.runtime.device,
-            ),
-            val.n_tokens / val.n_bytes,
-        )
-        for _ in range(2)
-    ]
-    losses = [result.loss for result in results if result is not None]
-    if len(losses) < 2 or not math.isfinite(losses[0]) or abs(losses[0] - losses[1]) > 1e-3:
-        raise Fault(
-            (
-                f"two evaluations of the same windows gave {losses}",
-                "another --device shows whether the hardware computes wrongly",
-            )
-        )
-    return f"validation loss {losses[0]:.3f}, the same twice"
-
-
-def check_generation(subject: Subject) -> str:
-    """Greedy text with the cache is the text without it."""
-    assert subject.tokenizer is not None
-    model, tokenizer = subject.trainer.model, subject.tokenizer
-    n_tokens = min(_GENERATED_TOKENS, model.config.context_length - 1)
-    greedy = SamplingConfig(max_new_tokens=n_tokens, temperature=0)
-    cached = generate_text(model, tokenizer, "", greedy)
-    ids = [tokenizer.end_of_text_id]
-    model.eval()
-    with torch.no_grad():
-        for _ in range(n_tokens):
-            tokens = torch.tensor([ids], device=subject.trainer.runtime.device)
-            ids.append(int(model(tokens)[0, -1, : tokenizer.vocab_size].argmax()))
-            if ids[-1] == tokenizer.end_of_text_id:
-                break
-    model.train()
-    plain = tokenizer.decode([i for i in ids if i != tokenizer.end_of_text_id])
-    if cached != plain:
-        raise Fault(
-            (
-                f"greedy text with the cache is {cached[:60]!r}, without it {plain[:60]!r}",
-                "another --device shows whether the hardware computes wrongly",
-            )
-        )
-    return f"{len(ids) - 1} greedy tokens, with the cache as without"
-
-
-def check_mixed_precision(subject: Subject) -> str:
-    """Loss and gradients stay finite in the precision that the run computes in."""
-    trainer, dtype = subject.trainer, subject.trainer.runtime.dtype
-    if dtype == torch.float32:
-        return "float32 is used here: nothing to lose"
-    name = str(dtype).removeprefix("torch.")
-    trainer.model.zero_grad(set_to_none=True)
-    loss = subject.compute_loss(mixed=True)
-    # The scaler begins too high on purpose; a thousand is where it is after its first steps.
-    factor = 1024.0 if trainer.runtime.needs_scaler else 1.0
-    (loss * factor).backward()
-    rounded = float(loss.detach())
-    wrong = _find_wrong_gradients(trainer.model, scaled=True)
-    trainer.model.zero_grad(set_to_none=True)
-    with torch.no_grad():
-        exact = float(subject.compute_loss())
-    if wrong or not abs(rounded - exact) <= 0.05 * max(1.0, exact):
-        what = wrong[0] if wrong else f"the loss is {rounded:.3f}, in float32 {exact:.3f}"
-        raise Fault((f"{name}: {what}", "--no-mixed-precision computes in float32"))
-    return f"{name}: loss {rounded:.3f}, in float32 {exact:.3f}, gradients finite"
-
-
-# Name, function, and the checks without which it cannot say anything.
-CHECKS: tuple[tuple[str, Callable[[Subject], str], tuple[int, ...]], ...] = (
-    ("configuration", check_configuration, ()),
-    ("folders", check_folders, ()),
-    ("tokenizer", check_tokenizer, ()),
-    ("shards", check_shards, ()),
-    ("loader", check_loader, (4,)),
-    ("forward pass", check_forward, (1,)),
-    ("backward pass", check_backward, (6,)),
-    ("update", check_update, (7,)),
-    ("checkpoint", check_checkpoint, (2, 6)),
-    ("evaluation", check_evaluation, (4, 6)),
-    ("generation", check_generation, (6,)),
-    ("mixed precision", check_mixed_precision, (6,)),
-)
-
-
-@contextlib.contextmanager
-def _borrow_folder(folder: Path) -> Iterator[None]:
-    """The folder, made for a while with its missing parents, and gone again if it is empty."""
-    missing = [path for path in (folder, *folder.parents) if not path.exists()]
-    try:
-        for path in reversed(missing):
-            path.mkdir(exist_ok=True)
-        yield
-    except OSError as error:
-        raise PreflightError(
-            ExitCode.STORAGE, f"cannot write {folder}: {error.strerror}", "choose another folder"
-        ) from error
-    finally:
-        for path in missing:
-            with contextlib.suppress(OSError):
-                path.rmdir()

@@ -47,6 +47,10 @@ TOKENIZERS: Registry[Any] = Registry(
         "o200k_harmony": "preflight.tokenization.tiktoken_bpe:load_encoding",
     },
 )
+# (output_dir) -> Tracker. A run logs to all of them.
+TRACKERS: Registry[Any] = Registry(
+    "tracker", {"metrics.jsonl": "preflight.training.metrics:open_metrics"}
+)
 # (config) -> exit code, by the flag that chooses the mode.
 MODES: Registry[Any] = Registry(
     "mode",

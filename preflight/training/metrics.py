@@ -1,4 +1,4 @@
-"""What a run tells: `metrics.jsonl`, the loss curve, and the lines or the bar on the screen."""
+"""`metrics.jsonl`: the first of the trackers, and the one that the loss curve is drawn from."""
 
 from __future__ import annotations
 
@@ -6,29 +6,33 @@ import json
 import math
 import os
 from pathlib import Path
-from typing import Any
 
 from preflight.core.log import log
 from preflight.core.storage import publish_file
+from preflight.training.trackers import Row
 
 METRICS_NAME = "metrics.jsonl"
-Row = dict[str, Any]
 
 
 class MetricsLog:
     """An append-only file of one JSON object a line: ``step``, ``eval``, ``sample``, ``resume``.
 
-    A line is written by one call, so that a kill leaves at most a torn last line, which
-    `trim` removes. A full disk is told once; training goes on, and so does logging when space
-    returns.
+    A line is written by one call, so that a kill leaves at most a torn last line, which `trim`
+    removes. A full disk causes one warning; training continues, and so does logging once there
+    is space again.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self._warned = False
 
+    def resume(self, step: int) -> None:
+        """Drop the rows that a run continued behind `step` will write again."""
+        if step or self.path.exists():  # else: rows of a run that never reached a checkpoint
+            self.trim(step or -1)
+
     def trim(self, last_step: int) -> None:
-        """Keep the rows up to the `step` row of `last_step`: what a resumed run will not redo."""
+        """Keep rows up to the `step` row of `last_step`; a resumed run writes the rest again."""
         kept = []
         for row in read_metrics(self.path):
             step = row.get("step", 0)
@@ -38,8 +42,8 @@ class MetricsLog:
         with publish_file(self.path) as file:
             file.write("".join(line + "\n" for line in kept).encode())
 
-    def append(self, row: Row) -> None:
-        """Add one row; numbers that are not finite become null, as JSON has none."""
+    def log(self, row: Row) -> None:
+        """Append one row; numbers that are not finite become null, as JSON has none."""
         finite = {
             key: None if isinstance(value, float) and not math.isfinite(value) else value
             for key, value in row.items()
@@ -56,14 +60,19 @@ class MetricsLog:
                 os.close(descriptor)
         except OSError as error:
             if not self._warned:
-                log.warning(f"{self.path}: {error}; training goes on")
+                log.warning(f"{self.path}: {error}; training continues")
             self._warned = True
         else:
             self._warned = False
 
 
+def open_metrics(output_dir: Path) -> MetricsLog:
+    """The metrics of the run in `output_dir`."""
+    return MetricsLog(output_dir / METRICS_NAME)
+
+
 def read_metrics(path: Path) -> list[Row]:
-    """All whole rows of a metrics file; a torn last line and foreign lines are left out."""
+    """All complete rows of a metrics file; other lines, such as a torn last one, are left out."""
     rows = []
     try:
         lines = path.read_bytes().split(b"\n")

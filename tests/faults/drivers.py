@@ -35,9 +35,10 @@ from preflight.core import locks, storage
 from preflight.core.errors import ExitCode, PreflightError
 from preflight.core.signals import StopFlag
 from preflight.corpus import build
-from preflight.modes import train
+from preflight.modes import setup
 from preflight.settings import RunConfig
 from preflight.tokenization.tokenizer import Tokenizer
+from preflight.training import saving
 from trainer import Trainer
 
 
@@ -58,7 +59,7 @@ def lighten() -> None:
     """Make a forked process cheap; the calls on the disk stay those of the product."""
     torch.set_num_threads(1)
     tokenizer = build_byte_tokenizer()
-    for module in (train, generate):
+    for module in (setup, generate):
         module.load_tokenizer = lambda name: tokenizer  # type: ignore[attr-defined]
     train_utils._POLL_SECONDS = 0.01  # else closing a loader waits half a second
     train_utils._CHUNK_TOKENS = 4096  # so that reading ahead does not pass all epoch ends at once
@@ -269,7 +270,7 @@ def break_resuming() -> None:
 
 def break_saving() -> None:
     """A run that leaves on a signal, with the right code, and without what it was to save."""
-    train.TrainingRun._save = lambda self: None  # type: ignore[method-assign]
+    saving.CheckpointSaver.save = lambda self: None  # type: ignore[method-assign]
 
 
 BREAKS = {

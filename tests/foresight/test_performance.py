@@ -18,9 +18,8 @@ from preflight.foresight.run_time import (
     _choose_loads,
     _Load,
     estimate_cost,
-    estimate_disk_bytes,
     estimate_run_time,
-    measure_product_flops,
+    measure_matmul_flops,
 )
 from preflight.modes import train
 from preflight.settings import ModelConfig, TrainingSettings
@@ -108,8 +107,5 @@ def test_a_part_scales_to_the_whole(
     assert cost.peak_bytes is None
 
 
-def test_disk_and_product_rate() -> None:
-    config = build({"max_checkpoints": 3})
-    one = estimate_disk_bytes(MODEL, config.training, config.control, 1)
-    assert estimate_disk_bytes(MODEL, config.training, config.control) == 5 * one
-    assert measure_product_flops(torch.device("cpu"), torch.float32) > 1e8
+def test_product_rate() -> None:
+    assert measure_matmul_flops(torch.device("cpu"), torch.float32) > 1e8

@@ -16,6 +16,7 @@ from conftest import MakeConfig
 from preflight.core.strict_json import read_json
 from preflight.corpus.build import prepare_data
 from preflight.device.cards import find_card
+from preflight.foresight import fits
 from preflight.modes import check, train
 from preflight.modes.check import build_report
 from preflight.modes.report import SECTIONS, Report, compare, format_label, format_value
@@ -151,7 +152,7 @@ def test_five_faults_in_one_report(
     content = bytearray(shard.read_bytes())
     content[-1] ^= 1
     shard.write_bytes(content)
-    monkeypatch.setattr(check, "free_bytes", lambda path: 10)
+    monkeypatch.setattr(fits, "free_bytes", lambda path: 10)
     Path("blocked").write_text("a file")
     config = make_config(
         text_file=[], vocab_size=100, gpu_memory=0.1, target_gpu="RTX 4090", resume_from="nowhere"

@@ -21,10 +21,12 @@ from conftest import ROOT, TINY_FLAGS, CommandRunner
 from preflight.checkpoints import format as checkpoint_format
 from preflight.checkpoints import store
 from preflight.core.errors import ExitCode, PreflightError
+from preflight.foresight import fits
 from preflight.modes import train
 from preflight.settings import build_config
-from preflight.training import resume
-from trainer import StepResult, Trainer
+from preflight.training import divergence, resume
+from preflight.training.state import StepResult
+from trainer import Trainer
 
 TINY = {
     "model_size": "custom",
@@ -203,7 +205,7 @@ def test_a_diverging_run_stops_and_saves_nothing_bad(run: Run, tmp_path: Path) -
         for tensor in checkpoint_format.load_weights(kept, None).values():
             assert torch.isfinite(tensor).all()
     skipped = [row for row in read_rows(tmp_path / "out") if row.get("skipped")]
-    assert len(skipped) == train.MAX_SKIPPED_IN_A_ROW
+    assert len(skipped) == divergence.MAX_SKIPPED_IN_A_ROW
 
 
 def test_a_finished_run_says_so_and_a_longer_one_goes_on(
@@ -340,12 +342,12 @@ def test_what_cannot_fit_is_refused_before_it_starts(
     run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     began: list[int] = []
-    monkeypatch.setattr(train.TrainingRun, "_loop", lambda *unused: began.append(1))
-    monkeypatch.setattr(train, "reachable_host_bytes", lambda: 8 * 2**30)
+    monkeypatch.setattr(Trainer, "train", lambda *unused: began.append(1))
+    monkeypatch.setattr(fits, "reachable_host_bytes", lambda: 8 * 2**30)
     expect(
         run,
         ExitCode.OUT_OF_MEMORY,
-        "8.0 GiB can be had",
+        "8.0 GiB are available",
         "--gradient-accumulation-steps",
         batch_size=100_000,
     )
@@ -353,7 +355,7 @@ def test_what_cannot_fit_is_refused_before_it_starts(
 
 
 def test_what_fits_is_not_refused(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(train, "reachable_host_bytes", lambda: 2**30)  # tight, and traced
+    monkeypatch.setattr(fits, "reachable_host_bytes", lambda: 2**30)  # tight, and traced
     assert run(max_steps=1) == 0
 
 

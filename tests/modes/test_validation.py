@@ -15,21 +15,26 @@ from torch import Tensor
 import transformer_model
 from conftest import TINY_FLAGS, CommandRunner, MakeConfig
 from preflight.checkpoints.format import load_weights
+from preflight.core.signals import StopFlag
 from preflight.core.storage import hash_file
 from preflight.core.strict_json import read_json
 from preflight.corpus import build, shards
-from preflight.modes import validate
-from preflight.modes.validate import CHECKS, Result, Subject, run_check
+from preflight.foresight import fits
+from preflight.modes import validate, validation_checks
+from preflight.modes.setup import RunSetup
+from preflight.modes.validate import CHECKS, Result, run_check
+from preflight.modes.validation_checks import Subject
 from preflight.settings import RunConfig
 from preflight.tokenization.tokenizer import Tokenizer, load_tokenizer
+from preflight.training.state import Evaluation
 from train_utils import BatchLoader
-from trainer import Evaluation, Trainer
+from trainer import Trainer
 from transformer_model import DecoderOnlyTransformer
 
 
 def run_all(config: RunConfig) -> list[Result]:
     results: list[Result] = []
-    subject = Subject(config)
+    subject = Subject(RunSetup(config, StopFlag()))
     for number in range(1, len(CHECKS) + 1):
         results.append(run_check(number, subject, results))
     return results
@@ -62,7 +67,7 @@ def test_a_sound_run_passes_and_leaves_only_the_data(
 def test_bf16_without_hardware_is_a_warning(
     make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(validate, "has_fast_bf16", lambda device: False)
+    monkeypatch.setattr(fits, "has_fast_bf16", lambda device: False)
     assert validate.run(make_config(mixed_precision=True)) == 0
     assert "warning: mixed precision was asked for" in capsys.readouterr().out
 
@@ -90,8 +95,8 @@ def test_five_planted_faults_in_one_run(
         file.seek(-1, os.SEEK_END)
         file.write(b"\xff")
     plant_ids_beyond_the_vocabulary("val")
-    monkeypatch.setattr(validate, "free_bytes", lambda path: 1000)
-    monkeypatch.setattr(validate, "has_fast_bf16", lambda device: False)
+    monkeypatch.setattr(fits, "free_bytes", lambda path: 1000)
+    monkeypatch.setattr(fits, "has_fast_bf16", lambda device: False)
     config = make_config(text_file=[], vocab_size=100, mixed_precision=True, context_length=2000)
     assert validate.run(config) == 1
     out = capsys.readouterr().out
@@ -108,7 +113,7 @@ def test_five_planted_faults_in_one_run(
 def test_folders_tokenizer_and_update_fail_together(
     make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(validate, "free_bytes", lambda path: 1000)
+    monkeypatch.setattr(fits, "free_bytes", lambda path: 1000)
     results = run_all(make_config(learning_rate=1e4))
     assert numbers(results, "failed") == [2, 8]
     assert numbers(results, "not run") == [9]
@@ -206,7 +211,7 @@ def break_checkpoint(patch: pytest.MonkeyPatch) -> dict[str, Any]:
         next(iter(weights.values())).view(-1)[0] += 1
         return weights
 
-    patch.setattr(validate, "load_weights", flip)
+    patch.setattr(validation_checks, "load_weights", flip)
     return {}
 
 

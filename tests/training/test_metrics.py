@@ -21,7 +21,7 @@ from preflight.training.metrics import MetricsLog, read_metrics
 
 def fill(log: MetricsLog, steps: range) -> None:
     for step in steps:
-        log.append(
+        log.log(
             {
                 "event": "step",
                 "step": step,
@@ -31,12 +31,12 @@ def fill(log: MetricsLog, steps: range) -> None:
             }
         )
         if step % 2 == 0:
-            log.append({"event": "eval", "step": step, "val_loss": 10 / step, "tokens": 64 * step})
+            log.log({"event": "eval", "step": step, "val_loss": 10 / step, "tokens": 64 * step})
 
 
 def test_rows_come_back_and_infinities_become_null(tmp_path: Path) -> None:
     log = MetricsLog(tmp_path / "m.jsonl")
-    log.append({"event": "step", "step": 1, "loss": math.nan, "grad_norm": math.inf})
+    log.log({"event": "step", "step": 1, "loss": math.nan, "grad_norm": math.inf})
     lines = log.path.read_text().splitlines()
     assert json.loads(lines[0]) == {"event": "step", "step": 1, "loss": None, "grad_norm": None}
 

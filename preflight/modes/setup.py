@@ -1,0 +1,295 @@
+"""What a run is made of, assembled once for every mode.
+
+Each part of `RunSetup` is made when it is first asked for. A part that cannot be made raises the
+same `PreflightError` every time, so that a report can go on with the parts that do not need it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, Generic, TypeVar
+
+from torch import Tensor
+
+from generate import load_model
+from preflight.checkpoints.format import Checkpoint, load_training_state, load_weights
+from preflight.checkpoints.store import find_best, open_checkpoint
+from preflight.core.errors import ExitCode, PreflightError
+from preflight.core.log import log
+from preflight.core.signals import StopFlag
+from preflight.corpus.build import prepare_data
+from preflight.corpus.shards import DataFolder
+from preflight.device.runtime import MIN_STEPS_TO_COMPILE, Runtime, build_runtime
+from preflight.settings import ModelConfig, RunConfig
+from preflight.tokenization.tokenizer import Tokenizer, load_tokenizer
+from preflight.training.plan import TrainingPlan, build_plan
+from preflight.training.resume import (
+    adopt_settings,
+    check_model_flags,
+    find_origin,
+    resolve_model,
+)
+from preflight.training.state import TrainState
+from train_utils import BatchLoader, count_windows, iterate_windows
+from trainer import Trainer, build_trainer
+from transformer_model import DecoderOnlyTransformer
+
+T = TypeVar("T")
+
+
+class part(Generic[T]):
+    """A part of a set-up: made at its first use and kept, and so is its `PreflightError`."""
+
+    def __init__(self, make: Callable[[Any], T]) -> None:
+        self._make = make
+        self.__doc__ = make.__doc__
+
+    def __set_name__(self, owner: type, name: str) -> None:
+        self._name = name
+
+    def __get__(self, setup: Any, owner: type | None = None) -> T:
+        made = setup.__dict__.setdefault("_parts", {})
+        if self._name not in made:
+            try:
+                made[self._name] = self._make(setup)
+            except PreflightError as error:
+                made[self._name] = error
+        if isinstance(made[self._name], PreflightError):
+            raise made[self._name]
+        return made[self._name]
+
+
+class RunSetup:
+    """One run's parts: origin, settings, tokenizer, model, data, state, plan, runtime.
+
+    Args:
+        given: the flags, before a checkpoint's settings are adopted.
+        stop: signals end a preparation of data.
+        resumes: the run goes on from its checkpoint, whose training state is read. Otherwise
+            the run is only foreseen, and where it stands is taken from the manifest.
+        trains: training steps will run. Otherwise nothing is compiled.
+    """
+
+    def __init__(
+        self, given: RunConfig, stop: StopFlag, *, resumes: bool = False, trains: bool = True
+    ) -> None:
+        self.given, self.stop, self.resumes, self.trains = given, stop, resumes, trains
+        self.output_dir = Path(given.control.output_dir)
+
+    @part
+    def origin(self) -> Checkpoint | None:
+        """The checkpoint that `--train` continues from, if any."""
+        return find_origin(self.given, self.output_dir)
+
+    @part
+    def adopted(self) -> RunConfig:
+        """The flags, with the origin's settings where no flag says otherwise."""
+        return adopt_settings(self.given, self.origin) if self.origin else self.given
+
+    @part
+    def config(self) -> RunConfig:
+        """`adopted`, with the preset's learning rate where none was given."""
+        return dataclasses.replace(self.adopted, training=self.adopted.resolve_training())
+
+    @property
+    def known_config(self) -> RunConfig:
+        """`config`, or the flags as given where the origin is refused."""
+        known = self.known_adopted
+        return dataclasses.replace(known, training=known.resolve_training())
+
+    @property
+    def known_adopted(self) -> RunConfig:
+        """`adopted`, or the flags as given where the origin is refused."""
+        with contextlib.suppress(PreflightError):
+            return self.adopted
+        return self.given
+
+    @property
+    def known_origin(self) -> Checkpoint | None:
+        """`origin`, or none where it or its settings are refused."""
+        with contextlib.suppress(PreflightError):
+            return self.origin if self.config else None
+        return None
+
+    @part
+    def tokenizer(self) -> Tokenizer:
+        """The tokenizer of the flags or of the origin."""
+        return load_tokenizer(self.known_config.model.tokenizer)
+
+    @part
+    def model_config(self) -> ModelConfig:
+        """The architecture: the origin's, or that of the flags."""
+        return resolve_model(self.known_config, self.tokenizer, self.known_origin)
+
+    @property
+    def known_model_config(self) -> ModelConfig:
+        """`model_config`, or where it is refused the flags' with the tokenizer's vocabulary."""
+        with contextlib.suppress(PreflightError):
+            return self.model_config
+        own = dataclasses.replace(self.known_config.model, vocab_size=None)
+        return own.resolve(self.tokenizer.vocab_size)
+
+    @part
+    def context_length(self) -> int:
+        """Tokens of a window, known even where the rest of the model is refused."""
+        with contextlib.suppress(PreflightError):
+            return self.model_config.context_length
+        own = dataclasses.replace(self.known_config.model, vocab_size=None)
+        return own.resolve(vocab_size=2).context_length
+
+    @part
+    def data(self) -> DataFolder:
+        """The data folder, prepared where it is not yet, and verified."""
+        return prepare_data(self.known_config.data, self.tokenizer, self.context_length, self.stop)
+
+    @part
+    def saved(self) -> dict[str, Any]:
+        """What the origin's ``checkpoint.pt`` holds; nothing without one."""
+        return load_training_state(self.origin) if self.origin is not None else {}
+
+    @part
+    def state(self) -> TrainState:
+        """Where the run stands.
+
+        Raises:
+            PreflightError: code CHECKPOINT, when the origin's state lacks a field; code DATA,
+                when the origin was trained on other data and `--resume-from` does not name it.
+        """
+        origin = self.known_origin
+        if origin is None:
+            return TrainState()
+        if not self.resumes:
+            training = self.config.training
+            samples = training.batch_size * training.gradient_accumulation_steps
+            return TrainState(step=origin.step, cursor=origin.step * samples)
+        return _restore_state(self, origin)
+
+    @part
+    def plan(self) -> TrainingPlan:
+        """The run in numbers.
+
+        Raises:
+            PreflightError: code CHECKPOINT, when the tokens per step are not the origin's and
+                `--allow-batch-change` is not given.
+        """
+        config, context = self.known_config, self.context_length
+        n_train, n_val = (
+            count_windows(split.n_tokens, context) for split in (self.data.train, self.data.val)
+        )
+        plan = build_plan(config.training, config.control, context, n_train, n_val, self.state)
+        if self.resumes:
+            _check_tokens_per_step(self, plan)
+        return plan
+
+    @part
+    def runtime(self) -> Runtime:
+        """Device, precision and compilation for the steps to come."""
+        if not self.trains:
+            return build_runtime(self.given.system)
+        # The plan, and with it the data, is needed only to choose whether to compile.
+        decided = self.given.system.compile_model is not None
+        return build_runtime(self.given.system, 1 if decided else max(1, self.n_steps_to_come))
+
+    @property
+    def n_steps_to_come(self) -> int:
+        """Steps left in the plan; where there is no plan, what the flags say."""
+        with contextlib.suppress(PreflightError):
+            return self.plan.total_steps - self.state.step
+        return self.given.training.max_steps or MIN_STEPS_TO_COMPILE
+
+    @part
+    def checkpoint(self) -> Checkpoint:
+        """The checkpoint to generate with: the one that is named, else the best."""
+        path = self.given.generation.checkpoint_path
+        return open_checkpoint(path) if path else find_best(self.output_dir)
+
+    def load_model(self) -> tuple[DecoderOnlyTransformer, Tokenizer]:
+        """The model of `checkpoint`, ready to generate, and its tokenizer.
+
+        Raises:
+            PreflightError: code CHECKPOINT, when it is damaged, or not the model that flags name.
+        """
+        loaded = load_model(self.checkpoint, self.runtime.device, self.runtime.dtype)
+        check_model_flags(self.given, self.checkpoint)
+        return loaded
+
+    def build_trainer(self) -> Trainer:
+        """A trainer at the run's state: of a new model, or of the origin's."""
+        trainer = build_trainer(
+            self.model_config,
+            self.config.training,
+            self.plan,
+            self.runtime,
+            gradient_checkpointing=self.config.system.gradient_checkpointing,
+        )
+        if self.origin is not None and self.resumes:
+            shapes = {name: tuple(p.shape) for name, p in trainer.model.named_parameters()}
+            trainer.load_state_dict(load_weights(self.origin, shapes), self.saved["trainer"])
+        return trainer
+
+    def open_loader(self, cursor: int = 0, batch_size: int | None = None) -> BatchLoader:
+        """The training part, read from sample `cursor` on."""
+        training = self.known_config.training
+        return BatchLoader(
+            self.data,
+            "train",
+            batch_size=batch_size or training.batch_size,
+            context_length=self.context_length,
+            seed=training.seed,
+            device=self.runtime.device,
+            cursor=cursor,
+        )
+
+    def list_validation(
+        self, n_windows: int, batch_size: int | None = None
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        """Evenly spaced windows of the validation part, the same every time."""
+        return iterate_windows(
+            self.data,
+            "val",
+            batch_size=batch_size or self.known_config.training.batch_size,
+            context_length=self.context_length,
+            n_windows=n_windows,
+            device=self.runtime.device,
+        )
+
+
+def _restore_state(setup: RunSetup, origin: Checkpoint) -> TrainState:
+    """Where the origin's run stood; at the beginning of its data, where that is new."""
+    try:
+        state = TrainState(**setup.saved["state"])
+        fingerprint = setup.saved["data_fingerprint"]
+    except (KeyError, TypeError) as error:
+        raise PreflightError(
+            ExitCode.CHECKPOINT, f"{origin.path}/checkpoint.pt lacks a field: {error}"
+        ) from None
+    if fingerprint == setup.data.fingerprint:
+        return state
+    if not setup.given.control.resume_from:
+        raise PreflightError(
+            ExitCode.DATA,
+            f"{setup.given.data.data_dir} is not the data that {origin.path} was trained on "
+            f"(fingerprint {fingerprint[:12]}, now {setup.data.fingerprint[:12]})",
+            "start anew with another --output-dir, or continue on the new data: "
+            f"--resume-from {origin.path}",
+        )
+    log.info("the data is new to this checkpoint: training starts at its beginning")
+    return dataclasses.replace(state, cursor=0, eval_windows=0, best_val_loss=None)
+
+
+def _check_tokens_per_step(setup: RunSetup, plan: TrainingPlan) -> None:
+    """Refuse another number of tokens per step than the origin's, unless flags allow it."""
+    before = setup.saved.get("tokens_per_step", plan.tokens_per_step)
+    if before == plan.tokens_per_step:
+        return
+    if not setup.given.control.allow_batch_change:
+        raise PreflightError(
+            ExitCode.CHECKPOINT,
+            f"the checkpoint has {before:,} tokens per step, the flags ask for "
+            f"{plan.tokens_per_step:,}",
+            "keep --batch-size x --gradient-accumulation-steps, or give --allow-batch-change",
+        )
+    log.info(f"tokens per step change from {before:,} to {plan.tokens_per_step:,}")

@@ -1,0 +1,106 @@
+"""What a run tells of each step: rows for the trackers, the progress bar or plain lines."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import time
+from collections import deque
+from collections.abc import Iterator
+
+from tqdm import tqdm
+
+from preflight.core.log import is_progress_shown, log
+from preflight.core.units import format_seconds
+from preflight.device.runtime import Runtime
+from preflight.training.divergence import DivergenceGuard
+from preflight.training.plan import TrainingPlan
+from preflight.training.state import StepResult, TrainState
+from preflight.training.trackers import Trackers
+
+
+class StepRecorder:
+    """Reads finished steps from the device and tells of them.
+
+    On CUDA a step's figures are read while the next step runs, so that nothing waits for them.
+    """
+
+    def __init__(
+        self,
+        plan: TrainingPlan,
+        runtime: Runtime,
+        state: TrainState,
+        trackers: Trackers,
+        guard: DivergenceGuard,
+    ) -> None:
+        self.plan, self.runtime, self.state = plan, runtime, state
+        self.trackers, self.guard = trackers, guard
+        self._pending: deque[StepResult] = deque()
+        self._lag = 1 if runtime.device.type == "cuda" else 0
+        self._last_row = time.monotonic()
+        self.bar = tqdm(
+            total=plan.total_steps,
+            initial=state.step,
+            unit="step",
+            dynamic_ncols=True,
+            disable=not is_progress_shown(),
+            smoothing=0.1,
+        )
+
+    def record(self, result: StepResult) -> None:
+        """Take in one more step.
+
+        Raises:
+            PreflightError: code DIVERGED; see `DivergenceGuard`.
+        """
+        self._pending.append(result)
+        self.bar.update()
+        self._write(self._lag)
+
+    def flush(self) -> None:
+        """Read and log every step that is still on the device."""
+        self._write(0)
+
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """What happens within is not counted as a step's time."""
+        began = time.monotonic()
+        yield
+        self._last_row += time.monotonic() - began
+
+    def _write(self, keep: int) -> None:
+        """Log all pending steps but the newest `keep`."""
+        while len(self._pending) > keep:
+            result = self._pending.popleft()
+            loss, norm = float(result.loss), float(result.grad_norm)  # waits for the device
+            now = time.monotonic()
+            seconds, self._last_row = now - self._last_row, now
+            self.state.train_seconds += seconds
+            tokens_per_second = result.tokens / max(seconds, 1e-9)
+            finite = math.isfinite(loss) and math.isfinite(norm)
+            row = {
+                "event": "step",
+                "step": result.step,
+                "loss": loss,
+                "learning_rate": result.learning_rate,
+                "grad_norm": norm,
+                "tokens": result.step * result.tokens,
+                "tokens_per_second": round(tokens_per_second, 1),
+                "peak_memory_bytes": self.runtime.peak_memory_bytes(),
+            }
+            self.trackers.log(row if finite else row | {"skipped": True})
+            self._show(result, loss, tokens_per_second)
+            self.state.skipped_steps += not finite
+            self.guard.check(result, finite, norm)
+
+    def _show(self, result: StepResult, loss: float, tokens_per_second: float) -> None:
+        if not self.bar.disable:
+            text = f"loss {loss:.3f}, {tokens_per_second:,.0f} tokens/s"
+            self.bar.set_postfix_str(text, refresh=False)
+        elif result.step % self.plan.log_every == 0 or result.step == 1:
+            left = (self.plan.total_steps - result.step) * result.tokens / tokens_per_second
+            log.info(
+                f"step {result.step:,}/{self.plan.total_steps:,}  loss {loss:.4f}  "
+                f"learning rate {result.learning_rate:.2e}  {tokens_per_second:,.0f} tokens/s  "
+                f"ETA {format_seconds(left)}"
+            )

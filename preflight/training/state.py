@@ -1,0 +1,54 @@
+"""Where a run stands, and what its steps and evaluations give."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from torch import Tensor
+
+
+@dataclass
+class TrainState:
+    """Where a run stands; saved and restored as a whole.
+
+    `cursor` is the number of training samples handed out since the first step.
+    """
+
+    step: int = 0
+    cursor: int = 0
+    tokens: int = 0
+    best_val_loss: float | None = None
+    evaluated_step: int = 0
+    skipped_steps: int = 0
+    train_seconds: float = 0.0
+    eval_windows: int = 0
+
+    def advance(self, result: StepResult, cursor: int) -> None:
+        """Count one more update, made from the samples before `cursor`."""
+        self.step, self.cursor = result.step, cursor
+        self.tokens += result.tokens
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What one update gave; loss and gradient norm stay on the device until they are read."""
+
+    step: int
+    tokens: int
+    learning_rate: float
+    loss: Tensor
+    grad_norm: Tensor
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Validation figures; `loss` in nats per token."""
+
+    loss: float
+    bits_per_byte: float
+
+    @property
+    def perplexity(self) -> float:
+        """exp(loss)."""
+        return math.exp(min(self.loss, 700.0))

@@ -1,0 +1,37 @@
+"""Where a run's figures go: `metrics.jsonl` first, and whatever else is registered."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Protocol
+
+from preflight.settings.kinds import TRACKERS
+
+Row = dict[str, Any]
+
+
+class Tracker(Protocol):
+    """Takes the rows of a run: ``step``, ``eval``, ``sample`` and ``resume`` events."""
+
+    def resume(self, step: int) -> None:
+        """The run goes on behind `step` (0: it begins): later rows will come once more."""
+
+    def log(self, row: Row) -> None:
+        """One row of plain JSON types. It must not end the run when it cannot be kept."""
+
+
+class Trackers:
+    """Every registered tracker, as one."""
+
+    def __init__(self, output_dir: Path) -> None:
+        self._all: list[Tracker] = [TRACKERS.load(name)(output_dir) for name in TRACKERS.names()]
+
+    def resume(self, step: int) -> None:
+        """See `Tracker.resume`."""
+        for tracker in self._all:
+            tracker.resume(step)
+
+    def log(self, row: Row) -> None:
+        """See `Tracker.log`."""
+        for tracker in self._all:
+            tracker.log(row)
