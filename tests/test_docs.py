@@ -129,6 +129,11 @@ def test_the_packages_are_those_of_the_architecture_page() -> None:
     assert sorted(named) == sorted(folders)
 
 
+def test_the_readme_leads_to_every_page() -> None:
+    links = re.findall(r"\]\(([^)#]+)\)", (ROOT / "README.md").read_text(encoding="utf-8"))
+    assert {str(page.relative_to(ROOT)) for page in PAGES} - {"README.md"} <= set(links)
+
+
 def test_the_readme_is_short() -> None:
     assert len((ROOT / "README.md").read_text(encoding="utf-8").splitlines()) < MAX_README_LINES
 
