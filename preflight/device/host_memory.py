@@ -17,10 +17,10 @@ except ImportError:  # Windows
 
 
 def peak_resident_bytes() -> int:
-    """Most memory that this process has held at once."""
+    """The peak of this process's resident memory."""
     if resource is None:
         return psutil.Process().memory_info().peak_wset
-    # Linux's getrusage starts with what the parent held; proc_pid_status(5) does not.
+    # On Linux, getrusage starts with the parent's peak; proc_pid_status(5) does not.
     with contextlib.suppress(OSError, StopIteration):
         with open("/proc/self/status", encoding="ascii", errors="replace") as file:
             line = next(line for line in file if line.startswith("VmHWM:"))
@@ -80,5 +80,5 @@ def release_freed_memory() -> None:
 
 
 def reachable_host_bytes() -> int:
-    """Memory that this process could have: what it holds, and what is free."""
+    """Memory that this process could have: what it holds, and what is available."""
     return available_host_bytes() + psutil.Process().memory_info().rss

@@ -110,8 +110,8 @@ class _Search:
         failed = [s for s, t in self.trials.items() if not t.fits(self.limit_bytes)]
         high = min([self.ceiling() + 1, *failed])
         # Memory may be noisy: a size that fits above one that does not is no safe answer.
-        safe = [s for s, t in self.trials.items() if t.fits(self.limit_bytes)]
-        low = max((s for s in safe if s < min([MAX_SIZE + 1, *failed])), default=0)
+        safe = min(failed, default=MAX_SIZE + 1)
+        low = max((s for s in self.trials if s < safe), default=0)
         return low, high, high in self.trials
 
     def ceiling(self) -> int:

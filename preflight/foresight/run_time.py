@@ -328,6 +328,7 @@ def measure_cost(
     )
     may_shrink = runtime.device.type == "cpu" and not runtime.compile_model
     loads = _choose_loads(full, expected_seconds, may_shrink)
+    runtime.reset_peak_memory()
     cost = _measure_training(config, model_config, plan, runtime, data, tokenizer, full, *loads)
     if runtime.device.type == "cuda":
         torch.cuda.empty_cache()  # the trainer is gone
@@ -347,15 +348,10 @@ def _measure_training(
     high: _Load,
 ) -> RunCost:
     """Everything but the checkpoint."""
-    training = config.training
-    runtime.reset_peak_memory()
+    training, checkpointing = config.training, config.system.gradient_checkpointing
     began = time.perf_counter()
     trainer = build_trainer(
-        model_config,
-        training,
-        plan,
-        runtime,
-        gradient_checkpointing=config.system.gradient_checkpointing,
+        model_config, training, plan, runtime, gradient_checkpointing=checkpointing
     )
     runtime.synchronize()
     build_seconds = time.perf_counter() - began
@@ -373,9 +369,9 @@ def _measure_training(
     median = statistics.median(times)
     warm_up = max(0.0, first - median)
     cost = RunCost(
-        step_seconds=step,
-        window_seconds=window,
-        sample_seconds=sample,
+        step,
+        window,
+        sample,
         checkpoint_seconds=0.0,
         start_seconds=build_seconds + warm_up,
         basis=f"measured: median of {len(times)} steps{_describe_part(low, high, full)}",
@@ -385,11 +381,10 @@ def _measure_training(
     )
     if low is not None:
         return cost  # the peak of a part is not that of a step
-    on_cuda = runtime.device.type == "cuda"
+    cuda = runtime.device if runtime.device.type == "cuda" else None
+    reserved = torch.cuda.max_memory_reserved(cuda) if cuda else None
     return dataclasses.replace(
-        cost,
-        peak_bytes=runtime.peak_memory_bytes(),
-        reserved_bytes=torch.cuda.max_memory_reserved(runtime.device) if on_cuda else None,
+        cost, peak_bytes=runtime.peak_memory_bytes(), reserved_bytes=reserved
     )
 
 

@@ -31,6 +31,7 @@ from preflight.foresight.batch_search import MAX_SIZE, SearchResult, search, spl
 from preflight.foresight.trials import TrialResult, TrialSpec, run_trial
 from preflight.modes import find_batch_size
 from preflight.settings import build_config
+from trainer import Trainer, build_trainer
 
 GIB = 2**30
 Line = Callable[[int], float]
@@ -236,6 +237,12 @@ def test_given_sizes_are_tried_and_no_others() -> None:
     assert (result.largest, result.bound) == (16, "list")
 
 
+def test_a_size_above_one_that_does_not_fit_is_no_answer() -> None:
+    device = Device(lambda size: 50 if size == 16 else 10, rate=lambda size: 1000.0 * size)
+    result = device.search(affine(0, 1), 20, sizes=(8, 16, 64))
+    assert (result.largest, result.fastest, result.recommended) == (8, 8, 8)
+
+
 def test_target_that_fits_is_the_only_trial() -> None:
     device = Device(affine(0, 1))
     result = device.search(affine(0, 1), 40, target=32, keep=32)
@@ -317,12 +324,20 @@ def test_out_of_memory_is_a_result_and_names_the_phase(
     def exhaust(*_: Any) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB.")
 
-    spec = build_spec(tmp_path, batch_size=2)
+    spec = build_spec(tmp_path, batch_size=2, gradient_checkpointing=True)
     spec.folder.mkdir()
+    built: list[dict[str, Any]] = []
+
+    def build(*args: Any, **options: Any) -> Trainer:
+        built.append(options)
+        return build_trainer(*args, **options)
+
+    monkeypatch.setattr(trials, "build_trainer", build)
     monkeypatch.setattr(trials.Trainer, "evaluate", exhaust)
     trial = trials.measure(spec)
     assert trial.failure.startswith("out of memory in the evaluation: CUDA out of memory. Tried")
     assert not trial.fits(2**60)
+    assert built[-1] == {"gradient_checkpointing": True}
     monkeypatch.setattr(trials.Trainer, "evaluate", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         trials.measure(spec)
@@ -531,11 +546,19 @@ def test_the_table_the_flags_and_the_exit_codes(
     assert "a step would take over 20 s; predicted to fit up to 110" in capsys.readouterr().out
 
 
-def test_nothing_fits_says_what_would_help(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("size", "context", "smaller"),
+    [("nano", 64, "--n-layers, --n-embeddings"), ("micro", 128, "--model-size nano")],
+)
+def test_nothing_fits_says_what_would_help(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, size: str, context: int, smaller: str
+) -> None:
+    device = Device(affine(450e6, 5e6))
     with pytest.raises(PreflightError) as caught:
-        run_in_process(monkeypatch, tmp_path, Device(affine(450e6, 5e6)), 10**8)
+        run_in_process(monkeypatch, tmp_path, device, 10**8, model_size=size)
+    assert caught.value.lines[1].endswith(f"or a smaller model: {smaller}")
     assert caught.value.code == ExitCode.OUT_OF_MEMORY
-    assert "--context-length 64 saves" in str(caught.value)
+    assert f"--context-length {context} saves" in str(caught.value)
     assert "--gradient-checkpointing saves" in str(caught.value)
     assert len(caught.value.lines) <= 5
     report = json.loads((tmp_path / "training_output/batch_size_report.json").read_text())
