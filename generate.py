@@ -21,10 +21,11 @@ from preflight.core.log import log_once
 from preflight.decoding.assembling import TextAssembler
 from preflight.decoding.choosing import choose_tokens, is_greedy
 from preflight.decoding.single_row import choose_reader, one_torch_thread
+from preflight.models.kv_cache import KVCache
 from preflight.settings import SamplingConfig
 from preflight.tokenization.tokenizer import Tokenizer, load_tokenizer
 from preflight.training.resume import check_tokenizer
-from transformer_model import DecoderOnlyTransformer, KVCache
+from transformer_model import DecoderOnlyTransformer
 
 SAMPLE_TOKENS = 48  # of the text that a run writes at each evaluation
 # Tokens read in one pass when windows are filled; bounds the memory of activations.
@@ -182,7 +183,7 @@ class _Decoder:
         self._context = model.config.context_length
         rows = self._build_rows(prompts, tokenizer)
         self.rows, self._waiting = rows[:batch_size], rows[batch_size:][::-1]
-        weight = model.token_embedding.weight
+        weight = model.embed_tokens.weight
         self._device, dtype = weight.device, weight.dtype
         if torch.is_autocast_enabled(self._device.type):
             dtype = torch.get_autocast_dtype(self._device.type)
@@ -257,7 +258,7 @@ class _Decoder:
         self._fill_windows()
         in_torch = self._reader is self.model
         with contextlib.nullcontext() if in_torch else one_torch_thread():
-            logits = self._reader.read(self._newest, self._cache)[:, : self._vocab_size]  # B V
+            logits = self._reader.decode(self._newest, self._cache)[:, : self._vocab_size]  # B V
             if len(self._banned):
                 logits[:, self._banned] = -torch.inf
             ids = choose_tokens(logits, self.config, uniforms, self._seen)
@@ -277,7 +278,7 @@ class _Decoder:
             windows = [self.rows[i].tokens[starts[i] : -1] for i in part]
             padded = [window + [0] * (longest - len(window)) for window in windows]
             tokens = torch.tensor(padded, dtype=torch.long, device=self._device)
-            self.model.fill(tokens, self._cache, part, [len(window) for window in windows])
+            self.model.prefill(tokens, self._cache, part, [len(window) for window in windows])
             for i in part:
                 self.rows[i].window_start = starts[i]
 

@@ -1,120 +1,30 @@
-"""`DecoderOnlyTransformer`: GPT-2's architecture, its loss, its KV cache and its own arithmetic.
+"""`DecoderOnlyTransformer`: GPT-2's architecture, its loss and its decoding with a cache.
 
-Shapes: B sequences, T tokens in each, C width, H heads, D = C / H width of a head, V vocabulary,
-S capacity of the cache, N = B * T rows of the loss.
+Shapes: B sequences, T tokens in each, C hidden size, H heads, D = C / H size of a head,
+V vocabulary, N = B * T rows of the loss.
 
 Source: Radford et al. 2019, "Language Models are Unsupervised Multitask Learners", section 2.3:
-learned positions, layer normalisation before each part, GELU, tied embeddings.
+learned positions, layer normalisation before each sublayer, GELU, tied embeddings.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from preflight.models.kv_cache import CacheStep, DecodeStep, KVCache, PrefillStep
 from preflight.models.loss import linear_cross_entropy
+from preflight.models.protocol import ParameterGroup
 from preflight.settings import ModelConfig
-
-ACTIVATION_FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
-    "gelu": F.gelu,
-    "gelu_tanh": partial(F.gelu, approximate="tanh"),
-    "relu": F.relu,
-    "silu": F.silu,
-}
+from preflight.settings.kinds import ACTIVATIONS
 
 
-class KVCache:
-    """Keys and values of the tokens read so far, allocated once; a row per sequence.
-
-    `lengths` counts the tokens of each row. It is kept on the host, where it is known anyway: a
-    step then never waits for the device.
-
-    Args:
-        config: the model's architecture.
-        batch_size: rows.
-        device: where the model is.
-        dtype: the model's.
-        capacity: tokens that a row can hold, at most the context length (the default).
-    """
-
-    def __init__(
-        self,
-        config: ModelConfig,
-        batch_size: int,
-        device: torch.device,
-        dtype: torch.dtype,
-        capacity: int | None = None,
-    ) -> None:
-        self.capacity = min(capacity or config.context_length, config.context_length)
-        head_width = config.n_embeddings // config.n_heads
-        shape = (2, batch_size, config.n_heads, self.capacity, head_width)
-        # Zeros, not garbage: a hidden value is multiplied by zero, and 0 * NaN is NaN.
-        self.layers = [  # keys and values in one tensor: a step writes once
-            torch.zeros(shape, device=device, dtype=dtype) for _ in range(config.n_layers)
-        ]
-        self.lengths = [0] * batch_size
-
-    def check_capacity(self, n_tokens: int) -> None:
-        """Raise `ValueError` where a row cannot hold so many."""
-        if n_tokens > self.capacity:
-            raise ValueError(f"{n_tokens} tokens are more than the cache's {self.capacity}")
-
-    def keep_rows(self, rows: list[int]) -> None:
-        """Drop every row but these, which move up in the order given."""
-        self.layers = [keys_values[:, rows] for keys_values in self.layers]
-        self.lengths = [self.lengths[row] for row in rows]
-
-
-class _FillStep:
-    """Whole windows are read into rows that start anew: causal, nothing earlier to look at."""
-
-    mask = None
-    is_causal = True
-
-    def __init__(self, cache: KVCache, rows: list[int], n_tokens: int) -> None:
-        self.layers = cache.layers
-        self.n_tokens = n_tokens
-        all_rows = list(range(len(cache.lengths)))
-        self.rows: slice | list[int] = slice(None) if rows == all_rows else rows
-
-    def append(self, layer: int, keys_values: Tensor) -> Tensor:
-        """Write the new keys and values (2 B H T D); return those to look at."""
-        self.layers[layer][:, self.rows, :, : self.n_tokens] = keys_values
-        return keys_values
-
-
-class _ReadStep:
-    """One token more in every row; it looks at all of its row."""
-
-    is_causal = False
-
-    def __init__(self, cache: KVCache, device: torch.device) -> None:
-        self.layers = cache.layers
-        self.used = max(cache.lengths) + 1  # places in use after this step, in the longest row
-        self.mask: Tensor | None = None
-        if min(cache.lengths) == self.used - 1:  # rows of one length need no mask
-            self.positions = torch.full((len(cache.lengths),), self.used - 1, device=device)
-            return
-        self.positions = torch.tensor(cache.lengths, device=device)  # B
-        self.rows = torch.arange(len(cache.lengths), device=device)  # B
-        places = torch.arange(self.used, device=device)
-        self.mask = (places <= self.positions[:, None])[:, None, None]  # B 1 1 used
-
-    def append(self, layer: int, keys_values: Tensor) -> Tensor:
-        """Write the new keys and values (2 B H 1 D); return all of them (2 B H used D)."""
-        cached = self.layers[layer]
-        if self.mask is None:
-            cached[:, :, :, self.used - 1 : self.used] = keys_values
-        else:
-            # Two index tensors around a slice put what they index first: B 2 H D.
-            cached[:, self.rows, :, self.positions] = keys_values[:, :, :, 0].transpose(0, 1)
-        return cached[:, :, :, : self.used]
+class ResidualLinear(nn.Linear):
+    """A linear layer whose result is added to the residual stream; initialised smaller."""
 
 
 class Attention(nn.Module):
@@ -124,15 +34,15 @@ class Attention(nn.Module):
         super().__init__()
         self.n_heads = config.n_heads
         self.dropout = config.dropout
-        self.qkv = nn.Linear(config.n_embeddings, 3 * config.n_embeddings)
-        self.projection = nn.Linear(config.n_embeddings, config.n_embeddings)
+        self.qkv_proj = nn.Linear(config.n_embeddings, 3 * config.n_embeddings)
+        self.o_proj = ResidualLinear(config.n_embeddings, config.n_embeddings)
 
-    def forward(self, x: Tensor, layer: int, step: _FillStep | _ReadStep | None) -> Tensor:
+    def forward(self, x: Tensor, layer: int, step: CacheStep | None) -> Tensor:
         """(B T C) -> (B T C); with a cache step, over the cached tokens as well."""
         B, T, C = x.shape
-        heads = self.qkv(x).view(B, T, 3, self.n_heads, C // self.n_heads)
+        heads = self.qkv_proj(x).view(B, T, 3, self.n_heads, C // self.n_heads)  # B T 3 H D
         if step is None:
-            # Taken apart before it is turned: so its gradient is put together in one piece.
+            # Split before the transposition, so that the gradient is assembled in one piece.
             q, k, v = (part.transpose(1, 2) for part in heads.unbind(2))  # B H T D
             dropout = self.dropout if self.training else 0.0
             mixed = F.scaled_dot_product_attention(q, k, v, is_causal=True, dropout_p=dropout)
@@ -142,42 +52,42 @@ class Attention(nn.Module):
             mixed = F.scaled_dot_product_attention(
                 heads[0], k, v, attn_mask=step.mask, is_causal=step.is_causal
             )
-        return self.projection(mixed.transpose(1, 2).reshape(B, T, C))
+        return self.o_proj(mixed.transpose(1, 2).reshape(B, T, C))  # B H T D -> B T C
 
 
-class FeedForward(nn.Module):
-    """Two linear maps with an activation between them, applied to each token."""
+class MLP(nn.Module):
+    """Two linear layers with an activation between them, applied to each token."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        self.expand = nn.Linear(config.n_embeddings, config.ffn_hid_dim)
-        self.activation = ACTIVATION_FUNCTIONS[config.activation]
-        self.contract = nn.Linear(config.ffn_hid_dim, config.n_embeddings)
+        self.up_proj = nn.Linear(config.n_embeddings, config.ffn_hid_dim)
+        self.activation = ACTIVATIONS.load(config.activation)
+        self.down_proj = ResidualLinear(config.ffn_hid_dim, config.n_embeddings)
 
     def forward(self, x: Tensor) -> Tensor:
         """(B T C) -> (B T C)."""
-        return self.contract(self.activation(self.expand(x)))
+        return self.down_proj(self.activation(self.up_proj(x)))
 
 
 class Block(nn.Module):
-    """Attention, then the feed-forward part, each on a normalised input and added back."""
+    """Attention, then the MLP, each on a normalised input and added to the residual stream."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        self.attention_norm = nn.LayerNorm(config.n_embeddings)
-        self.attention = Attention(config)
-        self.feed_forward_norm = nn.LayerNorm(config.n_embeddings)
-        self.feed_forward = FeedForward(config)
+        self.input_layernorm = nn.LayerNorm(config.n_embeddings)
+        self.self_attn = Attention(config)
+        self.post_attention_layernorm = nn.LayerNorm(config.n_embeddings)
+        self.mlp = MLP(config)
         self.dropout = nn.Dropout(config.dropout)
 
-    def forward(self, x: Tensor, layer: int, step: _FillStep | _ReadStep | None = None) -> Tensor:
+    def forward(self, x: Tensor, layer: int, step: CacheStep | None = None) -> Tensor:
         """(B T C) -> (B T C)."""
-        x = x + self.dropout(self.attention(self.attention_norm(x), layer, step))
-        return x + self.dropout(self.feed_forward(self.feed_forward_norm(x)))
+        x = x + self.dropout(self.self_attn(self.input_layernorm(x), layer, step))
+        return x + self.dropout(self.mlp(self.post_attention_layernorm(x)))
 
 
 class DecoderOnlyTransformer(nn.Module):
-    """A GPT: tokens in, logits or the loss out.
+    """A GPT: tokens in, logits or the loss out. It is a `LanguageModel`.
 
     Args:
         config: the architecture.
@@ -189,24 +99,34 @@ class DecoderOnlyTransformer(nn.Module):
         super().__init__()
         self.config = config
         self.gradient_checkpointing = gradient_checkpointing
-        self.token_embedding = nn.Embedding(config.vocab_size, config.n_embeddings)
-        self.position_embedding = nn.Embedding(config.context_length, config.n_embeddings)
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.n_embeddings)
+        self.embed_positions = nn.Embedding(config.context_length, config.n_embeddings)
         self.dropout = nn.Dropout(config.dropout)
-        self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layers))
-        self.final_norm = nn.LayerNorm(config.n_embeddings)
+        self.layers = nn.ModuleList(Block(config) for _ in range(config.n_layers))
+        self.norm = nn.LayerNorm(config.n_embeddings)
         self._initialise()
 
     def _initialise(self) -> None:
-        """GPT-2's initialisation: N(0, 0.02), and the maps back into the residual stream scaled
+        """GPT-2's initialisation: N(0, 0.02); layers that add to the residual stream are scaled
         down by the square root of their number, so that the stream's variance stays near one.
         """
         residual_std = 0.02 / math.sqrt(2 * self.config.n_layers)
-        for name, parameter in self.named_parameters():
-            if parameter.dim() < 2:
-                nn.init.constant_(parameter, 1.0 if name.endswith("norm.weight") else 0.0)
-            else:
-                back = name.endswith(("attention.projection.weight", "contract.weight"))
-                nn.init.normal_(parameter, std=residual_std if back else 0.02)
+        for module in self.modules():  # layer norms are made with ones and zeros
+            if isinstance(module, (nn.Linear, nn.Embedding)):
+                is_residual = isinstance(module, ResidualLinear)
+                nn.init.normal_(module.weight, std=residual_std if is_residual else 0.02)
+            if isinstance(module, nn.Linear):
+                nn.init.zeros_(module.bias)
+
+    def parameter_groups(self) -> list[ParameterGroup]:
+        """The trainable parameters by kind, each in the order of the model."""
+        tables = {id(m.weight) for m in self.modules() if isinstance(m, nn.Embedding)}
+        trainable = [p for p in self.parameters() if p.requires_grad]
+        return [
+            ParameterGroup("matrix", [p for p in trainable if p.dim() > 1 and id(p) not in tables]),
+            ParameterGroup("embedding", [p for p in trainable if id(p) in tables]),
+            ParameterGroup("scalar", [p for p in trainable if p.dim() < 2]),
+        ]
 
     def forward(self, tokens: Tensor, targets: Tensor | None = None) -> Tensor:
         """Logits (B T V), or the mean cross-entropy (scalar, fp32) when `targets` are given.
@@ -218,9 +138,14 @@ class DecoderOnlyTransformer(nn.Module):
         Raises:
             ValueError: T is longer than the context.
         """
-        positions = torch.arange(self._checked_length(tokens), device=tokens.device)
-        x = self.dropout(self.token_embedding(tokens) + self.position_embedding(positions))
-        for layer, block in enumerate(self.blocks):
+        T = tokens.shape[1]
+        if self.config.context_length < T:
+            raise ValueError(
+                f"{T} tokens are longer than the context of {self.config.context_length}"
+            )
+        positions = torch.arange(T, device=tokens.device)
+        x = self.dropout(self.embed_tokens(tokens) + self.embed_positions(positions))  # B T C
+        for layer, block in enumerate(self.layers):
             if self.gradient_checkpointing and torch.is_grad_enabled():
                 # Without dropout there is no randomness to replay.
                 x = checkpoint(
@@ -228,18 +153,18 @@ class DecoderOnlyTransformer(nn.Module):
                 )
             else:
                 x = block(x, layer)
-        x = self.final_norm(x)
-        weight = self.token_embedding.weight
+        x = self.norm(x)
+        weight = self.embed_tokens.weight
         if targets is None:
-            return F.linear(x, weight)
+            return F.linear(x, weight)  # B T V
         return linear_cross_entropy(x.flatten(0, 1), weight, targets.flatten())
 
-    def fill(self, tokens: Tensor, cache: KVCache, rows: list[int], lengths: list[int]) -> None:
-        """Read tokens into rows of `cache`, in place of what they held.
+    def prefill(self, tokens: Tensor, cache: KVCache, rows: list[int], lengths: list[int]) -> None:
+        """Put the keys and values of tokens into rows of `cache`, in place of what they held.
 
         Args:
             tokens: ids (B T), row i padded on the right to T from its `lengths[i]` tokens. The
-                padding's keys are overwritten by the tokens to come, and no token looks at them.
+                padding's keys are overwritten by the tokens to come, and no token attends to them.
             cache: B of its rows are replaced.
             rows: which.
             lengths: tokens in each row of `tokens`.
@@ -250,36 +175,28 @@ class DecoderOnlyTransformer(nn.Module):
         T = tokens.shape[1]
         cache.check_capacity(T)
         positions = torch.arange(T, device=tokens.device)
-        x = self.token_embedding(tokens) + self.position_embedding(positions)
-        step = _FillStep(cache, rows, T)
-        for layer, block in enumerate(self.blocks if T else ()):
+        x = self.embed_tokens(tokens) + self.embed_positions(positions)  # B T C
+        step = PrefillStep(cache, rows, T)
+        for layer, block in enumerate(self.layers if T else ()):
             x = block(x, layer, step)
         for row, length in zip(rows, lengths, strict=True):
             cache.lengths[row] = length
 
-    def read(self, tokens: Tensor, cache: KVCache) -> Tensor:
-        """Read one token more in every row of `cache`; logits (B V) of what follows it.
+    def decode(self, tokens: Tensor, cache: KVCache) -> Tensor:
+        """Append one token to every row of `cache`; logits (B V) of what follows it.
 
         Args:
             tokens: ids (B,).
-            cache: read and extended by one token in each row. Rows may differ in length.
+            cache: extended by one token in each row. Rows may differ in length.
 
         Raises:
             ValueError: a row is full.
         """
         cache.check_capacity(max(cache.lengths) + 1)
-        step = _ReadStep(cache, tokens.device)
-        x = self.token_embedding(tokens) + self.position_embedding(step.positions)
+        step = DecodeStep(cache, tokens.device)
+        x = self.embed_tokens(tokens) + self.embed_positions(step.positions)  # B C
         x = x[:, None]  # B 1 C
-        for layer, block in enumerate(self.blocks):
+        for layer, block in enumerate(self.layers):
             x = block(x, layer, step)
         cache.lengths = [length + 1 for length in cache.lengths]
-        return F.linear(self.final_norm(x[:, 0]), self.token_embedding.weight)
-
-    def _checked_length(self, tokens: Tensor) -> int:
-        length = tokens.shape[1]
-        if length > self.config.context_length:
-            raise ValueError(
-                f"{length} tokens are longer than the context of {self.config.context_length}"
-            )
-        return length
+        return F.linear(self.norm(x[:, 0]), self.embed_tokens.weight)  # B V

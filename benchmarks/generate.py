@@ -123,7 +123,7 @@ def build_model(shape: ModelConfig) -> DecoderOnlyTransformer:
     torch.manual_seed(0)
     model = DecoderOnlyTransformer(shape)
     with torch.no_grad():
-        model.final_norm.weight.mul_(4)
+        model.norm.weight.mul_(4)
     return model.eval()
 
 

@@ -39,20 +39,20 @@ def build_hugging_face(
         )
     )
     parts = {
-        "attention_norm": "ln_1",
-        "attention.qkv": "attn.c_attn",
-        "attention.projection": "attn.c_proj",
-        "feed_forward_norm": "ln_2",
-        "feed_forward.expand": "mlp.c_fc",
-        "feed_forward.contract": "mlp.c_proj",
+        "input_layernorm": "ln_1",
+        "self_attn.qkv_proj": "attn.c_attn",
+        "self_attn.o_proj": "attn.c_proj",
+        "post_attention_layernorm": "ln_2",
+        "mlp.up_proj": "mlp.c_fc",
+        "mlp.down_proj": "mlp.c_proj",
     }
     names = {
-        "token_embedding.weight": "transformer.wte.weight",
-        "position_embedding.weight": "transformer.wpe.weight",
+        "embed_tokens.weight": "transformer.wte.weight",
+        "embed_positions.weight": "transformer.wpe.weight",
     }
-    names |= {f"final_norm.{kind}": f"transformer.ln_f.{kind}" for kind in ("weight", "bias")}
+    names |= {f"norm.{kind}": f"transformer.ln_f.{kind}" for kind in ("weight", "bias")}
     names |= {
-        f"blocks.{i}.{part}.{kind}": f"transformer.h.{i}.{theirs}.{kind}"
+        f"layers.{i}.{part}.{kind}": f"transformer.h.{i}.{theirs}.{kind}"
         for i in range(config.n_layers)
         for part, theirs in parts.items()
         for kind in ("weight", "bias")
@@ -66,7 +66,7 @@ def build_hugging_face(
 
 def to_hugging_face(name: str, tensor: Tensor) -> Tensor:
     """Conv1D keeps its weights as (in, out), nn.Linear as (out, in)."""
-    is_linear = tensor.dim() == 2 and "embedding" not in name
+    is_linear = tensor.dim() == 2 and "embed" not in name
     return tensor.T if is_linear else tensor
 
 
@@ -118,7 +118,7 @@ def list_product_weights(model: DecoderOnlyTransformer) -> list[Tensor]:
     return [
         p
         for name, p in model.named_parameters()
-        if p.dim() == 2 and name != "position_embedding.weight"
+        if p.dim() == 2 and name != "embed_positions.weight"
     ]
 
 

@@ -178,7 +178,7 @@ def build_floor(trainer: Trainer, n_tokens: int) -> Callable[[], None]:
     Each is written in the order of its factors that is fastest here: the embedding's in chunks.
     """
     dtype, device = trainer.runtime.dtype, trainer.runtime.device
-    embedding = trainer.model.token_embedding.weight
+    embedding = trainer.model.embed_tokens.weight
     products = []
     for n_out, n_in in (each.shape for each in list_product_weights(trainer.model)):
         rows = min(n_tokens, 512) if n_out == len(embedding) else n_tokens

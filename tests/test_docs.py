@@ -119,6 +119,21 @@ def test_every_linked_file_exists(page: Path) -> None:
         assert (page.parent / target).exists(), target
 
 
+def test_the_packages_are_those_of_the_architecture_page() -> None:
+    text = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
+    rows = text.split("## Packages")[1].split("## ")[0]
+    named = re.findall(
+        r"`preflight/(\w+)/`", "\n".join(re.findall(r"^\|.*?\|", rows, re.MULTILINE))
+    )
+    folders = {path.parent.name for path in (ROOT / "preflight").glob("*/__init__.py")}
+    assert sorted(named) == sorted(folders)
+
+
+def test_the_readme_leads_to_every_page() -> None:
+    links = re.findall(r"\]\(([^)#]+)\)", (ROOT / "README.md").read_text(encoding="utf-8"))
+    assert {str(page.relative_to(ROOT)) for page in PAGES} - {"README.md"} <= set(links)
+
+
 def test_the_readme_is_short() -> None:
     assert len((ROOT / "README.md").read_text(encoding="utf-8").splitlines()) < MAX_README_LINES
 

@@ -22,9 +22,10 @@ from preflight.core import log
 from preflight.decoding.assembling import TextAssembler
 from preflight.decoding.choosing import choose_tokens, filter_probabilities, penalise_repetition
 from preflight.decoding.single_row import SingleRowReader
+from preflight.models.kv_cache import KVCache
 from preflight.settings import ModelConfig, SamplingConfig
 from preflight.tokenization.tokenizer import END_OF_TEXT, Tokenizer
-from transformer_model import DecoderOnlyTransformer, KVCache
+from transformer_model import DecoderOnlyTransformer
 
 torch.set_num_threads(1)
 CONTEXT = 16
@@ -53,8 +54,8 @@ def model(tokenizer: Tokenizer) -> DecoderOnlyTransformer:
     model = DecoderOnlyTransformer(config).eval()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            parameter.mul_(20 if name.startswith("blocks") and parameter.dim() > 1 else 1)
-        model.token_embedding.weight[tokenizer.end_of_text_id] *= 0.1  # seldom the end
+            parameter.mul_(20 if name.startswith("layers") and parameter.dim() > 1 else 1)
+        model.embed_tokens.weight[tokenizer.end_of_text_id] *= 0.1  # seldom the end
     return model
 
 
@@ -285,8 +286,8 @@ def test_ids_without_a_text_are_never_chosen(tokenizer: Tokenizer) -> None:
     config = ModelConfig(tokenizer.vocab_size + 4, 8, 8, 2, 1, 8)
     model = DecoderOnlyTransformer(config)
     with torch.no_grad():
-        model.final_norm.bias.fill_(1.0)
-        model.token_embedding.weight[[256, 258, 259, 260, 263]] = 100.0
+        model.norm.bias.fill_(1.0)
+        model.embed_tokens.weight[[256, 258, 259, 260, 263]] = 100.0
     for config_ in (GREEDY, SamplingConfig(top_k=None, temperature=5.0)):
         [answer] = generate_batch(
             model, tokenizer, ["x"], dataclasses.replace(config_, max_new_tokens=30)
@@ -312,13 +313,13 @@ def test_numpy_writes_what_torch_writes(
     config = SamplingConfig(max_new_tokens=40, temperature=0.9)
     expected = generate_batch(model, tokenizer, PROMPTS[:4], config, batch_size=3)
     threads = []
-    read = SingleRowReader.read
+    read = SingleRowReader.decode
 
     def spy(*given: Any) -> Tensor:
         threads.append(torch.get_num_threads())
         return read(*given)
 
-    monkeypatch.setattr(SingleRowReader, "read", spy)
+    monkeypatch.setattr(SingleRowReader, "decode", spy)
     frozen = copy.deepcopy(model).requires_grad_(False)
     torch.set_num_threads(2)
     try:
@@ -367,7 +368,7 @@ def test_a_window_that_loses_text_is_told_once(
 def test_the_cache_refuses_a_full_row(model: DecoderOnlyTransformer) -> None:
     cache = KVCache(model.config, 2, torch.device("cpu"), torch.float32, capacity=4)
     with pytest.raises(ValueError, match="more than the cache's 4"):
-        model.fill(torch.zeros(1, 5, dtype=torch.long), cache, [0], [5])
-    model.fill(torch.zeros(1, 4, dtype=torch.long), cache, [0], [4])
+        model.prefill(torch.zeros(1, 5, dtype=torch.long), cache, [0], [5])
+    model.prefill(torch.zeros(1, 4, dtype=torch.long), cache, [0], [4])
     with pytest.raises(ValueError, match="5 tokens are more"):
-        model.read(torch.zeros(2, dtype=torch.long), cache)
+        model.decode(torch.zeros(2, dtype=torch.long), cache)

@@ -46,7 +46,7 @@ def test_updates_equal_torchs_plain_optimizer(name: str) -> None:
     trainer = build_trainer(optimizer=name, scheduler="none", warmup_steps=0, max_grad_norm=0.0)
     reference = build_trainer(optimizer=name).model
     decay = {
-        p: 0.1 if p.dim() == 2 and "embedding" not in n else 0.0
+        p: 0.1 if p.dim() == 2 and "embed" not in n else 0.0
         for n, p in reference.named_parameters()
     }
     groups = [{"params": [p], "weight_decay": d} for p, d in decay.items()]
@@ -75,10 +75,10 @@ def test_only_weight_matrices_decay() -> None:
     decaying, others = (group["params"] for group in trainer.optimizer.param_groups)
     names = {id(p): n for n, p in trainer.model.named_parameters()}
     assert {names[id(p)].split(".")[-2] for p in decaying} == {
-        "qkv",
-        "projection",
-        "expand",
-        "contract",
+        "qkv_proj",
+        "o_proj",
+        "up_proj",
+        "down_proj",
     }
     assert len(decaying) + len(others) == len(names)
     assert trainer.optimizer.param_groups[1]["weight_decay"] == 0
@@ -178,7 +178,7 @@ def test_what_is_not_finite_never_reaches_the_weights(name: str, place: str) -> 
     if place == "loss":
         hook = trainer.model.register_forward_hook(lambda *args: args[2] * math.nan)
     else:
-        parameter = trainer.model.blocks[0].attention.qkv.weight
+        parameter = trainer.model.layers[0].self_attn.qkv_proj.weight
 
         def poison(p: Tensor) -> None:
             p.grad.view(-1)[3] = math.inf

@@ -196,7 +196,7 @@ def test_initialisation_is_that_of_gpt2() -> None:
             expected = 1.0 if "norm.weight" in name else 0.0
             assert torch.equal(parameter, torch.full_like(parameter, expected)), name
         else:
-            back = "attention.projection" in name or "feed_forward.contract" in name
+            back = "self_attn.o_proj" in name or "mlp.down_proj" in name
             assert parameter.std().item() == pytest.approx(residual if back else 0.02, rel=0.05)
             assert abs(parameter.mean().item()) < 1e-3
     tokens = torch.randint(0, 2000, (4, 64))
@@ -212,9 +212,9 @@ def test_activations(activation: str) -> None:
         "relu": nn.ReLU(),
         "silu": nn.SiLU(),
     }
-    part = build(dataclasses.replace(CONFIG, activation=activation)).blocks[0].feed_forward
+    part = build(dataclasses.replace(CONFIG, activation=activation)).layers[0].mlp
     x = torch.randn(2, 3, CONFIG.n_embeddings)
-    torch.testing.assert_close(part(x), part.contract(modules[activation](part.expand(x))))
+    torch.testing.assert_close(part(x), part.down_proj(modules[activation](part.up_proj(x))))
 
 
 def test_flops_per_token_are_those_of_torch() -> None:

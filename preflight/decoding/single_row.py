@@ -1,4 +1,4 @@
-"""One text on the CPU: `DecoderOnlyTransformer.read` for a single row in fp32, in numpy.
+"""One text on the CPU: `DecoderOnlyTransformer.decode` for a single row in fp32, in numpy.
 
 A token costs each weight's product with one vector, for which the memory's rate is the floor.
 numpy's BLAS comes near it, twice as fast as torch's on AMD, and what is left, small operations on
@@ -21,7 +21,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from transformer_model import ACTIVATION_FUNCTIONS, Block, DecoderOnlyTransformer, KVCache
+from preflight.models.kv_cache import KVCache
+from preflight.settings.kinds import ACTIVATIONS
+from transformer_model import Block, DecoderOnlyTransformer
 
 Array = NDArray[np.float32]
 
@@ -32,7 +34,7 @@ def choose_reader(
     """What reads a token into `cache` fastest: `model`, or numpy for it where there is one row in
     fp32 on the CPU and the weights are not being trained.
     """
-    weight = model.token_embedding.weight
+    weight = model.embed_tokens.weight
     fits = (
         len(cache.lengths) == 1
         and weight.device.type == "cpu"
@@ -48,14 +50,14 @@ class SingleRowReader:
     def __init__(self, model: DecoderOnlyTransformer, cache: KVCache) -> None:
         self._cache = cache
         self._keys_values = [layer.numpy()[:, 0] for layer in cache.layers]  # 2 H S D
-        self._embedding = model.token_embedding.weight.numpy()  # V C
-        self._positions = model.position_embedding.weight.numpy()
+        self._embedding = model.embed_tokens.weight.numpy()  # V C
+        self._positions = model.embed_positions.weight.numpy()
         activate = _choose_activation(model.config.activation)
-        self._blocks = [_SingleRowBlock(cast(Block, block), activate) for block in model.blocks]
-        self._final_norm = _Norm(model.final_norm)
+        self._blocks = [_SingleRowBlock(cast(Block, block), activate) for block in model.layers]
+        self._final_norm = _Norm(model.norm)
 
-    def read(self, tokens: Tensor, cache: KVCache) -> Tensor:
-        """As `DecoderOnlyTransformer.read`: an id (1,) to logits (1 V).
+    def decode(self, tokens: Tensor, cache: KVCache) -> Tensor:
+        """As `DecoderOnlyTransformer.decode`: an id (1,) to logits (1 V).
 
         Raises:
             ValueError: the row is full, or `cache` is not the reader's.
@@ -103,18 +105,18 @@ class _SingleRowBlock:
     """`Block` of one vector."""
 
     def __init__(self, block: Block, activate: Callable[[Array], Array]) -> None:
-        self.n_heads = block.attention.n_heads
-        self.attention_norm = _Norm(block.attention_norm)
-        self.qkv = _Map(block.attention.qkv)
-        self.projection = _Map(block.attention.projection)
-        self.feed_forward_norm = _Norm(block.feed_forward_norm)
-        self.expand = _Map(block.feed_forward.expand)
+        self.n_heads = block.self_attn.n_heads
+        self.input_layernorm = _Norm(block.input_layernorm)
+        self.qkv_proj = _Map(block.self_attn.qkv_proj)
+        self.o_proj = _Map(block.self_attn.o_proj)
+        self.post_attention_layernorm = _Norm(block.post_attention_layernorm)
+        self.up_proj = _Map(block.mlp.up_proj)
         self.activate = activate
-        self.contract = _Map(block.feed_forward.contract)
+        self.down_proj = _Map(block.mlp.down_proj)
 
     def add_to(self, x: Array, keys_values: Array, n_earlier: int) -> None:
         """Add to `x` (C) what the block makes of it, and key and value to the cache (2 H S D)."""
-        heads = self.qkv(self.attention_norm(x)).reshape(3, self.n_heads, -1)  # 3 H D
+        heads = self.qkv_proj(self.input_layernorm(x)).reshape(3, self.n_heads, -1)  # 3 H D
         keys_values[:, :, n_earlier] = heads[1:]
         keys, values = keys_values[:, :, : n_earlier + 1]  # H N D
         query = heads[0] * heads.shape[2] ** -0.5
@@ -123,14 +125,14 @@ class _SingleRowBlock:
         np.exp(weights, out=weights)
         weights /= np.add.reduce(weights, axis=1, keepdims=True)
         mixed = weights.transpose(0, 2, 1) @ values  # H 1 D
-        x += self.projection(mixed.reshape(-1))
-        x += self.contract(self.activate(self.expand(self.feed_forward_norm(x))))
+        x += self.o_proj(mixed.reshape(-1))
+        x += self.down_proj(self.activate(self.up_proj(self.post_attention_layernorm(x))))
 
 
 def _choose_activation(name: str) -> Callable[[Array], Array]:
     if name == "gelu_tanh":  # the default: torch takes twice as long for one vector
         return _gelu_tanh
-    in_torch = ACTIVATION_FUNCTIONS[name]
+    in_torch = ACTIVATIONS.load(name)
     return lambda x: in_torch(torch.from_numpy(x)).numpy()
 
 

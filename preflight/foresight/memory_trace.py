@@ -29,10 +29,10 @@ from preflight.decoding.choosing import choose_tokens
 from preflight.device.runtime import Runtime
 from preflight.foresight.memory_compiled import capture_graphs, trace_compiled_step
 from preflight.models import loss as losses
+from preflight.models.kv_cache import KVCache
 from preflight.settings import ControlSettings, ModelConfig, SamplingConfig, TrainingSettings
 from preflight.training.plan import build_plan
 from trainer import Trainer, build_trainer
-from transformer_model import KVCache
 
 ITEMS = (
     "weights",
@@ -348,7 +348,7 @@ def _build_batch(batch_size: int, n_tokens: int) -> tuple[Tensor, Tensor]:
 
 def _watch_step(log: AllocationLog, trainer: Trainer) -> None:
     """Mark the stretches of a step, and label storages at the moments that tell their use."""
-    model, blocks = trainer.model, list(trainer.model.blocks)
+    model, blocks = trainer.model, list(trainer.model.layers)
     names = {0: "first block", len(blocks) - 1: "last block"}
     times = {"forward": 0, "loss": 0}
     forward = False
@@ -394,8 +394,8 @@ def _watch_step(log: AllocationLog, trainer: Trainer) -> None:
     model.register_forward_pre_hook(before_model)
     for index, block in enumerate(blocks):
         block.register_forward_pre_hook(functools.partial(before_block, index))
-    model.final_norm.register_forward_pre_hook(before_norm)
-    model.final_norm.register_forward_hook(after_norm)
+    model.norm.register_forward_pre_hook(before_norm)
+    model.norm.register_forward_hook(after_norm)
     model.register_forward_hook(after_model)
     trainer.optimizer.register_step_pre_hook(before_update)
 
@@ -408,9 +408,9 @@ def generate_longest(model: transformer_model.DecoderOnlyTransformer, case: Trac
     with torch.no_grad():
         cache = KVCache(case.model_config, rows, torch.device("cpu"), case.dtype)
         windows = torch.zeros((n_filled, context - 1), dtype=torch.long)
-        model.fill(windows, cache, list(range(n_filled)), [context - 1] * n_filled)
+        model.prefill(windows, cache, list(range(n_filled)), [context - 1] * n_filled)
         del windows
         # Rows of different lengths need a mask.
         cache.lengths = [context - 1, *[max(0, context - 2)] * (rows - 1)]
-        logits = model.read(torch.zeros(rows, dtype=torch.long), cache)
+        logits = model.decode(torch.zeros(rows, dtype=torch.long), cache)
         choose_tokens(logits, SamplingConfig(), torch.zeros(rows))

@@ -13,16 +13,14 @@ import functools
 import gc
 import itertools
 import multiprocessing
-import os
 import shutil
 import signal
 import statistics
-import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
-from multiprocessing.connection import Connection, wait
+from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
@@ -34,6 +32,7 @@ from generate import SAMPLE_TOKENS, generate_text
 from preflight.checkpoints import format as checkpoint_format
 from preflight.core import storage
 from preflight.core.errors import ExitCode, PreflightError
+from preflight.core.processes import end_with_parent, start_shielded
 from preflight.core.signals import StopFlag
 from preflight.corpus.shards import DataFolder
 from preflight.device.host_memory import release_freed_memory
@@ -330,7 +329,7 @@ def _list_validation(spec: TrialSpec, runtime: Runtime) -> Iterator[Batch]:
 
 def run_in_child(spec: TrialSpec, answer: Connection) -> None:
     """What the child does: measure, answer, end."""
-    _end_with_parent(spec.folder)
+    end_with_parent(functools.partial(_remove_folder, spec.folder), int(ExitCode.WORKER_LOST))
     with contextlib.suppress(OSError):  # Linux: out of memory, the system kills us, not the parent
         Path("/proc/self/oom_score_adj").write_text("1000", encoding="ascii")
     try:
@@ -341,19 +340,9 @@ def run_in_child(spec: TrialSpec, answer: Connection) -> None:
         answer.send(traceback.format_exc())
 
 
-def _end_with_parent(folder: Path) -> None:
-    """When the parent is gone, however it went, remove the temporary folder and end."""
-    parent = multiprocessing.parent_process()
-    if parent is None:
-        return
-
-    def watch() -> None:
-        wait([parent.sentinel])
-        for _ in range(3):  # the main thread may be writing there
-            shutil.rmtree(folder, ignore_errors=True)
-        os._exit(int(ExitCode.WORKER_LOST))
-
-    threading.Thread(target=watch, daemon=True).start()
+def _remove_folder(folder: Path) -> None:
+    for _ in range(3):  # the main thread may be writing there
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def run_trial(spec: TrialSpec, hard_limit_bytes: int, stop: StopFlag) -> TrialResult:
@@ -374,7 +363,7 @@ def run_trial(spec: TrialSpec, hard_limit_bytes: int, stop: StopFlag) -> TrialRe
     size = spec.config.training.batch_size
     try:
         storage.make_folder(spec.folder)
-        _start_shielded(process)
+        start_shielded(process)
         sender.close()
         answer = _await_answer(receiver, process, hard_limit_bytes, stop)
     finally:
@@ -399,18 +388,6 @@ def run_trial(spec: TrialSpec, hard_limit_bytes: int, stop: StopFlag) -> TrialRe
             "run the same command again",
         )
     raise RuntimeError(f"the trial of batch size {size} failed:\n{answer}")
-
-
-def _start_shielded(process: BaseProcess) -> None:
-    """Start a child that does not hear Ctrl-C: the parent does, and ends it."""
-    if not hasattr(signal, "pthread_sigmask"):  # Windows
-        process.start()
-        return
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-    try:
-        process.start()
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _await_answer(

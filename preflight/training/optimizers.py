@@ -1,31 +1,81 @@
-"""The optimizers and their parameter groups."""
+"""The optimizers: how each is built, what its state weighs, and how it skips an update."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 
+from preflight.models.protocol import LanguageModel, ParameterGroup
 from preflight.settings import TrainingSettings
+from preflight.settings.kinds import OPTIMIZERS
+
+
+@dataclass(frozen=True)
+class OptimizerSpec:
+    """All that the trainer and the memory estimate need to know of an optimizer.
+
+    Attributes:
+        build: from the model's parameters, the settings and the learning rate.
+        state_copies: fp32 copies of the trained parameters that the optimizer's state takes.
+        skips_on_device: whether its step reads ``found_inf``, as torch's fused ones do, and then
+            leaves weights and state alone. Of any other optimizer the trainer asks the device
+            before each step whether loss and gradients are finite, and waits for the answer.
+    """
+
+    build: Callable[[list[ParameterGroup], TrainingSettings, float], torch.optim.Optimizer]
+    state_copies: Callable[[TrainingSettings], float]
+    skips_on_device: bool = False
 
 
 def build_optimizer(
-    model: torch.nn.Module, training: TrainingSettings, learning_rate: float
+    model: LanguageModel, training: TrainingSettings, learning_rate: float
 ) -> torch.optim.Optimizer:
-    """The optimizer, in two groups: weight matrices decay; norms, biases and embeddings do not.
+    """The optimizer of `training`, over all trainable parameters of the model."""
+    spec: OptimizerSpec = OPTIMIZERS.load(training.optimizer)
+    return spec.build(model.parameter_groups(), training, learning_rate)
 
-    Fused kernels update all weights in one pass, and skip the update on the device itself when
-    its gradients are not finite.
+
+def _split_by_decay(groups: list[ParameterGroup], weight_decay: float) -> list[dict[str, Any]]:
+    """Two groups for torch: weight matrices decay; embeddings, norms and biases do not.
+
+    A checkpoint keeps the state by a parameter's index, so the order of the two must not change.
     """
-    named = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
-    decaying = [p for n, p in named if p.dim() >= 2 and "embedding" not in n]
-    others = [p for n, p in named if p.dim() < 2 or "embedding" in n]
-    groups: list[dict[str, Any]] = [
-        {"params": decaying, "weight_decay": training.weight_decay},
+    decaying = [p for group in groups if group.kind == "matrix" for p in group.parameters]
+    others = [p for group in groups if group.kind != "matrix" for p in group.parameters]
+    return [
+        {"params": decaying, "weight_decay": weight_decay},
         {"params": others, "weight_decay": 0.0},
     ]
-    if training.optimizer == "sgd":
-        return torch.optim.SGD(groups, lr=learning_rate, momentum=training.beta1, fused=True)
-    kind = torch.optim.AdamW if training.optimizer == "adamw" else torch.optim.Adam
-    betas = (training.beta1, training.beta2)
-    return kind(groups, lr=learning_rate, betas=betas, eps=training.eps, fused=True)
+
+
+def _build_adam(
+    kind: type[torch.optim.Adam],
+    groups: list[ParameterGroup],
+    training: TrainingSettings,
+    learning_rate: float,
+) -> torch.optim.Optimizer:
+    # Fused kernels update all weights in one pass.
+    return kind(
+        _split_by_decay(groups, training.weight_decay),
+        lr=learning_rate,
+        betas=(training.beta1, training.beta2),
+        eps=training.eps,
+        fused=True,
+    )
+
+
+def _build_sgd(
+    groups: list[ParameterGroup], training: TrainingSettings, learning_rate: float
+) -> torch.optim.Optimizer:
+    split = _split_by_decay(groups, training.weight_decay)
+    return torch.optim.SGD(split, lr=learning_rate, momentum=training.beta1, fused=True)
+
+
+ADAMW = OptimizerSpec(partial(_build_adam, torch.optim.AdamW), lambda _: 2, skips_on_device=True)
+ADAM = OptimizerSpec(partial(_build_adam, torch.optim.Adam), lambda _: 2, skips_on_device=True)
+# One copy: the momentum, which `--beta1 0` turns off.
+SGD = OptimizerSpec(_build_sgd, lambda training: 1 if training.beta1 else 0, skips_on_device=True)

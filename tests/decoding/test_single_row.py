@@ -7,8 +7,10 @@ import torch
 from torch import nn
 
 from preflight.decoding.single_row import SingleRowReader, choose_reader, one_torch_thread
+from preflight.models.kv_cache import KVCache
 from preflight.settings import ModelConfig
-from transformer_model import ACTIVATION_FUNCTIONS, DecoderOnlyTransformer, KVCache
+from preflight.settings.kinds import ACTIVATIONS
+from transformer_model import DecoderOnlyTransformer
 
 torch.set_num_threads(1)
 CPU = torch.device("cpu")
@@ -23,41 +25,41 @@ def build_model(activation: str = "gelu") -> DecoderOnlyTransformer:
     return model.requires_grad_(False)
 
 
-@pytest.mark.parametrize("activation", ACTIVATION_FUNCTIONS)
+@pytest.mark.parametrize("activation", ACTIVATIONS.names())
 def test_it_reads_as_the_model_does(activation: str) -> None:
     model = build_model(activation)
     tokens = torch.randint(0, 101, (24,))
     expected = model(tokens[None])[0]
     cache, of_model = (KVCache(model.config, 1, CPU, torch.float32) for _ in range(2))
     for own in (cache, of_model):
-        model.fill(tokens[None, :9], own, [0], [9])
+        model.prefill(tokens[None, :9], own, [0], [9])
     reader = choose_reader(model, cache)
     assert isinstance(reader, SingleRowReader)
     for place in range(9, 24):
-        logits = reader.read(tokens[place : place + 1], cache)
+        logits = reader.decode(tokens[place : place + 1], cache)
         torch.testing.assert_close(logits, expected[place : place + 1], rtol=1e-4, atol=1e-4)
-        model.read(tokens[place : place + 1], of_model)
+        model.decode(tokens[place : place + 1], of_model)
     assert cache.lengths == of_model.lengths == [24]
     torch.testing.assert_close(cache.layers, of_model.layers, rtol=1e-4, atol=1e-4)
     with pytest.raises(ValueError, match="25 tokens are more than the cache's 24"):
-        reader.read(tokens[:1], cache)
+        reader.decode(tokens[:1], cache)
 
 
 def test_a_reader_keeps_to_its_cache() -> None:
     model = build_model()
     own, other = (KVCache(model.config, 1, CPU, torch.float32) for _ in range(2))
     with pytest.raises(ValueError, match="another cache"):
-        SingleRowReader(model, own).read(torch.tensor([1]), other)
+        SingleRowReader(model, own).decode(torch.tensor([1]), other)
 
 
 def test_scores_beyond_the_exponential_do_no_harm() -> None:
     model = build_model()
-    for block in model.blocks:
-        block.attention.qkv.weight.mul_(20)
+    for block in model.layers:
+        block.self_attn.qkv_proj.weight.mul_(20)
     tokens = torch.randint(0, 101, (6,))
     cache = KVCache(model.config, 1, CPU, torch.float32)
     reader = choose_reader(model, cache)
-    logits = torch.cat([reader.read(token[None], cache) for token in tokens])
+    logits = torch.cat([reader.decode(token[None], cache) for token in tokens])
     assert isinstance(reader, SingleRowReader)
     torch.testing.assert_close(logits, model(tokens[None])[0], rtol=1e-3, atol=1e-3)
 

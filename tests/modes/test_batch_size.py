@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 import os
@@ -22,6 +23,7 @@ from hypothesis import strategies as st
 
 from conftest import ROOT, TINY_FLAGS, CommandRunner
 from preflight.core.errors import ExitCode, PreflightError
+from preflight.core.processes import end_with_parent
 from preflight.core.signals import StopFlag
 from preflight.device.runtime import build_runtime
 from preflight.foresight import trials
@@ -393,7 +395,7 @@ def _answer_with_error(spec: TrialSpec, answer: Any) -> None:
 
 
 def _sleep_in_folder(spec: TrialSpec, answer: Any) -> None:
-    trials._end_with_parent(spec.folder)
+    end_with_parent(functools.partial(trials._remove_folder, spec.folder))
     (spec.folder / "started").touch()
     time.sleep(PATIENCE_SECONDS)
 

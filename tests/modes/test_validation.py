@@ -179,17 +179,15 @@ def break_forward(patch: pytest.MonkeyPatch) -> dict[str, Any]:
     def too_large(self: DecoderOnlyTransformer) -> None:
         initialise(self)
         with torch.no_grad():
-            self.token_embedding.weight.mul_(100)
+            self.embed_tokens.weight.mul_(100)
 
     patch.setattr(DecoderOnlyTransformer, "_initialise", too_large)
     return {}
 
 
 def break_backward(patch: pytest.MonkeyPatch) -> dict[str, Any]:
-    forward = transformer_model.FeedForward.forward
-    patch.setattr(
-        transformer_model.FeedForward, "forward", lambda self, x: forward(self, x).detach()
-    )
+    forward = transformer_model.MLP.forward
+    patch.setattr(transformer_model.MLP, "forward", lambda self, x: forward(self, x).detach())
     return {}
 
 
@@ -222,13 +220,13 @@ def break_evaluation(patch: pytest.MonkeyPatch) -> dict[str, Any]:
 
 
 def break_generation(patch: pytest.MonkeyPatch) -> dict[str, Any]:
-    append = transformer_model._ReadStep.append
+    append = transformer_model.DecodeStep.append
 
-    def swapped(self: Any, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-        keys, values = append(self, layer, key, value)
-        return keys, -30 * values
+    def swapped(self: Any, layer: int, keys_values: Tensor) -> Tensor:
+        keys, values = append(self, layer, keys_values)
+        return torch.stack((keys, -30 * values))
 
-    patch.setattr(transformer_model._ReadStep, "append", swapped)
+    patch.setattr(transformer_model.DecodeStep, "append", swapped)
     return {}
 
 

@@ -1,0 +1,112 @@
+"""The cache of keys and values, and how the two kinds of generation step use it.
+
+Shapes: B sequences, T tokens in each, H heads, D size of a head, S capacity of the cache.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from preflight.settings import ModelConfig
+
+
+class KVCache:
+    """Keys and values of the tokens so far, allocated once, with a row for each sequence.
+
+    `lengths` counts the tokens of each row. It is kept on the host, so that a step never waits
+    for the device.
+
+    Args:
+        config: the model's architecture.
+        batch_size: rows.
+        device: where the model is.
+        dtype: the model's.
+        capacity: tokens that a row can hold, at most the context length (the default).
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        batch_size: int,
+        device: torch.device,
+        dtype: torch.dtype,
+        capacity: int | None = None,
+    ) -> None:
+        self.capacity = min(capacity or config.context_length, config.context_length)
+        head_dim = config.n_embeddings // config.n_heads
+        shape = (2, batch_size, config.n_heads, self.capacity, head_dim)
+        # Zeros, not uninitialised memory: a masked value is multiplied by zero, and 0 * NaN is NaN.
+        self.layers = [  # 2 B H S D each: keys and values in one tensor, so that a step writes once
+            torch.zeros(shape, device=device, dtype=dtype) for _ in range(config.n_layers)
+        ]
+        self.lengths = [0] * batch_size
+
+    def check_capacity(self, n_tokens: int) -> None:
+        """Raise `ValueError` where a row cannot hold so many."""
+        if n_tokens > self.capacity:
+            raise ValueError(f"{n_tokens} tokens are more than the cache's {self.capacity}")
+
+    def keep_rows(self, rows: list[int]) -> None:
+        """Drop every row but these, which move up in the order given."""
+        self.layers = [keys_values[:, rows] for keys_values in self.layers]
+        self.lengths = [self.lengths[row] for row in rows]
+
+
+class CacheStep(Protocol):
+    """What attention needs to know of a step that uses the cache."""
+
+    mask: Tensor | None
+    is_causal: bool
+
+    def append(self, layer: int, keys_values: Tensor) -> Tensor:
+        """Write the new keys and values (2 B H T D); return all that the new tokens attend to."""
+        ...
+
+
+class PrefillStep:
+    """Whole prompts enter rows that start anew: causal attention among the new tokens."""
+
+    mask = None
+    is_causal = True
+
+    def __init__(self, cache: KVCache, rows: list[int], n_tokens: int) -> None:
+        self.layers = cache.layers
+        self.n_tokens = n_tokens
+        all_rows = list(range(len(cache.lengths)))
+        self.rows: slice | list[int] = slice(None) if rows == all_rows else rows
+
+    def append(self, layer: int, keys_values: Tensor) -> Tensor:
+        """Write the new keys and values (2 B H T D); return them."""
+        self.layers[layer][:, self.rows, :, : self.n_tokens] = keys_values
+        return keys_values
+
+
+class DecodeStep:
+    """One more token in every row; it attends to all of its row."""
+
+    is_causal = False
+
+    def __init__(self, cache: KVCache, device: torch.device) -> None:
+        self.layers = cache.layers
+        self.used = max(cache.lengths) + 1  # tokens after this step, in the longest row
+        self.mask: Tensor | None = None
+        if min(cache.lengths) == self.used - 1:  # rows of one length need no mask
+            self.positions = torch.full((len(cache.lengths),), self.used - 1, device=device)
+            return
+        self.positions = torch.tensor(cache.lengths, device=device)  # B
+        self.rows = torch.arange(len(cache.lengths), device=device)  # B
+        slots = torch.arange(self.used, device=device)
+        self.mask = (slots <= self.positions[:, None])[:, None, None]  # B 1 1 used
+
+    def append(self, layer: int, keys_values: Tensor) -> Tensor:
+        """Write the new keys and values (2 B H 1 D); return all of them (2 B H used D)."""
+        cached = self.layers[layer]
+        if self.mask is None:
+            cached[:, :, :, self.used - 1 : self.used] = keys_values
+        else:
+            # Two index tensors around a slice put what they index first: B 2 H D.
+            cached[:, self.rows, :, self.positions] = keys_values[:, :, :, 0].transpose(0, 1)
+        return cached[:, :, :, : self.used]
