@@ -12,6 +12,7 @@ import torch
 from conftest import MakeConfig, build
 from preflight.corpus.build import prepare_data
 from preflight.device.cards import find_card
+from preflight.device.runtime import build_runtime
 from preflight.foresight import run_time
 from preflight.foresight.run_time import (
     RunCost,
@@ -21,7 +22,6 @@ from preflight.foresight.run_time import (
     estimate_run_time,
     measure_matmul_flops,
 )
-from preflight.modes import train
 from preflight.settings import ModelConfig, TrainingSettings
 from preflight.tokenization.tokenizer import load_tokenizer
 from preflight.training.plan import build_plan
@@ -89,7 +89,7 @@ def test_a_part_scales_to_the_whole(
     data = prepare_data(config.data, tokenizer, 32)
     model = config.model.resolve(tokenizer.vocab_size)
     plan = build_plan(config.training, config.control, 32, 100, 10)
-    runtime = train.build_runtime(config.system, 20)
+    runtime = build_runtime(config.system, 20)
     clock = [0.0]
 
     def train_step(self: Any, step: int, batches: Any) -> Any:
