@@ -63,7 +63,7 @@ from preflight.corpus.sources import (
 )
 from preflight.corpus.workers import Encoders
 from preflight.settings import DataSettings
-from preflight.tokenization.tokenizer import Tokenizer
+from preflight.tokenization import Tokenizer
 
 BUILDING_NAME = ".building"
 IN_PROCESS_BYTES = 2 * 2**20  # below this, starting workers costs more than it gains
@@ -440,7 +440,7 @@ class _Builder:
         """A disk that cannot hold the shards is told of before the work, not after."""
         done = sum(entry["n_bytes"] for split in SPLITS for entry in self._shards[split])
         # Text has rarely more than 5 bytes a token.
-        needed = total * self._tokenizer.dtype.itemsize // 5 - done
+        needed = total * self._tokenizer.id_dtype.itemsize // 5 - done
         free = free_bytes(self._building)
         if total > 20_000 * self._settings.shard_size:
             raise PreflightError(
@@ -465,7 +465,7 @@ class _Builder:
         follower = "train" if split == "val" else "end"
         consumed, writer = 0, None
         bound = self._plan.count_bytes(split) + len(documents)
-        blocks = read_blocks(documents, document, offset, block_bytes)
+        blocks = read_blocks(documents, document, offset, block_bytes, self._tokenizer.last_cut)
         try:
             for block, ids, is_last in encoders.encode(blocks):
                 passed = min(skip, len(ids))
@@ -474,7 +474,7 @@ class _Builder:
                     if writer is None:
                         path = self._building / split / f"shard_{len(shards):05d}.npy"
                         writer = ShardWriter(
-                            path, self._tokenizer.dtype, self._settings.shard_size, bound
+                            path, self._tokenizer.id_dtype, self._settings.shard_size, bound
                         )
                     taken = writer.write(ids)
                     ids, consumed = ids[taken:], consumed + taken
@@ -526,7 +526,7 @@ class _Builder:
                 "vocab_size": tokenizer.vocab_size,
                 "end_of_text_id": tokenizer.end_of_text_id,
             },
-            "dtype": tokenizer.dtype.name,
+            "dtype": tokenizer.id_dtype.name,
             "shard_size": settings.shard_size,
             "document_separator": settings.document_separator,
             "split": {"val_split": settings.val_split, "by": plan.by},

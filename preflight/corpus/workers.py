@@ -8,6 +8,7 @@ import ctypes
 import multiprocessing
 import os
 import signal
+import sys
 import threading
 from collections import deque
 from collections.abc import Iterator
@@ -15,22 +16,21 @@ from concurrent.futures.process import BrokenProcessPool
 
 import numpy as np
 
+from preflight.core.errors import PreflightError
 from preflight.core.log import log
-from preflight.corpus.blocks import Block, encode_block, encode_run
-from preflight.tokenization.tokenizer import Tokenizer, load_tokenizer
+from preflight.corpus.blocks import Block
+from preflight.tokenization import Tokenizer, load_tokenizer
 
 _worker_tokenizer: Tokenizer | None = None
-
-
 _blocks_done = 0
 
 
-def _start_worker(tokenizer_name: str) -> None:
+def _start_worker(kind: type[Tokenizer], name: str) -> None:
     """Set a worker process up: deaf to Ctrl-C, which the parent handles; gone with its parent."""
     global _worker_tokenizer
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=_leave_with_parent, daemon=True).start()
-    _worker_tokenizer = load_tokenizer(tokenizer_name)
+    _worker_tokenizer = kind.load(name)
 
 
 def _leave_with_parent() -> None:
@@ -53,19 +53,26 @@ def _encode_in_worker(parts: list[tuple[bytes, bool]]) -> bytes:
 
 def _encode_parts(parts: list[tuple[bytes, bool]], tokenizer: Tokenizer) -> np.ndarray:
     """Ids of parts of documents, the end-of-text id after each that ends one."""
-    encoding, dtype = tokenizer.encoding, tokenizer.dtype
+    dtype = tokenizer.id_dtype
     pieces = []
     for data, ends_document in parts:
-        text = str(data, "utf-8")
-        try:
-            pieces.append(encode_block(encoding, text).astype(dtype))
-        except (Exception, KeyboardInterrupt, SystemExit):
-            raise
-        except BaseException:  # a panic in tiktoken's Rust is no Exception
-            pieces += [ids.astype(dtype) for ids in encode_run(encoding, text)]
+        pieces.append(tokenizer.encode(str(data, "utf-8")).astype(dtype))
         if ends_document:
             pieces.append(np.array([tokenizer.end_of_text_id], dtype))
     return np.concatenate(pieces)
+
+
+def _is_loaded_alike_elsewhere(tokenizer: Tokenizer) -> bool:
+    """Whether another process can import the tokenizer's class and load the same one by name."""
+    kind = type(tokenizer)
+    module = sys.modules.get(kind.__module__)
+    if kind.__module__ == "__main__" or getattr(module, kind.__qualname__, None) is not kind:
+        return False
+    try:
+        found = load_tokenizer(tokenizer.name)
+    except PreflightError:
+        return False
+    return type(found) is kind and found.fingerprint == tokenizer.fingerprint
 
 
 class Encoders:
@@ -75,11 +82,14 @@ class Encoders:
         self._tokenizer = tokenizer
         self._n_workers = n_workers
         self._pool: concurrent.futures.ProcessPoolExecutor | None = None
-        if n_workers:
+        if n_workers and _is_loaded_alike_elsewhere(tokenizer):
             # By name: half a megabyte of vocabulary would not go into the pipe at once, and Python
             # waits forever for a worker that dies before it has read all.
             self._pool = concurrent.futures.ProcessPoolExecutor(
-                n_workers, multiprocessing.get_context("spawn"), _start_worker, (tokenizer.name,)
+                n_workers,
+                multiprocessing.get_context("spawn"),
+                _start_worker,
+                (type(tokenizer), tokenizer.name),
             )
 
     def close(self) -> None:
@@ -116,7 +126,7 @@ class Encoders:
     ) -> tuple[Block, np.ndarray, bool]:
         if future is not None:
             try:
-                return block, np.frombuffer(future.result(), self._tokenizer.dtype), True
+                return block, np.frombuffer(future.result(), self._tokenizer.id_dtype), True
             except BrokenProcessPool:
                 self._go_on_alone()
         return block, _encode_parts(block.parts, self._tokenizer), True
@@ -129,6 +139,6 @@ class Encoders:
     def _encode_run(self, block: Block) -> Iterator[tuple[Block, np.ndarray, bool]]:
         tokenizer = self._tokenizer
         text, ends = block.parts.pop()
-        for ids in encode_run(tokenizer.encoding, text):
-            yield block, ids.astype(tokenizer.dtype), False
-        yield block, np.array([tokenizer.end_of_text_id] if ends else [], tokenizer.dtype), True
+        for ids in tokenizer.encode_parts(text):
+            yield block, ids.astype(tokenizer.id_dtype), False
+        yield block, np.array([tokenizer.end_of_text_id] if ends else [], tokenizer.id_dtype), True

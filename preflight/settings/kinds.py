@@ -34,17 +34,18 @@ SCHEDULES: Registry[Any] = Registry(
         "none": "preflight.training.schedules:constant",
     },
 )
-# (name) -> Tokenizer.
+# A kind of tokenizer: a class with `load(name)` and `load_saved(folder, facts)`.
+_TIKTOKEN = "preflight.tokenization.tiktoken_bpe:TiktokenTokenizer"
 TOKENIZERS: Registry[Any] = Registry(
     "--tokenizer",
     {
-        "gpt2": "preflight.tokenization.tiktoken_bpe:load_gpt2",
-        "r50k_base": "preflight.tokenization.tiktoken_bpe:load_encoding",
-        "p50k_base": "preflight.tokenization.tiktoken_bpe:load_encoding",
-        "p50k_edit": "preflight.tokenization.tiktoken_bpe:load_encoding",
-        "cl100k_base": "preflight.tokenization.tiktoken_bpe:load_encoding",
-        "o200k_base": "preflight.tokenization.tiktoken_bpe:load_encoding",
-        "o200k_harmony": "preflight.tokenization.tiktoken_bpe:load_encoding",
+        "gpt2": _TIKTOKEN,
+        "r50k_base": _TIKTOKEN,
+        "p50k_base": _TIKTOKEN,
+        "p50k_edit": _TIKTOKEN,
+        "cl100k_base": _TIKTOKEN,
+        "o200k_base": _TIKTOKEN,
+        "o200k_harmony": _TIKTOKEN,
     },
 )
 # (output_dir) -> Tracker. A run logs to all of them.

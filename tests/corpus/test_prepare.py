@@ -23,7 +23,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_blocks import TEXTS, build_tokenizer
+from tokenization.hostile_texts import TEXTS, build_tokenizer
 
 from conftest import TINY_FLAGS, CommandRunner
 from preflight.core.errors import ExitCode, PreflightError
@@ -35,7 +35,7 @@ from preflight.corpus.build import prepare_data
 from preflight.corpus.shards import DataFolder, load_data_folder
 from preflight.corpus.workers import Encoders
 from preflight.settings import DataSettings
-from preflight.tokenization.tokenizer import Tokenizer, load_tokenizer
+from preflight.tokenization import Tokenizer, load_tokenizer
 
 ROOT = Path(__file__).parents[2]
 GPT2 = load_tokenizer("gpt2")
@@ -100,7 +100,7 @@ def test_files_become_documents_in_shards(texts: list[str], block_bytes: int) ->
         found = [GPT2.decode_bytes(ids) for ids in documents["train"] + documents["val"]]
         assert b"".join(found) == "".join(texts).encode()
         assert all(
-            ids == GPT2.encode(text.decode())
+            ids == GPT2.encode(text.decode()).tolist()
             for ids, text in zip(documents["train"] + documents["val"], found, strict=True)
         )
         assert data.train.n_bytes + data.val.n_bytes == len("".join(texts).encode())
@@ -156,7 +156,7 @@ import multiprocessing.resource_tracker
 from preflight.core.log import configure_logging
 from preflight.corpus.build import prepare_data
 from preflight.settings import DataSettings
-from preflight.tokenization.tokenizer import load_tokenizer
+from preflight.tokenization import load_tokenizer
 if __name__ == "__main__":
     configure_logging("info")
     multiprocessing.resource_tracker.ensure_running()
@@ -558,7 +558,7 @@ sys.path.insert(0, {root!r})
 from preflight.core import storage
 from preflight.corpus import build
 from preflight.settings import DataSettings
-from preflight.tokenization.tokenizer import load_tokenizer
+from preflight.tokenization import load_tokenizer
 
 left = int(sys.argv[1])
 
@@ -698,7 +698,7 @@ def test_workers_end_with_a_killed_parent(tmp_path: Path) -> None:
     code = (
         f"import sys; sys.path.insert(0, {str(ROOT)!r})\n"
         "from preflight.corpus import build\nfrom preflight.settings import DataSettings\n"
-        "from preflight.tokenization.tokenizer import load_tokenizer\n"
+        "from preflight.tokenization import load_tokenizer\n"
         "if __name__ == '__main__':\n"
         f"    build.prepare_data(DataSettings(text_file=({str(source)!r},), shard_size=2000,\n"
         f"        data_dir={str(tmp_path / 'd')!r}), load_tokenizer('gpt2'), 4,\n"

@@ -11,7 +11,7 @@ from preflight.corpus.build import DataFolder, prepare_data
 from preflight.foresight import learnability
 from preflight.foresight.learnability import find_content_warnings, find_plan_warnings, scan_content
 from preflight.settings import RunConfig, build_config
-from preflight.tokenization.tokenizer import load_tokenizer
+from preflight.tokenization import load_tokenizer
 from preflight.training.plan import build_plan
 
 

@@ -23,7 +23,7 @@ from preflight.foresight.run_time import (
 )
 from preflight.modes import train
 from preflight.settings import ModelConfig, TrainingSettings
-from preflight.tokenization.tokenizer import load_tokenizer
+from preflight.tokenization import load_tokenizer
 from preflight.training.plan import build_plan
 
 MODEL = ModelConfig(1000, 64, 64, 4, 3, 256)
