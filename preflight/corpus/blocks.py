@@ -5,13 +5,13 @@ No torch: worker processes import this module.
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import IO, Any
+from typing import Any
 
 from preflight.core.units import format_bytes
-from preflight.corpus.sources import Document, changed_error, open_source, text_error
+from preflight.corpus.sources import Document, Source, text_error
+from preflight.corpus.split import Part
 
 BLOCK_BYTES = 512 * 1024
 MAX_RUN_BYTES = 208 * 2**20  # text without one place to cut is held whole up to this
@@ -20,80 +20,114 @@ CUT_CONTEXT_BYTES = 64  # what a tokenizer sees of the text that it has found no
 
 @dataclass(frozen=True)
 class Block:
-    """Consecutive parts of documents, with the place of the first: document number and offset."""
+    """Consecutive texts, with the place of the first: the number of its part and the offset in it.
 
-    document: int
+    A text is a part of a split, or a piece of one that is longer than a block.
+    """
+
+    part: int
     offset: int
-    parts: list[tuple[Any, bool]]  # text, whether its document ends there
+    texts: list[tuple[Any, bool]]  # UTF-8, whether its part ends there
     n_bytes: int
-    is_run: bool = False  # its one part is a str without a place to cut, of any length
+    is_run: bool = False  # its one text is a str without a place to cut, of any length
 
 
 LastCut = Callable[[str], int]  # `Tokenizer.last_cut`
 
 
 def read_blocks(
-    documents: list[Document], document: int, offset: int, block_bytes: int, last_cut: LastCut
+    parts: list[Part], first: int, offset: int, block_bytes: int, last_cut: LastCut
 ) -> Iterator[Block]:
-    """Blocks of about `block_bytes` from the given place on.
+    """Blocks of about `block_bytes`, from the given offset in part number `first` on.
 
     Raises:
         PreflightError: code TEXT when a source has changed or cannot be cut.
     """
-    parts: list[tuple[bytes, bool]] = []
-    size, place = 0, (document, offset)
-    with contextlib.ExitStack() as opened:
-        source, file = None, None
-        for number in range(document, len(documents)):
-            item = documents[number]
-            if file is None or item.source is not source:
-                opened.close()
-                source, file = item.source, opened.enter_context(open_source(item.source))
-            begin = item.begin + (offset if number == document else 0)
-            for at, data, n_bytes, ends in _cut_document(item, file, begin, block_bytes, last_cut):
-                if not parts or isinstance(data, str) or size + n_bytes > block_bytes:
-                    if parts:
-                        yield Block(*place, parts, size)
-                    parts, size, place = [], 0, (number, at - item.begin)
-                if isinstance(data, str):
-                    yield Block(*place, [(data, ends)], n_bytes, True)
-                else:
-                    parts.append((data, ends))
-                    size += n_bytes
-    if parts:
-        yield Block(*place, parts, size)
+    texts: list[tuple[bytes, bool]] = []
+    size, place = 0, (first, offset)
+    for number, begin, stream in _open_parts(parts, first, offset):
+        for at, data, n_bytes, ends in _cut_document(stream, begin, block_bytes, last_cut):
+            if not texts or isinstance(data, str) or size + n_bytes > block_bytes:
+                if texts:
+                    yield Block(*place, texts, size)
+                texts, size, place = [], 0, (number, at)
+            if isinstance(data, str):
+                yield Block(*place, [(data, ends)], n_bytes, True)
+            else:
+                texts.append((data, ends))
+                size += n_bytes
+    if texts:
+        yield Block(*place, texts, size)
+
+
+def _open_parts(
+    parts: list[Part], first: int, offset: int
+) -> Iterator[tuple[int, int, _ByteStream]]:
+    """(number, offset, stream of its bytes from there) for each part from `first` on."""
+    source, documents, following = None, None, 0
+    for number, part in enumerate(parts[first:], first):
+        if documents is None or part.source is not source or part.begin + offset:
+            source, following = part.source, part.index
+            documents = source.documents(part.index, part.begin + offset)
+        document = None
+        while following <= part.index:  # those between are of another split
+            document, following = next(documents, None), following + 1
+        if document is None:
+            raise part.source.changed_error()
+        yield number, offset, _ByteStream(part.source, document, part.n_bytes - offset)
+        offset = 0
+
+
+class _ByteStream:
+    """The first `left` bytes of a document's chunks, in pieces of any size."""
+
+    def __init__(self, source: Source, chunks: Document, left: int) -> None:
+        self.source, self.left = source, left
+        self._chunks, self._chunk = chunks, memoryview(b"")
+
+    def read_into(self, buffer: bytearray, size: int) -> None:
+        """Append the next `size` bytes to `buffer`, or all that are left.
+
+        Raises:
+            PreflightError: code TEXT when the document ends too early.
+        """
+        size = max(0, min(size, self.left))
+        self.left -= size
+        while size > 0:
+            if not self._chunk:
+                chunk = next(self._chunks, None)
+                if chunk is None:
+                    raise self.source.changed_error()
+                self._chunk = memoryview(chunk)
+            piece, self._chunk = self._chunk[:size], self._chunk[size:]
+            buffer += piece
+            size -= len(piece)
 
 
 def _cut_document(
-    document: Document, file: IO[bytes], begin: int, block_bytes: int, last_cut: LastCut
+    stream: _ByteStream, begin: int, block_bytes: int, last_cut: LastCut
 ) -> Iterator[tuple[int, bytes | str, int, bool]]:
-    """(offset in the file, text, its bytes, ends the document) for each part of a document.
+    """(offset, text, its bytes, whether it is the last) for each piece of a document.
 
-    A part is bytes of at most `block_bytes`; one without a place to cut, of any length, is a str.
+    A piece is bytes of at most `block_bytes`; one without a place to cut, of any length, is a str.
+
+    Args:
+        stream: the document from its offset `begin` on.
     """
-    file.seek(begin)
-    buffer, at = bytearray(), begin  # `at`: offset in the file of the buffer's first byte
-
-    def fill(buffer: bytearray, size: int) -> None:
-        wanted = max(0, min(size, document.end - at - len(buffer)))
-        data = file.read(wanted)
-        if len(data) < wanted:
-            raise changed_error(document.source)
-        buffer.extend(data)
-
-    while at < document.end:
-        fill(buffer, block_bytes - len(buffer))
-        if at + len(buffer) == document.end and len(buffer) <= block_bytes:
+    buffer, at = bytearray(), begin  # `at`: offset of the buffer's first byte
+    while buffer or stream.left:
+        stream.read_into(buffer, block_bytes - len(buffer))
+        if not stream.left and len(buffer) <= block_bytes:
             yield at, bytes(buffer), len(buffer), True
             return
         cut = _find_cut(buffer, 0, last_cut)
         is_run = cut == 0
-        while cut == 0 and at + len(buffer) < document.end:
+        while cut == 0 and stream.left:
             seen = len(buffer)
-            fill(buffer, block_bytes)
+            stream.read_into(buffer, block_bytes)
             if len(buffer) > MAX_RUN_BYTES:
                 raise text_error(
-                    document.source.path,
+                    stream.source.label,
                     f"more than {format_bytes(MAX_RUN_BYTES)} without a place to cut, from byte "
                     f"{at:,} on",
                     "break the text into lines",
@@ -105,7 +139,7 @@ def _cut_document(
         # A run is decoded here, so that its bytes and its text are held together only once.
         data = buffer.decode() if is_run else bytes(buffer)
         buffer = rest
-        yield at, data, cut, at + cut == document.end
+        yield at, data, cut, not (buffer or stream.left)
         del data
         at += cut
 

@@ -28,6 +28,7 @@ FORMAT = "preflight-shards"
 VERSION = 1
 SPLITS = ("val", "train")  # in the order of building; each split's ids are one stream
 METADATA_NAME = "metadata.json"
+BUILDING_NAME = ".building"  # a folder within, for a build that is not complete yet
 SHARD_NAME = re.compile(r"shard_\d{5,}\.npy")
 _READ_BYTES = 2**20
 

@@ -40,7 +40,7 @@ def _leave_with_parent() -> None:
     os._exit(1)
 
 
-def _encode_in_worker(parts: list[tuple[bytes, bool]]) -> bytes:
+def _encode_in_worker(texts: list[tuple[bytes, bool]]) -> bytes:
     global _blocks_done
     assert _worker_tokenizer is not None
     _blocks_done += 1
@@ -48,16 +48,16 @@ def _encode_in_worker(parts: list[tuple[bytes, bool]]) -> bytes:
         # glibc's heap frays: it grew by 160 KB with each MB of text until it was trimmed.
         with contextlib.suppress(OSError, AttributeError, TypeError):
             ctypes.CDLL(None).malloc_trim(0)
-    return _encode_parts(parts, _worker_tokenizer).tobytes()
+    return _encode_texts(texts, _worker_tokenizer).tobytes()
 
 
-def _encode_parts(parts: list[tuple[bytes, bool]], tokenizer: Tokenizer) -> np.ndarray:
-    """Ids of parts of documents, the end-of-text id after each that ends one."""
+def _encode_texts(texts: list[tuple[bytes, bool]], tokenizer: Tokenizer) -> np.ndarray:
+    """Ids of the texts of a block, the end-of-text id after each that ends its part."""
     dtype = tokenizer.id_dtype
     pieces = []
-    for data, ends_document in parts:
+    for data, ends in texts:
         pieces.append(tokenizer.encode(str(data, "utf-8")).astype(dtype))
-        if ends_document:
+        if ends:
             pieces.append(np.array([tokenizer.end_of_text_id], dtype))
     return np.concatenate(pieces)
 
@@ -116,7 +116,7 @@ class Encoders:
     def _submit(self, block: Block) -> concurrent.futures.Future[bytes] | None:
         if self._pool is not None:
             try:
-                return self._pool.submit(_encode_in_worker, block.parts)
+                return self._pool.submit(_encode_in_worker, block.texts)
             except BrokenProcessPool:
                 self._go_on_alone()
         return None
@@ -129,7 +129,7 @@ class Encoders:
                 return block, np.frombuffer(future.result(), self._tokenizer.id_dtype), True
             except BrokenProcessPool:
                 self._go_on_alone()
-        return block, _encode_parts(block.parts, self._tokenizer), True
+        return block, _encode_texts(block.texts, self._tokenizer), True
 
     def _go_on_alone(self) -> None:
         if self._pool is not None:
@@ -138,7 +138,7 @@ class Encoders:
 
     def _encode_run(self, block: Block) -> Iterator[tuple[Block, np.ndarray, bool]]:
         tokenizer = self._tokenizer
-        text, ends = block.parts.pop()
+        text, ends = block.texts.pop()
         for ids in tokenizer.encode_parts(text):
             yield block, ids.astype(tokenizer.id_dtype), False
         yield block, np.array([tokenizer.end_of_text_id] if ends else [], tokenizer.id_dtype), True

@@ -48,6 +48,16 @@ TOKENIZERS: Registry[Any] = Registry(
         "o200k_harmony": _TIKTOKEN,
     },
 )
+# (a value of the flag, or None; settings) -> list[Source], or None if it is not for this kind.
+# The last row is asked first; text files take what no other kind takes.
+SOURCES: Registry[Any] = Registry(
+    "--text-file",
+    {
+        "text": "preflight.corpus.sources.text:find",
+        "pipe": "preflight.corpus.sources.pipe:find",
+        "builtin": "preflight.corpus.sources.builtin:find",
+    },
+)
 # (output_dir) -> Tracker. A run logs to all of them.
 TRACKERS: Registry[Any] = Registry(
     "tracker", {"metrics.jsonl": "preflight.training.metrics:open_metrics"}

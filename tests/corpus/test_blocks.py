@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +19,7 @@ from tokenization.hostile_texts import (
 )
 
 from preflight.corpus import blocks
-from preflight.corpus.sources import Document, Source
+from preflight.corpus.sources.text import TextFile
 from preflight.corpus.workers import Encoders
 from preflight.settings.kinds import TOKENIZERS
 from preflight.tokenization import Tokenizer, load_tokenizer
@@ -36,21 +35,23 @@ def encode_in_small_windows(tokenizer: Tokenizer, text: str) -> list[int]:
 
 
 def cut_and_encode(text: str, tokenizer: Tokenizer, block_bytes: int) -> list[int]:
-    """What the builder does with one document, without files."""
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "text"
-        path.write_bytes(text.encode())
-        with open(path, "rb") as file:
-            source = Source("x", path, 0, "", (), None)  # type: ignore[arg-type]
-            document = Document(source, 0, path.stat().st_size)
-            ids: list[int] = []
-            parts = blocks._cut_document(document, file, 0, block_bytes, tokenizer.last_cut)
-            for _, data, _, _ in parts:
-                if isinstance(data, str):
-                    ids += encode_in_small_windows(tokenizer, data)
-                else:
-                    assert len(data) <= block_bytes + 16
-                    ids += tokenizer.encode(data.decode()).tolist()
+    """What the builder does with one document, whose source gives chunks of 50 bytes."""
+    data = text.encode()
+    chunks = iter([data[i : i + 50] for i in range(0, len(data), 50)])
+    stream = blocks._ByteStream(TextFile(Path("x"), None), chunks, len(data))
+    ids: list[int] = []
+    at = 0
+    for begin, piece, n_bytes, is_last in blocks._cut_document(
+        stream, 0, block_bytes, tokenizer.last_cut
+    ):
+        assert begin == at
+        at += n_bytes
+        assert is_last == (at == len(data))
+        if isinstance(piece, str):
+            ids += encode_in_small_windows(tokenizer, piece)
+        else:
+            assert len(piece) <= block_bytes
+            ids += tokenizer.encode(piece.decode()).tolist()
     return ids
 
 

@@ -30,9 +30,11 @@ from preflight.core.errors import ExitCode, PreflightError
 from preflight.core.locks import FolderLock
 from preflight.core.signals import StopFlag
 from preflight.corpus import build as build_module
-from preflight.corpus import sources
 from preflight.corpus.build import prepare_data
 from preflight.corpus.shards import DataFolder, load_data_folder
+from preflight.corpus.sources import builtin, find_sources
+from preflight.corpus.sources import text as text_source
+from preflight.corpus.split import is_validation
 from preflight.corpus.workers import Encoders
 from preflight.settings import DataSettings
 from preflight.tokenization import Tokenizer, load_tokenizer
@@ -186,7 +188,7 @@ if __name__ == "__main__":
 def test_separator_splits_documents_across_reads(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(sources, "_READ_BYTES", 7)
+    monkeypatch.setattr(text_source, "_READ_BYTES", 7)
     texts = [f"document {i} <|endoftex" for i in range(40)]
     data = build(
         tmp_path, "<|endoftext|>".join([*texts, "", "end"]), document_separator="<|endoftext|>"
@@ -210,7 +212,7 @@ def test_many_documents_are_split_by_document(tmp_path: Path) -> None:
 @given(st.integers(1, 3000), st.floats(0.001, 0.5))
 @settings(max_examples=50)
 def test_validation_share_by_document(n_documents: int, share: float) -> None:
-    chosen = sum(build_module._is_validation(i, share) for i in range(n_documents))
+    chosen = sum(is_validation(i, share) for i in range(n_documents))
     assert abs(chosen - n_documents * share) <= 1.001
 
 
@@ -259,7 +261,7 @@ def test_byte_order_mark_is_dropped_and_the_rest_kept(
 def test_sample_is_prepared_and_reused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(sources, "SAMPLE_BYTES", 700_000)
+    monkeypatch.setattr(builtin, "SAMPLE_BYTES", 700_000)
     data_settings = DataSettings(data_dir=str(tmp_path / "data"))
     data = prepare_data(data_settings, GPT2, 128)
     assert "built-in sample" in capsys.readouterr().err
@@ -302,7 +304,7 @@ BAD_TEXTS: dict[str, tuple[bytes, str]] = {
 def test_bad_text_is_refused_with_its_reason(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, read_bytes: int
 ) -> None:
-    monkeypatch.setattr(sources, "_READ_BYTES", read_bytes)
+    monkeypatch.setattr(text_source, "_READ_BYTES", read_bytes)
     content, message = BAD_TEXTS[name]
     path = tmp_path / "bad text.txt"
     path.write_bytes(content)
@@ -399,8 +401,8 @@ def test_compiled_python_is_not_looked_at(tmp_path: Path) -> None:
     (tmp_path / "texts" / "__pycache__").mkdir(parents=True)
     (tmp_path / "texts" / "a.py").write_text(GOOD)
     (tmp_path / "texts" / "__pycache__" / "a.pyc").write_bytes(b"\0" * 99)
-    found = sources.find_inputs(DataSettings(text_file=(str(tmp_path / "texts"),)))
-    assert [item.path.name for item in found] == ["a.py"]
+    found = find_sources(DataSettings(text_file=(str(tmp_path / "texts"),)))
+    assert [item.name for item in found] == ["texts/a.py"]
 
 
 def test_file_that_changes_between_the_passes_publishes_nothing(
