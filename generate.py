@@ -23,7 +23,7 @@ from preflight.decoding.choosing import choose_tokens, is_greedy
 from preflight.decoding.single_row import choose_reader, one_torch_thread
 from preflight.models.kv_cache import KVCache
 from preflight.settings import SamplingConfig
-from preflight.tokenization.tokenizer import Tokenizer, load_tokenizer
+from preflight.tokenization import Tokenizer, load_tokenizer
 from preflight.training.resume import check_tokenizer
 from transformer_model import DecoderOnlyTransformer
 
@@ -207,7 +207,7 @@ class _Decoder:
         rows = []
         for index, prompt in enumerate(prompts):
             # An empty prompt starts as every document does: after an end of text.
-            ids = tokenizer.encode(prompt) or [tokenizer.end_of_text_id]
+            ids = tokenizer.encode(prompt).tolist() or [tokenizer.end_of_text_id]
             if len(ids) > self._context:
                 log_once(
                     f"a prompt is longer than the context: its last {self._context:,} "
@@ -298,5 +298,5 @@ class _Decoder:
 @functools.cache
 def _list_unwritable_ids(tokenizer: Tokenizer) -> list[int]:
     """Ids that stand for no text: gaps in the vocabulary, special tokens but the end of text."""
-    written = {*tokenizer.encoding._mergeable_ranks.values(), tokenizer.end_of_text_id}
-    return [i for i in range(tokenizer.vocab_size) if i not in written]
+    ids = range(tokenizer.vocab_size)
+    return [i for i in ids if tokenizer.token_bytes(i) is None and i != tokenizer.end_of_text_id]

@@ -37,7 +37,7 @@ from preflight.settings import (  # noqa: E402
     SystemSettings,
     TrainingSettings,
 )
-from preflight.tokenization.tokenizer import load_tokenizer  # noqa: E402
+from preflight.tokenization import load_tokenizer  # noqa: E402
 from preflight.training.plan import build_plan  # noqa: E402
 from preflight.training.schedules import learning_rate_at  # noqa: E402
 from train_utils import BatchLoader  # noqa: E402

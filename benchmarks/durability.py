@@ -41,7 +41,7 @@ from preflight.settings import (  # noqa: E402
     SystemSettings,
     TrainingSettings,
 )
-from preflight.tokenization.tokenizer import load_tokenizer  # noqa: E402
+from preflight.tokenization import load_tokenizer  # noqa: E402
 from preflight.training.plan import build_plan  # noqa: E402
 from trainer import build_trainer  # noqa: E402
 

@@ -39,7 +39,7 @@ from preflight.device.cards import match_device  # noqa: E402
 from preflight.device.runtime import build_runtime, describe_device  # noqa: E402
 from preflight.models.cost import count_parameters  # noqa: E402
 from preflight.settings import ModelConfig, ModelSettings, SamplingConfig, SystemSettings  # noqa: E402
-from preflight.tokenization.tokenizer import load_tokenizer  # noqa: E402
+from preflight.tokenization import load_tokenizer  # noqa: E402
 from transformer_model import DecoderOnlyTransformer  # noqa: E402
 
 PROMPT = "In the beginning the machine was quiet, and then"
@@ -131,7 +131,7 @@ def compare_on_cpu(shape: ModelConfig, n_tokens: int, repeats: int) -> list[Row]
     """Batch 1: the peer in both precisions, ours and the floor in the peer's better one."""
     device, model = torch.device("cpu"), build_model(shape)
     tokenizer = load_tokenizer("gpt2")
-    prompts = [tokenizer.encode(PROMPT)]
+    prompts = [tokenizer.encode(PROMPT).tolist()]
     peers = {
         dtype: build_peer(model, prompts, n_tokens, dtype, device)
         for dtype in (torch.float32, torch.bfloat16)
@@ -163,7 +163,7 @@ def compare_on_cpu(shape: ModelConfig, n_tokens: int, repeats: int) -> list[Row]
 def compare_on_cuda(shape: ModelConfig, n_tokens: int, repeats: int) -> Iterator[Row]:
     """Batch 1 and 32 in the card's precision."""
     runtime = build_runtime(SystemSettings(device="cuda"))
-    model, prompt = build_model(shape), load_tokenizer("gpt2").encode(PROMPT)
+    model, prompt = build_model(shape), load_tokenizer("gpt2").encode(PROMPT).tolist()
     card = match_device(
         torch.cuda.get_device_name(), torch.cuda.get_device_properties(0).total_memory
     )

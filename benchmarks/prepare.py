@@ -31,14 +31,14 @@ import psutil
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
-from preflight.tokenization.tokenizer import load_tokenizer  # noqa: E402
+from preflight.tokenization import load_tokenizer  # noqa: E402
 
 _PREPARE = """
 import json, sys, time
 sys.path.insert(0, sys.argv[1])
 from preflight.corpus import build
 from preflight.settings import DataSettings
-from preflight.tokenization.tokenizer import load_tokenizer
+from preflight.tokenization import load_tokenizer
 if __name__ == "__main__":
     tokenizer = load_tokenizer("gpt2")
     tokenizer.fingerprint

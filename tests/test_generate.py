@@ -28,7 +28,7 @@ from preflight.core.errors import PreflightError
 from preflight.modes import generate
 from preflight.modes.generate import read_prompts
 from preflight.settings import GenerationSettings, ModelConfig, RunConfig, SamplingConfig
-from preflight.tokenization.tokenizer import load_tokenizer
+from preflight.tokenization import load_tokenizer
 from transformer_model import DecoderOnlyTransformer
 
 torch.set_num_threads(1)

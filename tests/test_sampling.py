@@ -24,7 +24,8 @@ from preflight.decoding.choosing import choose_tokens, filter_probabilities, pen
 from preflight.decoding.single_row import SingleRowReader
 from preflight.models.kv_cache import KVCache
 from preflight.settings import ModelConfig, SamplingConfig
-from preflight.tokenization.tokenizer import END_OF_TEXT, Tokenizer
+from preflight.tokenization.tiktoken_bpe import END_OF_TEXT
+from preflight.tokenization.tiktoken_bpe import TiktokenTokenizer as Tokenizer
 from transformer_model import DecoderOnlyTransformer
 
 torch.set_num_threads(1)
@@ -63,7 +64,7 @@ def continue_greedily(
     model: DecoderOnlyTransformer, tokenizer: Tokenizer, prompt: str, n_tokens: int
 ) -> list[int]:
     """The plain way: no cache, no batch, the whole window read again for every token."""
-    tokens = (tokenizer.encode(prompt) or [tokenizer.end_of_text_id])[-CONTEXT:]
+    tokens = (tokenizer.encode(prompt).tolist() or [tokenizer.end_of_text_id])[-CONTEXT:]
     n_prompt = len(tokens)
     writable = torch.tensor([*range(256), tokenizer.end_of_text_id])
     for _ in range(n_tokens):
@@ -301,7 +302,7 @@ def test_a_repetition_penalty_keeps_greedy_text_from_repeating(
     config = dataclasses.replace(GREEDY, max_new_tokens=40, repetition_penalty=1e5)
     rows = generate_batch(copy.deepcopy(model).to(device), tokenizer, ["x", "xyz"], config)
     for prompt, row in zip(("x", "xyz"), rows, strict=True):
-        ids = tokenizer.encode(prompt) + list(row.text.encode("utf-8", "replace"))
+        ids = tokenizer.encode(prompt).tolist() + list(row.text.encode("utf-8", "replace"))
         if "\ufffd" not in row.text:
             assert len(set(ids)) == len(ids)
 

@@ -20,7 +20,7 @@ from preflight.core.errors import ExitCode, PreflightError
 from preflight.corpus.build import prepare_data
 from preflight.corpus.shards import DataFolder, load_data_folder
 from preflight.settings import DataSettings
-from preflight.tokenization.tokenizer import load_tokenizer
+from preflight.tokenization import load_tokenizer
 from train_utils import BatchLoader, count_windows, iterate_windows
 
 GPT2 = load_tokenizer("gpt2")

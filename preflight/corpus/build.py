@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-import math
 import os
 import time
 from dataclasses import dataclass
@@ -37,6 +36,7 @@ from preflight.core.strict_json import read_json
 from preflight.core.units import format_bytes
 from preflight.corpus.blocks import BLOCK_BYTES, read_blocks
 from preflight.corpus.shards import (
+    BUILDING_NAME,
     FORMAT,
     METADATA_NAME,
     SHARD_NAME,
@@ -51,21 +51,17 @@ from preflight.corpus.shards import (
     verify_shard,
 )
 from preflight.corpus.sources import (
-    SAMPLE_NAME,
-    Document,
-    Source,
-    check_unchanged,
+    ScannedSource,
     describe_sources,
-    find_inputs,
-    gather_sources,
-    open_source,
-    scan_inputs,
+    find_sources,
+    scan_sources,
 )
+from preflight.corpus.sources.builtin import SAMPLE_NAME
+from preflight.corpus.split import Part, split_documents
 from preflight.corpus.workers import Encoders
 from preflight.settings import DataSettings
-from preflight.tokenization.tokenizer import Tokenizer
+from preflight.tokenization import Tokenizer
 
-BUILDING_NAME = ".building"
 IN_PROCESS_BYTES = 2 * 2**20  # below this, starting workers costs more than it gains
 _JOURNAL_NAME = "journal.json"
 
@@ -91,49 +87,42 @@ def prepare_data(
             SIGINT or SIGTERM when `stop` says so.
     """
     data_dir = Path(settings.data_dir)
-    building = data_dir / BUILDING_NAME
-    inputs = find_inputs(settings)
+    sources = find_sources(settings)
     # A kill may leave a build that is done with; the text at hand tells whether it is.
-    unfinished = building if inputs else building / METADATA_NAME
+    building = data_dir / BUILDING_NAME
+    unfinished = building if settings.text_file else building / METADATA_NAME
     is_complete = (data_dir / METADATA_NAME).exists() and not unfinished.exists()
-    if not inputs and is_complete:
+    if not settings.text_file and is_complete:
         return _reuse(load_data_folder(data_dir, tokenizer), context_length)
-    sources: list[Source] | None = None
-    if inputs and not any(item.is_pipe for item in inputs):
-        sources = scan_inputs(inputs, settings.document_separator, stop)
+    scanned: list[ScannedSource] | None = None
+    if not any(source.is_copied for source in sources):
+        scanned = scan_sources(sources, stop)
         # Before the lock, so that several runs can share a data folder that needs no change.
         if is_complete:
-            found = _load_if_same(data_dir, sources, settings, tokenizer)
+            found = _load_if_same(data_dir, scanned, settings, tokenizer)
             if isinstance(found, DataFolder):
                 return _reuse(found, context_length)
     make_folder(data_dir)
     with FolderLock(data_dir):
         _finish_swap(data_dir)
         is_complete = (data_dir / METADATA_NAME).exists()
-        if not inputs and is_complete:
-            return _reuse(load_data_folder(data_dir, tokenizer), context_length)
-        if not inputs and _holds_leftovers(data_dir):
-            raise PreflightError(
-                ExitCode.DATA,
-                f"{data_dir} is unfinished: it has no {METADATA_NAME}",
-                "rerun with --text-file to finish it, or choose another --data-dir",
-            )
+        if not settings.text_file:
+            if is_complete:
+                return _reuse(load_data_folder(data_dir, tokenizer), context_length)
+            _refuse_leftovers(data_dir)
         _refuse_foreign(data_dir)
         make_folder(building)
-        if sources is None:
-            sources = gather_sources(inputs, building, settings.document_separator, stop)
+        scanned = scanned or scan_sources(sources, stop)
         if is_complete:
-            found = _load_if_same(data_dir, sources, settings, tokenizer)
+            found = _load_if_same(data_dir, scanned, settings, tokenizer)
             if isinstance(found, DataFolder):
                 remove_tree(building)
                 return _reuse(found, context_length)
             log.info(f"rebuilding {data_dir} because {found}")
-        plan = _build_plan(sources, settings, tokenizer)
-        if n_workers is None:
-            n_workers = _choose_workers(plan, settings)
-        _Builder(building, plan, settings, tokenizer, stop).build(
-            context_length, block_bytes, n_workers
-        )
+        plan = _build_plan(scanned, settings, tokenizer)
+        n_workers = _choose_workers(plan, settings) if n_workers is None else n_workers
+        builder = _Builder(building, plan, settings, tokenizer, stop)
+        builder.build(context_length, block_bytes, n_workers)
         _finish_swap(data_dir)
         return load_data_folder(data_dir, tokenizer)
 
@@ -149,7 +138,7 @@ def _reuse(data: DataFolder, context_length: int) -> DataFolder:
 
 
 def _load_if_same(
-    data_dir: Path, sources: list[Source], settings: DataSettings, tokenizer: Tokenizer
+    data_dir: Path, scanned: list[ScannedSource], settings: DataSettings, tokenizer: Tokenizer
 ) -> DataFolder | str:
     """The data folder when it is what these settings make of the text, else why it is not."""
     try:
@@ -159,7 +148,7 @@ def _load_if_same(
         data = load_data_folder(data_dir, tokenizer)
     except PreflightError as error:
         return error.lines[0]
-    described, known = describe_sources(sources), metadata["sources"]
+    described, known = describe_sources(scanned), metadata["sources"]
     if described != known:
         pairs = zip(described, known, strict=False)
         name = next((new["name"] for new, old in pairs if new != old), None)
@@ -192,12 +181,18 @@ def _finish_swap(data_dir: Path) -> None:
         remove_tree(building)
 
 
-def _holds_leftovers(data_dir: Path) -> bool:
+def _refuse_leftovers(data_dir: Path) -> None:
+    """Never replace an unfinished build of a text that is not at hand: PreflightError (DATA)."""
     building = data_dir / BUILDING_NAME
     is_own_sample = (building / SAMPLE_NAME).exists()
-    return ((building / _JOURNAL_NAME).exists() and not is_own_sample) or any(
+    if ((building / _JOURNAL_NAME).exists() and not is_own_sample) or any(
         (data_dir / split).exists() for split in SPLITS
-    )
+    ):
+        raise PreflightError(
+            ExitCode.DATA,
+            f"{data_dir} is unfinished: it has no {METADATA_NAME}",
+            "rerun with --text-file to finish it, or choose another --data-dir",
+        )
 
 
 def _refuse_foreign(data_dir: Path) -> None:
@@ -232,86 +227,29 @@ def _refuse_foreign(data_dir: Path) -> None:
 class _Plan:
     """What is going to be built. ``key`` stands for all that decides the ids and their shards."""
 
-    sources: list[Source]
-    documents: dict[str, list[Document]]  # by split
+    scanned: list[ScannedSource]
+    parts: dict[str, list[Part]]  # by split
     by: str  # "documents" or "tail"
     key: str
 
     def count_bytes(self, *splits: str) -> int:
-        return sum(document.n_bytes for split in splits for document in self.documents[split])
+        return sum(part.n_bytes for split in splits for part in self.parts[split])
 
 
-def _build_plan(sources: list[Source], settings: DataSettings, tokenizer: Tokenizer) -> _Plan:
-    """Share the documents out: every 1/val_split-th or so, where there are many, else the tail."""
-    documents = [
-        Document(source, *source.spans[i : i + 2])
-        for source in sources
-        for i in range(0, len(source.spans), 2)
-    ]
-    share = settings.val_split
-    total = sum(document.n_bytes for document in documents)
-    parts: dict[str, list[Document]] = {"train": [], "val": []}
-    # One huge document among many would make the validation part huge or all but empty.
-    if (
-        len(documents) * share >= 8
-        and max(document.n_bytes for document in documents) <= share * total
-    ):
-        by = "documents"
-        for index, document in enumerate(documents):
-            parts["val" if _is_validation(index, share) else "train"].append(document)
-    else:
-        by, parts = "tail", _split_tail(documents, total - math.ceil(total * share))
+def _build_plan(
+    scanned: list[ScannedSource], settings: DataSettings, tokenizer: Tokenizer
+) -> _Plan:
+    parts, by = split_documents(scanned, settings.val_split)
     facts = [
         VERSION,
-        [[s.name, s.size, s.sha256] for s in sources],
+        [[item.source.name, item.facts.size, item.facts.sha256] for item in scanned],
         tokenizer.fingerprint,
         settings.document_separator,
-        share,
+        settings.val_split,
         settings.shard_size,
     ]
     key = hashlib.sha256(json.dumps(facts).encode()).hexdigest()
-    return _Plan(sources, parts, by, key)
-
-
-def _is_validation(index: int, share: float) -> bool:
-    """One document of each group of 1/share, picked by a hash: an even share without a period."""
-    group = math.floor(index * share)
-    first, behind = math.ceil(group / share), math.ceil((group + 1) / share)
-    draw = int.from_bytes(hashlib.sha256(b"%d" % group).digest()[:8], "big")
-    return index == first + draw % max(1, behind - first)
-
-
-def _split_tail(documents: list[Document], target: int) -> dict[str, list[Document]]:
-    """Documents before and behind `target` bytes of text; the one it falls into becomes two."""
-    passed = 0
-    for number, document in enumerate(documents):
-        if passed + document.n_bytes > target:
-            cut = _find_tail_cut(document, document.begin + target - passed)
-            left = Document(document.source, document.begin, cut)
-            right = Document(document.source, cut, document.end)
-            return {
-                "train": documents[:number] + [left] * (left.n_bytes > 0),
-                "val": [right, *documents[number + 1 :]],
-            }
-        passed += document.n_bytes
-    return {"train": documents[:-1], "val": documents[-1:]}
-
-
-def _find_tail_cut(document: Document, target: int) -> int:
-    """An offset at or behind `target`: behind a line break or space where one is near."""
-    if target == document.begin:
-        return target
-    with open_source(document.source) as file:
-        file.seek(target)
-        near = file.read(min(64 * 1024, document.end - target))
-    for mark in (b"\n", b" "):
-        found = near.find(mark) + 1
-        if 0 < found < len(near):
-            return target + found
-    inside = 0
-    while inside < len(near) and near[inside] & 0xC0 == 0x80:
-        inside += 1
-    return target + inside
+    return _Plan(scanned, parts, by, key)
 
 
 # ---- building -----------------------------------------------------------------------------------
@@ -375,7 +313,7 @@ class _Builder:
         self._building, self._plan, self._settings = building, plan, settings
         self._tokenizer, self._stop = tokenizer, stop
         self._shards: dict[str, list[dict[str, Any]]] = {split: [] for split in SPLITS}
-        self._position: list[Any] = [SPLITS[0], 0, 0, 0]  # split, document, offset, ids to skip
+        self._position: list[Any] = [SPLITS[0], 0, 0, 0]  # split, part, offset, ids to skip
 
     def build(self, context_length: int, block_bytes: int, n_workers: int) -> None:
         """Write all shards and, last, the metadata."""
@@ -393,8 +331,8 @@ class _Builder:
         finally:
             progress.close()
             encoders.close()
-        for source in self._plan.sources:  # the ids are those of the text that was judged
-            check_unchanged(source)
+        for item in self._plan.scanned:  # the ids are those of the text that was judged
+            item.source.check_unchanged(item.facts)
         metadata = self._build_metadata()
         try:
             for name in ("train", "val"):
@@ -431,16 +369,16 @@ class _Builder:
                     remove_tree(path)
 
     def _count_done_bytes(self) -> int:
-        split, document, offset, _ = self._position
+        split, number, offset, _ = self._position
         finished = SPLITS[: (*SPLITS, "end").index(split)]
-        begun = self._plan.documents.get(split, [])[:document]
-        return self._plan.count_bytes(*finished) + sum(d.n_bytes for d in begun) + offset
+        begun = self._plan.parts.get(split, [])[:number]
+        return self._plan.count_bytes(*finished) + sum(part.n_bytes for part in begun) + offset
 
     def _check_space(self, total: int) -> None:
         """A disk that cannot hold the shards is told of before the work, not after."""
         done = sum(entry["n_bytes"] for split in SPLITS for entry in self._shards[split])
         # Text has rarely more than 5 bytes a token.
-        needed = total * self._tokenizer.dtype.itemsize // 5 - done
+        needed = total * self._tokenizer.id_dtype.itemsize // 5 - done
         free = free_bytes(self._building)
         if total > 20_000 * self._settings.shard_size:
             raise PreflightError(
@@ -460,12 +398,12 @@ class _Builder:
     def _build_split(
         self, split: str, encoders: Encoders, progress: _Progress, block_bytes: int
     ) -> None:
-        documents, shards = self._plan.documents[split], self._shards[split]
-        _, document, offset, skip = self._position
+        parts, shards = self._plan.parts[split], self._shards[split]
+        _, number, offset, skip = self._position
         follower = "train" if split == "val" else "end"
         consumed, writer = 0, None
-        bound = self._plan.count_bytes(split) + len(documents)
-        blocks = read_blocks(documents, document, offset, block_bytes)
+        bound = self._plan.count_bytes(split) + len(parts)
+        blocks = read_blocks(parts, number, offset, block_bytes, self._tokenizer.last_cut)
         try:
             for block, ids, is_last in encoders.encode(blocks):
                 passed = min(skip, len(ids))
@@ -474,13 +412,13 @@ class _Builder:
                     if writer is None:
                         path = self._building / split / f"shard_{len(shards):05d}.npy"
                         writer = ShardWriter(
-                            path, self._tokenizer.dtype, self._settings.shard_size, bound
+                            path, self._tokenizer.id_dtype, self._settings.shard_size, bound
                         )
                     taken = writer.write(ids)
                     ids, consumed = ids[taken:], consumed + taken
                     if writer.is_full:
                         entry, writer = writer.close(), None
-                        self._record(split, entry, [split, block.document, block.offset, consumed])
+                        self._record(split, entry, [split, block.part, block.offset, consumed])
                 if is_last:
                     consumed = 0
                     progress.add(block.n_bytes)
@@ -510,7 +448,7 @@ class _Builder:
         tokenizer, settings, plan = self._tokenizer, self._settings, self._plan
         parts = {
             split: {
-                "n_documents": len(plan.documents[split]),
+                "n_documents": len(plan.parts[split]),
                 "n_tokens": sum(entry["n_tokens"] for entry in self._shards[split]),
                 "n_bytes": plan.count_bytes(split),
                 "shards": self._shards[split],
@@ -526,11 +464,11 @@ class _Builder:
                 "vocab_size": tokenizer.vocab_size,
                 "end_of_text_id": tokenizer.end_of_text_id,
             },
-            "dtype": tokenizer.dtype.name,
+            "dtype": tokenizer.id_dtype.name,
             "shard_size": settings.shard_size,
             "document_separator": settings.document_separator,
             "split": {"val_split": settings.val_split, "by": plan.by},
-            "sources": describe_sources(plan.sources),
+            "sources": describe_sources(plan.scanned),
             "train": parts["train"],
             "val": parts["val"],
         }

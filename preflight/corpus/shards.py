@@ -22,12 +22,13 @@ import numpy as np
 from preflight.core.errors import ExitCode, PreflightError
 from preflight.core.storage import hash_file, publish_file, verify_all
 from preflight.core.strict_json import MAX_JSON_BYTES, parse_json
-from preflight.tokenization.tokenizer import Tokenizer
+from preflight.tokenization import Tokenizer
 
 FORMAT = "preflight-shards"
 VERSION = 1
 SPLITS = ("val", "train")  # in the order of building; each split's ids are one stream
 METADATA_NAME = "metadata.json"
+BUILDING_NAME = ".building"  # a folder within, for a build that is not complete yet
 SHARD_NAME = re.compile(r"shard_\d{5,}\.npy")
 _READ_BYTES = 2**20
 
@@ -127,7 +128,7 @@ def load_data_folder(data_dir: Path, tokenizer: Tokenizer) -> DataFolder:
         splits["train"],
         splits["val"],
         tokenizer.vocab_size,
-        tokenizer.dtype,
+        tokenizer.id_dtype,
     )
 
 
@@ -251,8 +252,8 @@ def verify_shard(folder: Path, tokenizer: Tokenizer, entry: dict[str, Any]) -> S
         PreflightError: code DATA when anything differs from its `entry` in the metadata.
     """
     path = folder / entry["name"]
-    header = _build_npy_header(tokenizer.dtype, entry["n_tokens"])
-    expected = len(header) + entry["n_tokens"] * tokenizer.dtype.itemsize
+    header = _build_npy_header(tokenizer.id_dtype, entry["n_tokens"])
+    expected = len(header) + entry["n_tokens"] * tokenizer.id_dtype.itemsize
     try:
         descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0))
         with open(descriptor, "rb", buffering=0) as file:
@@ -263,8 +264,8 @@ def verify_shard(folder: Path, tokenizer: Tokenizer, entry: dict[str, Any]) -> S
             digest, largest = hashlib.sha256(head), -1
             while block := file.read(_READ_BYTES):
                 digest.update(block)
-                whole = len(block) // tokenizer.dtype.itemsize * tokenizer.dtype.itemsize
-                largest = max(largest, int(np.frombuffer(block[:whole], tokenizer.dtype).max()))
+                whole = len(block) // tokenizer.id_dtype.itemsize * tokenizer.id_dtype.itemsize
+                largest = max(largest, int(np.frombuffer(block[:whole], tokenizer.id_dtype).max()))
     except OSError as error:
         raise _damaged(path, error.strerror or str(error)) from None
     if digest.hexdigest() != entry["sha256"]:

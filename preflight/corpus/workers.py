@@ -7,32 +7,32 @@ import contextlib
 import ctypes
 import multiprocessing
 import signal
+import sys
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures.process import BrokenProcessPool
 
 import numpy as np
 
+from preflight.core.errors import PreflightError
 from preflight.core.log import log
 from preflight.core.processes import end_with_parent
-from preflight.corpus.blocks import Block, encode_block, encode_run
-from preflight.tokenization.tokenizer import Tokenizer, load_tokenizer
+from preflight.corpus.blocks import Block
+from preflight.tokenization import Tokenizer, load_tokenizer
 
 _worker_tokenizer: Tokenizer | None = None
-
-
 _blocks_done = 0
 
 
-def _start_worker(tokenizer_name: str) -> None:
+def _start_worker(kind: type[Tokenizer], name: str) -> None:
     """Set a worker process up: deaf to Ctrl-C, which the parent handles; gone with its parent."""
     global _worker_tokenizer
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     end_with_parent()
-    _worker_tokenizer = load_tokenizer(tokenizer_name)
+    _worker_tokenizer = kind.load(name)
 
 
-def _encode_in_worker(parts: list[tuple[bytes, bool]]) -> bytes:
+def _encode_in_worker(texts: list[tuple[bytes, bool]]) -> bytes:
     global _blocks_done
     assert _worker_tokenizer is not None
     _blocks_done += 1
@@ -40,24 +40,31 @@ def _encode_in_worker(parts: list[tuple[bytes, bool]]) -> bytes:
         # glibc's heap frays: it grew by 160 KB with each MB of text until it was trimmed.
         with contextlib.suppress(OSError, AttributeError, TypeError):
             ctypes.CDLL(None).malloc_trim(0)
-    return _encode_parts(parts, _worker_tokenizer).tobytes()
+    return _encode_texts(texts, _worker_tokenizer).tobytes()
 
 
-def _encode_parts(parts: list[tuple[bytes, bool]], tokenizer: Tokenizer) -> np.ndarray:
-    """Ids of parts of documents, the end-of-text id after each that ends one."""
-    encoding, dtype = tokenizer.encoding, tokenizer.dtype
+def _encode_texts(texts: list[tuple[bytes, bool]], tokenizer: Tokenizer) -> np.ndarray:
+    """Ids of the texts of a block, the end-of-text id after each that ends its part."""
+    dtype = tokenizer.id_dtype
     pieces = []
-    for data, ends_document in parts:
-        text = str(data, "utf-8")
-        try:
-            pieces.append(encode_block(encoding, text).astype(dtype))
-        except (Exception, KeyboardInterrupt, SystemExit):
-            raise
-        except BaseException:  # a panic in tiktoken's Rust is no Exception
-            pieces += [ids.astype(dtype) for ids in encode_run(encoding, text)]
-        if ends_document:
+    for data, ends in texts:
+        pieces.append(tokenizer.encode(str(data, "utf-8")).astype(dtype))
+        if ends:
             pieces.append(np.array([tokenizer.end_of_text_id], dtype))
     return np.concatenate(pieces)
+
+
+def _is_loaded_alike_elsewhere(tokenizer: Tokenizer) -> bool:
+    """Whether another process can import the tokenizer's class and load the same one by name."""
+    kind = type(tokenizer)
+    module = sys.modules.get(kind.__module__)
+    if kind.__module__ == "__main__" or getattr(module, kind.__qualname__, None) is not kind:
+        return False
+    try:
+        found = load_tokenizer(tokenizer.name)
+    except PreflightError:
+        return False
+    return type(found) is kind and found.fingerprint == tokenizer.fingerprint
 
 
 class Encoders:
@@ -67,11 +74,14 @@ class Encoders:
         self._tokenizer = tokenizer
         self._n_workers = n_workers
         self._pool: concurrent.futures.ProcessPoolExecutor | None = None
-        if n_workers:
+        if n_workers and _is_loaded_alike_elsewhere(tokenizer):
             # By name: half a megabyte of vocabulary would not go into the pipe at once, and Python
             # waits forever for a worker that dies before it has read all.
             self._pool = concurrent.futures.ProcessPoolExecutor(
-                n_workers, multiprocessing.get_context("spawn"), _start_worker, (tokenizer.name,)
+                n_workers,
+                multiprocessing.get_context("spawn"),
+                _start_worker,
+                (type(tokenizer), tokenizer.name),
             )
 
     def close(self) -> None:
@@ -98,7 +108,7 @@ class Encoders:
     def _submit(self, block: Block) -> concurrent.futures.Future[bytes] | None:
         if self._pool is not None:
             try:
-                return self._pool.submit(_encode_in_worker, block.parts)
+                return self._pool.submit(_encode_in_worker, block.texts)
             except BrokenProcessPool:
                 self._go_on_alone()
         return None
@@ -108,10 +118,10 @@ class Encoders:
     ) -> tuple[Block, np.ndarray, bool]:
         if future is not None:
             try:
-                return block, np.frombuffer(future.result(), self._tokenizer.dtype), True
+                return block, np.frombuffer(future.result(), self._tokenizer.id_dtype), True
             except BrokenProcessPool:
                 self._go_on_alone()
-        return block, _encode_parts(block.parts, self._tokenizer), True
+        return block, _encode_texts(block.texts, self._tokenizer), True
 
     def _go_on_alone(self) -> None:
         if self._pool is not None:
@@ -120,7 +130,7 @@ class Encoders:
 
     def _encode_run(self, block: Block) -> Iterator[tuple[Block, np.ndarray, bool]]:
         tokenizer = self._tokenizer
-        text, ends = block.parts.pop()
-        for ids in encode_run(tokenizer.encoding, text):
-            yield block, ids.astype(tokenizer.dtype), False
-        yield block, np.array([tokenizer.end_of_text_id] if ends else [], tokenizer.dtype), True
+        text, ends = block.texts.pop()
+        for ids in tokenizer.encode_parts(text):
+            yield block, ids.astype(tokenizer.id_dtype), False
+        yield block, np.array([tokenizer.end_of_text_id] if ends else [], tokenizer.id_dtype), True

@@ -14,7 +14,7 @@ import numpy as np
 from preflight.corpus.shards import DataFolder, Split
 from preflight.models.cost import count_parameters
 from preflight.settings import MODEL_PRESETS, ModelConfig, ModelSettings, RunConfig
-from preflight.tokenization.tokenizer import Tokenizer
+from preflight.tokenization import Tokenizer
 from preflight.training.plan import TrainingPlan
 
 # Hoffmann et al. 2022 (arXiv:2203.15556, table 3): about 20 tokens per parameter are the best use
@@ -81,8 +81,8 @@ class _Scanner:
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._end_of_text_id = tokenizer.end_of_text_id
         self._replacements = np.zeros(tokenizer.vocab_size, dtype=np.uint8)
-        for token, rank in tokenizer.encoding._mergeable_ranks.items():
-            self._replacements[rank] = token.count(REPLACEMENT)
+        for token in range(tokenizer.vocab_size):
+            self._replacements[token] = (tokenizer.token_bytes(token) or b"").count(REPLACEMENT)
         self._seen: set[bytes] = set()
         self.lengths: list[int] = []
         self.duplicates = self.replacements = self.scanned = 0

@@ -33,7 +33,7 @@ from preflight.settings import (
     SamplingConfig,
     TrainingSettings,
 )
-from preflight.tokenization.tokenizer import Tokenizer
+from preflight.tokenization import Tokenizer
 from preflight.training.curve import CURVE_EVERY_SECONDS
 from preflight.training.plan import TrainingPlan
 from train_utils import BatchLoader, count_windows, iterate_windows

@@ -39,7 +39,7 @@ from preflight.device.host_memory import release_freed_memory
 from preflight.device.runtime import Runtime, build_runtime, is_out_of_memory
 from preflight.foresight.timing import Batch, choose_lag, iterate_step_seconds
 from preflight.settings import ControlSettings, ModelConfig, RunConfig, SamplingConfig
-from preflight.tokenization.tokenizer import Tokenizer, load_tokenizer
+from preflight.tokenization import Tokenizer, load_tokenizer
 from preflight.training.curve import CURVE_NAME, save_loss_curve
 from preflight.training.plan import TrainingPlan, build_plan
 from train_utils import BatchLoader, count_windows, iterate_windows

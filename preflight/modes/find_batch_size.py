@@ -39,7 +39,7 @@ from preflight.foresight.memory import (
 )
 from preflight.foresight.trials import TrialResult, TrialSpec, run_trial
 from preflight.settings import MODEL_PRESETS, RunConfig, build_options
-from preflight.tokenization.tokenizer import Tokenizer, load_tokenizer
+from preflight.tokenization import Tokenizer, load_tokenizer
 from preflight.training.resume import resolve_model
 from train_utils import count_windows
 

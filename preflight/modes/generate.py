@@ -24,7 +24,7 @@ from preflight.core.streams import is_missing
 from preflight.device.runtime import is_out_of_memory
 from preflight.modes.setup import RunSetup
 from preflight.settings import RunConfig, SamplingConfig, build_config
-from preflight.tokenization.tokenizer import Tokenizer
+from preflight.tokenization import Tokenizer
 from transformer_model import DecoderOnlyTransformer
 
 try:

@@ -24,7 +24,7 @@ from preflight.corpus.build import prepare_data
 from preflight.corpus.shards import DataFolder
 from preflight.device.runtime import MIN_STEPS_TO_COMPILE, Runtime, build_runtime
 from preflight.settings import ModelConfig, RunConfig
-from preflight.tokenization.tokenizer import Tokenizer, load_tokenizer
+from preflight.tokenization import Tokenizer, load_tokenizer
 from preflight.training.plan import TrainingPlan, build_plan
 from preflight.training.resume import (
     adopt_settings,

@@ -17,7 +17,7 @@ from preflight.core.log import log
 from preflight.core.signals import StopFlag
 from preflight.core.storage import check_writable, make_folder
 from preflight.core.units import format_bytes, format_seconds
-from preflight.corpus.sources import find_inputs
+from preflight.corpus.sources import find_sources
 from preflight.device.runtime import is_out_of_memory
 from preflight.foresight.fits import check_memory, explain_out_of_memory
 from preflight.models.cost import count_parameters
@@ -39,7 +39,7 @@ def run(config: RunConfig) -> int:
     Raises:
         PreflightError: with the code of whatever stands in the way.
     """
-    find_inputs(config.data)  # a misspelt file is told before any folder is made
+    find_sources(config.data)  # a misspelt file is told before any folder is made
     output_dir = Path(config.control.output_dir)
     make_folder(output_dir)
     with StopFlag() as stop, FolderLock(output_dir):

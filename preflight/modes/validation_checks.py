@@ -35,7 +35,7 @@ from preflight.foresight.fits import check_disk, find_bf16_fault
 from preflight.models.cost import count_parameters
 from preflight.modes.setup import RunSetup
 from preflight.settings import ControlSettings, RunConfig, SamplingConfig
-from preflight.tokenization.tokenizer import Tokenizer
+from preflight.tokenization import Tokenizer
 from preflight.training.plan import build_plan
 from train_utils import BatchLoader
 from trainer import Trainer, build_trainer
@@ -243,7 +243,7 @@ def check_tokenizer(subject: Subject) -> str:
     """Encoding and decoding the user's own text gives the same text."""
     tokenizer = subject.tokenizer
     text, where = _read_own_text(subject)
-    ids = tokenizer.encode(text)
+    ids = tokenizer.encode(text).tolist()
     again = tokenizer.decode_bytes(ids).decode("utf-8", errors="replace")
     if again != text or max(ids, default=0) >= tokenizer.vocab_size:
         at = next(

@@ -34,17 +34,28 @@ SCHEDULES: Registry[Any] = Registry(
         "none": "preflight.training.schedules:constant",
     },
 )
-# (name) -> Tokenizer.
+# A kind of tokenizer: a class with `load(name)` and `load_saved(folder, facts)`.
+_TIKTOKEN = "preflight.tokenization.tiktoken_bpe:TiktokenTokenizer"
 TOKENIZERS: Registry[Any] = Registry(
     "--tokenizer",
     {
-        "gpt2": "preflight.tokenization.tiktoken_bpe:load_gpt2",
-        "r50k_base": "preflight.tokenization.tiktoken_bpe:load_encoding",
-        "p50k_base": "preflight.tokenization.tiktoken_bpe:load_encoding",
-        "p50k_edit": "preflight.tokenization.tiktoken_bpe:load_encoding",
-        "cl100k_base": "preflight.tokenization.tiktoken_bpe:load_encoding",
-        "o200k_base": "preflight.tokenization.tiktoken_bpe:load_encoding",
-        "o200k_harmony": "preflight.tokenization.tiktoken_bpe:load_encoding",
+        "gpt2": _TIKTOKEN,
+        "r50k_base": _TIKTOKEN,
+        "p50k_base": _TIKTOKEN,
+        "p50k_edit": _TIKTOKEN,
+        "cl100k_base": _TIKTOKEN,
+        "o200k_base": _TIKTOKEN,
+        "o200k_harmony": _TIKTOKEN,
+    },
+)
+# (a value of the flag, or None; settings) -> list[Source], or None if it is not for this kind.
+# The last row is asked first; text files take what no other kind takes.
+SOURCES: Registry[Any] = Registry(
+    "--text-file",
+    {
+        "text": "preflight.corpus.sources.text:find",
+        "pipe": "preflight.corpus.sources.pipe:find",
+        "builtin": "preflight.corpus.sources.builtin:find",
     },
 )
 # (output_dir) -> Tracker. A run logs to all of them.

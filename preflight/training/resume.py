@@ -12,7 +12,7 @@ from preflight.checkpoints.manifest import CONFIG_NAME
 from preflight.core.errors import ExitCode, PreflightError
 from preflight.core.log import log
 from preflight.settings import ModelConfig, RunConfig, TrainingSettings, build_config
-from preflight.tokenization.tokenizer import Tokenizer
+from preflight.tokenization import Tokenizer
 
 LENGTH_FLAGS = {"max_steps", "num_epochs"}  # giving one of them replaces both
 

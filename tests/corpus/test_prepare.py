@@ -23,19 +23,21 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_blocks import TEXTS, build_tokenizer
+from tokenization.hostile_texts import TEXTS, build_tokenizer
 
 from conftest import TINY_FLAGS, CommandRunner
 from preflight.core.errors import ExitCode, PreflightError
 from preflight.core.locks import FolderLock
 from preflight.core.signals import StopFlag
 from preflight.corpus import build as build_module
-from preflight.corpus import sources
 from preflight.corpus.build import prepare_data
 from preflight.corpus.shards import DataFolder, load_data_folder
+from preflight.corpus.sources import builtin, find_sources
+from preflight.corpus.sources import text as text_source
+from preflight.corpus.split import is_validation
 from preflight.corpus.workers import Encoders
 from preflight.settings import DataSettings
-from preflight.tokenization.tokenizer import Tokenizer, load_tokenizer
+from preflight.tokenization import Tokenizer, load_tokenizer
 
 ROOT = Path(__file__).parents[2]
 GPT2 = load_tokenizer("gpt2")
@@ -100,7 +102,7 @@ def test_files_become_documents_in_shards(texts: list[str], block_bytes: int) ->
         found = [GPT2.decode_bytes(ids) for ids in documents["train"] + documents["val"]]
         assert b"".join(found) == "".join(texts).encode()
         assert all(
-            ids == GPT2.encode(text.decode())
+            ids == GPT2.encode(text.decode()).tolist()
             for ids, text in zip(documents["train"] + documents["val"], found, strict=True)
         )
         assert data.train.n_bytes + data.val.n_bytes == len("".join(texts).encode())
@@ -156,7 +158,7 @@ import multiprocessing.resource_tracker
 from preflight.core.log import configure_logging
 from preflight.corpus.build import prepare_data
 from preflight.settings import DataSettings
-from preflight.tokenization.tokenizer import load_tokenizer
+from preflight.tokenization import load_tokenizer
 if __name__ == "__main__":
     configure_logging("info")
     multiprocessing.resource_tracker.ensure_running()
@@ -186,7 +188,7 @@ if __name__ == "__main__":
 def test_separator_splits_documents_across_reads(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(sources, "_READ_BYTES", 7)
+    monkeypatch.setattr(text_source, "_READ_BYTES", 7)
     texts = [f"document {i} <|endoftex" for i in range(40)]
     data = build(
         tmp_path, "<|endoftext|>".join([*texts, "", "end"]), document_separator="<|endoftext|>"
@@ -210,7 +212,7 @@ def test_many_documents_are_split_by_document(tmp_path: Path) -> None:
 @given(st.integers(1, 3000), st.floats(0.001, 0.5))
 @settings(max_examples=50)
 def test_validation_share_by_document(n_documents: int, share: float) -> None:
-    chosen = sum(build_module._is_validation(i, share) for i in range(n_documents))
+    chosen = sum(is_validation(i, share) for i in range(n_documents))
     assert abs(chosen - n_documents * share) <= 1.001
 
 
@@ -259,7 +261,7 @@ def test_byte_order_mark_is_dropped_and_the_rest_kept(
 def test_sample_is_prepared_and_reused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(sources, "SAMPLE_BYTES", 700_000)
+    monkeypatch.setattr(builtin, "SAMPLE_BYTES", 700_000)
     data_settings = DataSettings(data_dir=str(tmp_path / "data"))
     data = prepare_data(data_settings, GPT2, 128)
     assert "built-in sample" in capsys.readouterr().err
@@ -302,7 +304,7 @@ BAD_TEXTS: dict[str, tuple[bytes, str]] = {
 def test_bad_text_is_refused_with_its_reason(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, read_bytes: int
 ) -> None:
-    monkeypatch.setattr(sources, "_READ_BYTES", read_bytes)
+    monkeypatch.setattr(text_source, "_READ_BYTES", read_bytes)
     content, message = BAD_TEXTS[name]
     path = tmp_path / "bad text.txt"
     path.write_bytes(content)
@@ -399,8 +401,8 @@ def test_compiled_python_is_not_looked_at(tmp_path: Path) -> None:
     (tmp_path / "texts" / "__pycache__").mkdir(parents=True)
     (tmp_path / "texts" / "a.py").write_text(GOOD)
     (tmp_path / "texts" / "__pycache__" / "a.pyc").write_bytes(b"\0" * 99)
-    found = sources.find_inputs(DataSettings(text_file=(str(tmp_path / "texts"),)))
-    assert [item.path.name for item in found] == ["a.py"]
+    found = find_sources(DataSettings(text_file=(str(tmp_path / "texts"),)))
+    assert [item.name for item in found] == ["texts/a.py"]
 
 
 def test_file_that_changes_between_the_passes_publishes_nothing(
@@ -558,7 +560,7 @@ sys.path.insert(0, {root!r})
 from preflight.core import storage
 from preflight.corpus import build
 from preflight.settings import DataSettings
-from preflight.tokenization.tokenizer import load_tokenizer
+from preflight.tokenization import load_tokenizer
 
 left = int(sys.argv[1])
 
@@ -698,7 +700,7 @@ def test_workers_end_with_a_killed_parent(tmp_path: Path) -> None:
     code = (
         f"import sys; sys.path.insert(0, {str(ROOT)!r})\n"
         "from preflight.corpus import build\nfrom preflight.settings import DataSettings\n"
-        "from preflight.tokenization.tokenizer import load_tokenizer\n"
+        "from preflight.tokenization import load_tokenizer\n"
         "if __name__ == '__main__':\n"
         f"    build.prepare_data(DataSettings(text_file=({str(source)!r},), shard_size=2000,\n"
         f"        data_dir={str(tmp_path / 'd')!r}), load_tokenizer('gpt2'), 4,\n"

@@ -37,18 +37,19 @@ from preflight.core.signals import StopFlag
 from preflight.corpus import build
 from preflight.modes import setup
 from preflight.settings import RunConfig
-from preflight.tokenization.tokenizer import Tokenizer
+from preflight.tokenization.tiktoken_bpe import TiktokenTokenizer
+from preflight.tokenization.tiktoken_cutting import GPT2_PATTERN
 from preflight.training import saving
 from trainer import Trainer
 
 
 @functools.cache
-def build_byte_tokenizer() -> Tokenizer:
+def build_byte_tokenizer() -> TiktokenTokenizer:
     """One id per byte."""
-    return Tokenizer(
+    return TiktokenTokenizer(
         tiktoken.Encoding(
             "gpt2",
-            pat_str=r"[^\s]+|\s+",
+            pat_str=GPT2_PATTERN,
             mergeable_ranks={bytes([i]): i for i in range(256)},
             special_tokens={"<|endoftext|>": 256},
         )

@@ -8,19 +8,19 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-import test_blocks
 import test_prepare
+from tokenization import hostile_texts
 
 from preflight.core.errors import ExitCode, PreflightError
 from preflight.corpus.build import prepare_data
 from preflight.settings import DataSettings
-from preflight.tokenization.tokenizer import load_tokenizer
+from preflight.tokenization import load_tokenizer
 
 from .harness import ForkServer, find_message_faults
 
 GPT2 = load_tokenizer("gpt2")
 UNITS = [
-    *test_blocks.UNITS,
+    *hostile_texts.UNITS,
     "we'll",
     "\u0e2a\u0e27\u0e31\u0e2a\u0e14\u0e35",
     "e\u0301",

@@ -7,11 +7,12 @@ from typing import Any
 
 import pytest
 
-from preflight.corpus.build import DataFolder, prepare_data
+from preflight.corpus.build import prepare_data
+from preflight.corpus.shards import DataFolder
 from preflight.foresight import learnability
 from preflight.foresight.learnability import find_content_warnings, find_plan_warnings, scan_content
 from preflight.settings import RunConfig, build_config
-from preflight.tokenization.tokenizer import load_tokenizer
+from preflight.tokenization import load_tokenizer
 from preflight.training.plan import build_plan
 
 

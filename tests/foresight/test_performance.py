@@ -23,7 +23,7 @@ from preflight.foresight.run_time import (
     measure_matmul_flops,
 )
 from preflight.settings import ModelConfig, TrainingSettings
-from preflight.tokenization.tokenizer import load_tokenizer
+from preflight.tokenization import load_tokenizer
 from preflight.training.plan import build_plan
 
 MODEL = ModelConfig(1000, 64, 64, 4, 3, 256)

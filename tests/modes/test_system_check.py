@@ -20,7 +20,7 @@ from preflight.foresight import fits
 from preflight.modes import check, train
 from preflight.modes.check import build_report
 from preflight.modes.report import SECTIONS, Report, compare, format_label, format_value
-from preflight.tokenization.tokenizer import load_tokenizer
+from preflight.tokenization import load_tokenizer
 
 
 def list_tree(folder: Path) -> dict[str, int]:

@@ -25,7 +25,8 @@ from preflight.modes.setup import RunSetup
 from preflight.modes.validate import CHECKS, Result, run_check
 from preflight.modes.validation_checks import Subject
 from preflight.settings import RunConfig
-from preflight.tokenization.tokenizer import Tokenizer, load_tokenizer
+from preflight.tokenization import load_tokenizer
+from preflight.tokenization.tiktoken_bpe import TiktokenTokenizer as Tokenizer
 from preflight.training.state import Evaluation
 from train_utils import BatchLoader
 from trainer import Trainer

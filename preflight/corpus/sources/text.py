@@ -1,0 +1,325 @@
+"""Text files: those of a folder or a name, whether they are text, and the documents in them.
+
+A file is read once in full (size, SHA-256, UTF-8, documents) before anything is built from it, and
+later once more; both readings are checked to be of the same file.
+"""
+
+from __future__ import annotations
+
+import codecs
+import contextlib
+import hashlib
+import os
+import shlex
+import stat
+from array import array
+from collections.abc import Iterator
+from pathlib import Path
+from typing import IO
+
+from preflight.core.errors import ExitCode, PreflightError
+from preflight.core.log import log
+from preflight.core.signals import StopFlag
+from preflight.core.storage import hash_file
+from preflight.corpus.sources.protocol import Document, Source, SourceFacts, text_error
+from preflight.settings import DataSettings
+
+END_OF_TEXT = b"<|endoftext|>"
+_READ_BYTES = 2**18  # what is read stays in the cache until it is judged
+_MAGIC = (
+    (b"\x7fELF", "an ELF program"),
+    (b"\x1f\x8b", "gzip data"),
+    (b"%PDF-", "a PDF"),
+    (b"PK\x03\x04", "a zip archive (or docx, xlsx, epub)"),
+    (b"\x89PNG", "a PNG image"),
+    (b"\xff\xd8\xff", "a JPEG image"),
+    (b"BZh91AY", "bzip2 data"),
+    (b"\xfd7zXZ\0", "xz data"),
+    (b"\x28\xb5\x2f\xfd", "zstd data"),
+    (b"SQLite format 3\0", "an SQLite database"),
+    (b"7z\xbc\xaf", "a 7z archive"),
+    (b"\x93NUMPY", "a numpy array"),
+)
+_MARKS = (
+    (b"\xff\xfe\0\0", "UTF-32"),
+    (b"\0\0\xfe\xff", "UTF-32"),
+    (b"\xff\xfe", "UTF-16"),
+    (b"\xfe\xff", "UTF-16"),
+)
+# Without a mark: which bytes of each four are mostly NUL, in Latin text and in any UTF-32.
+_NUL_SHAPES = {
+    "0101": "UTF-16LE",
+    "1010": "UTF-16BE",
+    "0111": "UTF-32LE",
+    "1110": "UTF-32BE",
+    "0011": "UTF-32LE",
+    "1100": "UTF-32BE",
+}
+
+
+# ---- finding ------------------------------------------------------------------------------------
+
+
+def find(given: str | None, settings: DataSettings) -> list[TextFile]:
+    """The file called `given`, or the files of that folder, in a fixed order.
+
+    Raises:
+        PreflightError: code TEXT for what is missing or no file, FLAGS for a terminal; before
+            anything is read.
+    """
+    path, separator = Path(given or ""), settings.document_separator
+    try:
+        mode = os.stat(path).st_mode
+    except OSError as error:
+        raise text_error(path, error.strerror or str(error), "check --text-file") from None
+    if stat.S_ISDIR(mode):
+        inside = _walk(path, Path(settings.data_dir))
+        if not inside:
+            raise text_error(path, "the folder holds no files")
+        root = Path(path.resolve().name)
+        return [
+            TextFile(file, separator, (root / file.relative_to(path)).as_posix(), is_skippable=True)
+            for file in inside
+        ]
+    if stat.S_ISCHR(mode) and _is_terminal(path):
+        raise PreflightError(
+            ExitCode.FLAGS,
+            f"--text-file {path}: a terminal, not a text file",
+            "give a file, a folder or a pipe",
+        )
+    if not stat.S_ISREG(mode):
+        raise text_error(path, "a device or socket, not a text file")
+    return [TextFile(path, separator)]
+
+
+def _walk(folder: Path, data_dir: Path) -> list[Path]:
+    """Every file below `folder`, in a fixed order; neither hidden ones nor our data nor caches."""
+    files: list[Path] = []
+    own = os.path.realpath(data_dir)
+    for place, folders, names in os.walk(folder):
+        folders[:] = [
+            name
+            for name in folders
+            if not name.startswith((".", "__pycache__"))
+            and os.path.realpath(os.path.join(place, name)) != own
+        ]
+        files += [Path(place, name) for name in names if not name.startswith(".")]
+    return sorted(files)
+
+
+def _is_terminal(path: Path) -> bool:
+    flags = getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_NOCTTY", 0)
+    with (
+        contextlib.suppress(OSError),
+        open(path, "rb", 0, opener=lambda name, mode: os.open(name, mode | flags)) as file,
+    ):
+        return file.isatty()
+    return False
+
+
+# ---- reading ------------------------------------------------------------------------------------
+
+
+class TextFile(Source):
+    """One file of UTF-8; a separator splits it into documents."""
+
+    def __init__(
+        self,
+        path: Path,
+        separator: str | None,
+        name: str | None = None,
+        *,
+        is_skippable: bool = False,
+    ) -> None:
+        self.path, self._separator = path, separator
+        self.name, self.label = name or path.name, str(path)
+        self.is_skippable = is_skippable
+        self._signature: tuple[int, ...] = ()
+        self._spans = array("q")  # begin, end, begin, end ... of the documents
+
+    def scan(self, stop: StopFlag | None) -> SourceFacts:
+        """Read the file to its end, whatever its size claims to be, and judge it as text.
+
+        Raises:
+            PreflightError: code TEXT when it is unreadable, binary, UTF-16 or -32, not UTF-8, or
+                empty; SIGINT or SIGTERM when `stop` says so.
+        """
+        judge = _Judge(self.path, self._separator)
+        try:
+            if not self.path.is_file():  # asked before opening: a pipe within a folder would block
+                raise text_error(self.path, "not a regular file")
+            with open(self.path, "rb", buffering=0) as file:
+                self._signature = _read_signature(file)
+                while block := file.read(_READ_BYTES):
+                    judge.feed(block)
+                    if stop is not None:
+                        stop.leave_if_stopping(
+                            "stopped while reading the text; nothing was changed"
+                        )
+        except OSError as error:
+            raise text_error(self.path, error.strerror or str(error)) from None
+        self._spans = judge.finish()
+        sizes = array("q", (self._spans[i + 1] - self._spans[i] for i in self._list_begins()))
+        return SourceFacts(judge.size, judge.digest.hexdigest(), sizes)
+
+    def _list_begins(self) -> range:
+        return range(0, len(self._spans), 2)
+
+    def documents(self, start: int = 0, offset: int = 0) -> Iterator[Document]:
+        """The documents from `start` on, the first from its byte `offset` on."""
+        with self._open() as file:
+            for i in self._list_begins()[start:]:
+                yield self._read(file, self._spans[i] + offset, self._spans[i + 1])
+                offset = 0
+
+    def _read(self, file: IO[bytes], begin: int, end: int) -> Document:
+        file.seek(begin)
+        while begin < end:
+            chunk = file.read(min(_READ_BYTES, end - begin))
+            if not chunk:
+                raise self.changed_error()
+            yield chunk
+            begin += len(chunk)
+
+    def _open(self) -> IO[bytes]:
+        try:
+            file = open(self.path, "rb")  # noqa: SIM115
+        except OSError as error:
+            raise text_error(self.path, error.strerror or str(error)) from None
+        if _read_signature(file) != self._signature:
+            file.close()
+            raise self.changed_error()
+        return file
+
+    def check_unchanged(self, facts: SourceFacts) -> None:
+        """PreflightError (TEXT) unless the file's bytes are those of the scan."""
+        with self._open() as file:
+            same = hash_file(self.path) == facts.sha256
+            if not same or _read_signature(file) != self._signature:
+                raise self.changed_error()
+
+
+def _read_signature(file: IO[bytes]) -> tuple[int, ...]:
+    status = os.fstat(file.fileno())
+    return (status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns)
+
+
+# ---- judging ------------------------------------------------------------------------------------
+
+
+class _Judge:
+    """Whether the bytes of a file that go by are text, and where its documents are."""
+
+    def __init__(self, path: Path, separator: str | None) -> None:
+        self.size, self.digest = 0, hashlib.sha256()
+        self._path = path
+        self._decoder = codecs.getincrementaldecoder("utf-8")()
+        self._finder = _SeparatorFinder(separator.encode() if separator else None)
+        self._is_blank = True
+        self._n_nuls = self._n_special = 0
+        self._tail = b""
+
+    def feed(self, block: bytes) -> None:
+        """Look at the next block of the file; PreflightError (TEXT) when it is no text."""
+        if not self.size:
+            _refuse_binary(self._path, block)
+            if block.startswith(codecs.BOM_UTF8):
+                self._finder.begin = len(codecs.BOM_UTF8)
+                log.info(f"{self._path}: a byte order mark at its beginning is left out")
+        self.digest.update(block)  # in a thread of its own the waiting took longer
+        if b"\0" in block:  # to look is faster than to count
+            self._n_nuls += block.count(0)
+            if self._n_nuls * 10 > self.size + len(block):
+                raise text_error(self._path, "binary data (many NUL bytes), not text")
+        text = self._decode(block)
+        self._is_blank = self._is_blank and not text.strip("\ufeff \t\r\n\v\f\0")
+        self._n_special += (self._tail + block).count(END_OF_TEXT)
+        self._tail = (self._tail + block)[1 - len(END_OF_TEXT) :]
+        self._finder.feed(block)
+        self.size += len(block)
+
+    def _decode(self, block: bytes) -> str:
+        waiting = len(self._decoder.getstate()[0])
+        try:
+            return self._decoder.decode(block, final=not block)
+        except UnicodeDecodeError as error:
+            raise _explain_not_utf8(self._path, error, self.size - waiting) from None
+
+    def finish(self) -> array:
+        """Begin and end of each document, at the end of the file; PreflightError (TEXT)."""
+        self._decode(b"")
+        if self._is_blank:
+            raise text_error(
+                self._path,
+                "holds only whitespace" if self.size else "empty",
+                "give a file with text in it",
+            )
+        if self._n_special and self._finder.separator != END_OF_TEXT:
+            log.info(
+                f"{self._path}: '<|endoftext|>' stands {self._n_special:,} times in it and is "
+                "taken as plain text; --document-separator '<|endoftext|>' would split documents "
+                "there"
+            )
+        return self._finder.finish(self.size)
+
+
+class _SeparatorFinder:
+    """Collects begin and end of each non-empty document while the bytes go by."""
+
+    def __init__(self, separator: bytes | None) -> None:
+        self.separator = separator
+        self.begin = 0
+        self._spans = array("q")
+        self._rest = b""
+        self._position = 0  # in the file, of the first byte of _rest
+
+    def feed(self, block: bytes) -> None:
+        """Look for separators in the next block of the file."""
+        if self.separator is None:
+            return
+        data, at = self._rest + block, 0
+        while (found := data.find(self.separator, at)) >= 0:
+            self._add(self._position + found)
+            at = found + len(self.separator)
+            self.begin = self._position + at
+        at = max(at, len(data) - len(self.separator) + 1)
+        self._rest, self._position = data[at:], self._position + at
+
+    def _add(self, end: int) -> None:
+        if end > self.begin:
+            self._spans.extend((self.begin, end))
+
+    def finish(self, size: int) -> array:
+        """The spans of a file of `size` bytes."""
+        self._add(size)
+        return self._spans
+
+
+def _refuse_binary(path: Path, head: bytes) -> None:
+    """PreflightError (TEXT) that names what a file is, when it is clearly not UTF-8 text."""
+    for magic, kind in _MAGIC:
+        if head.startswith(magic):
+            raise text_error(path, f"{kind}, not text", "give a plain text file in UTF-8")
+    encoding = next((name for mark, name in _MARKS if head.startswith(mark)), None)
+    sample = head[: min(len(head), 4096) // 4 * 4]
+    if encoding is None and len(sample) >= 8 and sample.count(0) * 4 > len(sample):
+        shape = "".join(str(int(sample[i::4].count(0) * 5 > len(sample))) for i in range(4))
+        encoding = _NUL_SHAPES.get(shape)
+    if encoding is not None:
+        raise text_error(
+            path,
+            f"{encoding} text, not UTF-8; convert it:",
+            f"iconv -f {encoding} -t UTF-8 {shlex.quote(str(path))} > utf8.txt",
+        )
+
+
+def _explain_not_utf8(path: Path, error: UnicodeDecodeError, base: int) -> PreflightError:
+    offset, line = base + error.start, 1
+    with open(path, "rb") as file:  # counted here alone: it would cost every scan a quarter
+        for begin in range(0, offset, _READ_BYTES):
+            line += file.read(min(_READ_BYTES, offset - begin)).count(b"\n")
+    return text_error(
+        path,
+        f"not UTF-8: byte 0x{error.object[error.start]:02x} at offset {offset:,} (line {line:,})",
+        f"if it is Latin-1: iconv -f ISO-8859-1 -t UTF-8 {shlex.quote(str(path))} > utf8.txt",
+    )

@@ -1,0 +1,114 @@
+"""What every kind of tokenizer offers. A new kind is one class here and one row in `kinds.py`."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, ClassVar, Protocol, Self
+
+import numpy as np
+
+
+class Tokenizer(Protocol):
+    """Text to token ids and back.
+
+    A class that inherits from this one gets the methods that follow from the others.
+
+    Attributes:
+        kind: the kind's name in ``config.json``, the same for all tokenizers of the class.
+        name: the tokenizer's own name, as in ``--tokenizer``.
+        vocab_size: every id is below it; not every number below it need be an id.
+        end_of_text_id: stands after each document.
+    """
+
+    kind: ClassVar[str]
+    name: str
+    vocab_size: int
+    end_of_text_id: int
+
+    @classmethod
+    @abstractmethod
+    def load(cls, name: str) -> Self:
+        """The tokenizer of this kind called `name`, in any process.
+
+        Raises:
+            PreflightError: code FLAGS, when it is not at hand.
+        """
+
+    @classmethod
+    @abstractmethod
+    def load_saved(cls, folder: Path, facts: Mapping[str, Any]) -> Self:
+        """The tokenizer that `save` wrote into `folder`. A stranger may have written the files.
+
+        Args:
+            folder: a checkpoint's.
+            facts: what its ``config.json`` says: `describe` of the tokenizer that was saved.
+
+        Raises:
+            PreflightError: code CHECKPOINT, when a file is missing or damaged, or when the files
+                are not those of the tokenizer that `facts` describe.
+        """
+
+    @property
+    @abstractmethod
+    def fingerprint(self) -> str:
+        """Equal only if every text gives equal ids. Data folders and checkpoints record it."""
+
+    @abstractmethod
+    def encode(self, text: str) -> np.ndarray:
+        """Ids of `text`, one-dimensional. A special token's spelling in it is plain text."""
+
+    @abstractmethod
+    def token_bytes(self, token: int) -> bytes | None:
+        """The bytes that an id stands for.
+
+        None: it stands for no text, as special tokens and gaps in the vocabulary do. Such an id
+        is never generated, except for the end of text.
+        """
+
+    @abstractmethod
+    def save(self, folder: Path) -> list[Path]:
+        """Write the files that `load_saved` reads into `folder`, and return their paths."""
+
+    def last_cut(self, text: str) -> int:
+        """The last index in `text` where it may be cut; 0 where no such place is known.
+
+        Encoding both sides apart must give the ids of the whole, whatever stands before `text`
+        and behind it. Long documents are encoded between such places, and whole without any.
+        """
+        return 0
+
+    def encode_parts(self, text: str) -> Iterator[np.ndarray]:
+        """The ids of `encode`, in parts.
+
+        For text of any length without a place to cut. A kind that can encode such a text in
+        bounded memory overrides this.
+        """
+        yield self.encode(text)
+
+    @property
+    def id_dtype(self) -> np.dtype:
+        """The type of ids in shards: uint16 holds ids up to 65,535."""
+        return np.dtype(np.uint16 if self.vocab_size <= 2**16 else np.uint32)
+
+    def decode_bytes(self, ids: Iterable[int]) -> bytes:
+        """The bytes that `ids` stand for; ids that stand for no text give none."""
+        return b"".join(self.token_bytes(int(token)) or b"" for token in ids)
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """`ids` as text; bytes that are not UTF-8 become U+FFFD."""
+        return self.decode_bytes(ids).decode("utf-8", errors="replace")
+
+    def __hash__(self) -> int:
+        """By identity, so that a function can keep results per tokenizer."""
+        return object.__hash__(self)
+
+    def describe(self) -> dict[str, Any]:
+        """The tokenizer as a checkpoint's ``config.json`` records it."""
+        return {
+            "kind": self.kind,
+            "name": self.name,
+            "fingerprint": self.fingerprint,
+            "vocab_size": self.vocab_size,
+        }
