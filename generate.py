@@ -23,7 +23,7 @@ from preflight.decoding.choosing import choose_tokens, is_greedy
 from preflight.decoding.single_row import choose_reader, one_torch_thread
 from preflight.models.kv_cache import KVCache
 from preflight.settings import SamplingConfig
-from preflight.tokenization import Tokenizer, load_tokenizer
+from preflight.tokenization import Tokenizer, load_saved_tokenizer
 from preflight.training.resume import check_tokenizer
 from transformer_model import DecoderOnlyTransformer
 
@@ -54,7 +54,7 @@ def load_model(
         PreflightError: code CHECKPOINT, when its parts are damaged or do not belong together.
     """
     try:
-        tokenizer = load_tokenizer(checkpoint.config["tokenizer"]["name"])
+        tokenizer = load_saved_tokenizer(checkpoint.path, checkpoint.config["tokenizer"])
     except PreflightError as error:  # there it is a flag's fault, here the checkpoint asks for it
         raise PreflightError(ExitCode.CHECKPOINT, f"{checkpoint.path}:", *error.lines) from None
     check_tokenizer(checkpoint, tokenizer)

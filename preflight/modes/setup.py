@@ -24,7 +24,7 @@ from preflight.corpus.build import prepare_data
 from preflight.corpus.shards import DataFolder
 from preflight.device.runtime import MIN_STEPS_TO_COMPILE, Runtime, build_runtime
 from preflight.settings import ModelConfig, RunConfig
-from preflight.tokenization import Tokenizer, load_tokenizer
+from preflight.tokenization import Tokenizer, load_saved_tokenizer, load_tokenizer
 from preflight.training.plan import TrainingPlan, build_plan
 from preflight.training.resume import (
     adopt_settings,
@@ -116,7 +116,11 @@ class RunSetup:
 
     @part
     def tokenizer(self) -> Tokenizer:
-        """The tokenizer of the flags or of the origin."""
+        """The tokenizer of the flags, or the one inside the origin."""
+        if self.known_origin is not None:
+            return load_saved_tokenizer(
+                self.known_origin.path, self.known_origin.config["tokenizer"]
+            )
         return load_tokenizer(self.known_config.model.tokenizer)
 
     @part

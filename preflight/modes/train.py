@@ -143,6 +143,7 @@ class TrainingRun:
             },
             "config": describe_run(self.setup),
             "losses": {"val_loss": None},
+            "tokenizer": self.setup.tokenizer,
         }
 
     def _evaluate(self) -> Evaluation | None:
@@ -198,14 +199,10 @@ class TrainingRun:
 
 def describe_run(setup: RunSetup) -> dict[str, Any]:
     """What ``config.json`` says: enough to generate and to resume without any flag."""
-    tokenizer, data = setup.tokenizer, setup.data
+    data = setup.data
     return {
         "model": dataclasses.asdict(setup.model_config),
-        "tokenizer": {
-            "name": tokenizer.name,
-            "fingerprint": tokenizer.fingerprint,
-            "vocab_size": tokenizer.vocab_size,
-        },
+        "tokenizer": setup.tokenizer.describe(),
         "training": dataclasses.asdict(setup.config.training),
         "data": {
             "fingerprint": data.fingerprint,

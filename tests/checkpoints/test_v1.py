@@ -22,7 +22,7 @@ from preflight.checkpoints.manifest import render_manifest
 from preflight.checkpoints.v1 import rename_weight
 from preflight.core.errors import PreflightError
 from preflight.corpus.shards import load_data_folder
-from preflight.tokenization.tokenizer import load_tokenizer
+from preflight.tokenization import load_tokenizer
 from preflight.training import resume
 
 FIXTURE = Path(__file__).parents[1] / "fixtures" / "v1"
