@@ -22,7 +22,7 @@ import torch
 from preflight.checkpoints import format as checkpoint_format
 from preflight.checkpoints import store
 from preflight.core.errors import ExitCode, PreflightError
-from preflight.corpus import shards
+from preflight.corpus import metadata, shards
 
 from .drivers import build_byte_tokenizer
 from .harness import ForkServer, find_message_faults
@@ -251,7 +251,7 @@ def test_forged_metadata(run_folder: Path, full: bool) -> None:
     for _ in range(300 if full else 100):
         changed = json.loads(mutate_json(raw, draw))
         if isinstance(changed, dict):
-            path.write_bytes(shards.render_metadata(changed))
+            path.write_bytes(metadata.render_metadata(changed))
             fault = expect_refusal(lambda: load_data(path.parent), ExitCode.DATA, may_pass=True)
             assert fault == "", changed
     path.write_bytes(raw)
@@ -316,7 +316,8 @@ def test_a_reader_without_hashes_is_found(
 
     path = next(p for p in list_data_files(small_data) if p.parent.name == "train")
     entry = json.loads((small_data / "metadata.json").read_bytes())["train"]["shards"][0]
-    entries = [entry["sha256"]]
+    entry = metadata.ShardEntry.read(entry)
+    entries = [entry.sha256]
     raw = bytearray(path.read_bytes())
     raw[-2] ^= 1  # another id, but none beyond the vocabulary
     path.write_bytes(raw)
