@@ -35,19 +35,23 @@ from preflight.core.storage import (
 from preflight.core.strict_json import read_json
 from preflight.core.units import format_bytes
 from preflight.corpus.blocks import BLOCK_BYTES, read_blocks
-from preflight.corpus.shards import (
-    BUILDING_NAME,
+from preflight.corpus.metadata import (
     FORMAT,
     METADATA_NAME,
-    SHARD_NAME,
     SPLITS,
     VERSION,
+    ShardEntry,
+    SplitEntry,
+    read_metadata,
+    render_metadata,
+)
+from preflight.corpus.shards import (
+    BUILDING_NAME,
+    SHARD_NAME,
     DataFolder,
     ShardWriter,
     check_long_enough,
     load_data_folder,
-    read_metadata,
-    render_metadata,
     verify_shard,
 )
 from preflight.corpus.sources import (
@@ -132,7 +136,7 @@ def prepare_data(
 
 def _reuse(data: DataFolder, context_length: int) -> DataFolder:
     for name in ("train", "val"):
-        check_long_enough(data.metadata[name], name, context_length)
+        check_long_enough(data.metadata.get_split(name), name, context_length)
     log.info(f"reusing {data.path} ({data.train.n_tokens:,} training tokens)")
     return data
 
@@ -143,22 +147,24 @@ def _load_if_same(
     """The data folder when it is what these settings make of the text, else why it is not."""
     try:
         metadata = read_metadata(data_dir)
-        if metadata["tokenizer"]["fingerprint"] != tokenizer.fingerprint:
-            return f"the tokenizer changed from {metadata['tokenizer']['name']} to {tokenizer.name}"
+        before = metadata.tokenizer
+        if before.fingerprint != tokenizer.fingerprint:
+            return f"the tokenizer changed from {before.name} to {tokenizer.name}"
         data = load_data_folder(data_dir, tokenizer)
     except PreflightError as error:
         return error.lines[0]
-    described, known = describe_sources(scanned), metadata["sources"]
+    described = describe_sources(scanned)
+    known = [entry.model_dump(include={"name", "size", "sha256"}) for entry in metadata.sources]
     if described != known:
         pairs = zip(described, known, strict=False)
-        name = next((new["name"] for new, old in pairs if new != old), None)
+        name = next((now["name"] for now, then in pairs if now != then), None)
         return f"the text changed ({name or f'{len(known)} files before, {len(described)} now'})"
-    for flag, before, now in (
-        ("--document-separator", metadata["document_separator"], settings.document_separator),
-        ("--val-split", metadata["split"]["val_split"], settings.val_split),
+    for flag, old, new in (
+        ("--document-separator", metadata.document_separator, settings.document_separator),
+        ("--val-split", metadata.split.val_split, settings.val_split),
     ):
-        if before != now:
-            return f"{flag} changed from {before!r} to {now!r}"
+        if old != new:
+            return f"{flag} changed from {old!r} to {new!r}"
     return data
 
 
@@ -312,7 +318,7 @@ class _Builder:
     ) -> None:
         self._building, self._plan, self._settings = building, plan, settings
         self._tokenizer, self._stop = tokenizer, stop
-        self._shards: dict[str, list[dict[str, Any]]] = {split: [] for split in SPLITS}
+        self._shards: dict[str, list[ShardEntry]] = {split: [] for split in SPLITS}
         self._position: list[Any] = [SPLITS[0], 0, 0, 0]  # split, part, offset, ids to skip
 
     def build(self, context_length: int, block_bytes: int, n_workers: int) -> None:
@@ -336,7 +342,7 @@ class _Builder:
         metadata = self._build_metadata()
         try:
             for name in ("train", "val"):
-                check_long_enough(metadata[name], name, context_length)
+                check_long_enough(SplitEntry.read(metadata[name]), name, context_length)
         except PreflightError:
             remove_tree(self._building)
             raise
@@ -354,15 +360,19 @@ class _Builder:
         ):
             journal = read_json(self._building / _JOURNAL_NAME)
             if journal["key"] == self._plan.key:
+                shards = {
+                    split: [ShardEntry.read(entry) for entry in journal["shards"][split]]
+                    for split in SPLITS
+                }
                 for split in SPLITS:
                     verify = partial(verify_shard, self._building / split, self._tokenizer)
-                    verify_all(verify, journal["shards"][split])
-                self._shards, self._position = journal["shards"], journal["position"]
+                    verify_all(verify, shards[split])
+                self._shards, self._position = shards, journal["position"]
         n_kept = sum(map(len, self._shards.values()))
         if n_kept:
             log.info(f"resuming at shard {n_kept}")
         for split in SPLITS:
-            kept = {entry["name"] for entry in self._shards[split]}
+            kept = {entry.name for entry in self._shards[split]}
             folder = self._building / split
             for path in folder.iterdir() if folder.is_dir() else ():
                 if path.name not in kept:
@@ -376,7 +386,7 @@ class _Builder:
 
     def _check_space(self, total: int) -> None:
         """A disk that cannot hold the shards is told of before the work, not after."""
-        done = sum(entry["n_bytes"] for split in SPLITS for entry in self._shards[split])
+        done = sum(entry.n_bytes for split in SPLITS for entry in self._shards[split])
         # Text has rarely more than 5 bytes a token.
         needed = total * self._tokenizer.id_dtype.itemsize // 5 - done
         free = free_bytes(self._building)
@@ -436,12 +446,19 @@ class _Builder:
             raise
         self._position = [follower, 0, 0, 0]
 
-    def _record(self, split: str, entry: dict[str, Any], position: list[Any]) -> None:
+    def _record(self, split: str, entry: ShardEntry, position: list[Any]) -> None:
         self._shards[split].append(entry)
         self._position = position
         write_json(
             self._building / _JOURNAL_NAME,
-            {"key": self._plan.key, "position": position, "shards": self._shards},
+            {
+                "key": self._plan.key,
+                "position": position,
+                "shards": {
+                    split: [shard.model_dump() for shard in shards]
+                    for split, shards in self._shards.items()
+                },
+            },
         )
 
     def _build_metadata(self) -> dict[str, Any]:
@@ -449,21 +466,16 @@ class _Builder:
         parts = {
             split: {
                 "n_documents": len(plan.parts[split]),
-                "n_tokens": sum(entry["n_tokens"] for entry in self._shards[split]),
+                "n_tokens": sum(entry.n_tokens for entry in self._shards[split]),
                 "n_bytes": plan.count_bytes(split),
-                "shards": self._shards[split],
+                "shards": [entry.model_dump() for entry in self._shards[split]],
             }
             for split in SPLITS
         }
         return {
             "format": FORMAT,
             "version": VERSION,
-            "tokenizer": {
-                "name": tokenizer.name,
-                "fingerprint": tokenizer.fingerprint,
-                "vocab_size": tokenizer.vocab_size,
-                "end_of_text_id": tokenizer.end_of_text_id,
-            },
+            "tokenizer": tokenizer.describe() | {"end_of_text_id": tokenizer.end_of_text_id},
             "dtype": tokenizer.id_dtype.name,
             "shard_size": settings.shard_size,
             "document_separator": settings.document_separator,

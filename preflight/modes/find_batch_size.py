@@ -25,7 +25,8 @@ from preflight.core.locks import FolderLock
 from preflight.core.log import log
 from preflight.core.signals import StopFlag
 from preflight.core.units import format_bytes
-from preflight.corpus.shards import METADATA_NAME, DataFolder, load_data_folder
+from preflight.corpus.metadata import METADATA_NAME
+from preflight.corpus.shards import DataFolder, load_data_folder
 from preflight.device.host_memory import available_host_bytes
 from preflight.device.runtime import Runtime, describe_device
 from preflight.foresight.batch_search import FAST_SHARE, MAX_SIZE, SearchResult, search

@@ -29,6 +29,7 @@ from preflight.core.errors import ExitCode, PreflightError
 from preflight.core.storage import TEMPORARY_PREFIX, check_writable
 from preflight.core.units import format_bytes
 from preflight.corpus import shards
+from preflight.corpus.metadata import read_metadata
 from preflight.corpus.shards import DataFolder
 from preflight.device.runtime import Runtime
 from preflight.foresight.fits import check_disk, find_bf16_fault
@@ -296,13 +297,14 @@ def _find_data_faults(subject: Subject, error: PreflightError) -> list[tuple[str
     if subject.config.data.text_file:
         return faults  # the text or its preparation was at fault, not an older data folder
     with contextlib.suppress(PreflightError):
-        metadata = shards.read_metadata(data_dir)
+        metadata = read_metadata(data_dir)
         for part in ("train", "val"):
-            for entry in metadata[part]["shards"]:
+            for entry in metadata.get_split(part).shards:
                 with collected(faults):
                     shards.verify_shard(data_dir / part, subject.tokenizer, entry)
             with collected(faults):
-                shards.check_long_enough(metadata[part], part, subject.setup.context_length)
+                split = metadata.get_split(part)
+                shards.check_long_enough(split, part, subject.setup.context_length)
     return list(dict.fromkeys(faults))
 
 

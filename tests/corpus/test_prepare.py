@@ -21,6 +21,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from corpus.bad_texts import BAD_TEXTS, GOOD
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenization.hostile_texts import TEXTS, build_tokenizer
@@ -31,6 +32,7 @@ from preflight.core.locks import FolderLock
 from preflight.core.signals import StopFlag
 from preflight.corpus import build as build_module
 from preflight.corpus.build import prepare_data
+from preflight.corpus.metadata import render_metadata
 from preflight.corpus.shards import DataFolder, load_data_folder
 from preflight.corpus.sources import builtin, find_sources
 from preflight.corpus.sources import text as text_source
@@ -195,7 +197,7 @@ def test_separator_splits_documents_across_reads(
     )
     documents = read_documents(data)
     found = [GPT2.decode(ids) for ids in documents["train"] + documents["val"]]
-    assert data.metadata["split"]["by"] == "tail"
+    assert data.metadata.split.by == "tail"
     assert found[:38] == texts[:38]
     assert "".join(found) == "".join([*texts, "end"])
 
@@ -203,7 +205,7 @@ def test_separator_splits_documents_across_reads(
 def test_many_documents_are_split_by_document(tmp_path: Path) -> None:
     texts = [f"this is document number {i}" for i in range(400)]
     data = build(tmp_path, "|||".join(texts), document_separator="|||")
-    assert data.metadata["split"]["by"] == "documents"
+    assert data.metadata.split.by == "documents"
     assert (data.train.n_documents, data.val.n_documents) == (380, 20)
     val = [GPT2.decode(ids) for ids in read_documents(data)["val"]]
     assert set(val) < set(texts)
@@ -237,13 +239,13 @@ def test_folder_glob_and_skipped_files(tmp_path: Path, capsys: pytest.CaptureFix
     data = prepare_data(
         DataSettings(text_file=(str(folder),), data_dir=str(folder / "data")), GPT2, 4
     )
-    names = [source["name"] for source in data.metadata["sources"]]
+    names = [source.name for source in data.metadata.sources]
     assert names == ["texts/a.txt", "texts/b.txt", "texts/inner/c.txt"]
     assert "skipped 2 of 5 files" in capsys.readouterr().err
     (folder / "bad.txt").unlink()
     glob = DataSettings(text_file=(str(folder / "*.txt"),), data_dir=str(tmp_path / "d2"))
     again = prepare_data(glob, GPT2, 2)
-    assert [s["name"] for s in again.metadata["sources"]] == ["a.txt", "b.txt"]
+    assert [s.name for s in again.metadata.sources] == ["a.txt", "b.txt"]
 
 
 def test_byte_order_mark_is_dropped_and_the_rest_kept(
@@ -265,7 +267,7 @@ def test_sample_is_prepared_and_reused(
     data_settings = DataSettings(data_dir=str(tmp_path / "data"))
     data = prepare_data(data_settings, GPT2, 128)
     assert "built-in sample" in capsys.readouterr().err
-    assert data.metadata["sources"][0]["name"].startswith("built-in sample (python 3.")
+    assert data.metadata.sources[0].name.startswith("built-in sample (python 3.")
     assert data.train.n_documents > 80
     assert prepare_data(data_settings, GPT2, 128).fingerprint == data.fingerprint
     assert "reusing" in capsys.readouterr().err
@@ -273,26 +275,6 @@ def test_sample_is_prepared_and_reused(
 
 
 # ---- faults in the text -------------------------------------------------------------------------
-
-GOOD = "plenty of words to learn from, line after line\n" * 40
-BAD_TEXTS: dict[str, tuple[bytes, str]] = {
-    "empty": (b"", "empty"),
-    "whitespace": (b" \r\n\t" * 50, "only whitespace"),
-    "one word": (b"word", "needs 65"),
-    "ELF": (b"\x7fELF\x02\x01" + bytes(range(256)), "an ELF program"),
-    "gzip": (b"\x1f\x8b\x08\0" + bytes(50), "gzip"),
-    "PDF": (b"%PDF-1.4 plain text", "a PDF"),
-    "NULs": (GOOD.encode() + bytes(5000), "many NUL bytes"),
-    "UTF-16 with mark": (GOOD.encode("utf-16"), "iconv -f UTF-16 "),
-    "UTF-16LE": (GOOD.encode("utf-16-le"), "iconv -f UTF-16LE "),
-    "UTF-16BE": (GOOD.encode("utf-16-be"), "iconv -f UTF-16BE "),
-    "UTF-32": (GOOD.encode("utf-32"), "iconv -f UTF-32 "),
-    "UTF-32BE": (GOOD.encode("utf-32-be"), "iconv -f UTF-32BE "),
-    "Latin-1": (b"one\ntwo caf\xe9 three", "byte 0xe9 at offset 11 (line 2)"),
-    "cut character": (b"one\ntwo\n\xe6\xbc", "at offset 8 (line 3)"),
-    "surrogate": (b"one\n\xed\xa0\x80", "at offset 4 (line 2)"),
-    "overlong": (b"one\n\n\xc0\xaf", "at offset 5 (line 3)"),
-}
 
 
 @pytest.mark.parametrize(
@@ -372,7 +354,7 @@ def test_file_with_a_false_size_and_sparse_file(tmp_path: Path) -> None:
                 GPT2,
                 4,
             )
-            assert data.metadata["sources"][0]["size"] > 0
+            assert data.metadata.sources[0].size > 0
         except PreflightError as error:
             assert error.code == ExitCode.TEXT
 
@@ -384,7 +366,7 @@ def test_pipe_is_copied_first(tmp_path: Path) -> None:
     writer.start()
     data = prepare_data(DataSettings(text_file=(str(pipe),), data_dir=str(tmp_path / "d")), GPT2, 4)
     writer.join()
-    assert data.metadata["sources"][0]["size"] == len(GOOD)
+    assert data.metadata.sources[0].size == len(GOOD)
     assert sorted(p.name for p in data.path.iterdir()) == [".lock", "metadata.json", "train", "val"]
 
 
@@ -474,11 +456,11 @@ HOSTILE_METADATA: dict[str, Callable[[dict[str, Any]], Any]] = {
     "null": lambda m: None,
     "list": lambda m: [],
     "missing key": lambda m: {k: v for k, v in m.items() if k != "train"},
-    "extra key": lambda m: m | {"extra": 1},
     "negative": lambda m: m | {"shard_size": -1},
     "boolean": lambda m: m | {"version": True},
     "huge": lambda m: m | {"shard_size": 2**70},
-    "newer": lambda m: m | {"version": 2},
+    "newer": lambda m: m | {"version": 3},
+    "version 0": lambda m: m | {"version": 0},
     "traversal": lambda m: m["train"]["shards"][0].update(name="../../x.npy") or m,
     "absolute": lambda m: m["train"]["shards"][0].update(name="/etc/passwd") or m,
     "tokens": lambda m: m["train"].update(n_tokens=1) or m,
@@ -487,15 +469,84 @@ HOSTILE_METADATA: dict[str, Callable[[dict[str, Any]], Any]] = {
 }
 
 
+@pytest.mark.parametrize("is_forged", [False, True])
 @pytest.mark.parametrize("name", HOSTILE_METADATA)
-def test_hostile_metadata_is_refused(tmp_path: Path, name: str) -> None:
+def test_hostile_metadata_is_refused(tmp_path: Path, name: str, is_forged: bool) -> None:
+    """Forged: with a checksum that fits."""
     data = build(tmp_path, GOOD)
     path = data.path / "metadata.json"
-    path.write_text(json.dumps(HOSTILE_METADATA[name](json.loads(path.read_text()))))
+    content = HOSTILE_METADATA[name](json.loads(path.read_text()))
+    if is_forged and not isinstance(content, dict):
+        return
+    path.write_bytes(render_metadata(content) if is_forged else json.dumps(content).encode())
     with pytest.raises(PreflightError) as caught:
         load_data_folder(data.path, GPT2)
     assert caught.value.code == ExitCode.DATA
     assert str(data.path) in str(caught.value)
+
+
+def forge(data: DataFolder, **values: Any) -> None:
+    path = data.path / "metadata.json"
+    path.write_bytes(render_metadata(json.loads(path.read_text()) | values))
+
+
+def test_unknown_keys_are_accepted_and_kept(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = build(tmp_path, GOOD)
+    forge(data, extra={"a": 1}, sources=[data.metadata.sources[0].model_dump() | {"kind": "text"}])
+    found = load_data_folder(data.path, GPT2)
+    assert found.metadata.model_dump()["extra"] == {"a": 1}
+    assert found.fingerprint == data.fingerprint
+    assert build(tmp_path, GOOD).metadata.model_dump()["extra"] == {"a": 1}
+    assert "reusing" in capsys.readouterr().err
+    path = data.path / "metadata.json"
+    path.write_bytes(path.read_bytes().replace(b'"a": 1', b'"a": 2'))
+    with pytest.raises(PreflightError, match="checksum"):
+        load_data_folder(data.path, GPT2)
+
+
+def test_listed_files_are_verified_and_others_refused(tmp_path: Path) -> None:
+    data = build(tmp_path, GOOD)
+    mask, digest = data.path / "train" / "mask_00000.npy", hashlib.sha256(b"mask").hexdigest()
+    entry = {"name": "train/mask_00000.npy", "n_bytes": 4, "sha256": digest}
+    mask.write_bytes(b"mask")
+    with pytest.raises(PreflightError, match="does not list it"):
+        load_data_folder(data.path, GPT2)
+    forge(data, files=[entry])
+    assert load_data_folder(data.path, GPT2).fingerprint == data.fingerprint
+    for damage in (lambda: mask.write_bytes(b"mast"), lambda: mask.write_bytes(b"m"), mask.unlink):
+        damage()
+        with pytest.raises(PreflightError, match="mask_00000") as caught:
+            load_data_folder(data.path, GPT2)
+        assert caught.value.code == ExitCode.DATA
+    for name in ("/etc/passwd", "../text0.txt", "train/../../text0.txt", "", ".", "a//b", "a\0"):
+        forge(data, files=[entry | {"name": name}])
+        with pytest.raises(PreflightError, match="path within the data folder"):
+            load_data_folder(data.path, GPT2)
+
+
+V1 = Path(__file__).parents[1] / "fixtures" / "v1"
+
+
+def test_format_v1_is_read_and_reused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    shutil.copytree(V1 / "data", tmp_path / "data")
+    tree = hash_tree(tmp_path / "data")
+    data = load_data_folder(tmp_path / "data", GPT2)
+    config = json.loads((V1 / "run/milestones/checkpoint-4/config.json").read_text())
+    assert data.fingerprint == config["data"]["fingerprint"]
+    assert data.metadata.version == 1
+    values = {"data_dir": str(tmp_path / "data")}
+    found = prepare_data(DataSettings(text_file=(str(V1 / "text.txt"),), **values), GPT2, 16)
+    assert "reusing" in capsys.readouterr().err
+    assert hash_tree(tmp_path / "data") == tree
+    values["data_dir"] = str(tmp_path / "new")
+    new = prepare_data(DataSettings(text_file=(str(V1 / "text.txt"),), **values), GPT2, 16)
+    assert new.metadata.version == 2
+    assert new.fingerprint == found.fingerprint == data.fingerprint
+    forge(data, version=1, train=data.metadata.train.model_dump() | {"n_tokens": 1})
+    with pytest.raises(PreflightError, match="sum over its shards"):
+        load_data_folder(data.path, GPT2)
 
 
 def test_damaged_shards(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

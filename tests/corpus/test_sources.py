@@ -94,11 +94,11 @@ class StopSoon(StopFlag):
 def test_the_ids_are_those_of_a_text_file(tmp_path: Path, texts: list[str], by: str) -> None:
     fake, text = write(tmp_path, texts)
     expected = prepare(tmp_path / "text", text)
-    assert expected.metadata["split"]["by"] == by
+    assert expected.metadata.split.by == by
     for name, block_bytes in (("fake", 64), ("large", 10_000)):
         data = prepare(tmp_path / name, fake, block_bytes=block_bytes)
         assert data.fingerprint == expected.fingerprint
-        assert data.metadata["sources"][0]["name"] == "a.jsonl"
+        assert data.metadata.sources[0].name == "a.jsonl"
 
 
 @pytest.mark.parametrize("texts", [MANY, FEW])

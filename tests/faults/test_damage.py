@@ -25,7 +25,7 @@ from preflight.checkpoints.format import Checkpoint
 from preflight.checkpoints.manifest import REQUIRED_NAMES, render_manifest
 from preflight.core import storage
 from preflight.core.errors import ExitCode, PreflightError
-from preflight.corpus import shards
+from preflight.corpus import metadata, shards
 
 from .drivers import build_byte_tokenizer
 from .harness import ForkServer, find_message_faults
@@ -252,7 +252,7 @@ def test_forged_metadata(run_folder: Path, full: bool) -> None:
     for _ in range(300 if full else 100):
         changed = json.loads(mutate_json(raw, draw))
         if isinstance(changed, dict):
-            path.write_bytes(shards.render_metadata(changed))
+            path.write_bytes(metadata.render_metadata(changed))
             fault = expect_refusal(lambda: load_data(path.parent), ExitCode.DATA, may_pass=True)
             assert fault == "", changed
     path.write_bytes(raw)
@@ -317,7 +317,8 @@ def test_a_reader_without_hashes_is_found(
 
     path = next(p for p in list_data_files(small_data) if p.parent.name == "train")
     entry = json.loads((small_data / "metadata.json").read_bytes())["train"]["shards"][0]
-    entries = [entry["sha256"]]
+    entry = metadata.ShardEntry.read(entry)
+    entries = [entry.sha256]
     raw = bytearray(path.read_bytes())
     raw[-2] ^= 1  # another id, but none beyond the vocabulary
     path.write_bytes(raw)

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-import test_prepare
+from corpus.bad_texts import BAD_TEXTS, GOOD
 from tokenization import hostile_texts
 
 from preflight.core.errors import ExitCode, PreflightError
@@ -78,7 +78,6 @@ def test_generated_texts(place: Path) -> None:
     print(f"{count} hostile texts, every one decoded to its bytes")
 
 
-GOOD = "plenty of words to learn from, line after line\n" * 40
 # Group F of the catalogue, as files that can be learned from; the rest is in the next table.
 EXACT: dict[str, bytes] = {
     "CRLF": GOOD.replace("\n", "\r\n").encode(),
@@ -110,7 +109,7 @@ def test_odd_but_honest_files_are_exact(place: Path, name: str) -> None:
 
 
 def test_refused_files_and_nothing_made(place: Path) -> None:
-    for name, (raw, words) in test_prepare.BAD_TEXTS.items():
+    for name, (raw, words) in BAD_TEXTS.items():
         path = place / "bad.txt"
         path.write_bytes(raw)
         with pytest.raises(PreflightError) as caught:

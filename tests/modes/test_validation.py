@@ -18,7 +18,8 @@ from preflight.checkpoints.format import load_weights
 from preflight.core.signals import StopFlag
 from preflight.core.storage import hash_file
 from preflight.core.strict_json import read_json
-from preflight.corpus import build, shards
+from preflight.corpus import build
+from preflight.corpus.metadata import render_metadata
 from preflight.foresight import fits
 from preflight.modes import validate, validation_checks
 from preflight.modes.setup import RunSetup
@@ -85,7 +86,7 @@ def plant_ids_beyond_the_vocabulary(part: str) -> None:
     metadata = read_json(Path("data/metadata.json"))
     entry = metadata[part]["shards"][0]
     entry["sha256"], entry["max_id"] = hash_file(path), 60_000
-    Path("data/metadata.json").write_bytes(shards.render_metadata(metadata))
+    Path("data/metadata.json").write_bytes(render_metadata(metadata))
 
 
 def test_five_planted_faults_in_one_run(
