@@ -1,7 +1,7 @@
-"""Text from a model: which token comes next, the window it sees, and where an answer ends.
+"""Text from a model: which token comes next, the window it sees, and where a completion ends.
 
-A row of the batch is one answer. Its text depends on its prompt, the settings and its index alone,
-never on the rows beside it. Shapes: B rows, V ids, K candidates of a row.
+A row of the batch is one completion. Its text depends on its prompt, the settings and its index
+alone, never on the rows beside it. Shapes: B rows, V vocabulary.
 """
 
 from __future__ import annotations
@@ -20,35 +20,36 @@ from preflight.core.errors import ExitCode, PreflightError
 from preflight.core.log import log_once
 from preflight.decoding.assembling import TextAssembler
 from preflight.decoding.choosing import choose_tokens, is_greedy
-from preflight.decoding.single_row import choose_reader, one_torch_thread
 from preflight.models.kv_cache import KVCache
+from preflight.models.protocol import LanguageModel
+from preflight.models.single_row import SingleRowDecoder, one_torch_thread
 from preflight.settings import SamplingConfig
 from preflight.tokenization import Tokenizer, load_saved_tokenizer
 from preflight.training.resume import check_tokenizer
 from transformer_model import DecoderOnlyTransformer
 
-SAMPLE_TOKENS = 48  # of the text that a run writes at each evaluation
-# Tokens read in one pass when windows are filled; bounds the memory of activations.
-FILL_TOKENS = 8192
+SAMPLE_TOKENS = 48  # of the text that a run generates at each evaluation
+# Tokens that go through the model at once in a prefill; bounds the memory of activations.
+PREFILL_TOKENS = 8192
 
 
 @dataclass(frozen=True)
 class Generation:
-    """An answer: what follows the prompt, and why it ends there."""
+    """A completion: what follows the prompt, and why it ends there."""
 
     text: str
-    n_tokens: int  # chosen, the one that ended the answer included
+    n_tokens: int  # chosen, the one that ended the completion included
     finish_reason: str  # "stop": a stop text came; "end": of text; "length": max_new_tokens
 
 
-# Called after each step with the answers that ended in it, by index, and the tokens chosen.
+# Called after each step with the completions that ended in it, by index, and the tokens chosen.
 OnStep = Callable[[list[tuple[int, Generation]], int], None]
 
 
 def load_model(
     checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype
 ) -> tuple[DecoderOnlyTransformer, Tokenizer]:
-    """The model of a checkpoint, ready to write, and its tokenizer.
+    """The model of a checkpoint, ready to generate, and its tokenizer.
 
     Raises:
         PreflightError: code CHECKPOINT, when its parts are damaged or do not belong together.
@@ -66,21 +67,23 @@ def load_model(
 
 
 def generate_text(
-    model: DecoderOnlyTransformer, tokenizer: Tokenizer, prompt: str, config: SamplingConfig
+    model: LanguageModel, tokenizer: Tokenizer, prompt: str, config: SamplingConfig
 ) -> str:
-    """What `model` writes after `prompt`; after an empty one, it starts a new text."""
+    """What `model` generates after `prompt`; after an empty one, it starts a new text."""
     return generate_batch(model, tokenizer, [prompt], config)[0].text
 
 
 def stream_text(
-    model: DecoderOnlyTransformer,
+    model: LanguageModel,
     tokenizer: Tokenizer,
     prompt: str,
     config: SamplingConfig,
     on_step: OnStep | None = None,
 ) -> Iterator[str]:
-    """`generate_text` in pieces, as it is written; they end between characters, and what may be
-    the start of a stop text waits until it is known not to be.
+    """`generate_text` in pieces, as they are generated.
+
+    A piece ends between two characters. What may be the start of a stop text is held back until
+    it is known not to be.
     """
     decoder = _Decoder(model, tokenizer, [prompt], config, batch_size=1)
     row = decoder.rows[0]
@@ -93,22 +96,22 @@ def stream_text(
 
 
 def generate_batch(
-    model: DecoderOnlyTransformer,
+    model: LanguageModel,
     tokenizer: Tokenizer,
     prompts: Sequence[str],
     config: SamplingConfig,
     batch_size: int = 8,
     on_step: OnStep | None = None,
 ) -> list[Generation]:
-    """One answer for each prompt, in the order of the prompts.
+    """One completion for each prompt, in the order of the prompts.
 
     Args:
-        model: writes in its own dtype, on its own device.
+        model: computes in its own dtype, on its own device.
         tokenizer: the one that the model was trained with.
         prompts: may differ in length and may repeat; the i-th draws with seed + i.
         config: how tokens are chosen.
-        batch_size: answers written at once. When one ends, the next prompt takes its place.
-        on_step: told of progress; what it raises ends the writing.
+        batch_size: completions generated at once. When one ends, the next prompt takes its place.
+        on_step: told of progress; what it raises ends the generation.
     """
     if not prompts:
         return []
@@ -127,7 +130,8 @@ def window_start(n_tokens: int, context_length: int) -> int:
     """First token that the model sees of a text of `n_tokens`.
 
     GPT-2's positions are learned and absolute, so a cache cannot be shifted. When the window is
-    full it moves on by a quarter and is read again: three tokens for each one written, not all.
+    full, it moves on by a quarter and is prefilled again, which costs three tokens for each one
+    generated. Moving on by one token at a time would cost the whole window for each.
     """
     excess = n_tokens - context_length
     stride = max(1, context_length // 4)
@@ -135,7 +139,7 @@ def window_start(n_tokens: int, context_length: int) -> int:
 
 
 class _Row:
-    """One answer being written: its tokens, its random numbers, its text."""
+    """One completion in the making: its tokens, its random numbers, its text."""
 
     def __init__(
         self, index: int, prompt_ids: list[int], tokenizer: Tokenizer, config: SamplingConfig
@@ -152,7 +156,7 @@ class _Row:
         self._text = TextAssembler(config.stop)
 
     def accept(self, token: int) -> None:
-        """Take in the token that was chosen, and see whether the answer ends with it."""
+        """Append the token that was chosen, and decide whether the completion ends with it."""
         self.tokens.append(token)
         ends = token == self._tokenizer.end_of_text_id
         last = ends or len(self.pieces) + 1 >= self._max_new_tokens
@@ -164,16 +168,16 @@ class _Row:
             self.finish_reason = "end" if ends else "length"
 
     def result(self) -> Generation:
-        """The answer as it stands."""
+        """The completion so far."""
         return Generation("".join(self.pieces), len(self.pieces), self.finish_reason)
 
 
 class _Decoder:
-    """Writes an answer to each prompt, `batch_size` at a time, a token in each per step."""
+    """Completes prompts, `batch_size` at a time, by one token in each per step."""
 
     def __init__(
         self,
-        model: DecoderOnlyTransformer,
+        model: LanguageModel,
         tokenizer: Tokenizer,
         prompts: Sequence[str],
         config: SamplingConfig,
@@ -183,13 +187,13 @@ class _Decoder:
         self._context = model.config.context_length
         rows = self._build_rows(prompts, tokenizer)
         self.rows, self._waiting = rows[:batch_size], rows[batch_size:][::-1]
-        weight = model.embed_tokens.weight
+        weight = next(iter(model.parameters()))
         self._device, dtype = weight.device, weight.dtype
         if torch.is_autocast_enabled(self._device.type):
             dtype = torch.get_autocast_dtype(self._device.type)
         self._vocab_size = min(tokenizer.vocab_size, model.config.vocab_size)
         self._banned = torch.tensor(
-            _list_unwritable_ids(tokenizer), dtype=torch.long, device=self._device
+            _list_ids_without_text(tokenizer), dtype=torch.long, device=self._device
         )
         with torch.inference_mode():
             self._cache = KVCache(
@@ -199,7 +203,7 @@ class _Decoder:
                 dtype,
                 capacity=len(rows[0].tokens) + config.max_new_tokens,
             )
-        self._reader = choose_reader(model, self._cache)
+        self._single_row = _find_single_row_decoder(model, self._cache)
         self._newest: Tensor | None = None  # the rows' last tokens, while they are on the device
         self._seen: Tensor | None = None  # which ids (B V) each row holds, for the penalty
 
@@ -214,12 +218,12 @@ class _Decoder:
                     "tokens are used"
                 )
             rows.append(_Row(index, ids[-self._context :], tokenizer, self.config))
-        # Longest first: windows filled together then need little padding.
+        # Longest first: windows that are prefilled together then need little padding.
         rows.sort(key=lambda row: -len(row.tokens))
         if len(rows[0].tokens) + self.config.max_new_tokens > self._context:
             log_once(
                 f"past {self._context:,} tokens the window slides: the start of the text "
-                "goes out of the model's sight"
+                "leaves the model's context"
             )
         return rows
 
@@ -255,10 +259,13 @@ class _Decoder:
             self._seen = torch.zeros(shape, dtype=torch.bool, device=self._device)
             for i, row in enumerate(self.rows):
                 self._seen[i, torch.tensor(row.tokens, device=self._device)] = True
-        self._fill_windows()
-        in_torch = self._reader is self.model
-        with contextlib.nullcontext() if in_torch else one_torch_thread():
-            logits = self._reader.decode(self._newest, self._cache)[:, : self._vocab_size]  # B V
+        self._prefill_windows()
+        with one_torch_thread() if self._single_row else contextlib.nullcontext():
+            if self._single_row:
+                logits = self._single_row.decode(self._newest)
+            else:
+                logits = self.model.decode(self._newest, self._cache)
+            logits = logits[:, : self._vocab_size]  # B V
             if len(self._banned):
                 logits[:, self._banned] = -torch.inf
             ids = choose_tokens(logits, self.config, uniforms, self._seen)
@@ -266,14 +273,14 @@ class _Decoder:
             self._seen.scatter_(1, ids[:, None], True)
         return ids
 
-    def _fill_windows(self) -> None:
-        """Read all but the last token of each window that is new or has moved."""
+    def _prefill_windows(self) -> None:
+        """Prefill all but the last token of each window that is new or has moved."""
         starts = [window_start(len(row.tokens), self._context) for row in self.rows]
         moved = [i for i, row in enumerate(self.rows) if row.window_start != starts[i]]
         moved.sort(key=lambda i: len(self.rows[i].tokens) - starts[i])
         while moved:
             longest = len(self.rows[moved[-1]].tokens) - starts[moved[-1]] - 1
-            n_rows = max(1, FILL_TOKENS // max(1, longest))
+            n_rows = max(1, PREFILL_TOKENS // max(1, longest))
             part, moved = sorted(moved[-n_rows:]), moved[:-n_rows]
             windows = [self.rows[i].tokens[starts[i] : -1] for i in part]
             padded = [window + [0] * (longest - len(window)) for window in windows]
@@ -283,20 +290,26 @@ class _Decoder:
                 self.rows[i].window_start = starts[i]
 
     def _replace_ended(self) -> None:
-        """Give the places of ended rows to waiting ones; without any, the batch shrinks."""
+        """Give the rows of completions that ended to waiting prompts, or drop the rows."""
         for i, row in enumerate(self.rows):
             if row.finish_reason and self._waiting:
                 self.rows[i] = self._waiting.pop()
         kept = [i for i, row in enumerate(self.rows) if not row.finish_reason]
         if kept and len(kept) < len(self.rows):
             self._cache.keep_rows(kept)
-            self._reader = choose_reader(self.model, self._cache)
+            self._single_row = _find_single_row_decoder(self.model, self._cache)
         self.rows = [self.rows[i] for i in kept]
         self._newest = self._seen = None
 
 
+def _find_single_row_decoder(model: LanguageModel, cache: KVCache) -> SingleRowDecoder | None:
+    """What decodes a single row faster than `model.decode`, if the model has such a thing."""
+    build = getattr(model, "single_row_decoder", None)
+    return None if build is None else build(cache)
+
+
 @functools.cache
-def _list_unwritable_ids(tokenizer: Tokenizer) -> list[int]:
-    """Ids that stand for no text: gaps in the vocabulary, special tokens but the end of text."""
+def _list_ids_without_text(tokenizer: Tokenizer) -> list[int]:
+    """Ids never generated: gaps in the vocabulary, special tokens other than the end of text."""
     ids = range(tokenizer.vocab_size)
     return [i for i in ids if tokenizer.token_bytes(i) is None and i != tokenizer.end_of_text_id]

@@ -16,7 +16,10 @@ from preflight.core.errors import ExitCode, PreflightError
 from preflight.core.log import log
 from preflight.core.signals import StopFlag
 from preflight.device.runtime import Runtime, is_out_of_memory
+from preflight.models.loss import count_targets
+from preflight.models.protocol import LanguageModel
 from preflight.settings import ModelConfig, TrainingSettings
+from preflight.settings.kinds import OPTIMIZERS
 from preflight.training.evaluating import Evaluator
 from preflight.training.optimizers import build_optimizer
 from preflight.training.plan import TrainingPlan
@@ -41,7 +44,8 @@ def build_trainer(
     with runtime.device:
         model = DecoderOnlyTransformer(model_config, gradient_checkpointing=gradient_checkpointing)
     optimizer = build_optimizer(model, training, plan.peak_learning_rate)
-    return Trainer(model, optimizer, plan, runtime, skips_on_device=True)
+    skips_on_device = OPTIMIZERS.load(training.optimizer).skips_on_device
+    return Trainer(model, optimizer, plan, runtime, skips_on_device=skips_on_device)
 
 
 class Trainer:
@@ -52,13 +56,12 @@ class Trainer:
         optimizer: over the model's parameters.
         plan: the run's length, for the learning rate, and how an update is made.
         runtime: device, precision and compilation, decided once.
-        skips_on_device: the optimizer reads ``found_inf`` and then leaves the weights alone, as
-            torch's fused ones do. Otherwise each update waits for the device, to ask.
+        skips_on_device: as in `OptimizerSpec`.
     """
 
     def __init__(
         self,
-        model: DecoderOnlyTransformer,
+        model: LanguageModel,
         optimizer: torch.optim.Optimizer,
         plan: TrainingPlan,
         runtime: Runtime,
@@ -69,29 +72,35 @@ class Trainer:
         self.skips_on_device = skips_on_device
         self.scaler = torch.amp.GradScaler(runtime.device.type, enabled=runtime.needs_scaler)
         self._parameters = [p for p in self.model.parameters() if p.requires_grad]
-        self._forward = torch.compile(self.model) if runtime.compile_model else self.model
+        self._forward = torch.compile(model) if runtime.compile_model else model
 
     def train_step(self, step: int, batches: Iterable[tuple[Tensor, Tensor]]) -> StepResult:
         """One update from `plan.accumulation_steps` batches of (inputs, targets), each (B T).
 
-        Nothing here waits for the device.
+        The loss is the mean over all targets of the update, however the batches share them. An
+        update without any target has no loss (NaN) and changes nothing. Nothing here waits for
+        the device, unless the optimizer cannot skip an update by itself.
         """
-        rate = learning_rate_at(step, self.plan)
+        learning_rate = learning_rate_at(step, self.plan)
         for group in self.optimizer.param_groups:
-            group["lr"] = rate
+            group["lr"] = learning_rate
+        batches = list(batches)  # all of them, since each loss is divided by the targets of all
+        n_targets = torch.stack([count_targets(targets) for _, targets in batches]).sum()
         total = torch.zeros((), device=self.runtime.device)
         for inputs, targets in batches:
-            loss = self._compute_loss(inputs, targets) / self.plan.accumulation_steps
+            loss = self._compute_loss(inputs, targets) / n_targets
             self.scaler.scale(loss).backward()
             total += loss.detach()
+        # Before the norm is taken, since a limit means unscaled gradients.
         self.scaler.unscale_(self.optimizer)
         # An infinite limit measures the norm and changes nothing.
         limit = self.plan.max_grad_norm or math.inf
         norm = torch.nn.utils.clip_grad_norm_(self._parameters, limit)
         self._step_if_finite(norm + total)
-        # Freed, not zeroed: the next backward pass writes instead of adding.
-        self.optimizer.zero_grad(set_to_none=True)
-        return StepResult(step + 1, self.plan.tokens_per_step, rate, total, norm)
+        # Freed, not zeroed: the next backward pass writes instead of adding. Those of the model,
+        # since a gradient that is not finite must not stay where the optimizer has no part.
+        self.model.zero_grad(set_to_none=True)
+        return StepResult(step + 1, self.plan.tokens_per_step, learning_rate, total, norm)
 
     def train(
         self,
@@ -126,19 +135,24 @@ class Trainer:
             if self._forward is self.model or is_out_of_memory(error.__cause__ or error):
                 raise
             reason = (str(error).strip().splitlines() or ["no reason given"])[0]
-            log.warning(f"torch.compile failed ({reason[:120]}); going on without it")
+            log.warning(f"torch.compile failed ({reason[:120]}); continuing without it")
             self._forward = self.model
             with self.runtime.autocast():
                 return self.model(inputs, targets)
 
-    def _step_if_finite(self, witness: Tensor) -> None:
-        """Update the weights unless `witness` is not finite; decided on the device.
+    def _step_if_finite(self, finite_check: Tensor) -> None:
+        """Update the weights unless `finite_check`, which loss and gradients enter, is not finite.
 
-        The fused kernels read `found_inf` as they do for a gradient scaler, which sets its own.
+        An optimizer that skips on the device reads `found_inf`, which a gradient scaler sets by
+        itself. Any other is not called at all.
         """
-        if not self.scaler.is_enabled():
-            self.optimizer.found_inf = (~torch.isfinite(witness)).float()  # type: ignore[attr-defined]
-        self.scaler.step(self.optimizer)
+        if self.skips_on_device:
+            if not self.scaler.is_enabled():
+                is_bad = ~torch.isfinite(finite_check)
+                self.optimizer.found_inf = is_bad.float()  # type: ignore[attr-defined]
+            self.scaler.step(self.optimizer)
+        elif torch.isfinite(finite_check):
+            self.scaler.step(self.optimizer)
         self.scaler.update()
 
     @torch.no_grad()
@@ -148,20 +162,22 @@ class Trainer:
         tokens_per_byte: float,
         stop: StopFlag | None = None,
     ) -> Evaluation | None:
-        """Mean loss over (inputs, targets) batches; ``None`` when `stop` came in between."""
+        """Mean loss over the targets of all batches; ``None`` when `stop` came in between."""
         self.model.eval()
         total = torch.zeros((), device=self.runtime.device, dtype=torch.float64)
-        count = 0
+        n_targets = torch.zeros((), device=self.runtime.device, dtype=torch.int64)
         for inputs, targets in batches:
+            count = count_targets(targets)
             with self.runtime.autocast():
-                total += self.model(inputs, targets).double() * targets.numel()
-            count += targets.numel()
+                # A mean in fp32, then a sum in fp64: figures of version 1 repeat to the bit.
+                total += (self.model(inputs, targets) / count.clamp(min=1)).double() * count
+            n_targets += count
             if stop is not None and stop.stopping:
                 break
         self.model.train()
         if stop is not None and stop.stopping:
             return None
-        loss = float(total) / count
+        loss = float(total / n_targets)
         return Evaluation(loss, loss / math.log(2) * tokens_per_byte)
 
     def state_dict(self) -> dict[str, Any]:
@@ -182,7 +198,7 @@ class Trainer:
         Raises:
             PreflightError: code CHECKPOINT, when the state belongs to another optimizer.
         """
-        self.model.load_state_dict(weights, strict=True)
+        self.model.load_state_dict(weights)
         try:
             self.optimizer.load_state_dict(state["optimizer"])
             if self.scaler.is_enabled() and state["scaler"]:
@@ -198,6 +214,6 @@ class Trainer:
             ) from None
         if state.get("device") != self.runtime.device.type:
             log.info(
-                f"note: trained on {state.get('device')}, going on on {self.runtime.device.type}: "
-                "equal samples, not equal bits"
+                f"note: trained on {state.get('device')}, continuing on "
+                f"{self.runtime.device.type}: same data order, but not bit-identical"
             )

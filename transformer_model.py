@@ -19,6 +19,7 @@ from torch.utils.checkpoint import checkpoint
 from preflight.models.kv_cache import CacheStep, DecodeStep, KVCache, PrefillStep
 from preflight.models.loss import linear_cross_entropy
 from preflight.models.protocol import ParameterGroup
+from preflight.models.single_row import SingleRowDecoder
 from preflight.settings import ModelConfig
 from preflight.settings.kinds import ACTIVATIONS
 
@@ -129,11 +130,11 @@ class DecoderOnlyTransformer(nn.Module):
         ]
 
     def forward(self, tokens: Tensor, targets: Tensor | None = None) -> Tensor:
-        """Logits (B T V), or the mean cross-entropy (scalar, fp32) when `targets` are given.
+        """Logits (B T V), or the summed cross-entropy (scalar, fp32) when `targets` are given.
 
         Args:
             tokens: ids (B T), T at most the context length.
-            targets: the ids that follow (B T).
+            targets: the ids that follow (B T); -100 where nothing is to be predicted.
 
         Raises:
             ValueError: T is longer than the context.
@@ -200,3 +201,36 @@ class DecoderOnlyTransformer(nn.Module):
             x = block(x, layer, step)
         cache.lengths = [length + 1 for length in cache.lengths]
         return F.linear(self.norm(x[:, 0]), self.embed_tokens.weight)  # B V
+
+    def single_row_decoder(self, cache: KVCache) -> SingleRowDecoder | None:
+        """What decodes the one row of `cache` faster than `decode`; ``None`` where nothing does.
+
+        That is numpy, for weights in fp32 on the CPU that are not being trained, and for a model
+        made of nothing but the modules that it knows.
+        """
+        weight = self.embed_tokens.weight
+        is_supported = (
+            len(cache.lengths) == 1
+            and weight.device.type == cache.layers[0].device.type == "cpu"
+            and weight.dtype == cache.layers[0].dtype == torch.float32
+            and not any(p.requires_grad for p in self.parameters())
+            and all(type(module) in _SINGLE_ROW_MODULES for module in self.modules())
+        )
+        if not is_supported:
+            return None
+        return SingleRowDecoder(self.config, dict(self.named_parameters()), self.norm.eps, cache)
+
+
+# What `SingleRowDecoder` computes; nothing derived from these, which may compute something else.
+_SINGLE_ROW_MODULES = {
+    DecoderOnlyTransformer,
+    Block,
+    Attention,
+    MLP,
+    ResidualLinear,
+    nn.Linear,
+    nn.LayerNorm,
+    nn.Embedding,
+    nn.Dropout,
+    nn.ModuleList,
+}

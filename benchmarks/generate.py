@@ -34,10 +34,10 @@ from peers import (  # noqa: E402
 )
 
 from generate import generate_batch  # noqa: E402
-from preflight.decoding.single_row import one_torch_thread  # noqa: E402
 from preflight.device.cards import match_device  # noqa: E402
 from preflight.device.runtime import build_runtime, describe_device  # noqa: E402
 from preflight.models.cost import count_parameters  # noqa: E402
+from preflight.models.single_row import one_torch_thread  # noqa: E402
 from preflight.settings import ModelConfig, ModelSettings, SamplingConfig, SystemSettings  # noqa: E402
 from preflight.tokenization import load_tokenizer  # noqa: E402
 from transformer_model import DecoderOnlyTransformer  # noqa: E402

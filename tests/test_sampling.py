@@ -21,8 +21,8 @@ from generate import generate_batch, generate_text, stream_text, window_start
 from preflight.core import log
 from preflight.decoding.assembling import TextAssembler
 from preflight.decoding.choosing import choose_tokens, filter_probabilities, penalise_repetition
-from preflight.decoding.single_row import SingleRowReader
 from preflight.models.kv_cache import KVCache
+from preflight.models.single_row import SingleRowDecoder
 from preflight.settings import ModelConfig, SamplingConfig
 from preflight.tokenization.tiktoken_bpe import END_OF_TEXT
 from preflight.tokenization.tiktoken_bpe import TiktokenTokenizer as Tokenizer
@@ -314,13 +314,13 @@ def test_numpy_writes_what_torch_writes(
     config = SamplingConfig(max_new_tokens=40, temperature=0.9)
     expected = generate_batch(model, tokenizer, PROMPTS[:4], config, batch_size=3)
     threads = []
-    read = SingleRowReader.decode
+    read = SingleRowDecoder.decode
 
     def spy(*given: Any) -> Tensor:
         threads.append(torch.get_num_threads())
         return read(*given)
 
-    monkeypatch.setattr(SingleRowReader, "decode", spy)
+    monkeypatch.setattr(SingleRowDecoder, "decode", spy)
     frozen = copy.deepcopy(model).requires_grad_(False)
     torch.set_num_threads(2)
     try:

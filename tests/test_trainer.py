@@ -1,19 +1,23 @@
-"""The training step against torch's own optimizers and schedules, and against itself."""
+"""The training step: accumulation, clipping, what is not finite, evaluation."""
 
 from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Callable
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 import trainer as trainer_module
 from preflight.device.runtime import Runtime, build_runtime
+from preflight.models.protocol import ParameterGroup
 from preflight.settings import ControlSettings, ModelConfig, SystemSettings, TrainingSettings
+from preflight.settings.kinds import OPTIMIZERS
+from preflight.training.optimizers import OptimizerSpec
 from preflight.training.plan import build_plan
-from preflight.training.schedules import learning_rate_at
 from preflight.training.state import TrainState
 from trainer import Trainer
 
@@ -41,105 +45,67 @@ def weights_of(trainer: Trainer) -> list[Tensor]:
     return [p.detach().clone() for p in trainer.model.parameters()]
 
 
-@pytest.mark.parametrize("name", ["adamw", "adam", "sgd"])
-def test_updates_equal_torchs_plain_optimizer(name: str) -> None:
-    trainer = build_trainer(optimizer=name, scheduler="none", warmup_steps=0, max_grad_norm=0.0)
-    reference = build_trainer(optimizer=name).model
-    decay = {
-        p: 0.1 if p.dim() == 2 and "embed" not in n else 0.0
-        for n, p in reference.named_parameters()
-    }
-    groups = [{"params": [p], "weight_decay": d} for p, d in decay.items()]
-    plain = {
-        "adamw": lambda: torch.optim.AdamW(groups, lr=1e-2, betas=(0.9, 0.95), foreach=False),
-        "adam": lambda: torch.optim.Adam(groups, lr=1e-2, betas=(0.9, 0.95), foreach=False),
-        "sgd": lambda: torch.optim.SGD(groups, lr=1e-2, momentum=0.9, foreach=False),
-    }[name]()
-    # The plain optimizer gets our gradients: Adam would magnify rounding in those near zero.
-    seen: list[Tensor] = []
-    trainer.optimizer.register_step_pre_hook(
-        lambda *_: seen.extend(p.grad.clone() for p in trainer.model.parameters())
-    )
-    for step, batch in enumerate(draw_batches(5)):
-        seen.clear()
-        trainer.train_step(step, [batch])
-        for parameter, gradient in zip(reference.parameters(), seen, strict=True):
-            parameter.grad = gradient
-        plain.step()
-    for ours, theirs in zip(weights_of(trainer), reference.parameters(), strict=True):
-        torch.testing.assert_close(ours, theirs.detach(), rtol=1e-5, atol=1e-7)
+MASKED = -100
 
 
-def test_only_weight_matrices_decay() -> None:
-    trainer = build_trainer()
-    decaying, others = (group["params"] for group in trainer.optimizer.param_groups)
-    names = {id(p): n for n, p in trainer.model.named_parameters()}
-    assert {names[id(p)].split(".")[-2] for p in decaying} == {
-        "qkv_proj",
-        "o_proj",
-        "up_proj",
-        "down_proj",
-    }
-    assert len(decaying) + len(others) == len(names)
-    assert trainer.optimizer.param_groups[1]["weight_decay"] == 0
+def cut(inputs: Tensor, targets: Tensor, split: list[int], *, ragged: bool = False) -> list[Batch]:
+    """The same targets in micro-batches of `split` rows each.
+
+    `ragged`: each as long as its longest row, where the targets at a row's end are masked.
+    """
+    batches = list(zip(inputs.split(split), targets.split(split), strict=True))
+    if ragged:
+        lengths = [int((t != MASKED).sum(dim=1).max()) for _, t in batches]
+        batches = [(i[:, :n], t[:, :n]) for (i, t), n in zip(batches, lengths, strict=True)]
+    return batches
 
 
-def torch_rates(scheduler: str, total: int, warmup: int, peak: float) -> list[float]:
-    """The same schedule from torch.optim.lr_scheduler."""
-    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=peak)
-    schedules = torch.optim.lr_scheduler
-    if scheduler == "onecycle":
-        # OneCycleLR ends its rise at pct_start * total - 1.
-        chain: object = schedules.OneCycleLR(
-            optimizer, peak, total_steps=total, pct_start=warmup / total, cycle_momentum=False
-        )
-    else:
-        rise = schedules.LambdaLR(optimizer, lambda step: (step + 1) / warmup)
-        fall = {
-            "cosine": lambda: schedules.CosineAnnealingLR(optimizer, total - warmup, 0.1 * peak),
-            "linear": lambda: schedules.LinearLR(optimizer, 1.0, 0.0, total - warmup),
-            "none": lambda: schedules.ConstantLR(optimizer, 1.0),
-        }[scheduler]()
-        chain = schedules.SequentialLR(optimizer, [rise, fall], [warmup])
-    rates = []
-    for _ in range(total):
-        rates.append(optimizer.param_groups[0]["lr"])
-        optimizer.step()
-        chain.step()  # type: ignore[attr-defined]
-    return rates
+def mask_nothing(targets: Tensor) -> Tensor:
+    return targets
 
 
-@pytest.mark.parametrize("scheduler", ["cosine", "linear", "onecycle", "none"])
-def test_learning_rates_equal_torchs_schedules(scheduler: str) -> None:
-    training = TrainingSettings(
-        max_steps=50, warmup_steps=10, scheduler=scheduler, learning_rate=3e-3
-    )
-    plan = build_plan(training, ControlSettings(), 16, 1000, 20)
-    ours = [learning_rate_at(step, plan) for step in range(50)]
-    assert ours == pytest.approx(torch_rates(scheduler, 50, 10, 3e-3), rel=1e-5, abs=1e-12)
+def mask_at_random(targets: Tensor) -> Tensor:
+    """The more, the later the row; the first micro-batch of four rows has none left."""
+    numbers = torch.rand(targets.shape, generator=torch.Generator().manual_seed(3))
+    targets = targets.masked_fill(numbers < torch.linspace(0.1, 0.9, 16)[:, None], MASKED)
+    targets[:4] = MASKED
+    return targets
 
 
-@pytest.mark.parametrize("scheduler", ["cosine", "linear", "onecycle", "none"])
-@pytest.mark.parametrize("steps", [1, 2, 3])
-def test_learning_rate_is_sane_for_the_shortest_runs(scheduler: str, steps: int) -> None:
-    training = TrainingSettings(max_steps=steps, scheduler=scheduler, learning_rate=1.0)
-    plan = build_plan(training, ControlSettings(), 16, 1000, 20)
-    for step in range(steps):
-        assert 0 <= learning_rate_at(step, plan) <= 1.0
-    assert max(learning_rate_at(step, plan) for step in range(steps)) > 0
+def mask_ends(targets: Tensor) -> Tensor:
+    """Rows of 1 to 16 tokens."""
+    return targets.masked_fill(torch.arange(16) > torch.arange(16)[:, None], MASKED)
 
 
-def test_accumulation_equals_one_large_batch() -> None:
+@pytest.mark.parametrize("split", [[4, 4, 4, 4], [1] * 16, [1, 9, 2, 4]], ids=str)
+@pytest.mark.parametrize("mask", [mask_nothing, mask_at_random, mask_ends])
+def test_accumulation_equals_one_large_batch(
+    split: list[int], mask: Callable[[Tensor], Tensor]
+) -> None:
     whole = build_trainer(batch_size=16)
-    parts = build_trainer(batch_size=4, gradient_accumulation_steps=4)
+    parts = build_trainer(batch_size=16 // len(split), gradient_accumulation_steps=len(split))
     for step in range(4):
         inputs, targets = draw_batches(1, 16, seed=step)[0]
+        targets = mask(targets)
         one = whole.train_step(step, [(inputs, targets)])
-        four = parts.train_step(step, zip(inputs.split(4), targets.split(4), strict=True))
-        assert float(one.loss) == pytest.approx(float(four.loss), abs=1e-5)
-        assert float(one.grad_norm) == pytest.approx(float(four.grad_norm), rel=1e-4)
+        several = parts.train_step(step, cut(inputs, targets, split, ragged=mask is mask_ends))
+        assert float(one.loss) == pytest.approx(float(several.loss), abs=1e-5)
+        assert float(one.grad_norm) == pytest.approx(float(several.grad_norm), rel=1e-4)
+        if step == 0:  # the definition: the mean over all targets, at the initial weights
+            fresh = build_trainer().model
+            logits = fresh(inputs).flatten(0, 1).detach()
+            expected = F.cross_entropy(logits, targets.flatten(), ignore_index=MASKED)
+            assert float(one.loss) == pytest.approx(float(expected), rel=1e-5)
     for a, b in zip(weights_of(whole), weights_of(parts), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4)
+
+
+def test_an_update_without_targets_changes_nothing() -> None:
+    trainer = build_trainer(gradient_accumulation_steps=2)
+    before = weights_of(trainer)
+    batches = [(i, torch.full_like(t, MASKED)) for i, t in draw_batches(2)]
+    assert math.isnan(float(trainer.train_step(0, batches).loss))
+    assert all(torch.equal(a, b) for a, b in zip(before, weights_of(trainer), strict=True))
 
 
 def test_gradient_norm_is_clipped_and_reported_before_clipping() -> None:
@@ -168,12 +134,42 @@ def test_gradient_norm_is_clipped_and_reported_before_clipping() -> None:
     assert float(moved.norm()) == pytest.approx(0.1 * 1e-2, rel=1e-3)
 
 
-@pytest.mark.parametrize("name", ["adamw", "adam", "sgd"])
+def build_muon(
+    groups: list[ParameterGroup], training: TrainingSettings, learning_rate: float
+) -> torch.optim.Optimizer:
+    matrices = [p for group in groups if group.kind == "matrix" for p in group.parameters]
+    return torch.optim.Muon(matrices, lr=learning_rate)
+
+
+@pytest.fixture
+def muon(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An optimizer that knows nothing of `found_inf`, among those that can be chosen."""
+    monkeypatch.setattr(OPTIMIZERS, "_targets", dict(OPTIMIZERS._targets))
+    OPTIMIZERS.register("muon", OptimizerSpec(build_muon, lambda _: 1))
+
+
+def copy_state(trainer: Trainer) -> list[Tensor]:
+    states = trainer.optimizer.state.values()
+    return [v.clone() for s in states for v in s.values() if isinstance(v, Tensor)]
+
+
+@pytest.mark.usefixtures("muon")
+@pytest.mark.parametrize("name", ["adamw", "adam", "sgd", "muon"])
 @pytest.mark.parametrize("place", ["loss", "gradient"])
-def test_what_is_not_finite_never_reaches_the_weights(name: str, place: str) -> None:
-    trainer = build_trainer(optimizer=name)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=["fp32", "scaled fp16"])
+def test_what_is_not_finite_never_reaches_the_weights(
+    name: str, place: str, dtype: torch.dtype
+) -> None:
+    trainer = build_trainer(Runtime(torch.device("cpu"), dtype, False, ()), optimizer=name)
+    assert trainer.scaler.is_enabled() == (dtype == torch.float16)
     batches = draw_batches(3)
+    start = weights_of(trainer)
     trainer.train_step(0, batches[:1])
+    before, state = weights_of(trainer), copy_state(trainer)
+    # Muon trains the matrices alone.
+    trained = next(p for g in trainer.optimizer.param_groups for p in g["params"])
+    index = next(i for i, p in enumerate(trainer.model.parameters()) if p is trained)
+    assert not torch.equal(start[index], before[index])
     hook = None
     if place == "loss":
         hook = trainer.model.register_forward_hook(lambda *args: args[2] * math.nan)
@@ -184,30 +180,40 @@ def test_what_is_not_finite_never_reaches_the_weights(name: str, place: str) -> 
             p.grad.view(-1)[3] = math.inf
 
         parameter.register_post_accumulate_grad_hook(poison)
-    before = weights_of(trainer)
-    state = [
-        v.clone() for s in trainer.optimizer.state.values() for v in s.values() if v is not None
-    ]
     result = trainer.train_step(1, batches[1:2])
     assert not math.isfinite(float(result.loss) + float(result.grad_norm))
-    after = [v for s in trainer.optimizer.state.values() for v in s.values() if v is not None]
     assert all(torch.equal(a, b) for a, b in zip(before, weights_of(trainer), strict=True))
-    assert all(torch.equal(a, b) for a, b in zip(state, after, strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(state, copy_state(trainer), strict=True))
     if hook is not None:  # and the next sound step is applied
         hook.remove()
         trainer.train_step(2, batches[2:])
-        assert not torch.equal(before[0], weights_of(trainer)[0])
+        assert not torch.equal(before[index], weights_of(trainer)[index])
 
 
-def test_evaluation_is_the_mean_over_tokens_and_leaves_training_mode() -> None:
+@pytest.mark.usefixtures("muon")
+def test_one_bad_step_destroys_every_matrix_where_nobody_asks() -> None:
+    """Why the question is there: the same step with the weights left to the optimizer."""
+    trainer = build_trainer(optimizer="muon")
+    trainer.skips_on_device = True  # a false claim
+    trainer.model.register_forward_hook(lambda *args: args[2] * math.nan)
+    trainer.train_step(0, draw_batches(1))
+    matrices = trainer.optimizer.param_groups[0]["params"]
+    assert len(matrices) == 4 * MODEL.n_layers
+    assert all(matrix.isnan().all() for matrix in matrices)
+
+
+def test_evaluation_is_the_mean_over_targets_and_leaves_training_mode() -> None:
     trainer = build_trainer()
     batches = [*draw_batches(2, 4), *draw_batches(1, 2, seed=9)]
+    batches[1] = (batches[1][0], batches[1][1].clone())
+    batches[1][1][:, 5:] = MASKED
+    batches.append((batches[0][0], torch.full_like(batches[0][1], MASKED)))
     result = trainer.evaluate(batches, tokens_per_byte=0.25)
     assert result is not None
     with torch.no_grad():
         logits = torch.cat([trainer.model(i).flatten(0, 1) for i, _ in batches])
-        expected = torch.nn.functional.cross_entropy(
-            logits, torch.cat([t.flatten() for _, t in batches])
+        expected = F.cross_entropy(
+            logits, torch.cat([t.flatten() for _, t in batches]), ignore_index=MASKED
         )
     assert result.loss == pytest.approx(float(expected), rel=1e-5)
     assert result.bits_per_byte == pytest.approx(float(expected) / math.log(2) / 4, rel=1e-5)

@@ -42,7 +42,7 @@ def choose_tokens(
 
 
 def is_greedy(config: SamplingConfig) -> bool:
-    """Whether the likeliest token is always taken."""
+    """Whether the most probable token is always taken."""
     return not config.do_sample or config.temperature < COLDEST_TEMPERATURE
 
 

@@ -16,6 +16,7 @@ from preflight.foresight.memory_trace import Peaks, TraceCase, extend_peaks, tra
 from preflight.models import loss as losses
 from preflight.models.cost import count_parameters
 from preflight.settings import ModelConfig, TrainingSettings
+from preflight.settings.kinds import OPTIMIZERS
 
 MIB = 2**20
 PHASES = ("training step", "optimizer step", "evaluation", "generation", "resume")
@@ -168,10 +169,10 @@ def _summarise(peaks: Peaks, case: TraceCase, workspace: int) -> MemoryEstimate:
 
 def estimate_checkpoint_bytes(model_config: ModelConfig, training: TrainingSettings) -> int:
     """Disk space of one checkpoint: weights and optimizer state in fp32, and their headers."""
-    copies = {"adamw": 2, "adam": 2, "sgd": 1 if training.beta1 else 0}[training.optimizer]
+    copies = OPTIMIZERS.load(training.optimizer).state_copies(training)
     n_tensors = 4 + 12 * model_config.n_layers
     headers = 120 * n_tensors * (1 + 3 * copies)  # names, shapes and alignment
-    return 4 * count_parameters(model_config) * (1 + copies) + headers
+    return round(4 * count_parameters(model_config) * (1 + copies) + headers)
 
 
 def estimate_least_bytes(model_config: ModelConfig, training: TrainingSettings) -> int:

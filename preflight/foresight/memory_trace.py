@@ -1,8 +1,8 @@
 """What the real training run holds in memory at each moment, traced on fake tensors.
 
-`Trainer` runs on tensors that have shapes but no data, while a log notes the birth and the death
-of every storage. Against torch's profiler this is exact to the byte in eager mode on the CPU. Deep
-models are traced at two small depths: each stretch of a step grows by the same bytes with each
+`Trainer` runs on tensors that have shapes but no data, while a log notes when every storage is
+allocated and freed. Against torch's profiler this is exact to the byte in eager mode on the CPU.
+Deep models are traced at two small depths: each stretch of a step grows by the same bytes with each
 layer, so the line through both is exact as well. For CUDA the same trace runs with what that
 device does differently: its loss layout, fused dropout masks, flash attention.
 """
@@ -12,7 +12,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -23,8 +23,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-import transformer_model
-from generate import FILL_TOKENS
+from generate import PREFILL_TOKENS
 from preflight.decoding.choosing import choose_tokens
 from preflight.device.runtime import Runtime
 from preflight.foresight.memory_compiled import capture_graphs, trace_compiled_step
@@ -32,7 +31,8 @@ from preflight.models import loss as losses
 from preflight.models.kv_cache import KVCache
 from preflight.settings import ControlSettings, ModelConfig, SamplingConfig, TrainingSettings
 from preflight.training.plan import build_plan
-from trainer import Trainer, build_trainer
+from trainer import build_trainer
+from transformer_model import Attention, DecoderOnlyTransformer
 
 ITEMS = (
     "weights",
@@ -55,15 +55,25 @@ Peaks = dict[Region, dict[str, float]]  # bytes of each item at a stretch's high
 
 @dataclass(eq=False)
 class _Storage:
+    """One allocation; times are counts of operations, `freed` the last one that it lives through.
+
+    `ref` is kept because a weak reference that is dropped never calls back.
+    """
+
     size_bytes: int
-    born: int
-    died: int | None = None
+    allocated: int
+    freed: int | None = None
     item: str = "temporary"
     ref: Any = None
 
 
 class AllocationLog(TorchDispatchMode):
-    """Notes when each storage comes and goes; time is the count of operations."""
+    """Notes when each storage is allocated and freed; time is the count of operations.
+
+    Every operation below autograd comes through `__torch_dispatch__`, those of the backward pass
+    and of the optimizer too. What an operation returns is either a new storage or a view of a
+    known one, which the storage's identity tells apart.
+    """
 
     def __init__(self, device_type: str) -> None:
         super().__init__()
@@ -72,30 +82,31 @@ class AllocationLog(TorchDispatchMode):
         self.in_backward = False
         self.storages: list[_Storage] = []
         self.marks: list[tuple[int, Region]] = []
-        self._living: dict[int, _Storage] = {}
+        self._living: dict[int, _Storage] = {}  # by the id of torch's storage object
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         self.clock += 1
         if func is torch.ops.aten._local_scalar_dense.default:
-            return 0  # fake tensors hold no number to read
+            return 1  # `.item()`: fake tensors hold no number; "true", so that the step goes on
         if self.on_cuda and "flash_attention" in func.__name__ and "backward" in func.__name__:
             # FlashAttention-2 sums the query's gradient in fp32, and keeps a number a row.
             query = args[1]
-            self._add(4 * query.numel() + 4 * query[..., 0].numel()).died = self.clock
+            self._add(4 * query.numel() + 4 * query[..., 0].numel()).freed = self.clock
         result = func(*args, **(kwargs or {}))
         for leaf in tree_leaves(result):
             if isinstance(leaf, Tensor):
                 record = self.find(leaf)
                 # Autograd adds up real gradients in place, but not those of tensor subclasses
-                # (torch/csrc/autograd/input_buffer.cpp): the sum takes over what a term had.
+                # (torch/csrc/autograd/input_buffer.cpp): the sum takes over what a term had. So
+                # the sum counts from the next operation on, when that term is free again.
                 if (
                     self.in_backward
                     and func is torch.ops.aten.add.Tensor
                     and not torch.is_grad_enabled()
                 ):
-                    record.born = self.clock + 1
+                    record.allocated = self.clock + 1
         return result
 
     def find(self, tensor: Tensor) -> _Storage:
@@ -104,7 +115,7 @@ class AllocationLog(TorchDispatchMode):
         key = id(storage)
         if key not in self._living:
             self._living[key] = record = self._add(storage.nbytes())
-            record.ref = weakref.ref(storage, lambda _: self._bury(key))
+            record.ref = weakref.ref(storage, lambda _: self._free(key))
         return self._living[key]
 
     def _add(self, size_bytes: int) -> _Storage:
@@ -113,8 +124,8 @@ class AllocationLog(TorchDispatchMode):
         self.storages.append(_Storage(size_bytes, self.clock))
         return self.storages[-1]
 
-    def _bury(self, key: int) -> None:
-        self._living.pop(key).died = self.clock
+    def _free(self, key: int) -> None:
+        self._living.pop(key).freed = self.clock
 
     def mark(self, phase: str, stretch: str) -> None:
         """From the next operation on, time belongs to this stretch."""
@@ -125,25 +136,27 @@ class AllocationLog(TorchDispatchMode):
         for tensor in tensors:
             self.find(tensor).item = item
 
-    def label_born(self, since: int, item: str) -> None:
-        """Say what all living storages born after `since` and without a label are for."""
+    def label_since(self, since: int, item: str) -> None:
+        """Say what all living storages allocated after `since` and without a label are for."""
         for record in self._living.values():
-            if record.born > since and record.item == "temporary":
+            if record.allocated > since and record.item == "temporary":
                 record.item = item
 
     def peaks(self) -> Peaks:
         """The highest moment of each stretch; of stretches that repeat, the highest one."""
+        # What each operation adds and frees; the running total is the memory at that operation.
         change = [0] * (self.clock + 2)
         for record in self.storages:
-            change[record.born] += record.size_bytes
-            if record.died is not None:
-                change[record.died + 1] -= record.size_bytes
-        best: dict[Region, tuple[int, int]] = {}
+            change[record.allocated] += record.size_bytes
+            if record.freed is not None:
+                change[record.freed + 1] -= record.size_bytes
+        best: dict[Region, tuple[int, int]] = {}  # total and time
         marks = iter([*self.marks, (self.clock + 2, ("", ""))])
         start, region = 0, ("", "")
         following, upcoming = next(marks)
         total = 0
         for time in range(self.clock + 1):
+            # Several marks may stand at one operation: the last of them names the stretch.
             while time >= following:
                 start, region = following, upcoming
                 following, upcoming = next(marks)
@@ -155,7 +168,7 @@ class AllocationLog(TorchDispatchMode):
     def _itemise(self, time: int) -> dict[str, float]:
         items = dict.fromkeys(ITEMS, 0.0)
         for record in self.storages:
-            if record.born <= time and (record.died is None or record.died >= time):
+            if record.allocated <= time and (record.freed is None or record.freed >= time):
                 items[record.item] += record.size_bytes
         return items
 
@@ -185,7 +198,7 @@ class _CudaDropout(nn.Module):
 
 def _use_cuda_dropout(model: nn.Module) -> None:
     for module in list(model.modules()):
-        if isinstance(module, transformer_model.Attention):
+        if isinstance(module, Attention):
             module.dropout = 0.0  # flash attention keeps a seed, not a mask
         for name, child in list(module.named_children()):
             if isinstance(child, nn.Dropout):
@@ -240,6 +253,18 @@ class TraceCase:
     compile_model: bool
     generation_batch_size: int
 
+    @property
+    def batch_shape(self) -> tuple[int, int]:
+        """Sequences of a micro-step, and tokens in each."""
+        return self.training.batch_size, self.model_config.context_length
+
+    @property
+    def batch_bytes(self) -> int:
+        """Inputs and targets of one micro-step, 8 bytes an id."""
+        n_bytes = 8 * self.batch_shape[0] * self.batch_shape[1]
+        block = CUDA_BLOCK_BYTES if self.device_type == "cuda" else 1
+        return 2 * -(-n_bytes // block) * block
+
 
 @functools.lru_cache(maxsize=64)
 def trace_peaks(case: TraceCase) -> Peaks:
@@ -269,9 +294,8 @@ def trace_whole(case: TraceCase) -> Peaks:
     """Peaks by tracing every layer."""
     config, training = case.model_config, case.training
     # The third micro-step and those after it are like the second.
-    training = replace(
-        training, gradient_accumulation_steps=min(2, training.gradient_accumulation_steps)
-    )
+    n_traced = min(2, training.gradient_accumulation_steps)
+    training = replace(training, gradient_accumulation_steps=n_traced)
     runtime = Runtime(torch.device("cpu"), case.dtype, False, ())
     plan = build_plan(training, ControlSettings(), config.context_length, 1, 1)
     with _pretend(case.device_type) as log:
@@ -279,6 +303,7 @@ def trace_whole(case: TraceCase) -> Peaks:
             config, training, plan, runtime, gradient_checkpointing=case.gradient_checkpointing
         )
         model, optimizer = trainer.model, trainer.optimizer
+        assert isinstance(model, DecoderOnlyTransformer)
         if case.device_type != "cpu":
             _use_cuda_dropout(model)
         log.label(list(model.parameters()), "weights")
@@ -286,27 +311,31 @@ def trace_whole(case: TraceCase) -> Peaks:
         trainer.train_step(0, [_build_batch(1, 1)])
         states = [tree_leaves(state) for state in optimizer.state.values()]
         log.label([x for state in states for x in state if isinstance(x, Tensor)], "optimizer")
-        _watch_step(log, trainer)
-        batches = (
-            _build_batch(training.batch_size, config.context_length)
-            for _ in range(training.gradient_accumulation_steps)
-        )
+        _StepWatcher(log, model).watch(optimizer)
+        batches = (_build_batch(*case.batch_shape) for _ in range(n_traced))
         log.mark("training step", "start")
         trainer.train_step(1, batches)
         log.mark("evaluation", "all")
-        trainer.evaluate(
-            (_build_batch(training.batch_size, config.context_length) for _ in range(2)), 1.0
-        )
+        trainer.evaluate((_build_batch(*case.batch_shape) for _ in range(2)), 1.0)
         log.mark("generation", "all")
         with runtime.autocast():
             generate_longest(model, case)
         log.mark("", "")
     peaks = log.peaks()
+    # An update holds the batches of all its micro-steps from its start to its end.
+    untraced = case.training.gradient_accumulation_steps - n_traced
+    for (phase, _), items in peaks.items():
+        if phase in ("training step", "optimizer step"):
+            items["temporary"] += untraced * case.batch_bytes
     return _replace_step(peaks, case) if case.compile_model else peaks
 
 
 def _replace_step(peaks: Peaks, case: TraceCase) -> Peaks:
-    """The stretches of the compiled step in place of those of the eager one."""
+    """The stretches of the compiled step in place of those of the eager one.
+
+    The compiler's graphs tell what one forward and backward pass allocates. What lives longer than
+    that is taken from the eager trace: weights, optimizer state, gradients and batches.
+    """
     config, training = case.model_config, case.training
     runtime = Runtime(torch.device("cpu"), case.dtype, False, ())
     # The compiler joins chunks, and lets some of their gradients live longer: all are needed.
@@ -315,14 +344,10 @@ def _replace_step(peaks: Peaks, case: TraceCase) -> Peaks:
         torch.random.fork_rng(devices=[]),
         FakeTensorMode(allow_non_fake_inputs=True),
     ):
-        model = transformer_model.DecoderOnlyTransformer(
-            config, gradient_checkpointing=case.gradient_checkpointing
-        )
+        model = DecoderOnlyTransformer(config, gradient_checkpointing=case.gradient_checkpointing)
         if case.device_type != "cpu":
             _use_cuda_dropout(model)
-        graphs = capture_graphs(
-            model, runtime, _build_batch(training.batch_size, config.context_length)
-        )
+        graphs = capture_graphs(model, runtime, _build_batch(*case.batch_shape))
     start = peaks["training step", "start"]
     # From the second micro-step on, the gradients are there throughout.
     gradients = start["weights"] if training.gradient_accumulation_steps > 1 else 0.0
@@ -330,7 +355,7 @@ def _replace_step(peaks: Peaks, case: TraceCase) -> Peaks:
         "weights": start["weights"],
         "optimizer": start["optimizer"],
         "gradients": gradients,
-        "activations kept": 16.0 * training.batch_size * config.context_length,
+        "activations kept": float(training.gradient_accumulation_steps * case.batch_bytes),
     }
     result = {region: items for region, items in peaks.items() if region[0] != "training step"}
     for stretch, moments in trace_compiled_step(*graphs).items():
@@ -346,69 +371,81 @@ def _build_batch(batch_size: int, n_tokens: int) -> tuple[Tensor, Tensor]:
     return torch.zeros(shape, dtype=torch.long), torch.zeros(shape, dtype=torch.long)
 
 
-def _watch_step(log: AllocationLog, trainer: Trainer) -> None:
-    """Mark the stretches of a step, and label storages at the moments that tell their use."""
-    model, blocks = trainer.model, list(trainer.model.layers)
-    names = {0: "first block", len(blocks) - 1: "last block"}
-    times = {"forward": 0, "loss": 0}
-    forward = False
+class _StepWatcher:
+    """Marks the stretches of a step, and labels storages at the moments that tell their use.
 
-    def backward_of(stretch: str) -> Callable[[Tensor], None]:
-        return lambda _: log.mark("training step", f"backward {stretch}")
+    The marks of the forward pass come from hooks of the modules. Those of the backward pass come
+    from hooks of the tensors between two stretches: when the gradient of a block's input is there,
+    the backward pass has left that block and enters the one before.
+    """
 
-    def before_model(*_: Any) -> None:
-        nonlocal forward
-        forward = torch.is_grad_enabled()  # else it is an evaluation
-        log.in_backward = False
-        if forward:
-            times["forward"] = log.clock
-            log.mark("training step", "embedding")
+    def __init__(self, log: AllocationLog, model: DecoderOnlyTransformer) -> None:
+        self.log, self.model = log, model
+        self._in_forward = False  # of training; not of an evaluation, nor of a recomputation
+        self._forward_began = self._loss_began = 0
+        n_layers = len(model.layers)
+        # Of the blocks between the first and the last, the highest stands for all.
+        names = {0: "first block", n_layers - 1: "last block"}
+        self._names = [names.get(index, "block") for index in range(n_layers)]
 
-    def before_block(index: int, _: Any, inputs: tuple[Any, ...]) -> None:
-        if forward:  # not recomputed in the backward pass
-            log.mark("training step", names.get(index, "block"))
-            stretch = "embedding" if index == 0 else names.get(index - 1, "block")
-            inputs[0].register_hook(backward_of(stretch))
+    def watch(self, optimizer: torch.optim.Optimizer) -> None:
+        """Set all hooks."""
+        self.model.register_forward_pre_hook(self._before_model)
+        for index, block in enumerate(self.model.layers):
+            block.register_forward_pre_hook(functools.partial(self._before_block, index))
+        self.model.norm.register_forward_pre_hook(self._before_norm)
+        self.model.norm.register_forward_hook(self._after_norm)
+        self.model.register_forward_hook(self._after_model)
+        optimizer.register_step_pre_hook(self._before_update)
 
-    def before_norm(_: Any, inputs: tuple[Tensor]) -> None:
-        if forward:
-            log.mark("training step", "loss")
-            inputs[0].register_hook(backward_of(names[len(blocks) - 1]))
+    def _mark_when_backward_leaves(self, tensor: Tensor, entered: str) -> None:
+        tensor.register_hook(lambda _: self.log.mark("training step", f"backward {entered}"))
 
-    def after_norm(*_: Any) -> None:
-        times["loss"] = log.clock
+    def _before_model(self, *_: Any) -> None:
+        self._in_forward = torch.is_grad_enabled()
+        self.log.in_backward = False
+        if self._in_forward:
+            self._forward_began = self.log.clock
+            self.log.mark("training step", "embedding")
 
-    def after_model(*_: Any) -> None:
-        nonlocal forward
-        if forward:
-            forward, log.in_backward = False, True
-            log.label_born(times["loss"], "logits and loss")
-            log.label_born(times["forward"], "activations kept")
-            log.mark("training step", "backward loss")
+    def _before_block(self, index: int, _: Any, inputs: tuple[Any, ...]) -> None:
+        if self._in_forward:
+            self.log.mark("training step", self._names[index])
+            before = self._names[index - 1] if index else "embedding"
+            self._mark_when_backward_leaves(inputs[0], before)
 
-    def before_update(*_: Any) -> None:
-        log.in_backward = False
-        log.mark("optimizer step", "all")
-        log.label([p.grad for p in model.parameters() if p.grad is not None], "gradients")
+    def _before_norm(self, _: Any, inputs: tuple[Tensor]) -> None:
+        if self._in_forward:
+            self.log.mark("training step", "loss")
+            self._mark_when_backward_leaves(inputs[0], self._names[-1])
 
-    model.register_forward_pre_hook(before_model)
-    for index, block in enumerate(blocks):
-        block.register_forward_pre_hook(functools.partial(before_block, index))
-    model.norm.register_forward_pre_hook(before_norm)
-    model.norm.register_forward_hook(after_norm)
-    model.register_forward_hook(after_model)
-    trainer.optimizer.register_step_pre_hook(before_update)
+    def _after_norm(self, *_: Any) -> None:
+        self._loss_began = self.log.clock
+
+    def _after_model(self, *_: Any) -> None:
+        if self._in_forward:
+            self._in_forward, self.log.in_backward = False, True
+            # The later ones first: a label, once given, stays.
+            self.log.label_since(self._loss_began, "logits and loss")
+            self.log.label_since(self._forward_began, "activations kept")
+            self.log.mark("training step", "backward loss")
+
+    def _before_update(self, *_: Any) -> None:
+        self.log.in_backward = False
+        self.log.mark("optimizer step", "all")
+        gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
+        self.log.label(gradients, "gradients")
 
 
-def generate_longest(model: transformer_model.DecoderOnlyTransformer, case: TraceCase) -> None:
-    """Read windows as long as the context, then one token more in every row."""
+def generate_longest(model: DecoderOnlyTransformer, case: TraceCase) -> None:
+    """Prefill windows as long as the context, then decode one more token in every row."""
     rows, context = case.generation_batch_size, case.model_config.context_length
-    n_filled = max(1, min(rows, FILL_TOKENS // context))
+    n_prefilled = max(1, min(rows, PREFILL_TOKENS // context))
     model.eval()
     with torch.no_grad():
         cache = KVCache(case.model_config, rows, torch.device("cpu"), case.dtype)
-        windows = torch.zeros((n_filled, context - 1), dtype=torch.long)
-        model.prefill(windows, cache, list(range(n_filled)), [context - 1] * n_filled)
+        windows = torch.zeros((n_prefilled, context - 1), dtype=torch.long)
+        model.prefill(windows, cache, list(range(n_prefilled)), [context - 1] * n_prefilled)
         del windows
         # Rows of different lengths need a mask.
         cache.lengths = [context - 1, *[max(0, context - 2)] * (rows - 1)]

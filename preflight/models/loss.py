@@ -15,13 +15,11 @@ from torch import Tensor
 # Rows of logits held at once by the loss (measured, benchmarks/LOG.md). On the CPU, GPT-2's are
 # over the 32 MiB up to which malloc keeps freed blocks; on CUDA they fill the card.
 LOSS_ROWS_CPU = 256
-
-
 LOSS_ROWS_CUDA = 2048
-
-
 # Tensor cores want every dimension to be a multiple of this; 50,257 is odd.
 CUDA_VOCAB_MULTIPLE = 64
+# In the place of a target: nothing is predicted here. The same number as torch's `ignore_index`.
+NO_TARGET = -100
 
 
 class LossLayout(NamedTuple):
@@ -47,13 +45,18 @@ def loss_layout(device_type: str) -> LossLayout:
     return LossLayout(LOSS_ROWS_CPU if on_cpu else LOSS_ROWS_CUDA, 1, weight_first=on_cpu)
 
 
+def count_targets(targets: Tensor) -> Tensor:
+    """How many of these ids are targets; a scalar on their device, so that nobody waits for it."""
+    return (targets != NO_TARGET).sum()
+
+
 def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
-    """Mean cross-entropy of ``hidden @ weight.T`` against `targets`, never holding all logits.
+    """Summed cross-entropy of ``hidden @ weight.T`` against `targets`, never holding all logits.
 
     Args:
         hidden: rows (N C), of which logits are made a few at a time.
         weight: the tied embedding (V C).
-        targets: ids (N,).
+        targets: ids (N,). A row whose target is -100 adds nothing to the loss or the gradients.
 
     Returns:
         A scalar in fp32. Its gradients are computed in the same pass, while the logits are at
@@ -71,8 +74,15 @@ def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor) -> Ten
         total = hidden.new_zeros((), dtype=torch.float32)
         buffer = _make_logits_buffer(hidden, weight)
         for rows in split_loss_rows(hidden):
-            total += _score_rows(hidden[rows], weight, targets[rows, None], padding, buffer)[0]
-        return total / len(hidden)
+            ids, masked = _split_mask(targets[rows])
+            total += _score_rows(hidden[rows], weight, ids, masked, padding, buffer)[0]
+        return total
+
+
+def _split_mask(targets: Tensor) -> tuple[Tensor, Tensor]:
+    """Ids that can be looked up, and which rows have no target; both (R 1)."""
+    masked = targets[:, None] == NO_TARGET
+    return targets[:, None].masked_fill(masked, 0), masked
 
 
 def split_loss_rows(hidden: Tensor) -> list[slice]:
@@ -85,7 +95,7 @@ def _make_logits_buffer(hidden: Tensor, weight: Tensor) -> Tensor | None:
     """Room for one chunk's logits, for every chunk to use again, where they are to lie in columns;
     ``None`` where rows are faster.
     """
-    # The compiler's kernels, and products in bf16, want rows.
+    # The compiler's kernels, and matmuls in bf16, want rows.
     rows, _, weight_first = loss_layout(hidden.device.type)
     if not weight_first or hidden.dtype != torch.float32 or torch.compiler.is_compiling():
         return None
@@ -93,14 +103,20 @@ def _make_logits_buffer(hidden: Tensor, weight: Tensor) -> Tensor | None:
 
 
 def _score_rows(
-    hidden: Tensor, weight: Tensor, targets: Tensor, padding: int, buffer: Tensor | None
+    hidden: Tensor,
+    weight: Tensor,
+    ids: Tensor,
+    masked: Tensor,
+    padding: int,
+    buffer: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """One chunk's summed cross-entropy (scalar) and its softmax (R V), both in fp32.
 
     Args:
         hidden: rows (R C).
         weight: the tied embedding (V C), its last `padding` ids without meaning.
-        targets: ids (R 1).
+        ids: the targets (R 1).
+        masked: rows (R 1) that have no target; their softmax is computed like any other's.
         buffer: of `_make_logits_buffer`; the softmax returned lies there.
     """
     if buffer is None:
@@ -112,13 +128,14 @@ def _score_rows(
         logits[:, -padding:] = -math.inf
     if buffer is None:
         log_p = torch.log_softmax(logits, dim=1, dtype=torch.float32)
-        return -log_p.gather(1, targets).sum(), log_p.exp_()
+        return -log_p.gather(1, ids).masked_fill_(masked, 0.0).sum(), log_p.exp_()
     # Step by step and in place: torch's softmax would copy columns into rows.
     largest = logits.amax(dim=1, keepdim=True)
-    chosen = logits.gather(1, targets)
+    chosen = logits.gather(1, ids)
     exponentials = logits.sub_(largest).exp_()
     sums = exponentials.sum(dim=1, keepdim=True)
-    return (largest + sums.log() - chosen).sum(), exponentials.div_(sums)
+    losses = (largest + sums.log() - chosen).masked_fill_(masked, 0.0)  # R 1
+    return losses.sum(), exponentials.div_(sums)
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
@@ -132,24 +149,27 @@ class _LinearCrossEntropy(torch.autograd.Function):
         grad_weight = torch.zeros_like(weight, dtype=torch.float32)
         buffer = _make_logits_buffer(hidden, weight)
         for rows in split_loss_rows(hidden):
-            target = targets[rows, None]
-            loss, grad = _score_rows(hidden[rows], weight, target, padding, buffer)
+            ids, masked = _split_mask(targets[rows])
+            loss, grad = _score_rows(hidden[rows], weight, ids, masked, padding, buffer)
             total += loss
-            # d loss / d logits = softmax - one-hot. The division by N waits for the backward
-            # pass, where a gradient scaler's factor comes in: in fp16 it would underflow here.
-            grad.scatter_add_(1, target, grad.new_full((), -1.0).expand(target.shape))
+            # d loss / d logits = softmax - one-hot. What the loss is divided by comes in with the
+            # backward pass, as a gradient scaler's factor does: in fp16 it would underflow here.
+            grad.scatter_add_(1, ids, grad.new_full((), -1.0).expand(ids.shape))
             grad = grad.to(hidden.dtype)
+            # A masked row's gradient is dropped from what is C wide, on either side of the
+            # matmuls: zeroing it in `grad` would be one more pass over R V.
             torch.mm(grad, weight, out=grad_hidden[rows])
+            grad_hidden[rows].masked_fill_(masked, 0.0)
+            unmasked = hidden[rows].masked_fill(masked, 0.0)  # R C
             if weight.dtype == torch.float32:
-                grad_weight.addmm_(grad.T, hidden[rows])
+                grad_weight.addmm_(grad.T, unmasked)
             else:
-                grad_weight += grad.T @ hidden[rows]
+                grad_weight += grad.T @ unmasked
         ctx.save_for_backward(grad_hidden, grad_weight)
-        return total / len(hidden)
+        return total
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, Tensor, None, None]:
         grad_hidden, grad_weight = ctx.saved_tensors
-        scale = grad_outputs[0] / len(grad_hidden)
         # In place: the embedding's gradient is the largest tensor there is.
-        return grad_hidden.mul_(scale), grad_weight.mul_(scale), None, None
+        return grad_hidden.mul_(grad_outputs[0]), grad_weight.mul_(grad_outputs[0]), None, None

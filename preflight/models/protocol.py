@@ -58,5 +58,6 @@ class LanguageModel(Protocol):
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]: ...  # noqa: D102
     def state_dict(self) -> dict[str, Any]: ...  # noqa: D102
     def load_state_dict(self, state_dict: dict[str, Any]) -> Any: ...  # noqa: D102
+    def zero_grad(self, set_to_none: bool = True) -> None: ...  # noqa: D102
     def train(self, mode: bool = True) -> Any: ...  # noqa: D102
     def eval(self) -> Any: ...  # noqa: D102

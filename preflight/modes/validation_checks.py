@@ -34,6 +34,8 @@ from preflight.corpus.shards import DataFolder
 from preflight.device.runtime import Runtime
 from preflight.foresight.fits import check_disk, find_bf16_fault
 from preflight.models.cost import count_parameters
+from preflight.models.loss import count_targets
+from preflight.models.protocol import LanguageModel
 from preflight.modes.setup import RunSetup
 from preflight.settings import ControlSettings, RunConfig, SamplingConfig
 from preflight.tokenization import Tokenizer
@@ -170,7 +172,7 @@ class Subject:
         """The model's loss on the batch, in fp32 or as a training step computes it."""
         context = self.trainer.runtime.autocast() if mixed else contextlib.nullcontext()
         with context:
-            return self.trainer.model(*self.batch)
+            return self.trainer.model(*self.batch) / count_targets(self.batch[1])
 
 
 def read_error(error: PreflightError) -> tuple[str, str]:
@@ -366,7 +368,7 @@ def check_backward(subject: Subject) -> str:
     return f"finite gradients in {sum(1 for _ in model.parameters())} tensors"
 
 
-def _find_wrong_gradients(model: torch.nn.Module, *, scaled: bool = False) -> list[str]:
+def _find_wrong_gradients(model: LanguageModel, *, scaled: bool = False) -> list[str]:
     wrong = []
     for name, parameter in model.named_parameters():
         if parameter.grad is None:

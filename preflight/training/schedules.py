@@ -1,40 +1,66 @@
-"""The learning rate of each step."""
+"""The learning rate of each update, by schedule.
+
+A schedule is a function of the update's number, counted from 0, and of the plan.
+"""
 
 from __future__ import annotations
 
 import math
 
+from preflight.settings.kinds import SCHEDULES
 from preflight.training.plan import TrainingPlan
 
-COSINE_FLOOR = 0.1  # share of the peak rate at the end (Brown et al. 2020, appendix B)
-
-
+COSINE_FLOOR = 0.1  # share of the peak at the end (Brown et al. 2020, appendix B)
 # One-cycle's start and end as shares of the peak: torch's OneCycleLR (Smith & Topin 2017).
 ONECYCLE_START, ONECYCLE_END = 1 / 25, 1 / 25e4
 
 
 def learning_rate_at(step: int, plan: TrainingPlan) -> float:
-    """The rate of update `step`, counted from 0: linear warm-up, then the schedule.
+    """The learning rate of update `step`, counted from 0, by the plan's schedule."""
+    return SCHEDULES.load(plan.scheduler)(step, plan)
 
-    Cosine follows Loshchilov & Hutter 2017 (arXiv:1608.03983, eq. 5) down to a tenth of the peak;
-    onecycle follows torch's OneCycleLR; linear falls to zero at the end.
+
+def cosine(step: int, plan: TrainingPlan) -> float:
+    """Linear warm-up, then half a cosine down to a tenth of the peak.
+
+    Source: Loshchilov & Hutter 2017, arXiv:1608.03983, eq. 5.
     """
-    warmup, total, peak = plan.warmup_steps, plan.total_steps, plan.peak_learning_rate
-    if plan.scheduler == "onecycle":
-        return _onecycle_rate(step, warmup, total, peak)
-    if step < warmup:
-        return peak * (step + 1) / warmup
-    progress = min(1.0, (step - warmup) / max(1, total - warmup))
-    if plan.scheduler == "cosine":
-        return peak * (COSINE_FLOOR + (1 - COSINE_FLOOR) * 0.5 * (1 + math.cos(math.pi * progress)))
-    return peak * (1 - progress) if plan.scheduler == "linear" else peak
+    if step < plan.warmup_steps:
+        return _warm_up(step, plan)
+    half_wave = 0.5 * (1 + math.cos(math.pi * _progress(step, plan)))
+    return plan.peak_learning_rate * (COSINE_FLOOR + (1 - COSINE_FLOOR) * half_wave)
 
 
-def _onecycle_rate(step: int, warmup: int, total: int, peak: float) -> float:
-    def anneal(start: float, end: float, share: float) -> float:
-        return end + (start - end) / 2 * (1 + math.cos(math.pi * min(1.0, share)))
+def linear(step: int, plan: TrainingPlan) -> float:
+    """Linear warm-up, then a straight line down to zero."""
+    if step < plan.warmup_steps:
+        return _warm_up(step, plan)
+    return plan.peak_learning_rate * (1 - _progress(step, plan))
 
-    top = max(warmup - 1, 1)
+
+def constant(step: int, plan: TrainingPlan) -> float:
+    """Linear warm-up, then the peak."""
+    return _warm_up(step, plan) if step < plan.warmup_steps else plan.peak_learning_rate
+
+
+def onecycle(step: int, plan: TrainingPlan) -> float:
+    """Half a cosine up to the peak over the warm-up, and another down: torch's OneCycleLR."""
+    peak, top = plan.peak_learning_rate, max(plan.warmup_steps - 1, 1)
     if step <= top:
-        return anneal(peak * ONECYCLE_START, peak, step / top)
-    return anneal(peak, peak * ONECYCLE_END, (step - top) / max(1, total - 1 - top))
+        return _anneal(peak * ONECYCLE_START, peak, step / top)
+    share = (step - top) / max(1, plan.total_steps - 1 - top)
+    return _anneal(peak, peak * ONECYCLE_END, share)
+
+
+def _warm_up(step: int, plan: TrainingPlan) -> float:
+    return plan.peak_learning_rate * (step + 1) / plan.warmup_steps
+
+
+def _progress(step: int, plan: TrainingPlan) -> float:
+    """How much of the way from the warm-up to the end is done, at most 1."""
+    length = max(1, plan.total_steps - plan.warmup_steps)
+    return min(1.0, (step - plan.warmup_steps) / length)
+
+
+def _anneal(start: float, end: float, share: float) -> float:
+    return end + (start - end) / 2 * (1 + math.cos(math.pi * min(1.0, share)))

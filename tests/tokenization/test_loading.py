@@ -56,15 +56,15 @@ def test_an_encoding_that_has_no_row_is_read_from_its_files(tmp_path: Path) -> N
 
 def test_a_new_kind_is_one_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(TOKENIZERS, "_targets", dict(TOKENIZERS._targets))
-    TOKENIZERS.register("pairs", "tokenization.fakes:PairTokenizer")
-    tokenizer = load_tokenizer("pairs")
+    TOKENIZERS.register("new row", "tokenization.fakes:PairTokenizer")
+    tokenizer = load_tokenizer("new row")
     assert isinstance(tokenizer, PairTokenizer)
     assert tokenizer.decode(tokenizer.encode("odd").tolist()) == "odd"
     assert tokenizer.decode([tokenizer.end_of_text_id]) == ""
     assert tokenizer.id_dtype == "uint32"
     assert tokenizer.last_cut("many words") == 0
     tokenizer.save(tmp_path)
-    assert load_saved_tokenizer(tmp_path, tokenizer.describe()).name == "pairs"
+    assert load_saved_tokenizer(tmp_path, tokenizer.describe()).name == "new row"
 
 
 def refuse(folder: Path, tokenizer: TiktokenTokenizer = GPT2, **facts: object) -> str:

@@ -1,4 +1,4 @@
-"""Reading one row in numpy, against the model in torch."""
+"""Decoding one row in numpy, against the model in torch."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from preflight.decoding.single_row import SingleRowReader, choose_reader, one_torch_thread
 from preflight.models.kv_cache import KVCache
+from preflight.models.single_row import SingleRowDecoder, one_torch_thread
 from preflight.settings import ModelConfig
 from preflight.settings.kinds import ACTIVATIONS
 from transformer_model import DecoderOnlyTransformer
@@ -25,31 +25,29 @@ def build_model(activation: str = "gelu") -> DecoderOnlyTransformer:
     return model.requires_grad_(False)
 
 
+def build_decoder(model: DecoderOnlyTransformer, cache: KVCache) -> SingleRowDecoder:
+    decoder = model.single_row_decoder(cache)
+    assert isinstance(decoder, SingleRowDecoder)
+    return decoder
+
+
 @pytest.mark.parametrize("activation", ACTIVATIONS.names())
-def test_it_reads_as_the_model_does(activation: str) -> None:
+def test_it_decodes_as_the_model_does(activation: str) -> None:
     model = build_model(activation)
     tokens = torch.randint(0, 101, (24,))
     expected = model(tokens[None])[0]
     cache, of_model = (KVCache(model.config, 1, CPU, torch.float32) for _ in range(2))
     for own in (cache, of_model):
         model.prefill(tokens[None, :9], own, [0], [9])
-    reader = choose_reader(model, cache)
-    assert isinstance(reader, SingleRowReader)
-    for place in range(9, 24):
-        logits = reader.decode(tokens[place : place + 1], cache)
-        torch.testing.assert_close(logits, expected[place : place + 1], rtol=1e-4, atol=1e-4)
-        model.decode(tokens[place : place + 1], of_model)
+    decoder = build_decoder(model, cache)
+    for position in range(9, 24):
+        logits = decoder.decode(tokens[position : position + 1])
+        torch.testing.assert_close(logits, expected[position : position + 1], rtol=1e-4, atol=1e-4)
+        model.decode(tokens[position : position + 1], of_model)
     assert cache.lengths == of_model.lengths == [24]
     torch.testing.assert_close(cache.layers, of_model.layers, rtol=1e-4, atol=1e-4)
     with pytest.raises(ValueError, match="25 tokens are more than the cache's 24"):
-        reader.decode(tokens[:1], cache)
-
-
-def test_a_reader_keeps_to_its_cache() -> None:
-    model = build_model()
-    own, other = (KVCache(model.config, 1, CPU, torch.float32) for _ in range(2))
-    with pytest.raises(ValueError, match="another cache"):
-        SingleRowReader(model, own).decode(torch.tensor([1]), other)
+        decoder.decode(tokens[:1])
 
 
 def test_scores_beyond_the_exponential_do_no_harm() -> None:
@@ -57,10 +55,8 @@ def test_scores_beyond_the_exponential_do_no_harm() -> None:
     for block in model.layers:
         block.self_attn.qkv_proj.weight.mul_(20)
     tokens = torch.randint(0, 101, (6,))
-    cache = KVCache(model.config, 1, CPU, torch.float32)
-    reader = choose_reader(model, cache)
-    logits = torch.cat([reader.decode(token[None], cache) for token in tokens])
-    assert isinstance(reader, SingleRowReader)
+    decoder = build_decoder(model, KVCache(model.config, 1, CPU, torch.float32))
+    logits = torch.cat([decoder.decode(token[None]) for token in tokens])
     torch.testing.assert_close(logits, model(tokens[None])[0], rtol=1e-3, atol=1e-3)
 
 
@@ -73,11 +69,36 @@ def test_scores_beyond_the_exponential_do_no_harm() -> None:
         (1, torch.float32, torch.float32, True),
     ],
 )
-def test_the_model_reads_wherever_numpy_cannot(
+def test_torch_decodes_other_batches_and_precisions(
     rows: int, dtype: torch.dtype, cached: torch.dtype, trained: bool
 ) -> None:
     model = build_model().to(dtype).requires_grad_(trained)
-    assert choose_reader(model, KVCache(model.config, rows, CPU, cached)) is model
+    assert model.single_row_decoder(KVCache(model.config, rows, CPU, cached)) is None
+
+
+def test_torch_decodes_on_other_devices() -> None:
+    model = build_model().to("meta")
+    assert model.single_row_decoder(KVCache(model.config, 1, CPU, torch.float32)) is None
+
+
+def test_torch_decodes_what_numpy_does_not_know() -> None:
+    """Another norm, another linear layer: the answer hangs on what the modules are."""
+
+    class RMSNorm(nn.LayerNorm):
+        pass
+
+    class LoRALinear(nn.Linear):
+        pass
+
+    for replace in (
+        lambda model: setattr(model.layers[1], "input_layernorm", RMSNorm(48)),
+        lambda model: setattr(model.layers[1].mlp, "up_proj", LoRALinear(48, 80)),
+    ):
+        model = build_model()
+        cache = KVCache(model.config, 1, CPU, torch.float32)
+        build_decoder(model, cache)
+        replace(model)
+        assert model.requires_grad_(False).single_row_decoder(cache) is None
 
 
 def test_torch_gets_its_threads_back_after_an_error() -> None:

@@ -1,0 +1,127 @@
+"""The loss, against torch's cross-entropy on whole logits."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from preflight.models import loss as losses
+from preflight.models.loss import (
+    LOSS_ROWS_CPU,
+    NO_TARGET,
+    LossLayout,
+    count_targets,
+    linear_cross_entropy,
+    loss_layout,
+)
+
+R = LOSS_ROWS_CPU
+MASKS = {
+    "none": lambda n: [],
+    "some": lambda n: list(range(0, n, 3)),
+    "borders": lambda n: [i for i in (0, R - 1, R, 2 * R - 1, 2 * R, n - 1) if i < n],
+    "a whole chunk": lambda n: list(range(R)) if n > R else [0],
+    "all": lambda n: list(range(n)),
+}
+
+
+def draw(n_rows: int, masked: list[int], device: str = "cpu") -> tuple[Tensor, Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(n_rows)
+    hidden = torch.randn(n_rows, 16, generator=generator).to(device)
+    weight = torch.randn(53, 16, generator=generator).to(device)
+    targets = torch.randint(0, 53, (n_rows,), generator=generator)
+    targets[masked] = NO_TARGET
+    return hidden, weight, targets.to(device)
+
+
+@pytest.mark.parametrize("n_rows", [1, R, 2 * R, 2 * R + 7])
+@pytest.mark.parametrize("mask", MASKS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize(
+    "layout",
+    [
+        loss_layout("cpu"),
+        loss_layout("cpu")._replace(vocab_multiple=64),
+        loss_layout("cuda")._replace(rows=R),
+    ],
+    ids=["cpu", "cpu, padded", "cuda"],
+)
+def test_loss_equals_cross_entropy(
+    n_rows: int,
+    mask: str,
+    dtype: torch.dtype,
+    layout: LossLayout,
+    device: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(losses, "loss_layout", lambda device_type: layout)
+    hidden, weight, targets = draw(n_rows, MASKS[mask](n_rows), device)
+    hidden, weight = hidden.to(dtype), weight.to(dtype)
+    ours = [hidden.clone().requires_grad_(), weight.clone().requires_grad_()]
+    # The oracle computes in fp32 from the same numbers.
+    plain = [hidden.float().requires_grad_(), weight.float().requires_grad_()]
+    loss = linear_cross_entropy(*ours, targets)
+    logits = plain[0] @ plain[1].T
+    expected = F.cross_entropy(logits, targets, reduction="sum", ignore_index=-100)
+    exact = dtype == torch.float32
+    torch.testing.assert_close(loss, expected, rtol=1e-5 if exact else 0.01, atol=1e-4)
+    factor = 1024 / max(1, n_rows)  # as a gradient scaler and the number of targets do
+    (loss * factor).backward()
+    (expected * factor).backward()
+    for a, b in zip(ours, plain, strict=True):
+        largest = float(b.grad.abs().max())
+        scale = 1e-5 if exact else 0.03
+        torch.testing.assert_close(a.grad.float(), b.grad, atol=scale * largest, rtol=1e-4)
+    masked = targets == NO_TARGET
+    assert not ours[0].grad[masked].any()
+    with torch.no_grad():  # another path: no gradients to compute along the way
+        torch.testing.assert_close(linear_cross_entropy(*ours, targets), loss.detach())
+
+
+def test_a_wrong_id_is_no_mask() -> None:
+    hidden, weight, targets = draw(4, [])
+    targets[2] = -7
+    with pytest.raises((IndexError, RuntimeError), match="out of bounds"):
+        linear_cross_entropy(hidden.requires_grad_(), weight, targets)
+
+
+def test_targets_are_counted_on_their_device() -> None:
+    targets = torch.tensor([[3, NO_TARGET, 0], [NO_TARGET, NO_TARGET, 1]])
+    count = count_targets(targets)
+    assert isinstance(count, Tensor)
+    assert int(count) == 3
+
+
+class _Passes(TorchDispatchMode):
+    """Counts operations that give as many numbers as the logits have."""
+
+    def __init__(self, size: int) -> None:
+        super().__init__()
+        self.size, self.names = size, []  # type: ignore[var-annotated]
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        result = func(*args, **(kwargs or {}))
+        large = [x for x in tree_leaves(result) if isinstance(x, Tensor) and x.numel() == self.size]
+        if large and func.is_view is False:
+            self.names.append(func.__name__)
+        return result
+
+
+@pytest.mark.parametrize("weight_first", [True, False])
+def test_a_mask_costs_no_pass_over_the_logits(
+    weight_first: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    layout = LossLayout(R, 1, weight_first)
+    monkeypatch.setattr(losses, "loss_layout", lambda device_type: layout)
+    hidden, weight, targets = draw(R, MASKS["some"](R))
+    with _Passes(R * 53) as passes:
+        linear_cross_entropy(hidden.requires_grad_(), weight.requires_grad_(), targets)
+    expected = {
+        True: ["new_empty.default", "mm.out", "sub_.Tensor", "exp_.default", "div_.Tensor"],
+        False: ["mm.default", "_log_softmax.default", "exp_.default"],
+    }[weight_first]
+    assert passes.names == [*expected, "scatter_add_.default"]

@@ -1,0 +1,77 @@
+"""The optimizers against torch's plain ones, and their parameter groups."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from test_trainer import MODEL, build_trainer, draw_batches, weights_of
+from torch import Tensor
+
+from preflight.settings import TrainingSettings
+from preflight.settings.kinds import OPTIMIZERS
+
+
+@pytest.mark.parametrize("name", ["adamw", "adam", "sgd"])
+def test_updates_equal_torchs_plain_optimizer(name: str) -> None:
+    trainer = build_trainer(optimizer=name, scheduler="none", warmup_steps=0, max_grad_norm=0.0)
+    reference = build_trainer(optimizer=name).model
+    decay = {
+        p: 0.1 if p.dim() == 2 and "embed" not in n else 0.0
+        for n, p in reference.named_parameters()
+    }
+    groups = [{"params": [p], "weight_decay": d} for p, d in decay.items()]
+    plain = {
+        "adamw": lambda: torch.optim.AdamW(groups, lr=1e-2, betas=(0.9, 0.95), foreach=False),
+        "adam": lambda: torch.optim.Adam(groups, lr=1e-2, betas=(0.9, 0.95), foreach=False),
+        "sgd": lambda: torch.optim.SGD(groups, lr=1e-2, momentum=0.9, foreach=False),
+    }[name]()
+    # The plain optimizer gets our gradients: Adam would magnify rounding in those near zero.
+    seen: list[Tensor] = []
+    trainer.optimizer.register_step_pre_hook(
+        lambda *_: seen.extend(p.grad.clone() for p in trainer.model.parameters())
+    )
+    for step, batch in enumerate(draw_batches(5)):
+        seen.clear()
+        trainer.train_step(step, [batch])
+        for parameter, gradient in zip(reference.parameters(), seen, strict=True):
+            parameter.grad = gradient
+        plain.step()
+    for ours, theirs in zip(weights_of(trainer), reference.parameters(), strict=True):
+        torch.testing.assert_close(ours, theirs.detach(), rtol=1e-5, atol=1e-7)
+
+
+def test_only_weight_matrices_decay() -> None:
+    trainer = build_trainer()
+    decaying, others = (group["params"] for group in trainer.optimizer.param_groups)
+    names = {id(p): n for n, p in trainer.model.named_parameters()}
+    assert {names[id(p)].split(".")[-2] for p in decaying} == {
+        "qkv_proj",
+        "o_proj",
+        "up_proj",
+        "down_proj",
+    }
+    assert len(decaying) + len(others) == len(names)
+    assert trainer.optimizer.param_groups[1]["weight_decay"] == 0
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS.names())
+@pytest.mark.parametrize("beta1", [0.0, 0.9])
+def test_the_state_is_as_large_as_the_spec_says(name: str, beta1: float) -> None:
+    trainer = build_trainer(optimizer=name, beta1=beta1)
+    trainer.train_step(0, draw_batches(1))
+    states = trainer.optimizer.state.values()
+    held = sum(v.numel() for s in states for v in s.values() if v is not None and v.dim())
+    copies = OPTIMIZERS.load(name).state_copies(TrainingSettings(optimizer=name, beta1=beta1))
+    assert held == copies * sum(p.numel() for p in trainer.model.parameters())
+
+
+def test_the_order_of_the_parameters_is_kept() -> None:
+    """A checkpoint names the optimizer's state by index: matrices first, each kind in order."""
+    trainer = build_trainer()
+    names = {id(p): n for n, p in trainer.model.named_parameters()}
+    found = [names[id(p)] for g in trainer.optimizer.param_groups for p in g["params"]]
+    layer_matrices = ["self_attn.qkv_proj", "self_attn.o_proj", "mlp.up_proj", "mlp.down_proj"]
+    matrices = [f"layers.{i}.{m}.weight" for i in range(MODEL.n_layers) for m in layer_matrices]
+    assert found[: len(matrices)] == matrices
+    others = [name for name in names.values() if name not in matrices]
+    assert found[len(matrices) :] == others
