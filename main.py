@@ -1,18 +1,19 @@
-"""Preflight's one entry point: flags -> config -> one mode -> exit code. No logic of its own.
+"""The command line: flags -> config -> one mode -> exit code.
 
-Only this module imports lazily, so that `--help` and mistakes in flags answer before torch loads.
+A mode is imported when it runs, so that `--help` and mistakes in flags answer without torch.
 """
 
 from __future__ import annotations
 
 import argparse
-import difflib
-import os
 import sys
 from pathlib import Path
 from typing import Any, NoReturn
 
+from preflight import __version__
 from preflight.core.errors import ExitCode, PreflightError
+from preflight.core.registry import suggest
+from preflight.core.streams import print_error, replace_missing_streams, silence_stdout
 from preflight.settings import (
     GROUPS,
     MODEL_PRESETS,
@@ -25,28 +26,35 @@ from preflight.settings.kinds import MODE_SUMMARIES, MODES
 
 EPILOG = """\
 examples:
-  python main.py --train --text-file my.txt
-  python main.py --generate --prompts "Once upon a time"
+  %(prog)s --train --text-file my.txt
+  %(prog)s --generate --prompts "Once upon a time"
 exit codes: 0 done, 2 flags, 3 text or prompts, 4 data folder, 5 checkpoint, 6 storage, 7 locked,
   8 out of memory, 9 diverged, 10 lost worker, 70 internal error, 130/143 stopped after saving"""
 
 
+def _find_prog() -> str:
+    """How this program was called: ``python main.py``, or the installed ``preflight``."""
+    return "python main.py" if Path(sys.argv[0]).name == "main.py" else "preflight"
+
+
 class _Parser(argparse.ArgumentParser):
-    """argparse that raises instead of leaving, so that every mistake is told in one way."""
+    """argparse that raises instead of exiting, so that every mistake is reported in one way."""
 
     def error(self, message: str) -> NoReturn:
-        raise PreflightError(ExitCode.FLAGS, message, "see: python main.py --help")
+        raise PreflightError(ExitCode.FLAGS, message, f"see: {self.prog} --help")
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """The command line, generated from the settings in `config`."""
+    """The command line, generated from the modes and the settings classes."""
     parser = _Parser(
-        prog="main.py",
-        description="Train GPT language models from your own text, and write with them.",
+        prog=_find_prog(),
+        usage="%(prog)s MODE [flags]",
+        description="Train GPT language models on your own text, and generate text with them.",
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
+    parser.add_argument("--version", action="version", version=f"preflight {__version__}")
     modes = parser.add_argument_group("mode (exactly one)")
     for mode in MODES.names():
         modes.add_argument(f"--{mode}", action="store_true", help=MODE_SUMMARIES[mode])
@@ -60,14 +68,14 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def _argument_of(option: Option) -> dict[str, Any]:
-    """argparse's view of an option. Values stay text: `config` judges all of them together."""
+    """argparse's view of an option. Values stay text: `build_config` checks them together."""
     default = option.default
     shown = "" if default in (None, (), "") else f" (default {default})"
     if option.name == "model_size":
         sizes = ", ".join(f"{n} {p.n_layers}L-{p.n_embeddings}H" for n, p in MODEL_PRESETS.items())
         shown = f": {sizes}, or custom{shown}"
     arguments: dict[str, Any] = {
-        "help": option.metadata["help"] + shown,
+        "help": (option.metadata["help"] + shown).replace("%", "%%"),
         "dest": option.name,
         "default": argparse.SUPPRESS,
     }
@@ -80,10 +88,11 @@ def _argument_of(option: Option) -> dict[str, Any]:
 
 
 def parse_command_line(argv: list[str]) -> tuple[str, RunConfig]:
-    """The mode and the configuration asked for.
+    """The mode and the configuration of a command line.
 
     Raises:
         PreflightError: code FLAGS, naming every mistake found.
+        SystemExit: after ``--help`` or ``--version``.
     """
     parser = build_parser()
     parsed, rest = parser.parse_known_args(argv)
@@ -110,9 +119,8 @@ def parse_command_line(argv: list[str]) -> tuple[str, RunConfig]:
 
 def _explain_unknown(word: str, parser: argparse.ArgumentParser) -> str:
     flag = word.split("=")[0]
-    known = [s for action in parser._actions for s in action.option_strings]
-    near = difflib.get_close_matches(flag.replace("_", "-"), known, n=1, cutoff=0.6)
-    return f"unknown flag {flag[:60]!r}" + (f", did you mean {near[0]}?" if near else "")
+    known = [name for action in parser._actions for name in action.option_strings]
+    return f"unknown flag {flag[:60]!r}" + suggest(flag.replace("_", "-"), known)
 
 
 def _merge_config_file(
@@ -132,9 +140,10 @@ def _merge_config_file(
     from_file = {key.lstrip("-").replace("-", "_"): value for key, value in content.items()}
     unknown = sorted(set(from_file) - known)
     if unknown:
-        near = difflib.get_close_matches(unknown[0], known, n=1)
-        hint = f", did you mean {near[0]!r}?" if near else ""
-        raise PreflightError(ExitCode.FLAGS, f"--config {path}: unknown key {unknown[0]!r}{hint}")
+        hint = suggest(unknown[0], known)
+        raise PreflightError(
+            ExitCode.FLAGS, f"--config {path}: unknown key {unknown[0][:60]!r}{hint}"
+        )
     return from_file | given, dict.fromkeys(from_file, path) | sources
 
 
@@ -152,50 +161,50 @@ def run_mode(mode: str, config: RunConfig) -> int:
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command line and return its exit code."""
+    with replace_missing_streams():
+        return _run_reporting_errors(sys.argv[1:] if argv is None else argv)
+
+
+def _run_reporting_errors(argv: list[str]) -> int:
     output_dir = "."
     try:
-        mode, config = parse_command_line(sys.argv[1:] if argv is None else argv)
+        mode, config = parse_command_line(argv)
         output_dir = config.control.output_dir
         code = run_mode(mode, config)
         sys.stdout.flush()  # a full disk or a closed pipe shows here, not after the last line
         return code
+    except SystemExit as done:  # --help and --version
+        return int(done.code or 0)
     except PreflightError as error:
-        sys.stderr.write("\n".join(f"preflight: {line}" for line in error.lines) + "\n")
+        print_error(*error.lines)
         return int(error.code)
     except KeyboardInterrupt:
-        sys.stderr.write("preflight: stopped\n")
+        print_error("stopped")
         return int(ExitCode.SIGINT)
     except BrokenPipeError:
-        _silence_stdout()
+        silence_stdout()
         return int(ExitCode.SIGPIPE)
     except MemoryError:
-        sys.stderr.write(
-            "preflight: this machine's memory is used up; "
-            "lower --batch-size, --context-length or --model-size\n"
-        )
+        print_error("out of memory (RAM); lower --batch-size, --context-length or --model-size")
         return int(ExitCode.OUT_OF_MEMORY)
     except Exception as error:  # the last resort
         return _report_disk_error(error) or _report_internal_error(error, output_dir)
 
 
-def _silence_stdout() -> None:
-    """Point stdout elsewhere, so that leaving does not fail on it once more."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-
-
 def _report_disk_error(error: Exception) -> int:
-    """Tell of a full or failing disk that showed where nobody expected it; 0 for other errors."""
+    """Report a full or failing disk that no mode expected; 0 for other errors."""
     from preflight.core.storage import DISK_ERRNOS, storage_error
 
     if not isinstance(error, OSError) or error.errno not in DISK_ERRNOS:
         return 0
-    _silence_stdout()
+    silence_stdout()
     told = storage_error(Path(error.filename or "the output"), error)
-    sys.stderr.write("\n".join(f"preflight: {line}" for line in told.lines) + "\n")
+    print_error(*told.lines)
     return int(told.code)
 
 
 def _report_internal_error(error: Exception, output_dir: str) -> int:
+    """Write the traceback to ``crash.log`` in the output folder, or else in this one."""
     import traceback
 
     text = "".join(traceback.format_exception(error))
@@ -205,9 +214,9 @@ def _report_internal_error(error: Exception, output_dir: str) -> int:
             path.write_text(text, encoding="utf-8")
         except OSError:
             continue
-        sys.stderr.write(f"preflight: internal error, {type(error).__name__}; details in {path}\n")
+        print_error(f"internal error, {type(error).__name__}; details in {path}")
         return int(ExitCode.INTERNAL)
-    sys.stderr.write(f"preflight: internal error; no place for a crash log\n{text}")
+    print_error("internal error; crash.log cannot be written", *text.splitlines())
     return int(ExitCode.INTERNAL)
 
 

@@ -110,10 +110,10 @@ def measure_training(size: str, folder: Path, repeats: int) -> dict[str, Any]:
 def measure_verification(folder: Path, repeats: int, n_tokens: int) -> dict[str, float]:
     """GB/s of verifying a checkpoint and a data folder, and of SHA-256 alone."""
     newest = store.list_checkpoints(folder)[0]
-    size = sum(entry["bytes"] for entry in newest.manifest["files"].values())
+    size = sum(entry.bytes for entry in newest.manifest.files.values())
 
     def verify() -> None:
-        checkpoint_format._verified.clear()
+        checkpoint_format.forget_verified()
         checkpoint_format.verify_checkpoint(newest)
 
     tokenizer = load_tokenizer("gpt2")

@@ -37,7 +37,7 @@ from preflight.foresight.run_time import (  # noqa: E402
     estimate_cost,
     estimate_run_time,
     measure_cost,
-    measure_product_flops,
+    measure_matmul_flops,
 )
 from preflight.modes import train as train_mode  # noqa: E402
 from preflight.settings import ModelConfig, RunConfig, build_config  # noqa: E402
@@ -120,7 +120,7 @@ def predict_one(flags: dict[str, Any], folder: str, seconds: float) -> dict[str,
         model,
         config.training,
         dtype=runtime.dtype,
-        cpu_flops=measure_product_flops(runtime.device, runtime.dtype),
+        cpu_flops=measure_matmul_flops(runtime.device, runtime.dtype),
         gradient_checkpointing=config.system.gradient_checkpointing,
         compile_model=runtime.compile_model,
     )

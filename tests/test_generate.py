@@ -435,7 +435,7 @@ def test_mistakes_and_their_codes(run: Run, tmp_path: Path) -> None:
     [
         ({"fingerprint": "f" * 64}, "f" * 64),
         ({"name": "no_such_encoding"}, "unknown"),
-        ({"name": None}, "does not name a tokenizer"),
+        ({"name": None}, "tokenizer.name"),
     ],
 )
 def test_a_checkpoint_of_another_tokenizer(

@@ -6,19 +6,20 @@ import math
 import os
 from pathlib import Path
 
+from preflight.checkpoints.damage import damage_error, describe_path
 from preflight.checkpoints.format import (
-    _FOLDER_NAME,
-    CONFIG_NAME,
-    DATA_NAMES,
-    MANIFEST_NAME,
     MILESTONES_NAME,
-    WEIGHTS_NAME,
     Checkpoint,
-    _damaged,
-    _describe,
-    _read_checkpoint,
-    _restore_replaced,
+    read_checkpoint,
+    restore_replaced,
     verify_checkpoint,
+)
+from preflight.checkpoints.manifest import (
+    CONFIG_NAME,
+    FOLDER_NAME,
+    MANIFEST_NAME,
+    REQUIRED_NAMES,
+    WEIGHTS_NAME,
 )
 from preflight.core import storage
 from preflight.core.errors import ExitCode, PreflightError
@@ -26,7 +27,7 @@ from preflight.core.log import log
 
 
 def list_checkpoints(output_dir: Path) -> list[Checkpoint]:
-    """The checkpoints with a sound manifest, newest (highest step) first.
+    """The checkpoints with a valid manifest, newest (highest step) first.
 
     Raises:
         PreflightError: code CHECKPOINT, when the milestones folder cannot be read.
@@ -35,7 +36,7 @@ def list_checkpoints(output_dir: Path) -> list[Checkpoint]:
 
 
 def scan_checkpoints(output_dir: Path) -> tuple[list[Checkpoint], dict[Path, str]]:
-    """As `list_checkpoints`, and the folders without a sound manifest, each with the reason.
+    """The result of `list_checkpoints`, and the reason for each folder that it leaves out.
 
     Raises:
         PreflightError: code CHECKPOINT, when the milestones folder cannot be read.
@@ -46,24 +47,25 @@ def scan_checkpoints(output_dir: Path) -> tuple[list[Checkpoint], dict[Path, str
     except FileNotFoundError:
         names = []
     except OSError as error:
-        raise _damaged(milestones, error.strerror or str(error)) from None
-    steps = {name: int(match[1]) for name in names if (match := _FOLDER_NAME.fullmatch(name))}
+        raise damage_error(milestones, error.strerror or str(error)) from None
+    steps = {name: int(match[1]) for name in names if (match := FOLDER_NAME.fullmatch(name))}
     found, damaged = [], {}
     for name in sorted(steps, key=lambda name: (steps[name], name), reverse=True):
         try:
             if (milestones / name).is_symlink():
-                raise _damaged(milestones / name, "a symbolic link, which is not followed")
-            found.append(_read_checkpoint(milestones / name))
+                raise damage_error(milestones / name, "a symbolic link, which is not followed")
+            found.append(read_checkpoint(milestones / name))
         except PreflightError as error:
             damaged[milestones / name] = error.lines[0]
     return found, damaged
 
 
 def find_newest(output_dir: Path) -> Checkpoint | None:
-    """The newest checkpoint that verifies; damaged newer ones are named on stderr.
+    """The newest checkpoint that verifies. A warning names each damaged newer one.
 
-    Under the lock of a writer, call `remove_leftovers` first. None only when there is no
-    checkpoint folder at all: a run whose every checkpoint is damaged never starts anew silently.
+    A writer calls `remove_leftovers` first, under its lock. The result is None only when there is
+    no checkpoint folder at all. A run with nothing but damaged checkpoints is therefore never
+    started from the beginning by accident.
 
     Raises:
         PreflightError: code CHECKPOINT, when there are folders and none of them verifies.
@@ -75,7 +77,7 @@ def find_newest(output_dir: Path) -> Checkpoint | None:
 
 
 def find_best(output_dir: Path) -> Checkpoint:
-    """The verified checkpoint of the lowest validation loss; without one, the newest.
+    """The verified checkpoint with the lowest validation loss. Without any loss: the newest.
 
     Raises:
         PreflightError: code CHECKPOINT, when there is none.
@@ -87,17 +89,18 @@ def find_best(output_dir: Path) -> Checkpoint:
             f"no checkpoint in {output_dir}",
             "train first: python main.py --train, or name one with --checkpoint-path",
         )
-    return _choose_verified(output_dir, _order_by_loss(found), damaged, lack_state=True)
+    return _choose_verified(output_dir, _sort_by_loss(found), damaged, needs_state=False)
 
 
 def open_checkpoint(path: str) -> Checkpoint:
     """The verified checkpoint that a user names: its folder, a file in it, or an output folder.
 
-    Of an output folder it is the best. A folder without ``checkpoint.pt`` is fine here, and
-    refused by `load_training_state`.
+    An output folder stands for its best checkpoint. A folder without ``checkpoint.pt`` is
+    accepted here; `load_training_state` refuses it.
 
     Raises:
-        PreflightError: code CHECKPOINT; a damaged one is never exchanged for another.
+        PreflightError: code CHECKPOINT, also when the named checkpoint is damaged: no other one
+            takes its place.
     """
     place = Path(path)
     if place.name == MILESTONES_NAME and place.is_dir():
@@ -105,72 +108,76 @@ def open_checkpoint(path: str) -> Checkpoint:
     if (place / MILESTONES_NAME).is_dir():
         return find_best(place)
     folder = place if place.is_dir() else place.parent
-    ours = place.is_dir() or place.name in (*DATA_NAMES, MANIFEST_NAME)
-    if not ours or not os.path.lexists(place) or not os.path.lexists(folder / MANIFEST_NAME):
+    is_known_name = place.is_dir() or place.name in (*REQUIRED_NAMES, MANIFEST_NAME)
+    if (
+        not is_known_name
+        or not os.path.lexists(place)
+        or not os.path.lexists(folder / MANIFEST_NAME)
+    ):
         raise PreflightError(
             ExitCode.CHECKPOINT,
-            f"{path} is not a Preflight checkpoint: {_describe(place)}",
+            f"{path} is not a Preflight checkpoint: {describe_path(place, MANIFEST_NAME)}",
             f"expected a folder with {WEIGHTS_NAME}, {CONFIG_NAME} and {MANIFEST_NAME}, "
             "or one of these files",
-            "nothing in it was loaded; name such a folder, or train one: python main.py --train",
+            "nothing was loaded from it; name such a folder, or train one: python main.py --train",
         )
-    checkpoint = _read_checkpoint(folder)
-    verify_checkpoint(checkpoint, lack_state=True)
+    checkpoint = read_checkpoint(folder)
+    verify_checkpoint(checkpoint, needs_state=False)
     return checkpoint
 
 
 def _choose_verified(
-    output_dir: Path, ordered: list[Checkpoint], damaged: dict[Path, str], lack_state: bool = False
+    output_dir: Path, ordered: list[Checkpoint], damaged: dict[Path, str], needs_state: bool = True
 ) -> Checkpoint:
-    """The first of `ordered` that verifies; what had to be passed over is said on stderr."""
-    passed_over = dict(damaged)
+    """The first of `ordered` that verifies. A warning names each one that is skipped."""
+    skipped = dict(damaged)
     for checkpoint in ordered:
         try:
-            verify_checkpoint(checkpoint, lack_state=lack_state)
+            verify_checkpoint(checkpoint, needs_state=needs_state)
         except PreflightError as error:
-            passed_over[checkpoint.path] = error.lines[0]
+            skipped[checkpoint.path] = error.lines[0]
             continue
-        for path, reason in passed_over.items():
+        for path, reason in skipped.items():
             log.warning(f"{path.name} is damaged, {checkpoint.path.name} is used: {reason}")
         return checkpoint
     raise PreflightError(
         ExitCode.CHECKPOINT,
-        f"none of the {len(passed_over)} checkpoints in {output_dir / MILESTONES_NAME} is whole",
-        next(iter(passed_over.values())),
+        f"none of the {len(skipped)} checkpoints in {output_dir / MILESTONES_NAME} is intact",
+        next(iter(skipped.values())),
         "nothing was changed, and no run was started from the beginning",
-        "restore one from a copy, or begin anew: --output-dir NEW",
+        "restore one from a copy, or start a new run: --output-dir NEW",
     )
 
 
-def _order_by_loss(newest_first: list[Checkpoint]) -> list[Checkpoint]:
-    """Lowest validation loss first, the newer of equals first, those without one last."""
+def _sort_by_loss(newest_first: list[Checkpoint]) -> list[Checkpoint]:
+    """By validation loss, lowest first. Of equal losses the newer is first; None is last."""
     return sorted(newest_first, key=lambda c: math.inf if c.val_loss is None else c.val_loss)
 
 
 def retire_checkpoints(output_dir: Path, keep: int, protect: Path | None = None) -> list[Path]:
-    """Delete all but the newest `keep`, the best, and `protect`; return what was deleted.
+    """Delete all but the newest `keep`, the best, and `protect`. Return the deleted folders.
 
-    Call it only after the newest was saved, which reads it back. Damaged folders stay.
+    Call it only after a save, which reads the new checkpoint back. Damaged folders are kept.
 
     Raises:
         PreflightError: code STORAGE or CHECKPOINT, when a folder cannot be read or deleted.
     """
     found = list_checkpoints(output_dir)
-    kept = {c.path for c in found[: max(keep, 1)] + _order_by_loss(found)[:1]} | {protect}
-    doomed = [c.path for c in reversed(found) if c.path not in kept]
-    for folder in doomed:  # oldest first: a cut leaves the newer ones
+    kept = {c.path for c in found[: max(keep, 1)] + _sort_by_loss(found)[:1]} | {protect}
+    retired = [c.path for c in reversed(found) if c.path not in kept]
+    for folder in retired:  # oldest first: after a kill the newer ones are left
         storage.retire_folder(folder)
-    return doomed
+    return retired
 
 
 def remove_leftovers(output_dir: Path) -> None:
-    """Delete what a killed run left half done; call it under the exclusive lock of `output_dir`.
+    """Delete what a killed run left unfinished. The caller holds the lock of `output_dir`.
 
     Raises:
         PreflightError: code STORAGE.
     """
     milestones = output_dir / MILESTONES_NAME
-    _restore_replaced(milestones)
+    restore_replaced(milestones)
     storage.remove_leftovers(milestones)
     for checkpoint in list_checkpoints(output_dir):
         storage.remove_leftovers(checkpoint.path)

@@ -12,9 +12,6 @@ import logging
 import shutil
 import sys
 
-from tqdm import tqdm
-
-LOG_LEVELS = ("debug", "info", "warning", "error")
 log = logging.getLogger("preflight")
 
 
@@ -22,16 +19,18 @@ class _StderrHandler(logging.Handler):
     """Writes above a progress bar. A closed or missing stderr loses the message, never the run."""
 
     def emit(self, record: logging.LogRecord) -> None:
+        from tqdm import tqdm  # 30 ms that a call without messages does not pay
+
         if sys.stderr is None:
             return
         prefix = "" if record.levelno < logging.WARNING else f"{record.levelname.lower()}: "
-        with contextlib.suppress(OSError, ValueError):  # the reader has left, or it is closed
+        with contextlib.suppress(OSError, ValueError):  # its reader has gone, or it is closed
             tqdm.write(prefix + record.getMessage(), file=sys.stderr)
             sys.stderr.flush()
 
 
 def configure_logging(level: str) -> None:
-    """Show messages of `level` (one of `LOG_LEVELS`) and above on stderr."""
+    """Show messages of `level` (debug, info, warning or error) and above on stderr."""
     log.handlers = [_StderrHandler()]
     log.propagate = False
     log.setLevel(level.upper())
@@ -39,12 +38,12 @@ def configure_logging(level: str) -> None:
 
 @functools.cache
 def log_once(message: str) -> None:
-    """Log what a process should be told only the first time."""
+    """Log a message only the first time that this process has it."""
     log.info(message)
 
 
 def is_progress_shown() -> bool:
-    """A progress bar only on a terminal that is wide enough; plain lines elsewhere."""
+    """Whether progress bars are shown: on a terminal at least 40 columns wide."""
     if not log.isEnabledFor(logging.INFO) or sys.stderr is None or sys.stderr.closed:
         return False
     return sys.stderr.isatty() and shutil.get_terminal_size().columns >= 40

@@ -6,9 +6,8 @@ Flags list the names without importing torch; `Registry.load` imports the object
 
 from __future__ import annotations
 
-import difflib
 import importlib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Generic, TypeVar, cast
 
 from preflight.core.errors import ExitCode, PreflightError
@@ -43,13 +42,25 @@ class Registry(Generic[T]):
             PreflightError: code FLAGS, with the nearest name, when there is none.
         """
         if name not in self._targets:
-            near = difflib.get_close_matches(name, self._targets, n=1)
-            hint = (
-                f"did you mean {near[0]}?" if near else f"choose one of {', '.join(self.names())}"
-            )
-            raise PreflightError(ExitCode.FLAGS, f"{self.flag} {name[:60]!r} is unknown; {hint}")
+            raise PreflightError(ExitCode.FLAGS, describe_unknown(self.flag, name, self.names()))
         target = self._targets[name]
         if not isinstance(target, str):
             return target
         module, _, attribute = target.partition(":")
         return cast(T, getattr(importlib.import_module(module), attribute))
+
+
+def describe_unknown(what: str, name: str, known: Iterable[str]) -> str:
+    """The message for a name that is none of the `known` few."""
+    known = list(known)
+    return (
+        f"{what} {name[:60]!r} is unknown{suggest(name, known)}: choose one of {', '.join(known)}"
+    )
+
+
+def suggest(name: str, known: Iterable[str]) -> str:
+    """`` (did you mean adamw?)`` for the known name that is most like `name`, or nothing."""
+    import difflib  # only a mistake needs it
+
+    near = difflib.get_close_matches(name, list(known), n=1)
+    return f" (did you mean {near[0]}?)" if near else ""

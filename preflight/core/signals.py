@@ -1,7 +1,7 @@
-"""Signals as flags: a handler only notes what came; the loops look at the note and leave cleanly.
+"""Signals as flags: a handler only records the signal; the loops read the flag and stop cleanly.
 
-First SIGINT, SIGTERM or SIGHUP: finish the step, save, leave. A second SIGINT: leave at once,
-without saving. SIGUSR1: save now and go on.
+The first SIGINT, SIGTERM or SIGHUP: finish the step, save, exit. A second SIGINT: exit at once,
+without saving. SIGUSR1: save a checkpoint and continue.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ _STOPPING = ("SIGINT", "SIGTERM", "SIGHUP")  # Windows has no SIGHUP and no SIGU
 
 
 class StopFlag:
-    """Catches signals while it is entered as a context; outside of it nothing changes."""
+    """Records signals while it is entered as a context; on exit the old handlers return."""
 
     def __init__(self) -> None:
         self.received: int | None = None
@@ -40,22 +40,23 @@ class StopFlag:
 
     def _note_stop(self, number: int, frame: FrameType | None) -> None:
         if number == signal.SIGINT and self.received is not None:
-            self._tell(b"\npreflight: stopped at once; what was saved before is intact\n")
+            self._tell(b"\npreflight: stopped at once; the checkpoints saved before are intact\n")
             os._exit(int(ExitCode.SIGINT))
         self.received = number
-        self._tell(b"\npreflight: stopping after this step (Ctrl-C again: at once)\n")
+        self._tell(b"\npreflight: stopping after this step (press Ctrl-C again to stop at once)\n")
 
     def _tell(self, line: bytes) -> None:
-        # sys.stderr may be in the middle of a write; os.write is safe in a handler.
-        with contextlib.suppress(OSError):  # the terminal may be what has just gone
-            os.write(2, line)
+        # os.write, because the signal may have interrupted a write to sys.stderr itself.
+        # No stderr, a closed one, or a terminal that has gone: the message is lost.
+        with contextlib.suppress(AttributeError, OSError, ValueError):
+            os.write(sys.stderr.fileno(), line)
 
     def _note_save(self, number: int, frame: FrameType | None) -> None:
         self.save_requested = True
 
     @property
     def stopping(self) -> bool:
-        """Whether a signal asked to leave."""
+        """Whether a signal asked to stop."""
         return self.received is not None
 
     @property
@@ -72,5 +73,4 @@ class StopFlag:
             PreflightError: code SIGINT or SIGTERM, with `lines`, when a signal has come.
         """
         if self.stopping:
-            sys.stderr.flush()
             raise PreflightError(self.exit_code, *lines)

@@ -6,9 +6,7 @@ import concurrent.futures
 import contextlib
 import ctypes
 import multiprocessing
-import os
 import signal
-import threading
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures.process import BrokenProcessPool
@@ -16,6 +14,7 @@ from concurrent.futures.process import BrokenProcessPool
 import numpy as np
 
 from preflight.core.log import log
+from preflight.core.processes import end_with_parent
 from preflight.corpus.blocks import Block, encode_block, encode_run
 from preflight.tokenization.tokenizer import Tokenizer, load_tokenizer
 
@@ -29,15 +28,8 @@ def _start_worker(tokenizer_name: str) -> None:
     """Set a worker process up: deaf to Ctrl-C, which the parent handles; gone with its parent."""
     global _worker_tokenizer
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    threading.Thread(target=_leave_with_parent, daemon=True).start()
+    end_with_parent()
     _worker_tokenizer = load_tokenizer(tokenizer_name)
-
-
-def _leave_with_parent() -> None:
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-    parent.join()
-    os._exit(1)
 
 
 def _encode_in_worker(parts: list[tuple[bytes, bool]]) -> bytes:

@@ -1,8 +1,8 @@
 """Well-known graphics cards: memory, arithmetic rates and bandwidth, as their vendors state them.
 
-Rates are dense (half of what a sheet gives "with sparsity"), at boost clock, with products summed
-in fp32. The last point matters on GeForce cards of the 20 to 50 series, whose tensor cores run at
-half rate when they sum in fp32, which is what training does. A real run reaches a share of these.
+Rates are dense (half of what a data sheet gives "with sparsity"), at boost clock, and accumulate
+matmuls in fp32, as training does. That matters on GeForce cards of the 20 to 50 series, whose
+tensor cores run at half their rate with fp32 accumulation. A real run reaches a share of the rates.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ from dataclasses import dataclass
 
 from preflight.core.errors import ExitCode, PreflightError
 
-# What CUDA reports is below the name on the box: the driver keeps a little, and error correction
-# in GDDR memory keeps a sixteenth. Both rounded so as not to promise too much.
+# CUDA reports less than the nominal size: the driver keeps a little, and error correction in GDDR
+# memory keeps a sixteenth. Both are rounded to the safe side.
 _USABLE, _USABLE_WITH_GDDR_ECC = 0.98, 0.92
 
 
@@ -23,11 +23,11 @@ class Card:
     """One card. Rates in TFLOP/s; ``None`` where the hardware lacks that format.
 
     Attributes:
-        name: as people write it; ``find_card`` takes it in any spelling.
+        name: as people write it; ``find_card`` accepts any spelling.
         memory_gib: nominal size.
-        bf16_tflops: bf16 products (tensor cores).
-        fp16_tflops: fp16 products (tensor cores).
-        tf32_tflops: fp32 products rounded to TF32 (tensor cores).
+        bf16_tflops: bf16 matmuls (tensor cores).
+        fp16_tflops: fp16 matmuls (tensor cores).
+        tf32_tflops: fp32 matmuls with inputs rounded to TF32 (tensor cores).
         fp32_tflops: fp32 without tensor cores.
         bandwidth_gb_per_second: of the card's memory, in 10^9 bytes.
         source: the vendor document.
@@ -46,13 +46,14 @@ class Card:
 
     @property
     def usable_bytes(self) -> int:
-        """What programs can have of the memory: the nominal size less 2 % or, with ECC, 8 %."""
+        """The memory that programs can use: the nominal size less 2 % or, with ECC, 8 %."""
         share = _USABLE_WITH_GDDR_ECC if self.gddr_ecc else _USABLE
         return int(self.memory_gib * share * 2**30)
 
     def rate_tflops(self, dtype_name: str) -> float:
-        """Rate of matrix products for ``float32`` (TF32 where there is one), ``float16`` or
-        ``bfloat16``; bf16 on a card without it counts at fp32's rate (emulated).
+        """Rate of matmuls in ``float32`` (TF32 where the card has it), ``float16`` or ``bfloat16``.
+
+        A card without bf16 emulates it, at the rate of fp32.
         """
         if dtype_name == "float16":
             return self.fp16_tflops
@@ -111,7 +112,7 @@ CARDS = (
     Card("GH200 144GB", 144, 990.0, 990.0, 494.0, 67.0, 4900, "NVIDIA GH200 data sheet"),
     Card("B200", 180, 2250.0, 2250.0, 1125.0, 75.0, 7700, "NVIDIA HGX B200 data sheet"),
 )
-# Words of a name that say nothing: makers, and what a driver adds.
+# Words of a name that do not tell cards apart: makers, and what a driver adds.
 _NOISE = {
     "nvidia",
     "geforce",
@@ -127,12 +128,12 @@ _NOISE = {
     "tensor",
     "core",
 }
-# Driver names whose words are not ours: "A100-SXM4-80GB", "NVIDIA H100 80GB HBM3" (the SXM one).
+# Words of driver names that the table spells otherwise, as in "A100-SXM4-80GB".
 _SAME = {"sxm2": "sxm", "sxm3": "sxm", "sxm4": "sxm", "sxm5": "sxm", "sxm6": "sxm"}
 
 
 def _words(name: str) -> frozenset[str]:
-    """A name's telling words: lower case, sizes as ``24gb``, ``rtx4090ti`` taken apart."""
+    """The words of a name that tell cards apart, with sizes as ``24gb`` and ``rtx4090ti`` split."""
     text = re.sub(r"(\d+)\s*(?:gib|gb)\b", r"\1gb ", name.lower())
     text = re.sub(r"\b(?:rtx|gtx)[\s_-]*(?=[a\d])", "rtx ", text)
     text = re.sub(r"(?<=\d)[\s_-]*(ti|super)\b", r" \1", text)
@@ -141,9 +142,9 @@ def _words(name: str) -> frozenset[str]:
 
 
 def find_card(name: str) -> Card:
-    """The card of that name, whatever its case and punctuation; a size picks among variants.
+    """The card of that name in any case and punctuation; a size chooses among variants.
 
-    Without a size or a form, the smallest of the fitting cards (the careful answer).
+    Without a size or a form factor it is the smallest of the matching cards, to be safe.
 
     Raises:
         PreflightError: code FLAGS, with the nearest names.
@@ -165,27 +166,27 @@ def find_card(name: str) -> Card:
     raise PreflightError(
         ExitCode.FLAGS,
         f"--target-gpu {name[:60]!r} is not in the table of cards",
-        f"near it: {known}" if near else f"known: {known}",
+        f"nearest: {known}" if near else f"known: {known}",
         "or give its memory in GiB: --gpu-memory 24",
     )
 
 
 def _model(words: frozenset[str]) -> frozenset[str]:
-    """The words that make a card what it is, without size and form."""
+    """The words of the model, without size and form factor."""
     return frozenset(w for w in words if not re.fullmatch(r"\d+gb|sxm|pcie", w))
 
 
 def match_device(device_name: str, memory_bytes: int | None = None) -> Card | None:
-    """The card that a driver's name stands for, or ``None`` for one that is not in the table.
+    """The card of a driver's name, or ``None`` for one that is not in the table.
 
     Args:
         device_name: ``torch.cuda.get_device_properties(...).name``.
-        memory_bytes: its ``total_memory``, which tells 16 from 32 GB where the name does not.
+        memory_bytes: its ``total_memory``, which tells 16 GB from 32 GB where the name does not.
     """
     found = _words(device_name)
     sized = {word for word in found if re.fullmatch(r"\d+gb", word)}
     if "gh200" in found:
-        sized = set()  # the size in its name is that of the host part
+        sized = set()  # the size in its name is that of the CPU's memory
     fitting = [
         card
         for card in CARDS
@@ -193,7 +194,8 @@ def match_device(device_name: str, memory_bytes: int | None = None) -> Card | No
         and (not sized or sized <= _words(card.name) or not _sizes(card))
     ]
     forms = found & {"sxm", "pcie"}
-    # "NVIDIA H100 80GB HBM3" names no form; those with one say PCIe or NVL.
+    # "NVIDIA H100 80GB HBM3" has no form factor in its name and is the SXM one; the names of the
+    # others say PCIe or NVL.
     preferred = forms or {"sxm"}
     fitting = [c for c in fitting if preferred & _words(c.name)] or fitting
     if memory_bytes is not None:

@@ -1,8 +1,9 @@
-"""Memory of the host: what this process has had, and what it could have."""
+"""Memory of the host: what this process has used, and what it could have."""
 
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import sys
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
@@ -16,10 +17,10 @@ except ImportError:  # Windows
 
 
 def peak_resident_bytes() -> int:
-    """Most memory that this process has held at once."""
+    """The peak of this process's resident memory."""
     if resource is None:
         return psutil.Process().memory_info().peak_wset
-    # Linux's getrusage starts with what the parent held; proc_pid_status(5) does not.
+    # On Linux, getrusage starts with the parent's peak; proc_pid_status(5) does not.
     with contextlib.suppress(OSError, StopIteration):
         with open("/proc/self/status", encoding="ascii", errors="replace") as file:
             line = next(line for line in file if line.startswith("VmHWM:"))
@@ -31,8 +32,9 @@ def peak_resident_bytes() -> int:
 def available_host_bytes(root: Path = Path("/")) -> int:
     """Memory that programs can still have: the machine's, or a container's where that is less.
 
-    Of a control group's usage, files that are not in use would be dropped for a program
-    (Linux kernel documentation, admin-guide/cgroup-v2.rst; cgroup-v1/memory.rst).
+    A control group's usage includes cached files. The system drops those that are inactive when a
+    program needs memory, so that they count as available (Linux kernel documentation,
+    admin-guide/cgroup-v2.rst and cgroup-v1/memory.rst).
     """
     available = psutil.virtual_memory().available
     for folder, limit_name, usage_name in _find_control_groups(root):
@@ -62,11 +64,21 @@ def _find_control_groups(root: Path) -> Iterator[tuple[Path, str, str]]:
                 else ("memory.limit_in_bytes", "memory.usage_in_bytes")
             )
             base = mount / controllers
-            # A group is bound by those above it; within a container its own is the mount's root.
+            # The limits of the groups above bind a group too. Within a container, the path of its
+            # group is not there, and the root of the mount is the group.
             for place in (PurePosixPath(path), *PurePosixPath(path).parents):
                 yield base / str(place).lstrip("/"), *names
 
 
+def release_freed_memory() -> None:
+    """Return the memory that malloc keeps after a free to the system, where it is glibc's.
+
+    Afterwards the resident memory is what is in use. Source: malloc_trim(3).
+    """
+    with contextlib.suppress(OSError, AttributeError, TypeError):  # another C library
+        ctypes.CDLL(None).malloc_trim(0)
+
+
 def reachable_host_bytes() -> int:
-    """Memory that this process could have: what it holds, and what is free."""
+    """Memory that this process could have: what it holds, and what is available."""
     return available_host_bytes() + psutil.Process().memory_info().rss

@@ -1,4 +1,4 @@
-"""The machine a run is on: device, precision, compilation, memory. Decided once, then printed."""
+"""The machine of a run: device, precision, compilation, memory. Decided once, then printed."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from preflight.core.errors import ExitCode, PreflightError
 from preflight.device.host_memory import peak_resident_bytes
 from preflight.settings import SystemSettings
 
-# A compilation takes about a minute; below this many steps it is not earned back.
+# A compilation takes about a minute; a shorter run does not regain that time.
 MIN_STEPS_TO_COMPILE = 300
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # <malloc.h>
 
@@ -25,8 +25,8 @@ class Runtime:
     """What was chosen for this machine, and why.
 
     Attributes:
-        device: where the model lives.
-        dtype: what the matrix products compute in; the weights are kept in fp32 for training.
+        device: where the model is.
+        dtype: what the matmuls compute in; the weights are kept in fp32 for training.
         compile_model: whether the training step goes through torch.compile.
         notes: one line per choice, for the log.
     """
@@ -48,22 +48,23 @@ class Runtime:
         return torch.autocast(self.device.type, dtype=self.dtype)
 
     def synchronize(self) -> None:
-        """Wait for the device, so that a clock read afterwards is true."""
+        """Wait until the device has finished its work, as before reading a clock."""
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
         elif self.device.type == "mps":
             torch.mps.synchronize()
 
     def peak_memory_bytes(self) -> int:
-        """Most memory in use since the start, or since `reset_peak_memory`: allocated on CUDA,
-        resident in the process elsewhere.
+        """The peak of memory since the start, or since `reset_peak_memory`.
+
+        It is allocated memory on CUDA, and the resident memory of the process elsewhere.
         """
         if self.device.type == "cuda":
             return torch.cuda.max_memory_allocated(self.device)
         return peak_resident_bytes()
 
     def reset_peak_memory(self) -> None:
-        """Have the peak count from now on: on CUDA and on Linux; elsewhere it goes on."""
+        """Start a new peak; it has no effect on a CPU without Linux."""
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.device)
             return
@@ -72,20 +73,20 @@ class Runtime:
 
 
 def build_runtime(settings: SystemSettings, planned_steps: int | None = None) -> Runtime:
-    """Choose device, precision and compilation for what is unset.
+    """Choose device, precision and compilation where the flags leave them unset.
 
     Args:
         settings: the system flags.
         planned_steps: updates to come; ``None`` where nothing is trained.
 
     Raises:
-        PreflightError: code FLAGS, when the device asked for is not there.
+        PreflightError: code FLAGS, when the device that the flags name is not there.
     """
     device = _choose_device(settings.device)
     dtype, why_dtype = _choose_dtype(device, settings.mixed_precision)
     compile_model, why_compile = _choose_compilation(device, settings.compile_model, planned_steps)
     if device.type == "cuda":
-        # TF32 for what stays in fp32: eight times the rate, ten bits of mantissa.
+        # TF32 for matmuls that stay in fp32: eight times the rate, ten bits of mantissa.
         torch.set_float32_matmul_precision("high")
         torch.backends.cudnn.allow_tf32 = True
     if device.type == "cpu":
@@ -99,11 +100,11 @@ def build_runtime(settings: SystemSettings, planned_steps: int | None = None) ->
 
 
 def _keep_freed_memory() -> None:
-    """Have malloc keep what a step frees for the next one, where it is glibc's.
+    """Make glibc's malloc keep the memory that a step frees for the next step.
 
-    Else it hands large blocks back to the system, which gives them out again page by page, zeroed:
-    a quarter of a small model's step (benchmarks/LOG.md). Source: mallopt(3); 32 MiB is the
-    highest threshold it takes.
+    By default it returns large blocks to the system, which hands them out again page by page, each
+    filled with zeros. That took a quarter of a small model's step (benchmarks/LOG.md). Source:
+    mallopt(3); 32 MiB is the highest threshold that it accepts.
     """
     with contextlib.suppress(OSError, AttributeError, TypeError):  # another C library
         mallopt = ctypes.CDLL(None).mallopt
@@ -132,7 +133,7 @@ def _choose_device(name: str) -> torch.device:
 
 
 def has_fast_bf16(device: torch.device) -> bool:
-    """Whether the hardware multiplies in bf16 itself; an emulation is slower than fp32."""
+    """Whether the hardware has bf16 matmuls; their emulation is slower than fp32."""
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
     if device.type == "cpu":
@@ -148,9 +149,9 @@ def _choose_dtype(device: torch.device, asked: bool | None) -> tuple[torch.dtype
     if fast:
         return torch.bfloat16, "in hardware here"
     if device.type == "cuda":
-        return torch.float16, "no bf16 in this card; with a gradient scaler"
+        return torch.float16, "this card has no bf16; with a gradient scaler"
     if asked:
-        return torch.bfloat16, "asked for; emulated on this device, slower than float32"
+        return torch.bfloat16, "as asked; emulated on this device, slower than float32"
     return torch.float32, f"no bf16 in this {device.type}"
 
 
@@ -160,14 +161,14 @@ def _choose_compilation(
     if planned_steps is None:
         return False, "nothing to train"
     if asked is not None:
-        return asked, "asked for"
+        return asked, "as asked"
     if device.type != "cuda":
         return False, f"gains little on {device.type}"
     if importlib.util.find_spec("triton") is None:
         return False, "Triton is not installed"
     if planned_steps < MIN_STEPS_TO_COMPILE:
-        return False, f"not earned back in {planned_steps} steps"
-    return True, f"earned back in {planned_steps:,} steps"
+        return False, f"takes longer than it saves in {planned_steps} steps"
+    return True, f"saves more time than it takes in {planned_steps:,} steps"
 
 
 def describe_device(device: torch.device) -> str:
@@ -182,7 +183,7 @@ def describe_device(device: torch.device) -> str:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an error says that the device, or on the CPU the machine, has no memory left."""
+    """Whether an error says that the device (on the CPU: the machine) has no memory left."""
     if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
         return True
     text = str(error)

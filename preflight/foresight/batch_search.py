@@ -1,4 +1,8 @@
-"""The search for a batch size: a function of its arguments alone."""
+"""The search for a batch size, a function of its arguments alone.
+
+A prediction leads it, and each trial corrects the prediction. The answer rests on trials only: the
+largest size that fits has run, and so has the next larger one, which does not fit.
+"""
 
 from __future__ import annotations
 
@@ -6,35 +10,31 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from preflight.foresight.trials import Trial
+from preflight.foresight.trials import TrialResult
 
 MAX_SIZE = 1_048_576  # of --batch-size
-
-
-USUAL_TRIALS = 6
-
-
-FAST_SHARE = 0.98  # a size this near to the fastest is as good
+USUAL_TRIALS = 6  # a search with a fair prediction ends within so many
+FAST_SHARE = 0.98  # a size whose tokens/s reach this share of the best is as good
 
 
 @dataclass(frozen=True)
 class SearchResult:
-    """What a search found. Sizes are ``None`` when none fits; every one of them has run.
+    """What a search found. Sizes are ``None`` when none fits; each size that is named has run.
 
     Attributes:
         trials: in the order in which they ran.
         limit_bytes: what a trial was allowed to need.
         largest: the largest size that fits.
-        fastest: the one with the most tokens per second.
-        recommended: the smallest within 2 % of the fastest.
-        chosen: the one to go on with; not the recommended where a product has to be kept.
-        accumulation: micro-steps that keep the product; ``None``: as configured.
-        bound: what ended the search above `largest`: ``memory``, ``data``, ``time``, or
-            ``list`` when the sizes were given.
-        predicted_largest: what the line, corrected by the trials, says of memory alone.
+        fastest: the size with the most tokens per second.
+        recommended: the smallest size within 2 % of the fastest.
+        chosen: the size to use: the recommended one, or one near it that divides the update.
+        accumulation: micro-steps that keep the update's sequences; ``None``: as configured.
+        bound: why no larger size was tried: ``memory``, ``data``, ``time``, or ``list`` when the
+            sizes were given.
+        predicted_largest: the largest size by memory alone, from the corrected prediction.
     """
 
-    trials: tuple[Trial, ...]
+    trials: tuple[TrialResult, ...]
     limit_bytes: int
     largest: int | None
     fastest: int | None
@@ -46,7 +46,7 @@ class SearchResult:
 
 
 def search(
-    probe: Callable[[int], Trial],
+    probe: Callable[[int], TrialResult],
     predict: Callable[[int], int],
     limit_bytes: int,
     *,
@@ -57,15 +57,15 @@ def search(
     first: int | None = None,
     max_step_seconds: float = math.inf,
 ) -> SearchResult:
-    """Find the largest size that fits and the fastest, in few trials.
+    """Find the largest size that fits and the fastest size, in few trials.
 
     Args:
-        probe: runs one size.
-        predict: predicted `Trial.needed_bytes`, rising with the size.
-        limit_bytes: what may be needed.
+        probe: runs a trial of one size.
+        predict: predicts `TrialResult.needed_bytes`; it rises with the size.
+        limit_bytes: what a trial may need.
         sizes: try these and no others.
-        target: the size that is wanted; only where it does not fit, smaller ones are tried.
-        keep: sequences per update that the chosen size and its accumulation multiply to.
+        target: the size that is wanted; smaller ones are tried only if it does not fit.
+        keep: sequences per update; the chosen size times its accumulation gives this number.
         largest: sizes above it are of no use.
         first: a small size to begin with, where a step may take long.
         max_step_seconds: sizes whose micro-step would take longer are not tried.
@@ -81,11 +81,11 @@ def search(
 
 
 class _Search:
-    """Trials so far, and what follows from them."""
+    """The trials so far, and what follows from them."""
 
     def __init__(
         self,
-        probe: Callable[[int], Trial],
+        probe: Callable[[int], TrialResult],
         predict: Callable[[int], int],
         limit_bytes: int,
         largest: int,
@@ -93,57 +93,65 @@ class _Search:
     ) -> None:
         self.probe, self.predict, self.limit_bytes = probe, predict, limit_bytes
         self.largest, self.max_step_seconds = largest, max_step_seconds
-        self.trials: dict[int, Trial] = {}
+        self.trials: dict[int, TrialResult] = {}
 
-    def run(self, size: int) -> Trial:
-        """The trial of a size; each is run once."""
+    def run(self, size: int) -> TrialResult:
+        """The trial of a size; each size is run once."""
         if size not in self.trials:
             self.trials[size] = self.probe(size)
         return self.trials[size]
 
     def bracket(self) -> tuple[int, int, bool]:
-        """The largest size that fits, the smallest known not to, and whether that one was tried."""
+        """The bracket around the border: (a size that fits, one that does not, was that one tried).
+
+        The lower end is 0 where nothing fits yet. The upper end is the ceiling plus one as long as
+        no trial below it has failed.
+        """
         failed = [s for s, t in self.trials.items() if not t.fits(self.limit_bytes)]
         high = min([self.ceiling() + 1, *failed])
-        low = max(
-            (
-                s
-                for s, t in self.trials.items()
-                if t.fits(self.limit_bytes) and s < min([MAX_SIZE + 1, *failed])
-            ),
-            default=0,
-        )
+        # Memory may be noisy: a size that fits above one that does not is no safe answer.
+        safe = min(failed, default=MAX_SIZE + 1)
+        low = max((s for s in self.trials if s < safe), default=0)
         return low, high, high in self.trials
 
     def ceiling(self) -> int:
-        """The largest size of any use: by the data, and by the time that a step takes."""
+        """The largest size of any use: by the data, and by the time that a micro-step takes."""
         timed = [t for t in self.trials.values() if t.step_seconds]
         if not timed:
             return self.largest
+        # Larger sizes are more efficient, so that the largest one timed tells most.
         last = max(timed, key=lambda t: t.batch_size)
         seconds = last.step_seconds / last.micro_steps / last.batch_size
         ceiling = max(1, int(min(self.largest, self.max_step_seconds / seconds)))
-        # Less than twice of what has run is not worth another trial that long.
+        # Where time sets the ceiling, a trial takes long: it has to promise twice the size.
         near = ceiling < self.largest and ceiling < 2 * last.batch_size
         return min(ceiling, last.batch_size) if near else ceiling
 
     def estimate(self, size: int) -> float:
-        """Bytes needed: the prediction, corrected by what was measured."""
+        """Bytes needed: the prediction, corrected by the trials.
+
+        Prediction and measurement are both nearly straight lines over the size, but may differ in
+        slope (an item that was forgotten) and in offset (another interpreter, another context).
+        Two trials correct both, a single trial only one of them.
+        """
         points = sorted(
             (t for t in self.trials.values() if not t.failure),
             key=lambda t: abs(t.needed_bytes - self.limit_bytes),
         )
         if not points:
             return self.predict(size)
+        # The trial nearest to the limit, since the border is there.
         near, base = points[0], self.predict(points[0].batch_size)
         for other in points[1:]:
+            # Measured bytes per predicted byte between the two; noise may turn it around.
             run = base - self.predict(other.batch_size)
             rise = near.needed_bytes - other.needed_bytes
             if run and rise / run > 0:
                 return near.needed_bytes + rise / run * (self.predict(size) - base)
         if near.needed_bytes < self.limit_bytes / 2:
-            # What is off at a small size is what every size has: the interpreter, the context.
+            # At a small size the error is mostly an offset: the interpreter, the context.
             return self.predict(size) + near.needed_bytes - base
+        # At a large size the error is mostly a factor.
         return self.predict(size) * near.needed_bytes / max(base, 1)
 
     def guess(self, low: int, high: int) -> int:
@@ -157,9 +165,9 @@ class _Search:
         return low
 
     def find_largest(self, first: int | None) -> None:
-        """Close in on the border until both its sides have been tried."""
+        """Narrow the bracket until both sides of the border have been tried."""
         if first is not None:
-            # Where even that is too much by prediction, a smaller one.
+            # A smaller one where the prediction says that even that does not fit.
             self.run(max(1, self.guess(0, min(first, self.largest) + 1)))
         surprises = 0
         while True:
@@ -169,27 +177,34 @@ class _Search:
             size = self._choose_next(low, high, tried, surprises)
             expected = self.estimate(size) <= self.limit_bytes
             trial = self.run(size)
+            # A trial that ran out of memory measured nothing, so that it corrects nothing either.
             surprises += not trial.failure and trial.fits(self.limit_bytes) != expected
 
     def _choose_next(self, low: int, high: int, tried: bool, surprises: int) -> int:
-        """A size strictly between `low` and `high`: where the corrected line meets the limit."""
+        """A size strictly between `low` and `high`: where the corrected prediction meets the limit.
+
+        This is a secant search. Where the prediction does not behave like a line, it falls back to
+        growing strides and at last to bisection, which always ends.
+        """
         guess, half = self.guess(low, high), max(1, (high - low) // 2)
-        # Where the line has been wrong again and again, longer and longer strides.
+        # Each surprise doubles the stride away from the end that the prediction points to.
         stride = min(1 << max(0, surprises - 1), half)
         if tried and len(self.trials) >= 2 * USUAL_TRIALS:
-            size = low + half
+            size = low + half  # too many trials: bisect
         elif guess <= low:
-            size = low + stride
+            size = low + stride  # the border seems to be at `low`: show it from above
         elif tried and guess >= high - 1:
-            # It failed against the line: by how much is known only if it got through.
+            # The border seems to be at `high`: show it from below. A trial that ran to its end
+            # says by how much it is over the limit; one that ran out of memory does not.
             size = low + half if self.trials[high].failure else high - stride
         else:
             size = guess
         return min(max(size, low + 1), high - 1)
 
     def find_fastest(self) -> None:
-        """Powers of two below the largest size, downwards until one is clearly slower."""
+        """Try powers of two below the largest size, downwards until one is clearly slower."""
         largest, _, _ = self.bracket()
+        # The largest power of two that is at most 3/4 of it: nearer ones tell nothing new.
         size = 1 << max(0, int(largest * 3 / 4).bit_length() - 1)
         for _ in range(max(1, USUAL_TRIALS - len(self.trials))):
             if not 0 < size < largest:
@@ -199,13 +214,14 @@ class _Search:
                 return
             size //= 2
 
-    def fitting(self) -> list[Trial]:
-        """Trials that fit, below any that did not."""
+    def fitting(self) -> list[TrialResult]:
+        """The trials that fit, below the smallest that does not."""
         low, _, _ = self.bracket()
         return [t for s, t in self.trials.items() if s <= low and t.fits(self.limit_bytes)]
 
     def choose(self, preferred: int, keep: int) -> tuple[int, int] | tuple[None, None]:
-        """Size and accumulation that multiply to `keep`, the size tried as all others are."""
+        """Size and accumulation whose product is `keep`; the size has run and fits."""
+        # A divisor that does not fit after all lowers the bracket, and the next one is tried.
         while (largest := self.bracket()[0]) > 0:
             size, accumulation = split_sequences(keep, preferred, largest)
             if self.run(size).fits(self.limit_bytes):
@@ -213,7 +229,7 @@ class _Search:
         return None, None
 
     def conclude(self, bound: str, target: int | None, keep: int | None) -> SearchResult:
-        """What the trials say."""
+        """The result; a trial of the chosen size may still have to run."""
         recommended = self.recommend() if not target else self.bracket()[0]
         chosen, accumulation = recommended or None, None
         if chosen and keep:
@@ -246,7 +262,7 @@ class _Search:
 def split_sequences(n_sequences: int, preferred: int, largest: int) -> tuple[int, int]:
     """Micro-batch and accumulation whose product is exactly `n_sequences`.
 
-    Of the micro-batches up to `largest`, the one nearest in ratio to `preferred`.
+    It takes the divisor up to `largest` whose ratio to `preferred` is nearest to 1.
     """
     small = (n for n in range(1, math.isqrt(n_sequences) + 1) if n_sequences % n == 0)
     divisors = {d for n in small for d in (n, n_sequences // n) if d <= largest}

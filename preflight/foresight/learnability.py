@@ -1,7 +1,6 @@
-"""Will it learn? Warnings with their reason and the flag that mends it, before a run is paid for.
+"""Will it learn? Warnings about a run before it starts, each with its reason and a fix.
 
-A warning does not stop a run: it names what people find out too late. The thresholds come from the
-papers named beside them.
+A warning does not stop a run. The thresholds come from the papers named beside them.
 """
 
 from __future__ import annotations
@@ -18,19 +17,21 @@ from preflight.settings import MODEL_PRESETS, ModelConfig, ModelSettings, RunCon
 from preflight.tokenization.tokenizer import Tokenizer
 from preflight.training.plan import TrainingPlan
 
-# Hoffmann et al. 2022 (arXiv:2203.15556, table 3): about 20 tokens a parameter train a model best
-# for its cost. Far under: a quarter.
+# Hoffmann et al. 2022 (arXiv:2203.15556, table 3): about 20 tokens per parameter are the best use
+# of a given compute. A warning comes below a quarter of it.
 TOKENS_PER_PARAMETER, FAR_UNDER = 20, 0.25
-# Muennighoff et al. 2023 (arXiv:2305.16264, section 5): up to four passes are as good as new text.
+# Muennighoff et al. 2023 (arXiv:2305.16264, section 5): up to four epochs are as good as new text.
 GOOD_EPOCHS = 4
-# Brown et al. 2020 (arXiv:2005.14165, table 2.1): 0.5 M tokens a step for the rates of small to
-# large, 1 M for xl. Smaller models do with less, here in proportion to their blocks' parameters.
+# Brown et al. 2020 (arXiv:2005.14165, table 2.1): 0.5 M tokens per step at the learning rates of
+# small to large, 1 M for xl. Smaller models need fewer, here in proportion to the parameters of
+# their blocks.
 REFERENCE_TOKENS_PER_STEP = 524_288
 _REFERENCE_BLOCK_PARAMETERS = 85_000_000
-# With Adam a rate suits a batch in proportion to its square root (Malladi et al. 2022,
-# arXiv:2205.10287); a sixteenth of the batch is a rate four times too high.
+# With Adam the best learning rate grows with the square root of the batch (Malladi et al. 2022,
+# arXiv:2205.10287): at a sixteenth of the batch, a learning rate is four times too high.
 _TOLERATED_BATCH_SHARE = 1 / 16
-# The loss of single tokens scatters by about 3 nats: ten thousand give the mean to 0.03.
+# The loss of single tokens has a standard deviation of about 3 nats: the mean of ten thousand is
+# known to 0.03.
 MEANINGFUL_VAL_TOKENS = 10_000
 
 REPLACEMENT = "\N{REPLACEMENT CHARACTER}".encode()
@@ -42,7 +43,7 @@ _MIN_DUPLICATE_TOKENS = 16  # shorter ones repeat in every language
 
 @dataclass(frozen=True)
 class Advice:
-    """One warning: what and why, and the flag that mends it. `key` names its kind."""
+    """One warning: what and why, and the flag that fixes it. `key` names its kind."""
 
     key: str
     text: str
@@ -57,12 +58,13 @@ class Content:
     """What the ids in the shards look like.
 
     Attributes:
-        scanned_tokens: how many were looked at: all of them in folders of up to 50 M tokens.
+        scanned_tokens: how many were read: all of them in folders of up to 50 M tokens.
         replacement_characters: U+FFFD, which stands where text was decoded wrongly.
         n_documents: whole documents among them.
         largest_tokens: the largest document.
         median_tokens: their median.
-        duplicate_documents: documents of 16 tokens or more that came before, in either part.
+        duplicate_documents: documents of 16 tokens or more that equal an earlier one, in either
+            split.
     """
 
     scanned_tokens: int
@@ -74,7 +76,7 @@ class Content:
 
 
 class _Scanner:
-    """Cuts streams of ids at the end-of-text id; keeps a length and eight bytes a document."""
+    """Splits streams of ids at the end-of-text id; keeps a length and eight bytes per document."""
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._end_of_text_id = tokenizer.end_of_text_id
@@ -102,7 +104,7 @@ class _Scanner:
                 length += len(ids) - begin
             left -= min(len(shard), left)
         if length and not left:
-            self._add(digest.digest(), length)  # the part that a cut-off document shows
+            self._add(digest.digest(), length)  # the scanned part of a document that goes on
 
     def _add(self, digest: bytes, length: int) -> None:
         if len(self.lengths) >= MAX_SCANNED_DOCUMENTS:
@@ -114,7 +116,7 @@ class _Scanner:
 
 
 def scan_content(data: DataFolder, tokenizer: Tokenizer) -> Content:
-    """Look through the shards, in bounded memory and within some seconds."""
+    """Read the shards, in bounded memory and within some seconds."""
     scanner = _Scanner(tokenizer)
     total = data.train.n_tokens + data.val.n_tokens
     for split in (data.train, data.val):
@@ -131,7 +133,7 @@ def scan_content(data: DataFolder, tokenizer: Tokenizer) -> Content:
 
 
 def find_content_warnings(content: Content) -> list[Advice]:
-    """Text that was decoded wrongly, one document that drowns the others, repetitions."""
+    """Warnings about text that was decoded wrongly, one dominating document, and duplicates."""
     found = []
     if content.replacement_characters * 10_000 > content.scanned_tokens:
         found.append(
@@ -153,7 +155,7 @@ def find_content_warnings(content: Content) -> list[Advice]:
                 "large_document",
                 f"one document has {largest:,} of {content.scanned_tokens:,} tokens, the median "
                 f"{content.median_tokens:,}: the model will mostly learn that one",
-                "see that it belongs there, or set --document-separator",
+                "check that it belongs there, or set --document-separator",
             )
         )
     if content.duplicate_documents * 100 > content.n_documents:
@@ -161,20 +163,20 @@ def find_content_warnings(content: Content) -> list[Advice]:
             Advice(
                 "duplicates",
                 f"{content.duplicate_documents:,} of {content.n_documents:,} documents repeat "
-                "another: they are learned by heart, and flatter the validation loss",
+                "another: the model memorises them, and the validation loss looks too good",
                 "remove them from the text and give it again with --text-file",
             )
         )
     return found
 
 
-# ---- what the plan promises ---------------------------------------------------------------------
+# ---- the plan -----------------------------------------------------------------------------------
 
 
 def find_plan_warnings(
     config: RunConfig, model_config: ModelConfig, plan: TrainingPlan, data: DataFolder
 ) -> list[Advice]:
-    """Every reason to expect less from this run than its owner does."""
+    """Every reason why this run may learn less than expected."""
     return [
         *_find_size_warnings(config, model_config, plan, data),
         *_find_rate_warnings(config, model_config, plan),
@@ -185,7 +187,7 @@ def find_plan_warnings(
 def _find_size_warnings(
     config: RunConfig, model_config: ModelConfig, plan: TrainingPlan, data: DataFolder
 ) -> list[Advice]:
-    """Too little text for the model, or for the passes over it, or to validate on."""
+    """Too little text for the model, for the number of epochs, or to validate on."""
     found = []
     parameters = count_parameters(model_config)
     tokens = plan.total_steps * plan.tokens_per_step
@@ -195,8 +197,8 @@ def _find_size_warnings(
         found.append(
             Advice(
                 "tokens_per_parameter",
-                f"{tokens / parameters:.2g} tokens per parameter: far under the "
-                f"{TOKENS_PER_PARAMETER} at which a model of this size pays (Hoffmann et al. 2022)",
+                f"{tokens / parameters:.2g} tokens per parameter: far below the "
+                f"{TOKENS_PER_PARAMETER} that make the best use of compute (Hoffmann et al. 2022)",
                 f"more text with --text-file, or a longer run{smaller}",
             )
         )
@@ -204,8 +206,8 @@ def _find_size_warnings(
         found.append(
             Advice(
                 "epochs",
-                f"{epochs:,.1f} passes over {data.train.n_tokens:,} tokens: past {GOOD_EPOCHS} "
-                "little is gained, and the text is learned by heart (Muennighoff et al. 2023)",
+                f"{epochs:,.1f} epochs of {data.train.n_tokens:,} tokens: after {GOOD_EPOCHS} "
+                "little is gained, and the model memorises the text (Muennighoff et al. 2023)",
                 f"--num-epochs {GOOD_EPOCHS}, or more text with --text-file",
             )
         )
@@ -213,8 +215,8 @@ def _find_size_warnings(
             found.append(
                 Advice(
                     "dropout",
-                    f"no dropout in {epochs:,.1f} passes over the same text",
-                    "--dropout 0.1 delays learning by heart",
+                    f"no dropout in {epochs:,.1f} epochs of the same text",
+                    "--dropout 0.1 delays memorisation",
                 )
             )
     if data.val.n_tokens < MEANINGFUL_VAL_TOKENS:
@@ -222,8 +224,8 @@ def _find_size_warnings(
         found.append(
             Advice(
                 "validation",
-                f"{data.val.n_tokens:,} validation tokens: the validation loss is known to about "
-                f"+-{error:.2f} only, whatever it says",
+                f"{data.val.n_tokens:,} validation tokens: the validation loss has a standard "
+                f"error of about {error:.2f}",
                 f"a larger --val-split (now {config.data.val_split:g}), "
                 "or more text with --text-file",
             )
@@ -232,7 +234,7 @@ def _find_size_warnings(
 
 
 def _suggest_size(config: RunConfig, model_config: ModelConfig, tokens: int) -> str:
-    """The largest preset that has tokens enough, when it is smaller than this model."""
+    """The largest preset for which the tokens suffice, if it is smaller than this model."""
     counts = {
         name: count_parameters(ModelSettings(name).resolve(model_config.vocab_size))
         for name in MODEL_PRESETS
@@ -247,7 +249,7 @@ def _suggest_size(config: RunConfig, model_config: ModelConfig, tokens: int) -> 
 def _find_rate_warnings(
     config: RunConfig, model_config: ModelConfig, plan: TrainingPlan
 ) -> list[Advice]:
-    """A rate made for larger batches, and a warm-up that never ends."""
+    """A learning rate made for larger batches, and a warm-up that never ends."""
     found = []
     blocks = count_parameters(model_config) - model_config.n_embeddings * (
         model_config.vocab_size + model_config.context_length
@@ -265,9 +267,9 @@ def _find_rate_warnings(
         found.append(
             Advice(
                 "tokens_per_step",
-                f"{plan.tokens_per_step:,} tokens per step are far under the "
-                f"{round(wanted, -3):,.0f} or so that a rate of {rate:.1e} was made for "
-                "(Brown et al. 2020): noisy updates, the loss may stop high",
+                f"{plan.tokens_per_step:,} tokens per step are far below the about "
+                f"{round(wanted, -3):,.0f} that a learning rate of {rate:.1e} was made for "
+                "(Brown et al. 2020): updates are noisy, and the loss may stay high",
                 f"--gradient-accumulation-steps {accumulation}, or --learning-rate {calmer:.1e} "
                 "(square-root rule, Malladi et al. 2022)",
             )
@@ -277,7 +279,7 @@ def _find_rate_warnings(
             Advice(
                 "warmup",
                 f"the warm-up of {plan.warmup_steps:,} steps is as long as the run of "
-                f"{plan.total_steps:,}: the full rate is never used",
+                f"{plan.total_steps:,}: the peak learning rate is never used",
                 f"--warmup-steps {max(1, plan.total_steps // 20)}, or leave it out",
             )
         )
@@ -289,8 +291,8 @@ def _find_interval_warnings(config: RunConfig, plan: TrainingPlan) -> list[Advic
     return [
         Advice(
             f"{what}_interval",
-            f"the {what} interval of {every:,} steps is beyond the run of {plan.total_steps:,}: "
-            "there will be only the one at the end",
+            f"the {what} interval of {every:,} steps is longer than the run of "
+            f"{plan.total_steps:,} steps: the only {what} comes at the end",
             f"{flag} {max(1, plan.total_steps // 10)}, or leave it out",
         )
         for what, flag, every in (

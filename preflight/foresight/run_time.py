@@ -1,24 +1,21 @@
-"""How long a run takes: real steps timed on the device at hand, or an estimate for an absent one.
+"""How long a run takes: real steps timed on the present device, or an estimate for an absent one.
 
-Whatever is timed goes through `Trainer` and `BatchLoader`, as a run does. Where a step takes long,
-a smaller one is timed and scaled by its floating-point operations, and that is said.
+Everything that is timed goes through `Trainer` and `BatchLoader`, as in a run. Where a step takes
+long, a smaller one is timed and scaled by its floating-point operations, and the report says so.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import itertools
 import math
 import statistics
 import tempfile
 import time
-from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
 from generate import SAMPLE_TOKENS, generate_text
 from preflight.checkpoints.format import save_checkpoint
@@ -27,6 +24,7 @@ from preflight.corpus.shards import DataFolder
 from preflight.device.cards import Card
 from preflight.device.runtime import Runtime
 from preflight.foresight.memory import estimate_checkpoint_bytes
+from preflight.foresight.timing import Batch, time_steps
 from preflight.models.cost import count_parameters, estimate_flops_per_token
 from preflight.settings import (
     ControlSettings,
@@ -47,21 +45,21 @@ _SHORT_TOTAL_SECONDS, _LONG_TOTAL_SECONDS = 1.0, 15.0  # time spent on quick and
 _SAMPLE_BYTES = 64 * 2**20  # of a checkpoint, to time writing and reading back
 _CURVE_SECONDS = 0.6  # drawing the loss curve, on one CPU core; a guess
 
-# Shares of the sheet's rates that a training step reaches in its products and in its memory
-# traffic, each taken alone: leads from public runs of GPT-2 on A100 and H100, not measurements.
-CUDA_PRODUCT_SHARE, CUDA_BANDWIDTH_SHARE = 0.6, 0.7
-# Of the rate of one large product, on the CPU: the median of 13 configurations, which gave 0.43
-# to 1.06 (benchmarks/RESULTS.md).
-CPU_PRODUCT_SHARE = 0.57
+# Shares of the data sheet's rates that a training step reaches in its matmuls and in its memory
+# traffic, each taken alone. They follow public runs of GPT-2 on A100 and H100; not measured here.
+CUDA_MATMUL_SHARE, CUDA_BANDWIDTH_SHARE = 0.6, 0.7
+# Share of the rate of one large matmul that a step reaches on the CPU: the median of 13
+# configurations, which gave 0.43 to 1.06 (benchmarks/RESULTS.md).
+CPU_MATMUL_SHARE = 0.57
 _ASSUMED_DISK_BYTES_PER_SECOND = 500e6  # written, read back and hashed
 _ASSUMED_COMPILE_SECONDS = 60.0
 _LAUNCH_SECONDS = 5e-6  # of one CUDA kernel
 _KERNELS_PER_BLOCK = {False: 60, True: 20}  # forward and backward, by compiled or not
-# A block keeps about 17 values a token and unit of width (Korthikanti et al. 2022,
-# arXiv:2205.05198, section 4.1); each is written, read forward and backward, and derived from.
+# A block keeps about 17 values per token and unit of the hidden size (Korthikanti et al. 2022,
+# arXiv:2205.05198, section 4.1). Each is written, read forward and backward, and gets a gradient.
 _TRAFFIC_PER_BLOCK = 5 * 17
-_TRAFFIC_OF_LOGITS_BYTES = 20  # a logit: written, normalised in fp32, turned into a gradient
-_TRAFFIC_OF_UPDATE_BYTES = 40  # a parameter: clipping, and AdamW's seven reads and writes
+_TRAFFIC_OF_LOGITS_BYTES = 20  # per logit: written, normalised in fp32, turned into a gradient
+_TRAFFIC_OF_UPDATE_BYTES = 40  # per parameter: clipping, and AdamW's seven reads and writes
 
 
 @dataclass(frozen=True)
@@ -72,13 +70,13 @@ class RunCost:
         step_seconds: one update; when measured, the median.
         spread_share: slowest less fastest, as a share of the median.
         n_timed: steps that were timed; 0 for an estimate.
-        basis: what the figures rest on, in words.
+        basis: where the figures come from, in words.
         window_seconds: evaluation of one window.
-        sample_seconds: the text written at each evaluation.
+        sample_seconds: the text generated at each evaluation.
         checkpoint_seconds: one checkpoint, written and read back.
-        start_seconds: building the model, and what the first step takes beyond the others,
+        start_seconds: building the model, and what the first step takes longer than the others,
             compilation included.
-        compile_seconds: of the start.
+        compile_seconds: the part of the start that is compilation.
         peak_bytes: most memory in use: allocated on CUDA, resident on the CPU.
         reserved_bytes: most memory held by CUDA's caching allocator.
     """
@@ -98,7 +96,7 @@ class RunCost:
 
 @dataclass(frozen=True)
 class RunTime:
-    """A run's time by its parts, in seconds, and how often each part comes."""
+    """A run's time by its parts, in seconds, and how many evaluations and checkpoints it has."""
 
     start_seconds: float
     training_seconds: float
@@ -121,7 +119,7 @@ class RunTime:
 def estimate_run_time(
     cost: RunCost, plan: TrainingPlan, control: ControlSettings, done_steps: int = 0
 ) -> RunTime:
-    """Time of what is left of `plan` after `done_steps`, with evaluations and checkpoints."""
+    """Time of the rest of `plan` after `done_steps`, with evaluations and checkpoints."""
     n_steps = max(0, plan.total_steps - done_steps)
     training = n_steps * cost.step_seconds
     by_clock = math.ceil(control.checkpoint_minutes * 60 / max(cost.step_seconds, 1e-9))
@@ -153,53 +151,27 @@ def estimate_cost(
     gradient_checkpointing: bool = False,
     compile_model: bool = False,
 ) -> RunCost:
-    """Seconds by formula: products at a share of their rate, and the traffic to memory.
+    """Seconds by formula: matmuls at a share of their rate, and the memory traffic.
 
     Args:
         model_config: the architecture.
         training: batch size and accumulation count.
-        dtype: what the products compute in.
-        card: rates of a card, present or not.
-        cpu_flops: without a card, the rate of a large product here, in FLOP/s.
-        gradient_checkpointing: a third more of the blocks' work (Chen et al. 2016).
-        compile_model: fused kernels move less and launch less.
+        dtype: what the matmuls compute in.
+        card: rates of a graphics card, present or not.
+        cpu_flops: without a card, the rate of a large matmul here, in FLOP/s.
+        gradient_checkpointing: a third more work in the blocks (Chen et al. 2016).
+        compile_model: fused kernels move less memory and need fewer launches.
     """
-    tokens = (
-        training.batch_size * training.gradient_accumulation_steps * model_config.context_length
-    )
+    samples = training.batch_size * training.gradient_accumulation_steps
     again = 4 / 3 if gradient_checkpointing else 1.0
-    flops = estimate_flops_per_token(model_config) * tokens * again
     compile_seconds = _ASSUMED_COMPILE_SECONDS if compile_model else 0.0
     if card is None:
         assert cpu_flops is not None
-        step = flops / (cpu_flops * CPU_PRODUCT_SHARE)
-        token_seconds = estimate_flops_per_token(model_config, training=False) / cpu_flops * 3
-        basis = (
-            f"{CPU_PRODUCT_SHARE:.0%} of a matrix product's rate here, "
-            f"{cpu_flops / 1e9:,.0f} GFLOP/s"
-        )
+        step, token_seconds, basis = _estimate_on_cpu(model_config, samples, again, cpu_flops)
     else:
-        name = str(dtype).removeprefix("torch.")
-        rate = card.rate_tflops(name) * 1e12 * CUDA_PRODUCT_SHARE
-        bandwidth = card.bandwidth_gb_per_second * 1e9 * CUDA_BANDWIDTH_SHARE
-        parameters = count_parameters(model_config)
-        moved = _estimate_traffic_bytes(model_config, tokens, dtype, compile_model) * again
-        moved += parameters * (_TRAFFIC_OF_UPDATE_BYTES + 12 * training.gradient_accumulation_steps)
-        kernels = (
-            model_config.n_layers
-            * _KERNELS_PER_BLOCK[compile_model]
-            * again
-            * training.gradient_accumulation_steps
+        step, token_seconds, basis = _estimate_on_card(
+            model_config, training, again, card, dtype, compile_model
         )
-        step = max(flops / rate + moved / bandwidth, kernels * _LAUNCH_SECONDS)
-        token_seconds = max(
-            4 * parameters / bandwidth, model_config.n_layers * 20 * _LAUNCH_SECONDS
-        )
-        basis = (
-            f"assumes {CUDA_PRODUCT_SHARE:.0%} of the {name} rate and "
-            f"{CUDA_BANDWIDTH_SHARE:.0%} of the bandwidth of the {card.name} ({card.source})"
-        )
-    samples = training.batch_size * training.gradient_accumulation_steps
     return RunCost(
         step_seconds=step,
         window_seconds=step / samples / again / 3,  # a forward pass is a third of a step
@@ -213,10 +185,51 @@ def estimate_cost(
     )
 
 
+def _estimate_on_cpu(
+    model_config: ModelConfig, samples: int, again: float, cpu_flops: float
+) -> tuple[float, float, str]:
+    """Seconds of a step and of a generated token, and where the figures come from."""
+    flops = estimate_flops_per_token(model_config) * samples * model_config.context_length * again
+    token_seconds = estimate_flops_per_token(model_config, training=False) / cpu_flops * 3
+    basis = (
+        f"{CPU_MATMUL_SHARE:.0%} of a matrix product's rate here, {cpu_flops / 1e9:,.0f} GFLOP/s"
+    )
+    return flops / (cpu_flops * CPU_MATMUL_SHARE), token_seconds, basis
+
+
+def _estimate_on_card(
+    model_config: ModelConfig,
+    training: TrainingSettings,
+    again: float,
+    card: Card,
+    dtype: torch.dtype,
+    compile_model: bool,
+) -> tuple[float, float, str]:
+    """The same for a graphics card, whose memory traffic and kernel launches count as well."""
+    name, accumulation = str(dtype).removeprefix("torch."), training.gradient_accumulation_steps
+    tokens = training.batch_size * accumulation * model_config.context_length
+    parameters = count_parameters(model_config)
+    flops = estimate_flops_per_token(model_config) * tokens * again
+    rate = card.rate_tflops(name) * 1e12 * CUDA_MATMUL_SHARE
+    bandwidth = card.bandwidth_gb_per_second * 1e9 * CUDA_BANDWIDTH_SHARE
+    # Each micro-step reads the weights, and reads and writes the gradients: 12 bytes in fp32.
+    moved = _estimate_traffic_bytes(model_config, tokens, dtype, compile_model) * again
+    moved += parameters * (_TRAFFIC_OF_UPDATE_BYTES + 12 * accumulation)
+    kernels = model_config.n_layers * _KERNELS_PER_BLOCK[compile_model] * again * accumulation
+    # A small model's step is as long as Python takes to launch its kernels.
+    step = max(flops / rate + moved / bandwidth, kernels * _LAUNCH_SECONDS)
+    token_seconds = max(4 * parameters / bandwidth, model_config.n_layers * 20 * _LAUNCH_SECONDS)
+    basis = (
+        f"assumes {CUDA_MATMUL_SHARE:.0%} of the {name} rate and "
+        f"{CUDA_BANDWIDTH_SHARE:.0%} of the bandwidth of the {card.name} ({card.source})"
+    )
+    return step, token_seconds, basis
+
+
 def _estimate_traffic_bytes(
     config: ModelConfig, tokens: int, dtype: torch.dtype, compile_model: bool
 ) -> float:
-    """Bytes between the card's memory and its processors in a step's forward and backward."""
+    """Bytes between the card's memory and its processors in a step's forward and backward pass."""
     block = _TRAFFIC_PER_BLOCK * config.n_embeddings * dtype.itemsize
     if not compile_model:
         block = block * 3 // 2
@@ -226,8 +239,8 @@ def _estimate_traffic_bytes(
 # ---- on the device ------------------------------------------------------------------------------
 
 
-def measure_product_flops(device: torch.device, dtype: torch.dtype) -> float:
-    """FLOP/s of a large matrix product: a rate to compare with where no sheet gives one."""
+def measure_matmul_flops(device: torch.device, dtype: torch.dtype) -> float:
+    """FLOP/s of a large matmul: a rate to compare with where no data sheet gives one."""
     size = 1024 if device.type == "cpu" else 8192
     a = torch.randn(size, size, device=device, dtype=dtype)
     product = a @ a
@@ -244,17 +257,19 @@ def measure_product_flops(device: torch.device, dtype: torch.dtype) -> float:
 
 @dataclass(frozen=True)
 class _Load:
-    """What one timed step is given: micro-steps of sequences of tokens."""
+    """The work of one timed step: micro-steps of sequences of tokens."""
 
     micro_steps: int
     sequences: int
     tokens: int
 
     def count_flops(self, config: ModelConfig) -> float:
+        """Floating-point operations of a training step."""
         shorter = dataclasses.replace(config, context_length=self.tokens)
         return estimate_flops_per_token(shorter) * self.micro_steps * self.sequences * self.tokens
 
-    def cut(self, batch: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    def cut(self, batch: Batch) -> Batch:
+        """The first sequences of a batch, and of these the first tokens."""
         inputs, targets = (x[: self.sequences, : self.tokens] for x in batch)
         return inputs.contiguous(), targets.contiguous()
 
@@ -262,9 +277,10 @@ class _Load:
 def _choose_loads(
     full: _Load, expected_seconds: float, may_shrink: bool
 ) -> tuple[_Load | None, _Load]:
-    """What to time: (nothing, the whole step), or a little and a larger part of a long one.
+    """What to time: (None, the whole step), or a small and a larger part of a long step.
 
-    A compiled step keeps its shapes, so that only micro-steps may be left out of it.
+    Two parts give a line, and the whole step lies on it. A compiled step keeps its shapes, so that
+    only micro-steps may be left out of it.
     """
     if expected_seconds <= LONG_SECONDS:
         return None, full
@@ -305,61 +321,80 @@ def measure_cost(
         PreflightError: the data or the disk fails.
         RuntimeError: out of memory; see `runtime.is_out_of_memory`.
     """
-    training = config.training
     full = _Load(
-        training.gradient_accumulation_steps, training.batch_size, model_config.context_length
+        config.training.gradient_accumulation_steps,
+        config.training.batch_size,
+        model_config.context_length,
     )
     may_shrink = runtime.device.type == "cpu" and not runtime.compile_model
-    low, high = _choose_loads(full, expected_seconds, may_shrink)
+    loads = _choose_loads(full, expected_seconds, may_shrink)
     runtime.reset_peak_memory()
+    cost = _measure_training(config, model_config, plan, runtime, data, tokenizer, full, *loads)
+    if runtime.device.type == "cuda":
+        torch.cuda.empty_cache()  # the trainer is gone
+    seconds = _measure_checkpoint(config, model_config, runtime)
+    return dataclasses.replace(cost, checkpoint_seconds=seconds)
+
+
+def _measure_training(
+    config: RunConfig,
+    model_config: ModelConfig,
+    plan: TrainingPlan,
+    runtime: Runtime,
+    data: DataFolder,
+    tokenizer: Tokenizer,
+    full: _Load,
+    low: _Load | None,
+    high: _Load,
+) -> RunCost:
+    """Everything but the checkpoint."""
+    training, checkpointing = config.training, config.system.gradient_checkpointing
     began = time.perf_counter()
     trainer = build_trainer(
-        model_config,
-        training,
-        plan,
-        runtime,
-        gradient_checkpointing=config.system.gradient_checkpointing,
+        model_config, training, plan, runtime, gradient_checkpointing=checkpointing
     )
     runtime.synchronize()
     build_seconds = time.perf_counter() - began
-    loader = BatchLoader(
+    with BatchLoader(
         data,
         "train",
         batch_size=training.batch_size,
         context_length=model_config.context_length,
         seed=training.seed,
         device=runtime.device,
-    )
-    with loader:
+    ) as loader:
         first, times, step = _measure_steps(trainer, loader, model_config, low, high, full)
         window = _measure_evaluation(trainer, data, plan, model_config, high)
         sample = _measure_sample(trainer, tokenizer)
-    peak, reserved = runtime.peak_memory_bytes(), None
-    del trainer
-    if runtime.device.type == "cuda":
-        reserved = torch.cuda.max_memory_reserved(runtime.device)
-        torch.cuda.empty_cache()
-    compile_seconds = max(0.0, first - statistics.median(times)) if runtime.compile_model else 0.0
-    part = (
-        ""
-        if low is None
-        else (
-            f", each {high.micro_steps} x {high.sequences} x {high.tokens} of {full.micro_steps} x "
-            f"{full.sequences} x {full.tokens} tokens, scaled by FLOPs"
-        )
-    )
-    return RunCost(
-        step_seconds=step,
-        window_seconds=window,
-        sample_seconds=sample,
-        checkpoint_seconds=_measure_checkpoint(config, model_config, runtime),
-        start_seconds=build_seconds + max(0.0, first - statistics.median(times)),
-        basis=f"measured: median of {len(times)} steps{part}",
-        spread_share=(max(times) - min(times)) / statistics.median(times),
+    median = statistics.median(times)
+    warm_up = max(0.0, first - median)
+    cost = RunCost(
+        step,
+        window,
+        sample,
+        checkpoint_seconds=0.0,
+        start_seconds=build_seconds + warm_up,
+        basis=f"measured: median of {len(times)} steps{_describe_part(low, high, full)}",
+        spread_share=(max(times) - min(times)) / median,
         n_timed=len(times),
-        compile_seconds=compile_seconds,
-        peak_bytes=peak if low is None else None,
-        reserved_bytes=reserved if low is None else None,
+        compile_seconds=warm_up if runtime.compile_model else 0.0,
+    )
+    if low is not None:
+        return cost  # the peak of a part is not that of a step
+    cuda = runtime.device if runtime.device.type == "cuda" else None
+    reserved = torch.cuda.max_memory_reserved(cuda) if cuda else None
+    return dataclasses.replace(
+        cost, peak_bytes=runtime.peak_memory_bytes(), reserved_bytes=reserved
+    )
+
+
+def _describe_part(low: _Load | None, high: _Load, full: _Load) -> str:
+    """What was timed instead of the whole step, for the report."""
+    if low is None:
+        return ""
+    return (
+        f", each {high.micro_steps} x {high.sequences} x {high.tokens} of {full.micro_steps} x "
+        f"{full.sequences} x {full.tokens} tokens, scaled by FLOPs"
     )
 
 
@@ -373,40 +408,26 @@ def _measure_steps(
 ) -> tuple[float, list[float], float]:
     """Seconds of the first step, of each timed one, and of a whole step."""
 
-    def feed(load: _Load) -> Callable[[], Iterator[tuple[Tensor, Tensor]]]:
+    def feed(load: _Load) -> Callable[[], Iterator[Batch]]:
         return lambda: (load.cut(loader.next_batch()) for _ in range(load.micro_steps))
 
-    first = _time_steps(trainer, feed(low or high), 1)[0]  # compiles, makes the optimizer's state
-    second = _time_steps(trainer, feed(high), 1)[0]
+    first = time_steps(trainer, feed(low or high), 1)[
+        0
+    ]  # compiles, allocates the optimizer's state
+    second = time_steps(trainer, feed(high), 1)[0]
     count = TIMED_STEPS
     if second > LONG_SECONDS:
         count = max(1, min(TIMED_STEPS, int(_LONG_TOTAL_SECONDS / second)))
     elif second * TIMED_STEPS < _SHORT_TOTAL_SECONDS:
         count = min(200, int(_SHORT_TOTAL_SECONDS / second))
-    times = _time_steps(trainer, feed(high), count)
+    times = time_steps(trainer, feed(high), count)
     step = statistics.median(times)
     if low is not None:
-        least = min(_time_steps(trainer, feed(low), 3))
+        # The line through both parts: what a step costs besides its FLOPs is in each of them.
+        least = min(time_steps(trainer, feed(low), 3))
         done, more = (load.count_flops(config) for load in (low, high))
         step = least + (step - least) * (full.count_flops(config) - done) / (more - done)
     return first, times, step
-
-
-def _time_steps(
-    trainer: Trainer, feed: Callable[[], Iterator[tuple[Tensor, Tensor]]], count: int
-) -> list[float]:
-    """Seconds of `count` steps, read as a run reads them: on CUDA while the next is under way."""
-    lag = 1 if trainer.runtime.device.type == "cuda" else 0
-    trainer.runtime.synchronize()
-    stamps = [] if lag and count > 1 else [time.perf_counter()]
-    pending: deque[Tensor] = deque()
-    for step in range(count + 2 * lag if not stamps else count):
-        pending.append(trainer.train_step(step, feed()).loss)
-        if len(pending) > (lag if count > 1 else 0):
-            float(pending.popleft())
-            stamps.append(time.perf_counter())
-    trainer.runtime.synchronize()
-    return [after - before for before, after in itertools.pairwise(stamps)]
 
 
 def _measure_evaluation(
@@ -443,7 +464,7 @@ def _measure_evaluation(
 
 
 def _measure_sample(trainer: Trainer, tokenizer: Tokenizer) -> float:
-    """Seconds of the text that a run writes at each evaluation, from a third of it."""
+    """Seconds of the text that a run generates at each evaluation, from a third of it."""
     trainer.model.eval()
     n_tokens = SAMPLE_TOKENS // 3
     with trainer.runtime.autocast():

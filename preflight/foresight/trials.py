@@ -1,8 +1,8 @@
-"""One trial: every phase of a run at one size, in a process of its own, measured.
+"""One trial: every phase of a run at one batch size, measured in a process of its own.
 
-The real step, an evaluation, a sample, a save with read-back and a resume. The process is gone
-afterwards with all it held, so that one trial never disturbs the next, and a kill by the system
-ends the trial alone.
+The phases are real training steps, an evaluation, a sample, a checkpoint that is read back, and a
+resume. When the process ends, all its memory is free, so that one trial never disturbs the next.
+If the system kills a process that needs too much, it kills the trial alone.
 """
 
 from __future__ import annotations
@@ -11,34 +11,35 @@ import contextlib
 import dataclasses
 import functools
 import gc
+import itertools
 import multiprocessing
-import os
 import shutil
 import signal
 import statistics
-import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
-from multiprocessing.connection import Connection, wait
+from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
 import psutil
 import torch
-from torch import Tensor
 
 from generate import SAMPLE_TOKENS, generate_text
 from preflight.checkpoints import format as checkpoint_format
 from preflight.core import storage
 from preflight.core.errors import ExitCode, PreflightError
+from preflight.core.processes import end_with_parent, start_shielded
 from preflight.core.signals import StopFlag
 from preflight.corpus.shards import DataFolder
+from preflight.device.host_memory import release_freed_memory
 from preflight.device.runtime import Runtime, build_runtime, is_out_of_memory
+from preflight.foresight.timing import Batch, choose_lag, iterate_step_seconds
 from preflight.settings import ControlSettings, ModelConfig, RunConfig, SamplingConfig
-from preflight.tokenization.tokenizer import load_tokenizer
+from preflight.tokenization.tokenizer import Tokenizer, load_tokenizer
 from preflight.training.curve import CURVE_NAME, save_loss_curve
 from preflight.training.plan import TrainingPlan, build_plan
 from train_utils import BatchLoader, count_windows, iterate_windows
@@ -46,23 +47,24 @@ from trainer import Trainer, build_trainer
 
 MAX_TRIAL_SECONDS = 1800.0
 TIMED_STEPS, TIMED_SECONDS, SLOW_STEP_SECONDS = 5, 6.0, 4.0
-Batch = tuple[Tensor, Tensor]
 
 
 @dataclass(frozen=True)
-class Trial:
-    """What one size did.
+class TrialResult:
+    """What was measured at one batch size.
 
     Attributes:
         batch_size: sequences per micro-step.
-        steps: updates run at this size.
-        peak_bytes: most allocated (CUDA), or resident beyond what was there before the model.
-        reserved_bytes: most the caching allocator held; 0 without one.
-        needed_bytes: what counts against the limit: reserved, context and other processes (CUDA),
-            else all that was resident.
-        step_seconds: median of an update, `micro_steps` of them in it.
+        steps: timed updates.
+        peak_bytes: peak of allocated memory (CUDA), or of resident memory beyond what the process
+            held before the model was built (CPU).
+        reserved_bytes: peak of what CUDA's caching allocator held; 0 on the CPU.
+        needed_bytes: what counts against the limit: reserved memory, context and other processes
+            (CUDA), or the peak of resident memory (CPU).
+        micro_steps: of an update.
+        step_seconds: median of an update.
         tokens_per_second: of these updates.
-        failure: why it did not get through; empty when every phase ran.
+        failure: why a phase failed; empty when every phase ran.
         phases: `peak_bytes` of each phase.
     """
 
@@ -78,13 +80,20 @@ class Trial:
     phases: dict[str, int] = field(default_factory=dict)
 
     def fits(self, limit_bytes: int) -> bool:
-        """Whether every phase ran, and within the limit."""
+        """Whether every phase ran, within the limit."""
         return not self.failure and self.steps > 0 and self.needed_bytes <= limit_bytes
 
 
 @dataclass(frozen=True)
-class Order:
-    """All that a trial needs. `folder` is its temporary place, gone when it has ended."""
+class TrialSpec:
+    """What a trial runs.
+
+    Attributes:
+        config: the run; its batch size and accumulation are those of the trial.
+        model_config: the architecture.
+        data: prepared shards; ``None``: random tokens.
+        folder: temporary, removed when the trial ends.
+    """
 
     config: RunConfig
     model_config: ModelConfig
@@ -92,7 +101,7 @@ class Order:
     folder: Path
 
     def plan(self) -> TrainingPlan:
-        """The run at this size; without data, one long enough to be worth compiling for."""
+        """The plan of the run; without data, a run long enough to be worth compiling for."""
         context, data = self.model_config.context_length, self.data
         windows = [
             count_windows(part.n_tokens, context)
@@ -106,11 +115,11 @@ class Order:
         )
 
     def runtime(self) -> Runtime:
-        """Device, precision and compilation as the run at this size would choose them."""
+        """Device, precision and compilation, as the run would choose them."""
         return build_runtime(self.config.system, self.plan().total_steps)
 
-    def at(self, batch_size: int, accumulation: int) -> Order:
-        """The same for another size."""
+    def at(self, batch_size: int, accumulation: int) -> TrialSpec:
+        """The same run with another batch size."""
         training = replace(
             self.config.training, batch_size=batch_size, gradient_accumulation_steps=accumulation
         )
@@ -118,7 +127,7 @@ class Order:
 
 
 class _Meter:
-    """Peaks of memory, phase by phase."""
+    """The peak of memory in each phase."""
 
     def __init__(self, runtime: Runtime) -> None:
         self.runtime = runtime
@@ -126,11 +135,17 @@ class _Meter:
         self.name = "set-up"
         self.phases: dict[str, int] = {}
         self.reserved_bytes = self.needed_bytes = 0
-        self._base = 0 if self.on_cuda else psutil.Process().memory_info().rss
+        self._base = 0
+        if not self.on_cuda:
+            # Memory that was freed and kept would be used again, and a model that grows into it
+            # would seem to need nothing.
+            gc.collect()
+            release_freed_memory()
+            self._base = psutil.Process().memory_info().rss
 
     @contextlib.contextmanager
     def phase(self, name: str) -> Iterator[None]:
-        """Measure what the block needs; the figures are kept when it fails."""
+        """Measure the peak of the block, also when it fails."""
         self.name = name
         gc.collect()
         self.runtime.reset_peak_memory()
@@ -145,7 +160,7 @@ class _Meter:
             device = self.runtime.device
             reserved = torch.cuda.max_memory_reserved(device)
             free, total = torch.cuda.mem_get_info(device)
-            # Beside the allocator's: the context, and what other processes hold.
+            # What is used beside the allocator's memory: the context, and other processes.
             needed = reserved + total - free - torch.cuda.memory_reserved(device)
         else:
             needed, reserved = peak, 0
@@ -155,62 +170,30 @@ class _Meter:
         self.needed_bytes = max(self.needed_bytes, needed)
 
 
-def measure(order: Order) -> Trial:
-    """Run every phase of a run at one size, in this process.
+def measure(spec: TrialSpec) -> TrialResult:
+    """Run every phase of a run, in this process.
 
     Raises:
-        PreflightError: what would stand in a run's way besides memory.
+        PreflightError: any trouble but a lack of memory, which is a result.
     """
-    training, plan, runtime = order.config.training, order.plan(), order.runtime()
-    tokenizer = load_tokenizer(order.config.model.tokenizer)
+    runtime, plan, training = spec.runtime(), spec.plan(), spec.config.training
+    tokenizer = load_tokenizer(spec.config.model.tokenizer)
     if runtime.device.type != "cuda":
-        _load_libraries(order, runtime)
+        _load_libraries(spec, runtime)
     meter = _Meter(runtime)
     seconds: list[float] = []
     failure = ""
-    build = functools.partial(
-        build_trainer,
-        order.model_config,
-        training,
-        plan,
-        runtime,
-        gradient_checkpointing=order.config.system.gradient_checkpointing,
-    )
     try:
-        with meter.phase("training step"):
-            trainer = build()
-            with _open_batches(order, runtime) as next_batch:
-                _time_steps(trainer, next_batch, seconds)
-        with meter.phase("evaluation"):
-            trainer.evaluate(_list_validation(order, runtime), 1.0)
-        with meter.phase("generation"), runtime.autocast():
-            trainer.model.eval()
-            length = max(1, min(SAMPLE_TOKENS, order.model_config.context_length - 1))
-            generate_text(trainer.model, tokenizer, "", SamplingConfig(max_new_tokens=length))
-        with meter.phase("save"):
-            saved = checkpoint_format.save_checkpoint(
-                order.folder,
-                1,
-                trainer.model.state_dict(),
-                {"trainer": trainer.state_dict()},
-                {"model": dataclasses.asdict(order.model_config)},
-                {"val_loss": None},
-            )
-        shapes = {name: tuple(p.shape) for name, p in trainer.model.named_parameters()}
-        del trainer
-        with meter.phase("resume"):
-            build().load_state_dict(
-                checkpoint_format.load_weights(saved, shapes),
-                checkpoint_format.load_training_state(saved)["trainer"],
-            )
+        _run_phases(spec, plan, runtime, tokenizer, meter, seconds)
     except Exception as error:
-        if not is_out_of_memory(error) and not is_out_of_memory(error.__cause__ or error):
+        cause = error.__cause__ or error  # the device's own words, where a compiler wrapped them
+        if not is_out_of_memory(error) and not is_out_of_memory(cause):
             raise
-        # The cause holds the device's own words where a compiler wrapped them.
-        lines = str(error.__cause__ or error).strip().splitlines() or ["no reason given"]
+        lines = str(cause).strip().splitlines() or ["no reason given"]
         failure = f"out of memory in the {meter.name}: {lines[0][:120]}"
+    # The first step warms up.
     step_seconds = statistics.median(seconds[1:] or seconds) if seconds else 0.0
-    return Trial(
+    return TrialResult(
         training.batch_size,
         len(seconds),
         max(meter.phases.values(), default=0),
@@ -224,17 +207,64 @@ def measure(order: Order) -> Trial:
     )
 
 
-def _load_libraries(order: Order, runtime: Runtime) -> None:
-    """A step of a tiny model and a loss curve: what the libraries take for themselves is then
-    there, and not counted as the model's.
+def _run_phases(
+    spec: TrialSpec,
+    plan: TrainingPlan,
+    runtime: Runtime,
+    tokenizer: Tokenizer,
+    meter: _Meter,
+    seconds: list[float],
+) -> None:
+    """A short run from its first step to a resume; what was timed is in `seconds`."""
+
+    def build() -> Trainer:
+        return build_trainer(
+            spec.model_config,
+            spec.config.training,
+            plan,
+            runtime,
+            gradient_checkpointing=spec.config.system.gradient_checkpointing,
+        )
+
+    with meter.phase("training step"):
+        trainer = build()
+        with _open_batches(spec, runtime) as next_batch:
+            _time_steps(trainer, next_batch, seconds)
+    with meter.phase("evaluation"):
+        trainer.evaluate(_list_validation(spec, runtime), 1.0)
+    with meter.phase("generation"), runtime.autocast():
+        trainer.model.eval()
+        length = max(1, min(SAMPLE_TOKENS, spec.model_config.context_length - 1))
+        generate_text(trainer.model, tokenizer, "", SamplingConfig(max_new_tokens=length))
+    with meter.phase("save"):
+        saved = checkpoint_format.save_checkpoint(
+            spec.folder,
+            1,
+            trainer.model.state_dict(),
+            {"trainer": trainer.state_dict()},
+            {"model": dataclasses.asdict(spec.model_config)},
+            {"val_loss": None},
+        )
+    shapes = {name: tuple(p.shape) for name, p in trainer.model.named_parameters()}
+    del trainer
+    with meter.phase("resume"):
+        build().load_state_dict(
+            checkpoint_format.load_weights(saved, shapes),
+            checkpoint_format.load_training_state(saved)["trainer"],
+        )
+
+
+def _load_libraries(spec: TrialSpec, runtime: Runtime) -> None:
+    """Train a tiny model and draw a loss curve, so that what the libraries allocate for themselves
+    is there before the model, and is not counted as the model's.
     """
     save_loss_curve(
-        order.folder / CURVE_NAME,
+        spec.folder / CURVE_NAME,
         [{"event": "step", "tokens": 1, "loss": 1.0, "learning_rate": 1.0}],
         "",
     )
     tiny = ModelConfig(64, 16, 16, 2, 1, 64)
-    one = replace(order.config.training, batch_size=1, gradient_accumulation_steps=1)
+    one = replace(spec.config.training, batch_size=1, gradient_accumulation_steps=1)
     runtime = replace(runtime, compile_model=False)
     trainer = build_trainer(tiny, one, build_plan(one, ControlSettings(), 16, 1, 1), runtime)
     tokens = torch.zeros((1, 16), dtype=torch.long, device=runtime.device)
@@ -242,30 +272,30 @@ def _load_libraries(order: Order, runtime: Runtime) -> None:
 
 
 def _time_steps(trainer: Trainer, next_batch: Callable[[], Batch], seconds: list[float]) -> None:
-    """Append the seconds of full steps; the first is a warm-up unless a step is slow."""
-    runtime, n_micro_steps = trainer.runtime, trainer.plan.accumulation_steps
-    if not runtime.compile_model:  # compiled, another shape would be compiled as well
-        # The optimizer's state is there before the first full step: its peak counts.
+    """Append the seconds of full steps to `seconds`; the first is a warm-up unless it is slow."""
+    n_micro_steps, compiled = trainer.plan.accumulation_steps, trainer.runtime.compile_model
+    if not compiled:  # compiled, another shape would be compiled as well
+        # It allocates the optimizer's state before the first full step, as in every later step.
         trainer.train_step(0, [tuple(part[:1] for part in next_batch())])  # type: ignore[list-item]
-    for step in range(1 + TIMED_STEPS):
-        runtime.synchronize()
-        began = time.perf_counter()
-        trainer.train_step(step, (next_batch() for _ in range(n_micro_steps)))
-        runtime.synchronize()
-        seconds.append(time.perf_counter() - began)
-        is_slow = not runtime.compile_model and seconds[0] > SLOW_STEP_SECONDS
-        if is_slow or sum(seconds[1:]) > TIMED_SECONDS:
-            return
+    steps = iterate_step_seconds(
+        trainer, lambda: (next_batch() for _ in range(n_micro_steps)), choose_lag(trainer)
+    )
+    with contextlib.closing(steps):
+        for taken in itertools.islice(steps, 1 + TIMED_STEPS):
+            seconds.append(taken)
+            is_slow = not compiled and seconds[0] > SLOW_STEP_SECONDS
+            if is_slow or sum(seconds[1:]) > TIMED_SECONDS:
+                return
 
 
 @contextlib.contextmanager
-def _open_batches(order: Order, runtime: Runtime) -> Iterator[Callable[[], Batch]]:
-    training, context = order.config.training, order.model_config.context_length
-    if order.data is None:
-        yield functools.partial(_draw_batch, order, runtime)
+def _open_batches(spec: TrialSpec, runtime: Runtime) -> Iterator[Callable[[], Batch]]:
+    training, context = spec.config.training, spec.model_config.context_length
+    if spec.data is None:
+        yield functools.partial(_draw_batch, spec, runtime)
         return
     with BatchLoader(
-        order.data,
+        spec.data,
         "train",
         batch_size=training.batch_size,
         context_length=context,
@@ -275,91 +305,82 @@ def _open_batches(order: Order, runtime: Runtime) -> Iterator[Callable[[], Batch
         yield loader.next_batch
 
 
-def _draw_batch(order: Order, runtime: Runtime) -> Batch:
+def _draw_batch(spec: TrialSpec, runtime: Runtime) -> Batch:
     """Inputs and targets (B T) of random ids."""
-    shape = (order.config.training.batch_size, order.model_config.context_length + 1)
-    rows = torch.randint(order.model_config.vocab_size, shape).to(runtime.device)
+    shape = (spec.config.training.batch_size, spec.model_config.context_length + 1)
+    rows = torch.randint(spec.model_config.vocab_size, shape).to(runtime.device)
     return rows[:, :-1].contiguous(), rows[:, 1:].contiguous()
 
 
-def _list_validation(order: Order, runtime: Runtime) -> Iterator[Batch]:
+def _list_validation(spec: TrialSpec, runtime: Runtime) -> Iterator[Batch]:
     """One batch, as an evaluation would have it."""
-    if order.data is None:
-        return iter([_draw_batch(order, runtime)])
-    size = order.config.training.batch_size
+    if spec.data is None:
+        return iter([_draw_batch(spec, runtime)])
+    size = spec.config.training.batch_size
     return iterate_windows(
-        order.data,
+        spec.data,
         "val",
         batch_size=size,
         n_windows=size,
-        context_length=order.model_config.context_length,
+        context_length=spec.model_config.context_length,
         device=runtime.device,
     )
 
 
-def run_in_child(order: Order, answer: Connection) -> None:
-    """The child's whole life: measure, answer, end."""
-    _end_with_parent(order.folder)
-    with contextlib.suppress(OSError):  # Linux: out of memory, the system ends us, not the parent
+def run_in_child(spec: TrialSpec, answer: Connection) -> None:
+    """What the child does: measure, answer, end."""
+    end_with_parent(functools.partial(_remove_folder, spec.folder), int(ExitCode.WORKER_LOST))
+    with contextlib.suppress(OSError):  # Linux: out of memory, the system kills us, not the parent
         Path("/proc/self/oom_score_adj").write_text("1000", encoding="ascii")
     try:
-        answer.send(measure(order))
+        answer.send(measure(spec))
     except PreflightError as error:
         answer.send((error.code, error.lines))
     except Exception:
         answer.send(traceback.format_exc())
 
 
-def _end_with_parent(folder: Path) -> None:
-    """When the parent is gone, however it went, remove the temporary folder and end."""
-    parent = multiprocessing.parent_process()
-    if parent is None:
-        return
-
-    def watch() -> None:
-        wait([parent.sentinel])
-        for _ in range(3):  # the main thread may be writing there
-            shutil.rmtree(folder, ignore_errors=True)
-        os._exit(int(ExitCode.WORKER_LOST))
-
-    threading.Thread(target=watch, daemon=True).start()
+def _remove_folder(folder: Path) -> None:
+    for _ in range(3):  # the main thread may be writing there
+        shutil.rmtree(folder, ignore_errors=True)
 
 
-def run_trial(order: Order, hard_limit_bytes: int, stop: StopFlag) -> Trial:
-    """Measure in a new process, which is gone, with all it made, on return.
+def run_trial(spec: TrialSpec, hard_limit_bytes: int, stop: StopFlag) -> TrialResult:
+    """Measure in a new process; when this returns, the process and its files are gone.
 
     Args:
-        order: what to measure.
-        hard_limit_bytes: resident memory at which the child is ended before the machine swaps.
-        stop: a signal ends the child and raises.
+        spec: what to measure.
+        hard_limit_bytes: resident memory at which the child is killed, before the machine swaps.
+        stop: after a signal the child is killed.
 
     Raises:
-        PreflightError: what the child says; code WORKER_LOST when it ended without a word.
+        PreflightError: what the child raised; code WORKER_LOST, when it ended without an answer;
+            code SIGINT or SIGTERM after a signal.
     """
     context = multiprocessing.get_context("spawn")
     receiver, sender = context.Pipe(duplex=False)
-    process = context.Process(target=run_in_child, args=(order, sender))
-    size = order.config.training.batch_size
+    process = context.Process(target=run_in_child, args=(spec, sender))
+    size = spec.config.training.batch_size
     try:
-        storage.make_folder(order.folder)
-        _start_shielded(process)
+        storage.make_folder(spec.folder)
+        start_shielded(process)
         sender.close()
         answer = _await_answer(receiver, process, hard_limit_bytes, stop)
     finally:
         _kill(process)
         receiver.close()
-        storage.remove_tree(order.folder)
-    if isinstance(answer, Trial):
+        storage.remove_tree(spec.folder)
+    if isinstance(answer, TrialResult):
         return answer
     if isinstance(answer, tuple):
         raise PreflightError(answer[0], *answer[1])
     if answer in ("memory", -signal.SIGKILL, -signal.SIGABRT):
         why = (
-            "it held all the memory there was"
+            "it held all the memory that was available"
             if answer == "memory"
-            else f"ended by the system (signal {-int(answer)})"
+            else f"killed by the system (signal {-int(answer)})"
         )
-        return Trial(size, failure=f"out of memory: {why}")
+        return TrialResult(size, failure=f"out of memory: {why}")
     if isinstance(answer, int):
         raise PreflightError(
             ExitCode.WORKER_LOST,
@@ -369,25 +390,13 @@ def run_trial(order: Order, hard_limit_bytes: int, stop: StopFlag) -> Trial:
     raise RuntimeError(f"the trial of batch size {size} failed:\n{answer}")
 
 
-def _start_shielded(process: BaseProcess) -> None:
-    """Start a child that does not hear Ctrl-C: the parent does, and ends it."""
-    if not hasattr(signal, "pthread_sigmask"):  # Windows
-        process.start()
-        return
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-    try:
-        process.start()
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
-
-
 def _await_answer(
     receiver: Connection, process: BaseProcess, hard_limit_bytes: int, stop: StopFlag
 ) -> Any:
-    """What the child sends, its exit status if nothing, or "memory" when it holds too much."""
+    """What the child sends; else its exit status, or "memory" when it holds too much."""
     deadline = time.monotonic() + MAX_TRIAL_SECONDS
     while time.monotonic() < deadline:
-        stop.leave_if_stopping("stopped: the search is not finished, no report was written")
+        stop.leave_if_stopping("stopped: the search is not finished, and no report was written")
         if receiver.poll(0.1):
             with contextlib.suppress(EOFError, ConnectionError):
                 return receiver.recv()
@@ -404,7 +413,7 @@ def _await_answer(
 
 
 def _kill(process: BaseProcess) -> None:
-    """End a child, and what it started (a compiler's workers), and wait for it."""
+    """Kill a child and the processes that it started (a compiler's workers), and wait for it."""
     if process.pid is None:
         return
     family: list[psutil.Process] = []

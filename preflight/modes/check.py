@@ -30,7 +30,7 @@ from preflight.foresight.run_time import (
     estimate_cost,
     estimate_run_time,
     measure_cost,
-    measure_product_flops,
+    measure_matmul_flops,
 )
 from preflight.foresight.target import describe_absent, describe_present, is_absent
 from preflight.modes import check_sections as sections
@@ -141,7 +141,7 @@ def time_run(found: Findings) -> None:
         return
     rows, cpu_flops = found.report.sections["performance estimation"], None
     if target.runtime is not None and target.card is None:
-        cpu_flops = measure_product_flops(target.runtime.device, target.dtype)
+        cpu_flops = measure_matmul_flops(target.runtime.device, target.dtype)
         rows["matrix_product_gflops"] = round(cpu_flops / 1e9, 1)
     elif target.card is None:
         rows["not_known"] = "a memory size alone implies no speed: name the card with --target-gpu"

@@ -20,6 +20,7 @@ from preflight.core.errors import ExitCode, PreflightError
 from preflight.core.log import log
 from preflight.core.signals import StopFlag
 from preflight.core.storage import publish_file
+from preflight.core.streams import is_missing
 from preflight.device.runtime import is_out_of_memory
 from preflight.modes.setup import RunSetup
 from preflight.settings import RunConfig, SamplingConfig, build_config
@@ -187,7 +188,7 @@ def check_output(name: str | None) -> None:
         PreflightError: code STORAGE.
     """
     if name is None:
-        if sys.stdout is None:
+        if is_missing(sys.stdout):
             raise PreflightError(ExitCode.STORAGE, "stdout is closed; use --output-file")
         return
     folder = Path(name).absolute().parent

@@ -45,25 +45,30 @@ from trainer import Trainer, build_trainer
 MAX_SEQUENCES = 2
 _ROUND_TRIP_BYTES = 64 * 1024
 _GENERATED_TOKENS = 8
-# Skipped updates before fp16's scaler, which starts at 2^16, must have found its factor.
+# Updates that fp16's scaler, which starts at 2^16, may skip until it has found its scale.
 _SCALER_STEPS = 20
-# A fresh model knows nothing, so that its loss is ln(vocabulary), and half the logits' variance
-# more: 0.02^2 a unit of width by GPT-2's initialisation.
+# An untrained model's loss is ln(vocabulary) plus half the variance of its logits, which GPT-2's
+# initialisation makes 0.02^2 x hidden size.
 _LOSS_TOLERANCE, _LOGIT_VARIANCE = 0.5, 0.02**2
 
 Status = Literal["passed", "failed", "not run"]
 
 
 class Fault(Exception):
-    """Something a check found wrong: pairs of what and the fix."""
+    """What a check found wrong, each with its fix."""
 
     def __init__(self, *faults: tuple[str, str]) -> None:
         super().__init__(faults[0][0])
         self.faults = faults
 
+    @classmethod
+    def of(cls, what: str, fix: str) -> Fault:
+        """The one thing that is wrong."""
+        return cls((what, fix))
+
 
 class Lacking(Exception):
-    """A check cannot say anything without another one, by its number."""
+    """A check that cannot run because the check of that number did not pass."""
 
     def __init__(self, number: int) -> None:
         super().__init__(f"needs check {number}")
@@ -208,7 +213,7 @@ def check_configuration(subject: Subject) -> str:
 
 
 def check_folders(subject: Subject) -> str:
-    """Both folders take files, and the disk has room for the checkpoints."""
+    """Both folders are writable, and the disk has room for the checkpoints."""
     faults: list[tuple[str, str]] = []
     for flag, folder in (
         ("--output-dir", subject.output_dir),
@@ -218,7 +223,7 @@ def check_folders(subject: Subject) -> str:
             with _borrow_folder(folder):
                 check_writable(folder)
         except PreflightError as error:
-            faults.append((error.lines[0], f"choose another {flag}, or mend this one"))
+            faults.append((error.lines[0], f"choose another {flag}, or fix this one"))
     try:
         model_config = subject.setup.model_config
     except PreflightError:  # told by the first check
@@ -237,7 +242,7 @@ def check_folders(subject: Subject) -> str:
 
 
 def check_tokenizer(subject: Subject) -> str:
-    """The user's own text becomes ids and the same text again."""
+    """Encoding and decoding the user's own text gives the same text."""
     tokenizer = subject.tokenizer
     text, where = _read_own_text(subject)
     ids = tokenizer.encode(text)
@@ -247,18 +252,16 @@ def check_tokenizer(subject: Subject) -> str:
             (i for i, (a, b) in enumerate(zip(text, again, strict=False)) if a != b),
             min(len(text), len(again)),
         )
-        raise Fault(
-            (
-                f"{where}: the text is another after encoding and decoding, from character {at:,}: "
-                f"{text[at : at + 20]!r} became {again[at : at + 20]!r}",
-                "choose another --tokenizer (gpt2 is built in)",
-            )
+        raise Fault.of(
+            f"{where}: the text differs after encoding and decoding, from character {at:,}: "
+            f"{text[at : at + 20]!r} became {again[at : at + 20]!r}",
+            "choose another --tokenizer (gpt2 is built in)",
         )
-    return f"{len(text):,} characters of {where}, {len(ids):,} tokens, and back"
+    return f"{len(text):,} characters of {where}, {len(ids):,} tokens, decoded to the same text"
 
 
 def _read_own_text(subject: Subject) -> tuple[str, str]:
-    """Some of the text: of the first source that is a plain file, else of the shards."""
+    """The beginning of the text: of the first source that is a file, else of the shards."""
     for name in subject.config.data.text_file:
         path = Path(name)
         if path.is_file():
@@ -275,7 +278,7 @@ def _read_own_text(subject: Subject) -> tuple[str, str]:
 
 
 def check_shards(subject: Subject) -> str:
-    """The data folder is complete, and every byte and id is what its metadata says."""
+    """The data folder is complete, and every byte and id agrees with its metadata."""
     try:
         data = subject.data
     except PreflightError as error:
@@ -289,11 +292,11 @@ def check_shards(subject: Subject) -> str:
 
 
 def _find_data_faults(subject: Subject, error: PreflightError) -> list[tuple[str, str]]:
-    """Preparation stops at the first fault; here every shard and both parts are looked at."""
+    """Every fault of the data folder, where preparation stops at the first one."""
     faults = [read_error(error)]
     data_dir = Path(subject.config.data.data_dir)
     if subject.config.data.text_file:
-        return faults  # the text was at fault, or the building: not what lay there before
+        return faults  # the text or its preparation was at fault, not an older data folder
     with contextlib.suppress(PreflightError):
         metadata = shards.read_metadata(data_dir)
         for part in ("train", "val"):
@@ -306,7 +309,7 @@ def _find_data_faults(subject: Subject, error: PreflightError) -> list[tuple[str
 
 
 def check_loader(subject: Subject) -> str:
-    """Batches have their shapes, targets follow inputs, and the order repeats from any cursor."""
+    """Shapes are right, targets are the next tokens, and the order is reproducible."""
     shape = (subject.batch_size, subject.setup.context_length)
     batches = []
     for cursor in (0, 0, subject.batch_size):
@@ -314,32 +317,26 @@ def check_loader(subject: Subject) -> str:
             batches.append([loader.next_batch() for _ in range(2)])
     for inputs, targets in batches[0]:
         if inputs.shape != shape or targets.shape != shape or inputs.dtype != torch.int64:
-            raise Fault(
-                (
-                    f"batches are {tuple(inputs.shape)} {inputs.dtype}, expected {shape} int64",
-                    "rebuild the data folder with --text-file",
-                )
+            raise Fault.of(
+                f"batches are {tuple(inputs.shape)} {inputs.dtype}, expected {shape} int64",
+                "rebuild the data folder with --text-file",
             )
         if not torch.equal(inputs[:, 1:], targets[:, :-1]):
-            raise Fault(
-                (
-                    "targets are not the inputs moved by one",
-                    "rebuild the data folder with --text-file",
-                )
+            raise Fault.of(
+                "targets are not the inputs shifted by one",
+                "rebuild the data folder with --text-file",
             )
     first, again, resumed = ([torch.stack(pair) for pair in pairs] for pairs in batches)
     if not all(map(torch.equal, first, again)) or not torch.equal(first[1], resumed[0]):
-        raise Fault(
-            (
-                "the same cursor gave other batches: a resumed run would repeat or skip text",
-                "rebuild the data folder with --text-file, on a disk that keeps its files",
-            )
+        raise Fault.of(
+            "the same cursor gave other batches: a resumed run would repeat or skip text",
+            "rebuild the data folder with --text-file, on a disk that keeps its files",
         )
-    return f"batches of {shape[0]} x {shape[1]} tokens, the same each time and from any place"
+    return f"batches of {shape[0]} x {shape[1]} tokens, reproducible from any cursor"
 
 
 def check_forward(subject: Subject) -> str:
-    """A fresh model's loss is that of guessing among all ids."""
+    """The loss of an untrained model is ln(vocabulary)."""
     subject.trainer.model.eval()
     with torch.no_grad():
         loss = float(subject.compute_loss())
@@ -347,26 +344,24 @@ def check_forward(subject: Subject) -> str:
     model_config = subject.trainer.model.config
     expected = math.log(model_config.vocab_size)
     tolerance = _LOSS_TOLERANCE + _LOGIT_VARIANCE / 2 * model_config.n_embeddings
-    if not abs(loss - expected) <= tolerance:  # also where it is not a number
-        raise Fault(
-            (
-                f"the loss is {loss:.3f}, expected {expected:.3f} within {tolerance:.2f}",
-                "another --device shows whether the hardware computes wrongly",
-            )
+    if not abs(loss - expected) <= tolerance:  # true for NaN as well
+        raise Fault.of(
+            f"the loss is {loss:.3f}, expected {expected:.3f} within {tolerance:.2f}",
+            "try another --device: this hardware may compute wrong results",
         )
     return f"loss {loss:.3f}, ln(vocabulary) {expected:.3f}"
 
 
 def check_backward(subject: Subject) -> str:
-    """Every parameter gets a gradient, finite and not all zero."""
+    """Every parameter gets a finite gradient that is not all zeros."""
     model = subject.trainer.model
     model.zero_grad(set_to_none=True)
     subject.compute_loss().backward()
     wrong = _find_wrong_gradients(model)
     model.zero_grad(set_to_none=True)
     if wrong:
-        raise Fault(
-            (f"{len(wrong)} parameters: {wrong[0]}", "another --device, or --no-mixed-precision")
+        raise Fault.of(
+            f"{len(wrong)} parameters: {wrong[0]}", "another --device, or --no-mixed-precision"
         )
     return f"finite gradients in {sum(1 for _ in model.parameters())} tensors"
 
@@ -384,7 +379,7 @@ def _find_wrong_gradients(model: LanguageModel, *, scaled: bool = False) -> list
 
 
 def check_update(subject: Subject) -> str:
-    """One update lowers the loss on the batch that it was made from."""
+    """One update lowers the loss on its own batch."""
     trainer = subject.trainer
     trainer.model.eval()
     with torch.no_grad():
@@ -402,18 +397,16 @@ def check_update(subject: Subject) -> str:
         after = float(subject.compute_loss())
     trainer.model.train()
     if not after < before:
-        raise Fault(
-            (
-                f"the loss went from {before:.4f} to {after:.4f} on the batch of the update",
-                f"a lower --learning-rate (now {subject.config.peak_learning_rate:.1e}), "
-                "or --warmup-steps",
-            )
+        raise Fault.of(
+            f"the loss went from {before:.4f} to {after:.4f} on the batch of the update",
+            f"a lower --learning-rate (now {subject.config.peak_learning_rate:.1e}), "
+            "or --warmup-steps",
         )
     return f"loss {before:.4f} before, {after:.4f} after"
 
 
 def check_checkpoint(subject: Subject) -> str:
-    """Weights and state are written, verified and read back, each tensor the same."""
+    """Weights and training state are saved, verified and read back bit for bit."""
     trainer = subject.trainer
     weights = trainer.model.state_dict()
     state = {"trainer": trainer.state_dict()}
@@ -435,17 +428,15 @@ def check_checkpoint(subject: Subject) -> str:
         size = sum(path.stat().st_size for path in saved.path.iterdir())
     odd = [name for name in weights if not _is_same(weights[name], read.get(name))]
     if odd or not _is_same(state, restored):
-        raise Fault(
-            (
-                f"read back differs from what was written: {odd[0] if odd else 'the state'}",
-                "the disk or the memory is failing: choose another --output-dir",
-            )
+        raise Fault.of(
+            f"read back differs from what was written: {odd[0] if odd else 'the state'}",
+            "the disk or the memory is failing: choose another --output-dir",
         )
     return f"{format_bytes(size)} written, verified and read back equal"
 
 
 def _is_same(a: Any, b: Any) -> bool:
-    """Equal values, tensors bit for bit, wherever they are."""
+    """Equal values; tensors bit for bit, on any device."""
     if isinstance(a, Tensor):
         return isinstance(b, Tensor) and torch.equal(a.cpu(), b.cpu())
     if isinstance(a, dict):
@@ -460,7 +451,7 @@ def _is_same(a: Any, b: Any) -> bool:
 
 
 def check_evaluation(subject: Subject) -> str:
-    """The validation loss is finite, and the same twice."""
+    """The validation loss is finite and reproducible."""
     val = subject.data.val
     windows = (
         subject.setup.list_validation(2 * MAX_SEQUENCES, subject.batch_size) for _ in range(2)
@@ -468,17 +459,15 @@ def check_evaluation(subject: Subject) -> str:
     results = [subject.trainer.evaluate(part, val.n_tokens / val.n_bytes) for part in windows]
     losses = [result.loss for result in results if result is not None]
     if len(losses) < 2 or not math.isfinite(losses[0]) or abs(losses[0] - losses[1]) > 1e-3:
-        raise Fault(
-            (
-                f"two evaluations of the same windows gave {losses}",
-                "another --device shows whether the hardware computes wrongly",
-            )
+        raise Fault.of(
+            f"two evaluations of the same windows gave {losses}",
+            "try another --device: this hardware may compute wrong results",
         )
     return f"validation loss {losses[0]:.3f}, the same twice"
 
 
 def check_generation(subject: Subject) -> str:
-    """Greedy text with the cache is the text without it."""
+    """Greedy decoding with the KV cache gives the same text as without it."""
     model, tokenizer = subject.trainer.model, subject.tokenizer
     n_tokens = min(_GENERATED_TOKENS, model.config.context_length - 1)
     greedy = SamplingConfig(max_new_tokens=n_tokens, temperature=0)
@@ -494,24 +483,22 @@ def check_generation(subject: Subject) -> str:
     model.train()
     plain = tokenizer.decode([i for i in ids if i != tokenizer.end_of_text_id])
     if cached != plain:
-        raise Fault(
-            (
-                f"greedy text with the cache is {cached[:60]!r}, without it {plain[:60]!r}",
-                "another --device shows whether the hardware computes wrongly",
-            )
+        raise Fault.of(
+            f"greedy decoding with the KV cache gives {cached[:60]!r}, without it {plain[:60]!r}",
+            "try another --device: this hardware may compute wrong results",
         )
-    return f"{len(ids) - 1} greedy tokens, with the cache as without"
+    return f"{len(ids) - 1} greedy tokens, the same with and without the KV cache"
 
 
 def check_mixed_precision(subject: Subject) -> str:
-    """Loss and gradients stay finite in the precision that the run computes in."""
+    """Loss and gradients are finite in the precision of the run."""
     trainer, dtype = subject.trainer, subject.trainer.runtime.dtype
     if dtype == torch.float32:
-        return "float32 is used here: nothing to lose"
+        return "the run computes in float32"
     name = str(dtype).removeprefix("torch.")
     trainer.model.zero_grad(set_to_none=True)
     loss = subject.compute_loss(mixed=True)
-    # The scaler begins too high on purpose; a thousand is where it is after its first steps.
+    # The scaler starts too high on purpose, and is near a thousand after its first steps.
     factor = 1024.0 if trainer.runtime.needs_scaler else 1.0
     (loss * factor).backward()
     rounded = float(loss.detach())
@@ -527,7 +514,7 @@ def check_mixed_precision(subject: Subject) -> str:
 
 @contextlib.contextmanager
 def _borrow_folder(folder: Path) -> Iterator[None]:
-    """The folder, made for a while with its missing parents, and gone again if it is empty."""
+    """Create a folder and its missing parents, and remove those that are empty afterwards."""
     missing = [path for path in (folder, *folder.parents) if not path.exists()]
     try:
         for path in reversed(missing):

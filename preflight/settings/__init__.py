@@ -1,40 +1,35 @@
 """Every flag: its default, its limits and its help, written once. No torch."""
 
-from preflight.settings.config import (
-    ACTIVATIONS,
+from preflight.settings.check import CheckSettings
+from preflight.settings.control import ControlSettings
+from preflight.settings.data import DataSettings
+from preflight.settings.generation import OUTPUT_SUFFIXES, GenerationSettings
+from preflight.settings.model import (
     CUSTOM_SIZE_FIELDS,
-    GROUPS,
     MODEL_PRESETS,
-    OPTIMIZERS,
-    OUTPUT_SUFFIXES,
-    SCHEDULERS,
-    CheckSettings,
-    ControlSettings,
-    DataSettings,
-    GenerationSettings,
     ModelConfig,
     ModelPreset,
     ModelSettings,
-    Option,
+    model_config_from_dict,
+)
+from preflight.settings.options import Option
+from preflight.settings.run import (
+    GROUPS,
     RunConfig,
-    SamplingConfig,
-    SearchSettings,
-    SystemSettings,
-    TrainingSettings,
     build_config,
     build_options,
     describe_choices,
-    model_config_from_dict,
 )
+from preflight.settings.sampling import SamplingConfig
+from preflight.settings.search import SearchSettings
+from preflight.settings.system import SystemSettings
+from preflight.settings.training import TrainingSettings
 
 __all__ = [
-    "ACTIVATIONS",
     "CUSTOM_SIZE_FIELDS",
     "GROUPS",
     "MODEL_PRESETS",
-    "OPTIMIZERS",
     "OUTPUT_SUFFIXES",
-    "SCHEDULERS",
     "CheckSettings",
     "ControlSettings",
     "DataSettings",

@@ -1,4 +1,4 @@
-"""What can be chosen by name: one row adds a thing. Nothing here imports what it names."""
+"""What can be chosen by name. One row adds a thing; its module is imported when it is used."""
 
 from __future__ import annotations
 
@@ -63,9 +63,9 @@ MODES: Registry[Any] = Registry(
     },
 )
 MODE_SUMMARIES = {
-    "check": "report what a run would need, take and learn, before it is paid for",
-    "validate-only": "try every part of a run once, in numbered checks",
-    "train": "prepare the text where needed, then train",
+    "check": "predict memory, time, cost and learning of a run before it starts",
+    "validate-only": "run every part of a run once, as numbered checks",
+    "train": "prepare the data where needed, then train",
     "get-optimal-bs": "find the largest batch size that fits, and the fastest",
     "generate": "generate text from a checkpoint",
 }

@@ -1,4 +1,4 @@
-"""The picture of a run: training and validation loss over the tokens read."""
+"""The loss curve: training and validation loss over the tokens trained on."""
 
 from __future__ import annotations
 
@@ -10,13 +10,11 @@ from preflight.core.storage import publish_file
 from preflight.training.metrics import Row
 
 CURVE_NAME = "loss_curve.png"
-
-
-CURVE_EVERY_SECONDS = 60  # how often a run draws it anew
+CURVE_EVERY_SECONDS = 60  # how often a run redraws it
 
 
 def save_loss_curve(path: Path, rows: list[Row], title: str) -> None:
-    """Draw training and validation loss over the tokens read, with the learning rate below.
+    """Draw training and validation loss over the tokens trained on, with the learning rate below.
 
     Raises:
         PreflightError: code STORAGE, when it cannot be written.
@@ -25,8 +23,8 @@ def save_loss_curve(path: Path, rows: list[Row], title: str) -> None:
     evals = [row for row in rows if row.get("event") == "eval" and row.get("val_loss") is not None]
     if not steps:
         return
-    os.environ["MPLBACKEND"] = "agg"  # a backend of another name, or unknown, would end the run
-    # Here, not above: a run's first step need not wait half a second for it.
+    os.environ["MPLBACKEND"] = "agg"  # an unknown backend in the environment would end the run
+    # Imported here: matplotlib takes half a second, which the first step need not wait for.
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(9, 5.5), dpi=130, layout="constrained")
@@ -57,8 +55,8 @@ def save_loss_curve(path: Path, rows: list[Row], title: str) -> None:
     top.grid(alpha=0.25)
     top.tick_params(labelbottom=False)
     bottom.plot(tokens, [row["learning_rate"] for row in steps], color="#5b7f4d")
-    bottom.set_ylabel("rate")
-    bottom.set_xlabel("tokens read")
+    bottom.set_ylabel("learning rate")
+    bottom.set_xlabel("tokens")
     bottom.grid(alpha=0.25)
     bottom.xaxis.set_major_formatter(lambda value, _: _format_count(value))
     with publish_file(path) as file:
@@ -66,7 +64,7 @@ def save_loss_curve(path: Path, rows: list[Row], title: str) -> None:
 
 
 def _smooth(values: list[float]) -> list[float]:
-    """Exponential average over a fiftieth of the run, corrected for its start."""
+    """Exponential moving average over a fiftieth of the run, with bias correction."""
     keep = 1 - 1 / max(2, len(values) / 50)
     total = weight = 0.0
     result = []

@@ -17,9 +17,9 @@ METRICS_NAME = "metrics.jsonl"
 class MetricsLog:
     """An append-only file of one JSON object a line: ``step``, ``eval``, ``sample``, ``resume``.
 
-    A line is written by one call, so that a kill leaves at most a torn last line, which
-    `trim` removes. A full disk is told once; training goes on, and so does logging when space
-    returns.
+    A line is written by one call, so that a kill leaves at most a torn last line, which `trim`
+    removes. A full disk causes one warning; training continues, and so does logging once there
+    is space again.
     """
 
     def __init__(self, path: Path) -> None:
@@ -32,7 +32,7 @@ class MetricsLog:
             self.trim(step or -1)
 
     def trim(self, last_step: int) -> None:
-        """Keep the rows up to the `step` row of `last_step`: what a resumed run will not redo."""
+        """Keep rows up to the `step` row of `last_step`; a resumed run writes the rest again."""
         kept = []
         for row in read_metrics(self.path):
             step = row.get("step", 0)
@@ -43,7 +43,7 @@ class MetricsLog:
             file.write("".join(line + "\n" for line in kept).encode())
 
     def log(self, row: Row) -> None:
-        """Add one row; numbers that are not finite become null, as JSON has none."""
+        """Append one row; numbers that are not finite become null, as JSON has none."""
         finite = {
             key: None if isinstance(value, float) and not math.isfinite(value) else value
             for key, value in row.items()
@@ -60,7 +60,7 @@ class MetricsLog:
                 os.close(descriptor)
         except OSError as error:
             if not self._warned:
-                log.warning(f"{self.path}: {error}; training goes on")
+                log.warning(f"{self.path}: {error}; training continues")
             self._warned = True
         else:
             self._warned = False
@@ -72,7 +72,7 @@ def open_metrics(output_dir: Path) -> MetricsLog:
 
 
 def read_metrics(path: Path) -> list[Row]:
-    """All whole rows of a metrics file; a torn last line and foreign lines are left out."""
+    """All complete rows of a metrics file; other lines, such as a torn last one, are left out."""
     rows = []
     try:
         lines = path.read_bytes().split(b"\n")

@@ -1,4 +1,4 @@
-"""A run in numbers: steps, intervals, and where it stands."""
+"""The plan of a run: its length, its intervals, and how an update is made."""
 
 from __future__ import annotations
 
@@ -9,13 +9,17 @@ from dataclasses import dataclass
 from preflight.settings import MODEL_PRESETS, ControlSettings, TrainingSettings
 from preflight.training.state import TrainState
 
-EVAL_SHARE_OF_TRAINING = 0.05
+EVAL_SHARE_OF_TRAINING = 0.05  # of the run's time, at most, for its evaluations
 DEFAULT_LEARNING_RATE = MODEL_PRESETS["micro"].learning_rate
 
 
 @dataclass(frozen=True)
 class TrainingPlan:
-    """A run in numbers, all choices made. Steps are updates of the weights."""
+    """A run in numbers, all choices made.
+
+    A step is one update of the weights, from `accumulation_steps` micro-batches. A sample is one
+    window of the context length; evaluations read `eval_windows` of them.
+    """
 
     total_steps: int
     steps_per_epoch: float
@@ -40,9 +44,15 @@ def build_plan(
     n_val_windows: int,
     state: TrainState | None = None,
 ) -> TrainingPlan:
-    """Fill in what was left unset: intervals and warm-up are shares of the run.
+    """Choose what the flags leave unset: intervals and warm-up are shares of the run.
 
-    `state` is where a resumed run stands: what is left of the epochs is counted from there.
+    Args:
+        training: batch size, accumulation, length, schedule.
+        control: intervals.
+        context_length: tokens of a window.
+        n_train_windows: training windows of one epoch.
+        n_val_windows: windows of the validation part.
+        state: where a resumed run stands; the rest of its epochs is counted from there.
     """
     state = state or TrainState()
     samples = training.batch_size * training.gradient_accumulation_steps
@@ -56,12 +66,12 @@ def build_plan(
     if warmup is None:
         share = 0.3 if training.scheduler == "onecycle" else 0.05
         warmup = min(math.ceil(share * total), 2000 if share == 0.05 else total)
-    # One interval follows the other, so that checkpoints carry a validation loss.
+    # Evaluation and checkpoint coincide unless set, so that checkpoints have a validation loss.
     tenth = max(1, math.ceil(total / 10))
     checkpoint_every = control.checkpoint_every or control.eval_every or tenth
     eval_every = control.eval_every or checkpoint_every
     evaluations = max(1, total // eval_every)
-    # A forward pass costs a third of a step.
+    # A forward pass takes about a third of a training step.
     affordable = EVAL_SHARE_OF_TRAINING * 3 * total * samples / evaluations
     eval_windows = state.eval_windows or min(n_val_windows, max(8, round(affordable)))
     return TrainingPlan(

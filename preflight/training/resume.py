@@ -1,4 +1,4 @@
-"""What a run continues from: its checkpoint, the settings kept, and what may not differ."""
+"""What a run continues from: its checkpoint, the settings it keeps, and those it may not change."""
 
 from __future__ import annotations
 
@@ -6,23 +6,24 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
-from preflight.checkpoints import format as checkpoint_format
 from preflight.checkpoints import store
 from preflight.checkpoints.format import Checkpoint
+from preflight.checkpoints.manifest import CONFIG_NAME
 from preflight.core.errors import ExitCode, PreflightError
 from preflight.core.log import log
 from preflight.settings import ModelConfig, RunConfig, TrainingSettings, build_config
 from preflight.tokenization.tokenizer import Tokenizer
 
-LENGTH_FLAGS = {"max_steps", "num_epochs"}  # either one replaces both
+LENGTH_FLAGS = {"max_steps", "num_epochs"}  # giving one of them replaces both
 
 
 def find_origin(config: RunConfig, output_dir: Path) -> Checkpoint | None:
-    """The checkpoint to continue from: the one that is named, else the newest, if any.
+    """The checkpoint to continue from: the one that --resume-from names, else the newest, if any.
 
     Raises:
-        PreflightError: code FLAGS, when continuing would bury newer checkpoints or was ruled out;
-            code CHECKPOINT, when what is there is damaged.
+        PreflightError: code FLAGS, when the output folder holds newer checkpoints than the named
+            one, or a run that --no-auto-resume forbids to continue; code CHECKPOINT, when the
+            checkpoint is damaged.
     """
     if config.control.resume_from:
         origin = store.open_checkpoint(config.control.resume_from)
@@ -32,7 +33,7 @@ def find_origin(config: RunConfig, output_dir: Path) -> Checkpoint | None:
                 ExitCode.FLAGS,
                 f"--resume-from {config.control.resume_from} is at step {origin.step:,}, but "
                 f"{output_dir} holds step {newer[0].step:,}",
-                "branch off into another --output-dir, so that neither run loses its checkpoints",
+                "choose another --output-dir, so that neither run loses its checkpoints",
             )
         return origin
     newest = store.find_newest(output_dir)
@@ -40,13 +41,13 @@ def find_origin(config: RunConfig, output_dir: Path) -> Checkpoint | None:
         raise PreflightError(
             ExitCode.FLAGS,
             f"{output_dir} holds a run at step {newest.step:,}",
-            "drop --no-auto-resume to continue it, or choose another --output-dir",
+            "leave out --no-auto-resume to continue it, or choose another --output-dir",
         )
     return newest
 
 
 def adopt_settings(config: RunConfig, origin: Checkpoint) -> RunConfig:
-    """The checkpoint's settings where no flag says otherwise; every difference is told.
+    """`config` with the checkpoint's settings where no flag is given. Changed ones are logged.
 
     Raises:
         PreflightError: code CHECKPOINT, for a flag that cannot change within a run.
@@ -64,7 +65,7 @@ def adopt_settings(config: RunConfig, origin: Checkpoint) -> RunConfig:
             raise PreflightError(
                 ExitCode.CHECKPOINT,
                 f"{origin.path}: --{name} was {before}, now {asked}; it cannot change within a run",
-                "drop the flag, or start anew in another --output-dir",
+                "leave the flag out, or start a new run in another --output-dir",
             )
         elif asked != before:
             log.info(f"changed since the checkpoint: {name} {before} -> {asked}")
@@ -74,7 +75,7 @@ def adopt_settings(config: RunConfig, origin: Checkpoint) -> RunConfig:
 
 
 def _read_saved_settings(origin: Checkpoint) -> dict[str, Any]:
-    """The training settings in a checkpoint, each as valid as a flag has to be."""
+    """The training settings in a checkpoint, validated as flags are."""
     saved = origin.config.get("training", {})
     try:
         if not isinstance(saved, dict):
@@ -83,7 +84,7 @@ def _read_saved_settings(origin: Checkpoint) -> dict[str, Any]:
         training = build_config({name: saved[name] for name in names}, {}).training
     except PreflightError as error:
         raise PreflightError(
-            ExitCode.CHECKPOINT, f"{origin.path}/{checkpoint_format.CONFIG_NAME}: {error.lines[0]}"
+            ExitCode.CHECKPOINT, f"{origin.path}/{CONFIG_NAME}: {error.lines[0]}"
         ) from None
     return {name: getattr(training, name) for name in names}
 
@@ -91,29 +92,29 @@ def _read_saved_settings(origin: Checkpoint) -> dict[str, Any]:
 def resolve_model(
     config: RunConfig, tokenizer: Tokenizer, origin: Checkpoint | None
 ) -> ModelConfig:
-    """The architecture: the checkpoint's where there is one.
+    """The architecture: the checkpoint's if there is one, else that of the flags.
 
     Raises:
-        PreflightError: code CHECKPOINT for another vocabulary than the checkpoint's; code FLAGS
-            for one smaller than the tokenizer's.
+        PreflightError: code CHECKPOINT, when the tokenizer is not the checkpoint's; code FLAGS,
+            when --vocab-size is smaller than the tokenizer's vocabulary.
     """
     if origin is None:
         if config.model.vocab_size and config.model.vocab_size < tokenizer.vocab_size:
             raise PreflightError(
                 ExitCode.FLAGS,
                 f"--vocab-size {config.model.vocab_size} is smaller than the "
-                f"{tokenizer.vocab_size:,} ids of {tokenizer.name}; raise it or drop it",
+                f"{tokenizer.vocab_size:,} ids of {tokenizer.name}; raise it or leave it out",
             )
         return config.model.resolve(tokenizer.vocab_size)
     check_tokenizer(origin, tokenizer)
-    # Dropout is a setting of the training, not a shape: a flag may change it.
+    # Dropout changes no shape, so that a flag may change it.
     saved = origin.model_config
     dropout = config.model.dropout if "dropout" in config.sources else saved.dropout
     return dataclasses.replace(saved, dropout=dropout)
 
 
 def check_tokenizer(origin: Checkpoint, tokenizer: Tokenizer) -> None:
-    """Refuse a vocabulary that a checkpoint was not trained with.
+    """Refuse a tokenizer that is not the one of the checkpoint.
 
     Raises:
         PreflightError: code CHECKPOINT.
@@ -122,7 +123,7 @@ def check_tokenizer(origin: Checkpoint, tokenizer: Tokenizer) -> None:
     if expected != tokenizer.fingerprint:
         raise PreflightError(
             ExitCode.CHECKPOINT,
-            f"{origin.path} was trained with another vocabulary than {tokenizer.name} is here",
+            f"{origin.path} was trained with another vocabulary than that of {tokenizer.name}",
             f"fingerprint in the checkpoint: {expected[:64]}",
             f"fingerprint of {tokenizer.name} here: {tokenizer.fingerprint}",
         )
@@ -136,10 +137,10 @@ def check_tokenizer(origin: Checkpoint, tokenizer: Tokenizer) -> None:
 
 
 def check_model_flags(config: RunConfig, origin: Checkpoint) -> None:
-    """Refuse model flags that were given and disagree with a checkpoint.
+    """Refuse model flags that differ from the checkpoint.
 
     Raises:
-        PreflightError: code CHECKPOINT, with both values of each.
+        PreflightError: code CHECKPOINT, with both values of each flag.
     """
     saved = origin.model_config
     asked = config.model.resolve(config.model.vocab_size or saved.vocab_size)
@@ -147,18 +148,18 @@ def check_model_flags(config: RunConfig, origin: Checkpoint) -> None:
     given = names & set(config.sources)
     if "model_size" in config.sources:
         given |= names - {"vocab_size", "activation"}
-    odd = [
+    different = [
         f"{name}: checkpoint {getattr(saved, name)}, flags {getattr(asked, name)}"
         for name in sorted(given)
         if getattr(asked, name) != getattr(saved, name)
     ]
     tokenizer = origin.config["tokenizer"]["name"]
     if "tokenizer" in config.sources and config.model.tokenizer != tokenizer:
-        odd.append(f"tokenizer: checkpoint {tokenizer}, flags {config.model.tokenizer}")
-    if odd:
+        different.append(f"tokenizer: checkpoint {tokenizer}, flags {config.model.tokenizer}")
+    if different:
         raise PreflightError(
             ExitCode.CHECKPOINT,
-            f"{origin.path} is another model than the flags ask for",
-            "; ".join(odd),
-            "drop these flags, or choose another --output-dir",
+            f"{origin.path} holds another model than the flags describe",
+            "; ".join(different),
+            "leave these flags out, or choose another --output-dir",
         )

@@ -109,6 +109,29 @@ def test_freed_memory_is_kept_for_the_next_step() -> None:
     assert faults["default"] > 5000  # else the test shows nothing
 
 
+_RELEASE = """
+import psutil, torch
+from preflight.device import host_memory
+from preflight.device.runtime import build_runtime
+from preflight.settings import SystemSettings
+build_runtime(SystemSettings(device="cpu"))
+blocks = [torch.ones(1_000_000) for _ in range(64)]
+del blocks
+kept = psutil.Process().memory_info().rss
+host_memory.release_freed_memory()
+print(kept - psutil.Process().memory_info().rss)
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="malloc_trim is glibc's")
+def test_freed_memory_goes_back_to_the_system() -> None:
+    """256 MB were freed and kept, as a training step frees them."""
+    done = subprocess.run(
+        [sys.executable, "-c", _RELEASE], cwd=ROOT, check=True, capture_output=True, text=True
+    )
+    assert int(done.stdout) > 240e6
+
+
 def test_the_peak_is_this_process_s_own() -> None:
     """A large parent's memory is not ours: Linux's getrusage counts it."""
     child = (

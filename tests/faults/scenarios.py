@@ -113,13 +113,13 @@ def build_training(server: ForkServer, place: Path) -> Scenario:
     def outcome() -> Any:
         assert not find_temporaries(out)
         assert hash_tree(place / "data") == older
-        checkpoint_format._verified.clear()
+        checkpoint_format.forget_verified()
         found, damaged = store.scan_checkpoints(out)
         assert not damaged
         for each in found:
             checkpoint_format.verify_checkpoint(each)
         steps = [each.step for each in found]
-        losses = found[0].manifest["losses"]
+        losses = found[0].manifest.losses
         return steps, losses, *read_state(out, LAST_STEP), read_rows(out)
 
     return Scenario(server, place, "main", flags, [out, place / "data"], reset, outcome)

@@ -17,7 +17,7 @@ from preflight.settings import build_options
 from .harness import ROOT
 
 BAD_NUMBERS = ["x", "", "nan", "-inf", "1e400", "-1", str(2**70), "0x10", "1,5", "--"]
-MODES = [f"--{mode}" for mode in main.MODES]
+MODES = [f"--{mode}" for mode in main.MODES.names()]
 
 
 def generate_bad(draw: random.Random) -> list[str]:

@@ -16,11 +16,14 @@ from typing import Any
 
 import numpy
 import pytest
-import test_checkpoint as checkpoint_tests
 import torch
+from checkpoints import samples
 
 from preflight.checkpoints import format as checkpoint_format
 from preflight.checkpoints import store
+from preflight.checkpoints.format import Checkpoint
+from preflight.checkpoints.manifest import REQUIRED_NAMES, render_manifest
+from preflight.core import storage
 from preflight.core.errors import ExitCode, PreflightError
 from preflight.corpus import shards
 
@@ -29,7 +32,7 @@ from .harness import ForkServer, find_message_faults
 from .scenarios import build_training
 
 LONGEST_SECONDS = 10.0
-NAMES = (*checkpoint_format.DATA_NAMES, "manifest.json")
+NAMES = (*REQUIRED_NAMES, "manifest.json")
 
 
 @pytest.fixture
@@ -156,15 +159,15 @@ def forge(folder: Path) -> None:
     """A manifest that is true of whatever the other files hold now."""
     manifest = json.loads((folder / "manifest.json").read_bytes())
     del manifest["checksum"]
-    for name in checkpoint_format.DATA_NAMES:
+    for name in REQUIRED_NAMES:
         raw = (folder / name).read_bytes()
         manifest["files"][name] = {"bytes": len(raw), "sha256": hashlib.sha256(raw).hexdigest()}
-    (folder / "manifest.json").write_bytes(checkpoint_format._render_manifest(manifest))
+    (folder / "manifest.json").write_bytes(render_manifest(manifest))
 
 
 def load_all(folder: Path, shapes: dict[str, tuple[int, ...]]) -> None:
     """Everything a resumed run reads."""
-    checkpoint_format._verified.clear()
+    checkpoint_format.forget_verified()
     opened = store.open_checkpoint(str(folder))
     assert opened.config
     checkpoint_format.load_weights(opened, shapes)
@@ -204,9 +207,7 @@ def test_a_loader_without_hashes_is_found(
 ) -> None:
     """The check of the check."""
     monkeypatch.setattr(
-        checkpoint_format,
-        "_open_verified",
-        lambda c, name, hashed=True: checkpoint_format.storage.open_regular(c.path / name),
+        Checkpoint, "open", lambda c, name, hashed=True: storage.open_regular(c.path / name)
     )
     folder = run_folder / "out" / "milestones" / "checkpoint-3"
     faults = find_accepted_mutants(folder, 60, random.Random(1))
@@ -335,17 +336,17 @@ def test_a_reader_without_hashes_is_found(
 
 
 def build_payloads(mark: Path) -> dict[str, bytes]:
-    """Those of test_checkpoint.py and some more: every guise in which a pickle may come."""
-    call = checkpoint_tests.Payload(eval, f"open({str(mark)!r}, 'w')")
+    """Those of the checkpoint tests and some more: every guise in which a pickle may come."""
+    call = samples.Payload(eval, f"open({str(mark)!r}, 'w')")
     stream = io.BytesIO()
     numpy.save(stream, numpy.array([call], dtype=object), allow_pickle=True)
     zipped = io.BytesIO()
     with zipfile.ZipFile(zipped, "w") as archive:
         archive.writestr("x.npy", stream.getvalue())
-    return checkpoint_tests.payloads(mark) | {
+    return samples.payloads(mark) | {
         "numpy object array": stream.getvalue(),
         "npz": zipped.getvalue(),
-        "nested in a tensor's hooks": checkpoint_tests.torch_bytes(
+        "nested in a tensor's hooks": samples.torch_bytes(
             {"model": torch.ones(2), "hook": [{"x": call}]}
         ),
         "pickle 4 frames": pickle.dumps({"state": [call] * 3}, 4),
@@ -374,11 +375,11 @@ def test_pickles_are_never_run(server: ForkServer, run_folder: Path, full: bool)
         for place in places if full else [places[0], places[1 + number % 4]]:
             if place != bare:
                 place.write_bytes(raw)
-            if place.name in checkpoint_format.DATA_NAMES and place != bare:
+            if place.name in REQUIRED_NAMES and place != bare:
                 forge(folder)
             target = str(place if place == bare else folder)
             commands = [["--train", "--resume-from", target, *text, "--max-steps", "9", *common]]
-            # Writing text needs no training state, and so does not open checkpoint_format.pt.
+            # Writing text needs no training state, and so does not open checkpoint.pt.
             if place.name != "checkpoint.pt":
                 commands.append(
                     [

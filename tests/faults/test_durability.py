@@ -1,10 +1,10 @@
-"""In a trace of a real preparation every rename has its fsyncs (a save's: test_checkpoint.py)."""
+"""In a trace of a real preparation every rename has its fsyncs (saves: tests/checkpoints)."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
-from test_checkpoint import find_durability_faults
+from checkpoints.samples import find_durability_faults
 
 from .harness import ForkServer
 from .scenarios import build_preparation

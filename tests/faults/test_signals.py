@@ -61,7 +61,7 @@ def begin(server: ForkServer, place: Path, flags: list[str], step: int = 1) -> P
 
 def check_saved(output_dir: Path) -> int:
     """The newest checkpoint is of the last step in the log and verifies; which step."""
-    checkpoint_format._verified.clear()
+    checkpoint_format.forget_verified()
     newest = store.find_newest(output_dir)
     assert newest is not None
     assert newest.step == max(row["step"] for row in read_rows(output_dir))

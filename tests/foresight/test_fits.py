@@ -113,6 +113,10 @@ def test_gradient_checkpointing_is_suggested_where_nothing_else_fits() -> None:
     # The present size counts too, once checkpointing is switched on; but not when it is on.
     assert suggest_fit(MODEL, settings(1), ON_CPU, limit) == f"{flags} 1 {accumulation} 1 fits"
     assert "no batch size" in suggest_fit(MODEL, settings(1), checkpointing, limit)
+    # A run with checkpointing keeps it, though a smaller batch would do without.
+    limit = math.ceil(require(1) / 0.85)
+    assert "--gradient-checkpointing" not in suggest_fit(MODEL, settings(8), ON_CPU, limit)
+    assert suggest_fit(MODEL, settings(8), checkpointing, limit).startswith(flags)
 
 
 @pytest.fixture

@@ -19,7 +19,7 @@ from preflight.foresight.run_time import (
     _Load,
     estimate_cost,
     estimate_run_time,
-    measure_product_flops,
+    measure_matmul_flops,
 )
 from preflight.modes import train
 from preflight.settings import ModelConfig, TrainingSettings
@@ -108,4 +108,4 @@ def test_a_part_scales_to_the_whole(
 
 
 def test_product_rate() -> None:
-    assert measure_product_flops(torch.device("cpu"), torch.float32) > 1e8
+    assert measure_matmul_flops(torch.device("cpu"), torch.float32) > 1e8

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 
 import pytest
@@ -13,13 +12,12 @@ from hypothesis import strategies as st
 from preflight.core.errors import ExitCode, PreflightError
 from preflight.settings import (
     GROUPS,
-    MODEL_PRESETS,
-    ModelConfig,
-    ModelSettings,
+    DataSettings,
+    RunConfig,
+    TrainingSettings,
     build_config,
     build_options,
     describe_choices,
-    model_config_from_dict,
 )
 
 
@@ -44,17 +42,6 @@ def test_every_field_is_an_option_with_help_and_a_valid_default() -> None:
             )
 
 
-def test_presets_are_whole_and_flags_override_them() -> None:
-    for name, preset in MODEL_PRESETS.items():
-        model = ModelSettings(model_size=name).resolve(50257)
-        assert (model.n_layers, model.n_embeddings) == (preset.n_layers, preset.n_embeddings)
-        assert model.ffn_hid_dim == 4 * model.n_embeddings
-    small = ModelSettings(model_size="small", n_layers=3, context_length=64).resolve(50257)
-    assert (small.n_layers, small.context_length, small.n_embeddings) == (3, 64, 768)
-    wide = ModelSettings(model_size="nano", n_embeddings=64, n_heads=4).resolve(50257)
-    assert wide.ffn_hid_dim == 256
-
-
 @pytest.mark.parametrize(
     ("values", "words"),
     [
@@ -70,12 +57,18 @@ def test_presets_are_whole_and_flags_override_them() -> None:
         ({"model_size": "huge"}, "choose one of nano"),
         ({"model_size": "custom"}, "--n-layers --n-heads --n-embeddings --context-length"),
         ({"n_heads": "5"}, "does not divide"),
-        ({"device": "gpu"}, "--device gpu"),
-        ({"output_file": "x.csv"}, "--output-file"),
+        ({"device": "gpu"}, "--device takes auto, cpu, cuda, cuda:N or mps, got 'gpu'"),
+        ({"output_file": "x.csv"}, "--output-file must end in .json, .jsonl, .txt, got 'x.csv'"),
         ({"prompts": ["a"], "prompts_file": "b"}, "--prompts"),
         ({"resume_from": "a", "auto_resume": False}, "--resume-from"),
         ({"compile_model": "yes"}, "--compile-model takes true or false"),
         ({"text_file": ["a", 3]}, "--text-file takes text"),
+        ({"optimizer": "adanw"}, "--optimizer 'adanw' is unknown (did you mean adamw?)"),
+        ({"scheduler": "cosin"}, "(did you mean cosine?): choose one of cosine, linear"),
+        ({"activation": "swish"}, "choose one of gelu, gelu_tanh, relu, silu"),
+        ({"log_level": "info "}, "(did you mean info?)"),
+        ({"output_dir": __file__}, "there is a file of that name, not a folder"),
+        ({"output_file": "a.txt", "interactive": True}, "contradict each other"),
     ],
 )
 def test_each_fault_names_its_flag(values: dict, words: str) -> None:
@@ -100,6 +93,24 @@ def test_all_faults_are_told_at_once_in_at_most_five_lines() -> None:
     assert len(caught.value.lines) <= 5
     for flag in ("--batch-size", "--dropout", "--top-p", "--eps", "--max-steps", "--val-split"):
         assert flag in str(caught.value)
+
+
+def test_a_value_at_fault_is_not_reported_as_missing_too() -> None:
+    custom = {"model_size": "custom", "n_layers": 2, "n_embeddings": 8, "context_length": 8}
+    with pytest.raises(PreflightError) as caught:
+        config_of(**custom, n_heads="x")
+    assert caught.value.lines == ["--n-heads takes a whole number, got 'x'"]
+    with pytest.raises(PreflightError) as caught:
+        config_of(**custom)
+    assert caught.value.lines == ["--model-size custom also needs --n-heads"]
+
+
+def test_only_what_is_given_is_set() -> None:
+    config = config_of(batch_size="16", learning_rate="1e-3", dropout=0, text_file="a.txt")
+    assert config.training == TrainingSettings(batch_size=16, learning_rate=0.001)
+    assert config.data == DataSettings(text_file=("a.txt",))
+    assert config.control == RunConfig().control
+    assert list(config.sources) == ["batch_size", "learning_rate", "dropout", "text_file"]
 
 
 def test_choices_are_told_with_their_source() -> None:
@@ -141,21 +152,3 @@ def test_any_value_gives_a_config_or_a_user_error(values: dict) -> None:
     for option in build_options().values():
         value = getattr(getattr(config, option.group), option.name)
         assert not isinstance(value, float) or math.isfinite(value)
-
-
-def test_model_config_round_trips_and_refuses_foreign_keys() -> None:
-    model = ModelSettings(model_size="nano").resolve(50257)
-    stored = json.loads(json.dumps(dataclasses.asdict(model)))
-    assert model_config_from_dict(stored) == model
-    for bad in (
-        {**stored, "rope": 1},
-        {k: v for k, v in stored.items() if k != "n_heads"},
-        [],
-        {**stored, "n_heads": 3},
-        {**stored, "n_layers": True},
-        {**stored, "dropout": "x"},
-    ):
-        with pytest.raises(ValueError):
-            model_config_from_dict(bad)
-    with pytest.raises(ValueError):
-        ModelConfig(10, 10, 10, 3, 1, 10)

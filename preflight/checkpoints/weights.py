@@ -1,0 +1,129 @@
+"""``model.safetensors``: its header, its tensors in order, and how it is read."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import IO, Any
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+from preflight.checkpoints.damage import damage_error, first_line
+from preflight.core.errors import ExitCode, PreflightError
+
+Shapes = dict[str, tuple[int, ...]]
+_MAX_HEADER_BYTES = 16 * 2**20
+_DTYPE_NAMES = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+}
+
+
+def build_header(weights: dict[str, Tensor]) -> bytes:
+    """The safetensors header of `weights`.
+
+    It is built here because the library builds the whole file in memory, twice. With a header of
+    our own, one tensor at a time is copied to the host, and every byte passes through our hash.
+
+    Raises:
+        PreflightError: code DIVERGED, when a weight is not finite.
+        ValueError: a tensor is not floating-point.
+    """
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    offset = 0
+    for name, tensor in _sort_weights(weights):
+        if name in header or tensor.dtype not in _DTYPE_NAMES:
+            raise ValueError(f"cannot store the tensor {name!r} of {tensor.dtype}")
+        if not _is_finite(tensor):
+            raise PreflightError(
+                ExitCode.DIVERGED,
+                f"the weights {name} are not finite: nothing was saved",
+                "earlier checkpoints are kept; lower --learning-rate, then run the command again",
+            )
+        end = offset + tensor.nbytes
+        header[name] = {
+            "dtype": _DTYPE_NAMES[tensor.dtype],
+            "shape": list(tensor.shape),
+            "data_offsets": [offset, end],
+        }
+        offset = end
+    raw = json.dumps(header, separators=(",", ":")).encode()
+    raw += b" " * (-len(raw) % 8)  # so that the tensors are aligned
+    return len(raw).to_bytes(8, "little") + raw
+
+
+def iterate_bytes(weights: dict[str, Tensor]) -> Iterator[Any]:
+    """The bytes of each tensor on the host, in the order of the header."""
+    for _, tensor in _sort_weights(weights):
+        yield tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+
+
+def _sort_weights(weights: dict[str, Tensor]) -> list[tuple[str, Tensor]]:
+    """Widest type first, as the library sorts them: every tensor is then aligned."""
+    return sorted(weights.items(), key=lambda item: (-item[1].element_size(), item[0]))
+
+
+def _is_finite(tensor: Tensor) -> bool:
+    """Neither NaN nor infinite. `aminmax` propagates NaN and takes a tenth of `isfinite`'s time."""
+    return not tensor.numel() or all(bool(end.isfinite()) for end in tensor.aminmax())
+
+
+def read_weights(
+    path: Path, file: IO[bytes], rename: Callable[[str], str], expected_shapes: Shapes | None
+) -> dict[str, Tensor]:
+    """The tensors of an opened file on the CPU, checked; see `format.load_weights`.
+
+    Args:
+        path: the file's, for messages.
+        file: opened and verified, at its beginning.
+        rename: from a tensor's name in the file to the model's name for it.
+        expected_shapes: by the model's names; None accepts all.
+    """
+    header_bytes = int.from_bytes(file.read(8), "little")
+    if header_bytes > min(_MAX_HEADER_BYTES, os.fstat(file.fileno()).st_size):
+        raise damage_error(path, f"its header claims {header_bytes:,} bytes")
+    # On Linux this path opens the very file that was hashed, also where the real path is not
+    # UTF-8, which the library refuses.
+    same_file = Path(f"/proc/self/fd/{file.fileno()}")
+    try:
+        with safe_open(
+            same_file if same_file.exists() else path, framework="pt", device="cpu"
+        ) as reader:
+            names = {rename(name): name for name in reader.keys()}  # noqa: SIM118
+            shapes = {new: tuple(reader.get_slice(old).get_shape()) for new, old in names.items()}
+            _check_shapes(path, shapes, shapes if expected_shapes is None else expected_shapes)
+            # Copied out of the memory map: if the file were cut short later, reading the map
+            # would end the process with SIGBUS.
+            weights = {new: reader.get_tensor(old).clone() for new, old in names.items()}
+    except (PreflightError, MemoryError):
+        raise
+    except Exception as error:  # the library raises several kinds, and not all are its own
+        raise damage_error(path, f"not valid safetensors ({first_line(error)})") from None
+    for name, tensor in weights.items():
+        if tensor.dtype not in _DTYPE_NAMES:
+            raise damage_error(path, f"tensor {name[:80]!r} is {tensor.dtype}, not floating-point")
+        if not _is_finite(tensor):
+            raise damage_error(path, f"tensor {name[:80]!r} holds NaN or infinite values")
+    return weights
+
+
+def _check_shapes(path: Path, found: Shapes, expected: Shapes) -> None:
+    different = [
+        f"{name[:60]}: checkpoint {found.get(name, 'none')}, model {expected.get(name, 'none')}"
+        for name in sorted(found.keys() | expected.keys())
+        if name not in found or name not in expected or found[name] != tuple(expected[name])
+    ]
+    if different:
+        more = f" and {len(different) - 3} more" if len(different) > 3 else ""
+        raise PreflightError(
+            ExitCode.CHECKPOINT,
+            f"{path}: its tensors are not those of this model",
+            "; ".join(different[:3]) + more,
+            "nothing was loaded; leave the model flags out: the checkpoint holds its own",
+        )

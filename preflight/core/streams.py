@@ -1,0 +1,53 @@
+"""stdout and stderr where they may be missing, closed, or without a reader."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+from collections.abc import Iterator
+from typing import TextIO
+
+
+@contextlib.contextmanager
+def replace_missing_streams() -> Iterator[None]:
+    """Give a process without stdout or stderr (``>&-``, a service) streams to the null device.
+
+    Missing descriptors 0, 1 and 2 are opened as well. Otherwise the next file that is opened gets
+    that number, and what a C library or a child process prints is written into the file.
+    """
+    for number in range(3):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)  # gets the lowest free number
+    with contextlib.ExitStack() as stack:
+        for name in ("stdout", "stderr"):
+            stream = getattr(sys, name)
+            if stream is None or stream.closed:
+                null = stack.enter_context(open(os.devnull, "w", encoding="utf-8"))
+                stack.callback(setattr, sys, name, stream)
+                setattr(sys, name, null)
+        yield
+
+
+def is_missing(stream: TextIO | None) -> bool:
+    """Whether `stream` is missing, or was replaced by `replace_missing_streams`."""
+    return stream is None or stream.closed or getattr(stream, "name", "") == os.devnull
+
+
+def silence_stdout() -> None:
+    """Point stdout at the null device, so that what is buffered does not fail again at exit."""
+    with contextlib.suppress(OSError, ValueError):  # a stream without a descriptor
+        null = os.open(os.devnull, os.O_WRONLY)
+        try:
+            os.dup2(null, sys.stdout.fileno())
+        finally:
+            os.close(null)
+
+
+def print_error(*lines: str) -> None:
+    """Write the lines to stderr, each after ``preflight: ``. Without a reader they are lost."""
+    with contextlib.suppress(OSError, ValueError):
+        sys.stderr.write("".join(f"preflight: {line}\n" for line in lines))
+        sys.stderr.flush()

@@ -1,0 +1,43 @@
+"""The flags of `--generate`."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from preflight.settings.options import setting
+
+OUTPUT_SUFFIXES = (".json", ".jsonl", ".txt")
+
+
+def _check_output_file(name: str) -> str:
+    if Path(name).suffix not in OUTPUT_SUFFIXES:
+        raise ValueError(f"must end in {', '.join(OUTPUT_SUFFIXES)}")
+    return name
+
+
+@dataclass(frozen=True)
+class GenerationSettings:
+    """The checkpoint, the prompts, and where completions go."""
+
+    checkpoint_path: str | None = setting(
+        None,
+        "checkpoint to generate from (its folder, or a file in it); unset: the best in "
+        "--output-dir",
+        metavar="PATH",
+    )
+    prompts: tuple[str, ...] = setting((), "prompts to complete", metavar="TEXT")
+    prompts_file: str | None = setting(
+        None, 'file of prompts, one per line; .jsonl: objects with a "prompt" key', metavar="FILE"
+    )
+    num_return_sequences: int = setting(1, "completions per prompt", ge=1, le=100_000)
+    generation_batch_size: int = setting(8, "sequences generated at once", ge=1, le=65_536)
+    output_file: str | None = setting(
+        None,
+        "write the completions to this file, as .json, .jsonl or .txt by its suffix",
+        metavar="FILE",
+        check=_check_output_file,
+    )
+    interactive: bool | None = setting(
+        None,
+        "read prompts from the keyboard; unset: on a terminal, without --output-file, with up "
+        "to 5 prompts",
+    )

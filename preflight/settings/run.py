@@ -1,0 +1,129 @@
+"""The configuration of one call: all groups of flags together."""
+
+import dataclasses
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from preflight.core.errors import ExitCode, PreflightError
+from preflight.settings.check import CheckSettings
+from preflight.settings.control import ControlSettings
+from preflight.settings.data import DataSettings
+from preflight.settings.generation import GenerationSettings
+from preflight.settings.model import CUSTOM_SIZE_FIELDS, MODEL_PRESETS, ModelSettings
+from preflight.settings.options import Option, list_options
+from preflight.settings.sampling import SamplingConfig
+from preflight.settings.search import SearchSettings
+from preflight.settings.system import SystemSettings
+from preflight.settings.training import TrainingSettings
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """Everything one call was asked to do. ``sources`` says where non-default values came from."""
+
+    model: ModelSettings = field(default_factory=ModelSettings)
+    training: TrainingSettings = field(default_factory=TrainingSettings)
+    data: DataSettings = field(default_factory=DataSettings)
+    control: ControlSettings = field(default_factory=ControlSettings)
+    system: SystemSettings = field(default_factory=SystemSettings)
+    sampling: SamplingConfig = field(default_factory=SamplingConfig)
+    generation: GenerationSettings = field(default_factory=GenerationSettings)
+    check: CheckSettings = field(default_factory=CheckSettings)
+    search: SearchSettings = field(default_factory=SearchSettings)
+    sources: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def peak_learning_rate(self) -> float:
+        """The learning rate given, else the preset's; a custom size uses micro's."""
+        preset = MODEL_PRESETS.get(self.model.model_size, MODEL_PRESETS["micro"])
+        return self.training.learning_rate or preset.learning_rate
+
+    def resolve_training(self) -> TrainingSettings:
+        """The training flags, with the preset's learning rate where none was given."""
+        return dataclasses.replace(self.training, learning_rate=self.peak_learning_rate)
+
+
+# By the name of the group, in the order of `--help`.
+GROUPS: dict[str, Any] = {
+    item.name: item.type for item in dataclasses.fields(RunConfig) if item.name != "sources"
+}
+
+
+def build_options() -> dict[str, Option]:
+    """Every flag by field name, in the order of `--help`."""
+    return {
+        option.name: option
+        for group, settings in GROUPS.items()
+        for option in list_options(group, settings)
+    }
+
+
+def build_config(given: dict[str, Any], sources: dict[str, str]) -> RunConfig:
+    """Turn raw values (text from the command line, JSON values from a file) into a `RunConfig`.
+
+    Args:
+        given: raw value by field name; only what was given.
+        sources: where each came from, by field name.
+
+    Raises:
+        PreflightError: code FLAGS, listing every fault at once, each with its flag.
+    """
+    options = build_options()
+    faults: list[str] = []
+    values: dict[str, dict[str, Any]] = {group: {} for group in GROUPS}
+    for name, raw in given.items():
+        option = options[name]
+        try:
+            values[option.group][name] = option.read(raw)
+        except ValueError as error:
+            faults.append(str(error))
+    if "seed" in values["training"]:
+        values["sampling"]["seed"] = values["training"]["seed"]
+    groups = {group: settings(**values[group]) for group, settings in GROUPS.items()}
+    config = RunConfig(**groups, sources=dict(sources))
+    faults += _find_model_faults(config.model, set(given)) + _find_conflicts(config)
+    if faults:
+        raise PreflightError(ExitCode.FLAGS, *faults)
+    return config
+
+
+def _find_model_faults(model: ModelSettings, given: set[str]) -> list[str]:
+    """A custom size that is not complete, or heads that do not divide the hidden size."""
+    unset = [name for name in CUSTOM_SIZE_FIELDS if getattr(model, name) is None]
+    if model.model_size == "custom" and unset:
+        # One that was given is unset here only when its value is at fault, which is reported.
+        flags = " ".join("--" + name.replace("_", "-") for name in unset if name not in given)
+        return [f"--model-size custom also needs {flags}"] if flags else []
+    try:
+        model.resolve(vocab_size=2)
+    except ValueError as error:
+        return [f"--n-heads: {error}; choose a divisor of --n-embeddings"]
+    return []
+
+
+def _find_conflicts(config: RunConfig) -> list[str]:
+    """Faults that one flag alone does not show, each with the flag to change."""
+    faults = []
+    control, generation = config.control, config.generation
+    for flag, value in (("--data-dir", config.data.data_dir), ("--output-dir", control.output_dir)):
+        if Path(value).exists() and not Path(value).is_dir():
+            faults.append(f"{flag} {value}: there is a file of that name, not a folder")
+    if control.resume_from and not control.auto_resume:
+        faults.append("--resume-from and --no-auto-resume contradict each other: drop one")
+    if generation.output_file and generation.interactive:
+        faults.append("--output-file and --interactive contradict each other: drop one")
+    if generation.prompts and generation.prompts_file:
+        faults.append("--prompts and --prompts-file: give one of them")
+    return faults
+
+
+def describe_choices(config: RunConfig) -> list[str]:
+    """One line for each non-default value: flag, value and where it came from."""
+    lines = []
+    for option in build_options().values():
+        value = getattr(getattr(config, option.group), option.name)
+        if value != option.default:
+            source = config.sources.get(option.name, "a caller")
+            lines.append(f"{option.flag} {value} (from {source})")
+    return lines

@@ -1,0 +1,65 @@
+"""Signals become flags, and a missing stderr loses only the message."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from conftest import ROOT
+from preflight.core.errors import ExitCode, PreflightError
+from preflight.core.signals import StopFlag
+
+
+@pytest.mark.parametrize(
+    ("name", "code"),
+    [("SIGINT", ExitCode.SIGINT), ("SIGTERM", ExitCode.SIGTERM), ("SIGHUP", ExitCode.SIGTERM)],
+)
+def test_a_signal_is_recorded_and_the_old_handler_returns(
+    name: str, code: ExitCode, capfd: pytest.CaptureFixture[str]
+) -> None:
+    number = getattr(signal, name)
+    before = signal.getsignal(number)
+    with StopFlag() as flag:
+        assert (flag.stopping, flag.exit_code) == (False, ExitCode.DONE)
+        flag.leave_if_stopping("not raised")
+        os.kill(os.getpid(), number)
+        assert flag.stopping
+        assert flag.exit_code == code
+        with pytest.raises(PreflightError) as caught:
+            flag.leave_if_stopping("saved", "continue with")
+        assert (caught.value.code, caught.value.lines) == (code, ["saved", "continue with"])
+    assert signal.getsignal(number) is before
+    said = capfd.readouterr().err
+    assert said == "\npreflight: stopping after this step (press Ctrl-C again to stop at once)\n"
+
+
+def test_a_request_to_save_does_not_stop() -> None:
+    with StopFlag() as flag:
+        os.kill(os.getpid(), signal.SIGUSR1)
+        assert flag.save_requested
+        assert not flag.stopping
+
+
+def test_without_stderr_the_message_does_not_reach_a_file(tmp_path: Path) -> None:
+    """With stderr closed, the next file that is opened has descriptor 2."""
+    code = (
+        "import os, signal\nfrom preflight.core.signals import StopFlag\n"
+        "file = open('victim', 'wb', 0)\nassert file.fileno() == 2\n"
+        "with StopFlag() as flag:\n    os.kill(os.getpid(), signal.SIGTERM)\n"
+        "    assert flag.stopping\n"
+        "    os.kill(os.getpid(), signal.SIGINT)\n    os._exit(1)"
+    )
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(
+        ["sh", "-c", 'exec "$@" 2>&-', "sh", *command],
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        check=False,
+    )
+    assert done.returncode == 130
+    assert (tmp_path / "victim").read_bytes() == b""

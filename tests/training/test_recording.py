@@ -1,0 +1,116 @@
+"""The recorder: rows in order, one step late on a card, and the end of a run that diverges."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
+
+import pytest
+import torch
+
+from preflight.core.errors import ExitCode, PreflightError
+from preflight.device.runtime import Runtime
+from preflight.settings import ControlSettings, TrainingSettings
+from preflight.settings.kinds import TRACKERS
+from preflight.training import recording
+from preflight.training.divergence import MAX_SKIPPED_IN_A_ROW, DivergenceGuard
+from preflight.training.plan import build_plan
+from preflight.training.recording import StepRecorder
+from preflight.training.state import StepResult, TrainState
+from preflight.training.trackers import Row, Trackers
+
+
+class ListTracker:
+    """A tracker that keeps its rows."""
+
+    rows: list[Row]
+
+    def __init__(self, output_dir: Path) -> None:
+        self.rows, self.resumed = [], -1
+
+    def resume(self, step: int) -> None:
+        self.resumed = step
+
+    def log(self, row: Row) -> None:
+        self.rows.append(row)
+
+
+@pytest.fixture
+def kept(monkeypatch: pytest.MonkeyPatch) -> ListTracker:
+    """The tracker that every run of the test logs to, beside metrics.jsonl."""
+    tracker = ListTracker(Path())
+    monkeypatch.setattr(TRACKERS, "_targets", TRACKERS._targets | {"list": lambda _: tracker})
+    return tracker
+
+
+def build_recorder(tmp_path: Path, device: str, state: TrainState | None = None) -> StepRecorder:
+    plan = build_plan(TrainingSettings(max_steps=100), ControlSettings(), 16, 1000, 20)
+    runtime = SimpleNamespace(device=torch.device(device), peak_memory_bytes=lambda: 7)
+    guard = DivergenceGuard(tmp_path, fp16=False)
+    state = state or TrainState()
+    return StepRecorder(plan, cast(Runtime, runtime), state, Trackers(tmp_path), guard)
+
+
+def result(step: int, loss: float = 2.0) -> StepResult:
+    return StepResult(step, 128, 1e-3, torch.tensor(loss), torch.tensor(1.0))
+
+
+@pytest.mark.parametrize(("device", "late"), [("cpu", 0), ("cuda", 1)])
+def test_rows_come_in_order_and_one_step_late_on_a_card(
+    tmp_path: Path, kept: ListTracker, device: str, late: int
+) -> None:
+    recorder = build_recorder(tmp_path, device)
+    for step in (1, 2, 3):
+        recorder.record(result(step, loss=float(step)))
+        assert [row["step"] for row in kept.rows] == list(range(1, step + 1 - late))
+    recorder.flush()
+    assert [(row["step"], row["loss"], row["tokens"]) for row in kept.rows] == [
+        (1, 1.0, 128),
+        (2, 2.0, 256),
+        (3, 3.0, 384),
+    ]
+
+
+def test_a_pause_is_not_part_of_a_step(
+    tmp_path: Path, kept: ListTracker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = [100.0]
+    monkeypatch.setattr(recording.time, "monotonic", lambda: clock[0])
+    state = TrainState()
+    recorder = build_recorder(tmp_path, "cpu", state)
+    for step in (1, 2):
+        clock[0] += 0.5
+        recorder.record(result(step))
+        with recorder.paused():
+            clock[0] += 60
+    assert [row["tokens_per_second"] for row in kept.rows] == [256.0, 256.0]
+    assert state.train_seconds == pytest.approx(1.0)
+
+
+def test_ten_skipped_steps_in_a_row_end_the_run(tmp_path: Path, kept: ListTracker) -> None:
+    state = TrainState()
+    recorder = build_recorder(tmp_path, "cpu", state)
+    for step in range(1, MAX_SKIPPED_IN_A_ROW):
+        recorder.record(result(step, math.nan))
+    recorder.record(result(MAX_SKIPPED_IN_A_ROW))  # a good one: the count starts anew
+    assert recorder.guard.skipped_in_a_row == 0
+    for step in range(1, MAX_SKIPPED_IN_A_ROW):
+        recorder.record(result(step, math.inf))
+    with pytest.raises(PreflightError) as caught:
+        recorder.record(result(99, math.nan))
+    assert caught.value.code == ExitCode.DIVERGED
+    assert "none yet" in str(caught.value)
+    assert state.skipped_steps == 2 * MAX_SKIPPED_IN_A_ROW - 1
+    assert [bool(row.get("skipped")) for row in kept.rows].count(False) == 1
+
+
+def test_every_tracker_hears_of_everything(tmp_path: Path, kept: ListTracker) -> None:
+    trackers: Any = Trackers(tmp_path)
+    trackers.log({"event": "step", "step": 1, "loss": 1.0})
+    trackers.log({"event": "step", "step": 2, "loss": 1.0})
+    trackers.resume(1)
+    assert kept.resumed == 1
+    assert len(kept.rows) == 2
+    assert (tmp_path / "metrics.jsonl").read_text().count("\n") == 1
