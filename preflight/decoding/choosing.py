@@ -29,16 +29,16 @@ def choose_tokens(
     if seen is not None:
         scores = penalise_repetition(scores, seen, config.repetition_penalty)
     if is_greedy(config):
-        if scores.device.type == "cpu":  # numpy looks at several at a time, torch does not
+        if scores.device.type == "cpu":  # numpy compares several at once, torch one
             return torch.from_numpy(scores.numpy().argmax(axis=-1))
         return scores.argmax(dim=-1)
     assert uniforms is not None
     probabilities, ids = filter_probabilities(scores, config)
     cumulative = probabilities.cumsum(dim=-1)  # B K
-    # A shade below the total, whatever the rounding: an id of probability 0 is never drawn.
+    # Slightly below the total, whatever the rounding: an id of probability 0 is never drawn.
     threshold = uniforms[:, None] * cumulative[:, -1:] * (1 - 2**-22)
-    place = (cumulative <= threshold).sum(dim=-1, keepdim=True)  # B 1
-    return (place if ids is None else ids.gather(1, place)).squeeze(1)
+    index = (cumulative <= threshold).sum(dim=-1, keepdim=True)  # B 1
+    return (index if ids is None else ids.gather(1, index)).squeeze(1)
 
 
 def is_greedy(config: SamplingConfig) -> bool:

@@ -2,9 +2,9 @@
 
 Dynamo and AOTAutograd run on fake tensors, up to the forward and the backward graph, with the
 partitioner that chooses which activations to keep. What the code generator then does is modelled:
-pointwise operations run inside the kernel that needs their result, so that only products,
+pointwise operations run inside the kernel that needs their result, so that only matmuls,
 reductions and what those read are ever in memory; a kernel writes over a buffer that it reads for
-the last time. Against the profiler this is within 5 % on the CPU (tests/test_memory.py).
+the last time. Against the profiler this is within 5 % on the CPU (tests/foresight/test_memory.py).
 """
 
 from __future__ import annotations
@@ -76,6 +76,11 @@ class _Graph:
         self._last_read = self._find_last_reads(written)
 
     def _find_last_reads(self, written: set[fx.Node]) -> dict[fx.Node, int]:
+        """For each buffer and input, the last of `buffers` whose kernel reads it.
+
+        A kernel reads what is in memory. A fused operation is not: whoever reads it reads, in its
+        place, everything that it was computed from.
+        """
         place = {node: index for index, node in enumerate(self.buffers)}
         reads: dict[fx.Node, frozenset[fx.Node]] = {}  # of written nodes, through fused ones
         last: dict[fx.Node, int] = {}
@@ -108,17 +113,20 @@ class _Graph:
             now[item_of(node)] = now.get(item_of(node), 0) + size
         moments = []
         for index, node in enumerate(self.buffers):
-            item, dying = item_of(node), ends.get(index, [])
+            item, last_read = item_of(node), ends.get(index, [])
             now[item] = now.get(item, 0) + sizes[node]
             moment = dict(now)
             moment[item] += _count_bytes(node, several=True)
             if not _is_one_of(node, _LIBRARY):
-                over = next((n for n in dying if n is not node and sizes[n] == sizes[node]), None)
+                # The result goes in the place of an input of the same size that ends here.
+                over = next(
+                    (n for n in last_read if n is not node and sizes[n] == sizes[node]), None
+                )
                 if over is not None:
                     moment[item_of(over)] -= sizes[over]
             moments.append(moment)
-            for dead in dying:
-                now[item_of(dead)] -= sizes[dead]
+            for freed in last_read:
+                now[item_of(freed)] -= sizes[freed]
         return moments
 
 
