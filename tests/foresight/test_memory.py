@@ -80,6 +80,8 @@ CASES = [
     Case("deep, dropout", replace(DEEP, dropout=0.2), settings(5, 3)),
     Case("wide", WIDE, settings(4)),
     Case("wide, bf16, checkpointing", WIDE, settings(4), BF16, True),
+    # Most of its memory is the batches of the update, which are held together.
+    Case("tiny, accumulation 64", ModelConfig(100, 64, 16, 2, 1, 32), settings(8, 64)),
     Case("nano", NANO, settings(8)),
 ]
 
