@@ -62,10 +62,6 @@ def build_plan(
         left = max(0.0, epochs * n_train_windows - state.cursor)
         total = min(total, state.step + math.ceil(left / samples))
     total = max(total, 1)
-    warmup = training.warmup_steps
-    if warmup is None:
-        share = 0.3 if training.scheduler == "onecycle" else 0.05
-        warmup = min(math.ceil(share * total), 2000 if share == 0.05 else total)
     # Evaluation and checkpoint coincide unless set, so that checkpoints have a validation loss.
     tenth = max(1, math.ceil(total / 10))
     checkpoint_every = control.checkpoint_every or control.eval_every or tenth
@@ -77,7 +73,7 @@ def build_plan(
     return TrainingPlan(
         total_steps=total,
         steps_per_epoch=n_train_windows / samples,
-        warmup_steps=warmup,
+        warmup_steps=_choose_warmup(training, total),
         checkpoint_every=checkpoint_every,
         eval_every=eval_every,
         log_every=control.log_every or max(1, total // 100),
@@ -89,3 +85,12 @@ def build_plan(
         scheduler=training.scheduler,
         max_grad_norm=training.max_grad_norm,
     )
+
+
+def _choose_warmup(training: TrainingSettings, total_steps: int) -> int:
+    """The steps of warm-up that the flags ask for; unset, a share of the run."""
+    if training.warmup_steps is not None:
+        return training.warmup_steps
+    if training.scheduler == "onecycle":
+        return math.ceil(0.3 * total_steps)  # torch's OneCycleLR: pct_start
+    return min(math.ceil(0.05 * total_steps), 2000)
