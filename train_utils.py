@@ -18,11 +18,12 @@ from types import TracebackType
 
 import numpy as np
 import torch
+from numpy.lib.stride_tricks import sliding_window_view
 
 from preflight.core.errors import ExitCode, PreflightError
 from preflight.corpus.shards import DataFolder, Shard, Split
 
-_CHUNK_TOKENS = 256 * 1024  # read and converted at once: one thread hand-over for many batches
+_CHUNK_TOKENS = 256 * 1024  # read and converted at once: one queue item for many batches
 _POLL_SECONDS = 0.5
 
 
@@ -44,7 +45,7 @@ class _Epoch:
 def _build_epoch(
     n_tokens: int, context_length: int, seed: int, fingerprint: str, number: int
 ) -> _Epoch:
-    """Order and offset of one epoch: a function of the arguments alone.
+    """Order and offset of one epoch: a function of the arguments only.
 
     They come from Philox's raw 64-bit draws: NumPy keeps those for ever, unlike its permutations
     (NEP 19), so that a run can be continued under another NumPy.
@@ -61,9 +62,9 @@ class _ShardReader:
 
     A process that touches a map of a file that was cut short is killed with SIGBUS. So the times
     and sizes of all shards concerned are compared before each chunk, and the size of the open file
-    again before each row. What remains is a cut in the microsecond between that look and the copy
-    of a row, or while the copy waits for the disk. It ends the process without a message; the next
-    run continues from the last checkpoint.
+    again right before the copy from it. What remains is a cut within the copy of a chunk, which
+    takes a fraction of a millisecond, or longer where it waits for the disk. It ends the process
+    without a message; the next run continues from the last checkpoint.
     """
 
     def __init__(self, split: Split, dtype: np.dtype, vocab_size: int) -> None:
@@ -125,9 +126,13 @@ class _ShardReader:
             for places in (starts, starts + length - 1)
         )
         self.check_unchanged(np.unique([shards, last]).tolist())
-        firsts = (starts - self._starts[shards]).tolist()
-        for row, (index, first) in enumerate(zip(shards.tolist(), firsts, strict=True)):
-            self._copy(index, first, rows[row])
+        firsts = starts - self._starts[shards]
+        is_whole = shards == last
+        for index in np.unique(shards[is_whole]).tolist():
+            chosen = np.flatnonzero(is_whole & (shards == index))
+            rows[chosen] = sliding_window_view(self._map(index), length)[firsts[chosen]]
+        for row in np.flatnonzero(~is_whole).tolist():
+            self._copy_across(int(shards[row]), int(firsts[row]), rows[row])
         largest = int(rows.max())
         if largest >= self._vocab_size:
             raise PreflightError(
@@ -138,14 +143,18 @@ class _ShardReader:
             )
         return rows.astype(np.int64)
 
-    def _copy(self, index: int, first: int, row: np.ndarray) -> None:
+    def _copy_across(self, index: int, first: int, row: np.ndarray) -> None:
         """Fill `row` from token `first` of shard `index` on, and from the shards that follow."""
         while len(row):
-            if self._maps[index].size() < self._shards[index].signature[0]:
-                raise self._explain(self._shards[index].path, "was cut short while it was in use")
-            tokens = self._tokens[index][first : first + len(row)]
+            tokens = self._map(index)[first : first + len(row)]
             row[: len(tokens)] = tokens
             row, index, first = row[len(tokens) :], index + 1, 0
+
+    def _map(self, index: int) -> np.ndarray:
+        """The tokens of a shard, to copy from at once; PreflightError (DATA) if it was cut."""
+        if self._maps[index].size() < self._shards[index].signature[0]:
+            raise self._explain(self._shards[index].path, "was cut short while it was in use")
+        return self._tokens[index]
 
 
 class BatchLoader:
@@ -153,7 +162,7 @@ class BatchLoader:
 
     The order follows from (`seed`, ``data.fingerprint``, global sample index), so that a resumed
     run, or another batch size, neither repeats nor skips a window within an epoch. ``cursor`` is
-    the global index behind the last batch handed out: the one number to save.
+    the global index after the last batch that was returned: the only number to save.
 
     Raises:
         PreflightError: code DATA when a shard cannot be read.
@@ -216,7 +225,7 @@ class BatchLoader:
             raise PreflightError(
                 ExitCode.WORKER_LOST,
                 f"the thread that reads the data was lost: {type(item).__name__}: {item}",
-                "checkpoints are kept; run the same command to go on",
+                "checkpoints are kept; run the same command to continue",
             ) from item
 
     def _read_ahead(self, cursor: int) -> None:

@@ -59,7 +59,7 @@ class Split:
 
 @dataclass(frozen=True)
 class DataFolder:
-    """A complete, verified data folder. ``fingerprint`` stands for every id in it, in order."""
+    """A complete, verified data folder. ``fingerprint`` is a digest of every id in it, in order."""
 
     path: Path
     metadata: Metadata
