@@ -8,21 +8,22 @@ so that the model does not see the same cuts again.
 from __future__ import annotations
 
 import hashlib
-import io
+import mmap
 import os
 import queue
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from types import TracebackType
 
 import numpy as np
 import torch
+from numpy.lib.stride_tricks import sliding_window_view
 
 from preflight.core.errors import ExitCode, PreflightError
-from preflight.corpus.shards import DataFolder, Split
+from preflight.corpus.shards import DataFolder, Shard, Split
 
-_CHUNK_TOKENS = 256 * 1024  # read and converted at once: one thread hand-over for many batches
+_CHUNK_TOKENS = 256 * 1024  # read and converted at once: one queue item for many batches
 _POLL_SECONDS = 0.5
 
 
@@ -44,7 +45,7 @@ class _Epoch:
 def _build_epoch(
     n_tokens: int, context_length: int, seed: int, fingerprint: str, number: int
 ) -> _Epoch:
-    """Order and offset of one epoch: a function of the arguments alone.
+    """Order and offset of one epoch: a function of the arguments only.
 
     They come from Philox's raw 64-bit draws: NumPy keeps those for ever, unlike its permutations
     (NEP 19), so that a run can be continued under another NumPy.
@@ -57,36 +58,57 @@ def _build_epoch(
 
 
 class _ShardReader:
-    """Reads tokens by position in a split's shards, which stay open.
+    """Copies tokens by position out of a split's shards, which stay memory-mapped.
 
-    Plain reads, not memory maps: a file cut short under a map kills the process with SIGBUS.
+    A process that touches a map of a file that was cut short is killed with SIGBUS. So the times
+    and sizes of all shards concerned are compared before each chunk, and the size of the open file
+    again right before the copy from it. What remains is a cut within the copy of a chunk, which
+    takes a fraction of a millisecond, or longer where it waits for the disk. It ends the process
+    without a message; the next run continues from the last checkpoint.
     """
 
     def __init__(self, split: Split, dtype: np.dtype, vocab_size: int) -> None:
         self._dtype, self._vocab_size = dtype, vocab_size
         self._shards = split.shards
         self._starts = np.cumsum([0, *(shard.n_tokens for shard in split.shards)])
-        self._files: list[io.FileIO] = []
+        self._files: list[tuple[int, int]] = []  # device and inode of each shard
+        self._tokens: list[np.ndarray] = []
+        self._maps: list[mmap.mmap] = []  # what `_tokens` look into
+        for shard in split.shards:
+            self._open(shard)
+        self.check_unchanged(range(len(self._shards)))
+
+    def _open(self, shard: Shard) -> None:
         try:
-            for shard in split.shards:
-                self._files.append(open(shard.path, "rb", buffering=0))  # noqa: SIM115
+            mapped = np.load(shard.path, mmap_mode="r")
+            status = os.stat(shard.path)
         except OSError as error:
-            self.close()
             raise PreflightError(
                 ExitCode.DATA,
                 f"{shard.path}: {error.strerror}",
                 "rerun with --text-file to rebuild the data folder",
             ) from None
+        except (ValueError, EOFError):  # another header, or fewer tokens than it says
+            raise self._explain(shard.path, "changed while it was in use") from None
+        self._files.append((status.st_dev, status.st_ino))
+        self._tokens.append(np.asarray(mapped))  # a plain array is sliced faster than a memmap
+        self._maps.append(mapped.base)
 
     def close(self) -> None:
-        for file in self._files:
-            file.close()
+        """Unmap the shards."""
+        self._tokens.clear()
+        self._maps.clear()
 
-    def check_unchanged(self) -> None:
-        """PreflightError (DATA) when a shard is no longer the file that was verified."""
-        for shard, file in zip(self._shards, self._files, strict=True):
-            status = os.fstat(file.fileno())
-            if (status.st_size, status.st_mtime_ns) != shard.signature:
+    def check_unchanged(self, indices: Iterable[int]) -> None:
+        """PreflightError (DATA) when one of these shards is no longer as it was verified."""
+        for index in indices:
+            shard = self._shards[index]
+            try:
+                status = os.stat(shard.path)
+            except OSError:  # deleted or moved: what is mapped stays readable
+                continue
+            is_same_file = (status.st_dev, status.st_ino) == self._files[index]
+            if is_same_file and (status.st_size, status.st_mtime_ns) != shard.signature:
                 raise self._explain(shard.path, "changed while it was in use")
 
     def _explain(self, path: object, what: str) -> PreflightError:
@@ -99,19 +121,18 @@ class _ShardReader:
     def read(self, starts: np.ndarray, length: int) -> np.ndarray:
         """(n, length) int64: `length` tokens from each of the `starts`."""
         rows = np.empty((len(starts), length), self._dtype)
-        itemsize = self._dtype.itemsize
-        shards = np.searchsorted(self._starts, starts, side="right") - 1
-        ends = self._starts[shards + 1]
-        firsts = (starts - self._starts[shards]) * itemsize
-        crosses = (starts + length > ends).tolist()
-        for row, (index, at) in enumerate(zip(shards.tolist(), firsts.tolist(), strict=True)):
-            if crosses[row]:
-                self._read_across(index, at, memoryview(rows[row]).cast("B"))
-                continue
-            file = self._files[index]
-            file.seek(self._shards[index].data_offset + at)
-            if file.readinto(rows[row]) != length * itemsize:
-                raise self._explain(self._shards[index].path, "was cut short while it was in use")
+        shards, last = (
+            np.searchsorted(self._starts, places, side="right") - 1
+            for places in (starts, starts + length - 1)
+        )
+        self.check_unchanged(np.unique([shards, last]).tolist())
+        firsts = starts - self._starts[shards]
+        is_whole = shards == last
+        for index in np.unique(shards[is_whole]).tolist():
+            chosen = np.flatnonzero(is_whole & (shards == index))
+            rows[chosen] = sliding_window_view(self._map(index), length)[firsts[chosen]]
+        for row in np.flatnonzero(~is_whole).tolist():
+            self._copy_across(int(shards[row]), int(firsts[row]), rows[row])
         largest = int(rows.max())
         if largest >= self._vocab_size:
             raise PreflightError(
@@ -122,15 +143,18 @@ class _ShardReader:
             )
         return rows.astype(np.int64)
 
-    def _read_across(self, index: int, at: int, row: memoryview) -> None:
-        """A window that goes on in the next shard, or the next few."""
+    def _copy_across(self, index: int, first: int, row: np.ndarray) -> None:
+        """Fill `row` from token `first` of shard `index` on, and from the shards that follow."""
         while len(row):
-            file, shard = self._files[index], self._shards[index]
-            file.seek(shard.data_offset + at)
-            wanted = min(len(row), shard.n_tokens * self._dtype.itemsize - at)
-            if file.readinto(row[:wanted]) != wanted:
-                raise self._explain(shard.path, "was cut short while it was in use")
-            row, index, at = row[wanted:], index + 1, 0
+            tokens = self._map(index)[first : first + len(row)]
+            row[: len(tokens)] = tokens
+            row, index, first = row[len(tokens) :], index + 1, 0
+
+    def _map(self, index: int) -> np.ndarray:
+        """The tokens of a shard, to copy from at once; PreflightError (DATA) if it was cut."""
+        if self._maps[index].size() < self._shards[index].signature[0]:
+            raise self._explain(self._shards[index].path, "was cut short while it was in use")
+        return self._tokens[index]
 
 
 class BatchLoader:
@@ -138,7 +162,7 @@ class BatchLoader:
 
     The order follows from (`seed`, ``data.fingerprint``, global sample index), so that a resumed
     run, or another batch size, neither repeats nor skips a window within an epoch. ``cursor`` is
-    the global index behind the last batch handed out: the one number to save.
+    the global index after the last batch that was returned: the only number to save.
 
     Raises:
         PreflightError: code DATA when a shard cannot be read.
@@ -201,7 +225,7 @@ class BatchLoader:
             raise PreflightError(
                 ExitCode.WORKER_LOST,
                 f"the thread that reads the data was lost: {type(item).__name__}: {item}",
-                "checkpoints are kept; run the same command to go on",
+                "checkpoints are kept; run the same command to continue",
             ) from item
 
     def _read_ahead(self, cursor: int) -> None:
@@ -216,7 +240,6 @@ class BatchLoader:
                 while cursor < end:
                     number, first = divmod(cursor, self.n_windows)
                     if epoch is None or epoch.number != number:
-                        self._reader.check_unchanged()
                         epoch = _build_epoch(*self._source, number)
                     windows = epoch.order[first : first + end - cursor]
                     starts.append(windows * self._context_length + epoch.offset)
@@ -281,7 +304,6 @@ def iterate_windows(
     starts = np.arange(count, dtype=np.int64) * available // count * context_length
     reader = _ShardReader(part, data.dtype, data.vocab_size)
     try:
-        reader.check_unchanged()
         for first in range(0, count, batch_size):
             rows = reader.read(starts[first : first + batch_size], context_length + 1)
             yield _split_rows(torch.from_numpy(rows), torch.device(device))

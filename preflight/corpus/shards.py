@@ -40,7 +40,6 @@ class Shard:
 
     path: Path
     n_tokens: int
-    data_offset: int  # bytes of header before the first id
     signature: tuple[int, int]
 
 
@@ -60,7 +59,7 @@ class Split:
 
 @dataclass(frozen=True)
 class DataFolder:
-    """A complete, verified data folder. ``fingerprint`` stands for every id in it, in order."""
+    """A complete, verified data folder. ``fingerprint`` is a digest of every id in it, in order."""
 
     path: Path
     metadata: Metadata
@@ -190,7 +189,7 @@ def verify_shard(folder: Path, tokenizer: Tokenizer, entry: ShardEntry) -> Shard
             path,
             f"its largest id is {largest}, expected {entry.max_id}, below {tokenizer.vocab_size}",
         )
-    return Shard(path, entry.n_tokens, len(header), (status.st_size, status.st_mtime_ns))
+    return Shard(path, entry.n_tokens, (status.st_size, status.st_mtime_ns))
 
 
 class ShardWriter:

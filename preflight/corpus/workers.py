@@ -25,7 +25,7 @@ _blocks_done = 0
 
 
 def _start_worker(kind: type[Tokenizer], name: str) -> None:
-    """Set a worker process up: deaf to Ctrl-C, which the parent handles; gone with its parent."""
+    """Set a worker process up: it ignores Ctrl-C, which the parent handles, and ends with it."""
     global _worker_tokenizer
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     end_with_parent()
@@ -37,7 +37,7 @@ def _encode_in_worker(texts: list[tuple[bytes, bool]]) -> bytes:
     assert _worker_tokenizer is not None
     _blocks_done += 1
     if _blocks_done % 50 == 0:
-        # glibc's heap frays: it grew by 160 KB with each MB of text until it was trimmed.
+        # glibc's heap fragments: it grew by 160 KB with each MB of text until it was trimmed.
         with contextlib.suppress(OSError, AttributeError, TypeError):
             ctypes.CDLL(None).malloc_trim(0)
     return _encode_texts(texts, _worker_tokenizer).tobytes()
@@ -68,7 +68,7 @@ def _is_loaded_alike_elsewhere(tokenizer: Tokenizer) -> bool:
 
 
 class Encoders:
-    """Blocks in, ids out, in order: in worker processes, or here where they would not pay."""
+    """Blocks to ids, in order: in worker processes, or in this process for small texts."""
 
     def __init__(self, tokenizer: Tokenizer, n_workers: int) -> None:
         self._tokenizer = tokenizer
@@ -85,7 +85,7 @@ class Encoders:
             )
 
     def close(self) -> None:
-        """End the workers without waiting for blocks that nobody wants any more."""
+        """End the workers without waiting for blocks that are no longer needed."""
         if self._pool is not None:
             self._pool.shutdown(wait=True, cancel_futures=True)
             self._pool = None
@@ -94,7 +94,7 @@ class Encoders:
         """(block, ids, whether these are its last) in order; few blocks are in flight at once."""
         pending: deque[tuple[Block, concurrent.futures.Future[bytes] | None]] = deque()
         for block in blocks:
-            if block.is_run:  # held whole: finish everything else first
+            if block.is_run:  # it is held whole in memory: finish all other blocks first
                 while pending:
                     yield self._collect(*pending.popleft())
                 yield from self._encode_run(block)
@@ -110,7 +110,7 @@ class Encoders:
             try:
                 return self._pool.submit(_encode_in_worker, block.texts)
             except BrokenProcessPool:
-                self._go_on_alone()
+                self._continue_without_workers()
         return None
 
     def _collect(
@@ -120,12 +120,15 @@ class Encoders:
             try:
                 return block, np.frombuffer(future.result(), self._tokenizer.id_dtype), True
             except BrokenProcessPool:
-                self._go_on_alone()
+                self._continue_without_workers()
         return block, _encode_texts(block.texts, self._tokenizer), True
 
-    def _go_on_alone(self) -> None:
+    def _continue_without_workers(self) -> None:
         if self._pool is not None:
-            log.info("a tokenising process was lost (out of memory, or killed?); going on without")
+            log.info(
+                "a tokenising process was lost (out of memory, or killed?); "
+                "continuing without worker processes"
+            )
             self.close()
 
     def _encode_run(self, block: Block) -> Iterator[tuple[Block, np.ndarray, bool]]:

@@ -19,7 +19,7 @@ class Tokenizer(Protocol):
         kind: the kind's name in ``config.json``, the same for all tokenizers of the class.
         name: the tokenizer's own name, as in ``--tokenizer``.
         vocab_size: every id is below it; not every number below it need be an id.
-        end_of_text_id: stands after each document.
+        end_of_text_id: comes after each document.
     """
 
     kind: ClassVar[str]
@@ -33,7 +33,7 @@ class Tokenizer(Protocol):
         """The tokenizer of this kind called `name`, in any process.
 
         Raises:
-            PreflightError: code FLAGS, when it is not at hand.
+            PreflightError: code FLAGS, when it cannot be loaded.
         """
 
     @classmethod
@@ -74,8 +74,8 @@ class Tokenizer(Protocol):
     def last_cut(self, text: str) -> int:
         """The last index in `text` where it may be cut; 0 where no such place is known.
 
-        Encoding both sides apart must give the ids of the whole, whatever stands before `text`
-        and behind it. Long documents are encoded between such places, and whole without any.
+        Encoding both sides apart must give the ids of the whole, whatever comes before `text`
+        and after it. Long documents are encoded between such places, and whole without any.
         """
         return 0
 

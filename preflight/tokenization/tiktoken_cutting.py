@@ -1,7 +1,7 @@
 """Exact encoding in parts for tiktoken's split patterns, with the proof of each step.
 
 The ids are those of ``encode_ordinary`` on the whole text. Text is cut only where no split pattern
-can join what stands on both sides. A text without such a place is split by the pattern itself, and
+can join the text on both sides. A text without such a place is split by the pattern itself, and
 a long piece is merged in windows whose seams are checked.
 """
 
@@ -37,7 +37,7 @@ _O200K_PATTERN = (
 )
 PROVEN_PATTERNS = frozenset({GPT2_PATTERN, _CL100K_PATTERN, _O200K_PATTERN})
 
-# Places where each of these patterns ends one piece and begins the next, whatever stands further
+# Places where each of these patterns ends one piece and begins the next, whatever the text further
 # left or right; so encoding both sides apart changes nothing. Only characters whose class is beyond
 # doubt are named: letters of ASCII, kana, CJK, hangul.
 _LETTER = r"A-Za-z\u3041-\u3096\u30a1-\u30fa\u4e00-\u9fa5\uac00-\ud7a3"
@@ -123,7 +123,7 @@ def _merge_in_windows(
     """
     merge, spell = encoding._encode_single_piece, encoding.decode_single_token_bytes
     size = window_bytes
-    given: list[int] = []  # the last id given out, where there is one
+    given: list[int] = []  # the last id that was yielded, where there is one
     kept: list[int] = []  # the ids behind it, up to the window: a seam may step back over them
     window = b""
     while True:

@@ -91,7 +91,16 @@ def test_tokenizers_that_a_worker_cannot_load_stay_in_this_process() -> None:
     class Local(PairTokenizer):
         """No other process can import it."""
 
-    for tokenizer in (Local("pairs"), build_tokenizer("cl100k_base"), PairTokenizer("pairs")):
+    namesake = TiktokenTokenizer(
+        tiktoken.Encoding(
+            "gpt2",  # but with another vocabulary
+            pat_str=r"(?s).",
+            mergeable_ranks=build_dense_ranks(),
+            special_tokens={"<|endoftext|>": 50256},
+        )
+    )
+    unknown = build_tokenizer("cl100k_base")
+    for tokenizer in (Local("pairs"), PairTokenizer("pairs"), unknown, namesake):
         encoders = Encoders(tokenizer, 1)
         assert encoders._pool is None
         blocks_ = [blocks.Block(0, 0, [(b"some words", True)], 10)]

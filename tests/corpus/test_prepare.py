@@ -31,6 +31,7 @@ from preflight.core.errors import ExitCode, PreflightError
 from preflight.core.locks import FolderLock
 from preflight.core.signals import StopFlag
 from preflight.corpus import build as build_module
+from preflight.corpus import builder
 from preflight.corpus.build import prepare_data
 from preflight.corpus.metadata import render_metadata
 from preflight.corpus.shards import DataFolder, load_data_folder
@@ -392,7 +393,7 @@ def test_file_that_changes_between_the_passes_publishes_nothing(
 ) -> None:
     old = build(tmp_path, GOOD)
     tree = hash_tree(old.path)
-    original = build_module._build_plan
+    original = build_module.build_plan
 
     def change(*args: Any) -> Any:
         plan = original(*args)
@@ -400,7 +401,7 @@ def test_file_that_changes_between_the_passes_publishes_nothing(
             file.write(b"P")
         return plan
 
-    monkeypatch.setattr(build_module, "_build_plan", change)
+    monkeypatch.setattr(build_module, "build_plan", change)
     with pytest.raises(PreflightError, match="changed while it was being read") as caught:
         build(tmp_path, GOOD + "more words\n")
     assert caught.value.code == ExitCode.TEXT
@@ -738,7 +739,7 @@ def test_stop_keeps_finished_shards(tmp_path: Path, capsys: pytest.CaptureFixtur
 def test_full_disk_is_told_of_before_the_work(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(build_module, "free_bytes", lambda path: 100)
+    monkeypatch.setattr(builder, "free_bytes", lambda path: 100)
     with pytest.raises(PreflightError) as caught:
         build(tmp_path, GOOD)
     assert caught.value.code == ExitCode.STORAGE

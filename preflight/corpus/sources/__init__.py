@@ -1,4 +1,4 @@
-"""Where text comes from. `find_sources` alone decides which kind of source serves a flag."""
+"""Where text comes from. Only `find_sources` decides which kind of source serves a flag."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ def _open(given: str | None, settings: DataSettings) -> list[Source]:
 
 
 def scan_sources(sources: list[Source], stop: StopFlag | None) -> list[ScannedSource]:
-    """The first pass over all sources. Files of a folder that are no text are skipped, and said.
+    """The first pass over all sources. Files of a folder that are no text are skipped and logged.
 
     Raises:
         PreflightError: code TEXT when a source is not UTF-8 text, or there is no text at all;

@@ -41,7 +41,7 @@ class Sample(TextFile):
         super().__init__(path, _SEPARATOR, name=name)
 
     def scan(self, stop: StopFlag | None) -> SourceFacts:
-        """Write the sample, then judge it as any text."""
+        """Write the sample, then scan it as any text."""
         log.info(
             "no --text-file given and the data folder is empty: preparing the built-in sample, "
             "the documentation that comes with Python"
@@ -58,7 +58,7 @@ def _build_sample() -> list[str]:
     Documentation topics, then docstrings of the standard library in the order of file names, up
     to `SAMPLE_BYTES`.
     """
-    from pydoc_data import topics  # large, and needed here alone
+    from pydoc_data import topics  # large, and needed only here
 
     documents = [text for _, text in sorted(topics.topics.items())]
     size = sum(len(text.encode()) for text in documents)

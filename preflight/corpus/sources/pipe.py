@@ -40,7 +40,7 @@ class Pipe(TextFile):
         self._pipe = pipe
 
     def scan(self, stop: StopFlag | None) -> SourceFacts:
-        """Copy the pipe, then judge the copy.
+        """Copy the pipe, then scan the copy.
 
         Raises:
             PreflightError: code TEXT when nobody writes to it for a minute; STORAGE; as `TextFile`.

@@ -32,16 +32,16 @@ class SourceFacts:
 
 
 class Source(Protocol):
-    """Documents from one place, read twice: `scan` judges them, `documents` gives them out.
+    """Documents from one place, read twice: `scan` checks them, `documents` yields them.
 
     A row of ``SOURCES`` is a function ``(given, settings) -> list[Source] | None`` that takes one
     value of ``--text-file``, or None without any, and returns None if it is not for this kind.
 
     Attributes:
-        name: stands in ``metadata.json``, so without the folder.
+        name: the source's entry in ``metadata.json``, so without the folder.
         label: how messages call the source: its path or address.
-        is_skippable: whether a scan that finds no text leaves the source out, and says so, instead
-            of ending the preparation.
+        is_skippable: whether a source without text is skipped and logged, instead of ending the
+            preparation.
         is_copied: whether `scan` writes into the folder of the build. It is then called under the
             lock of the data folder only.
     """
@@ -84,7 +84,7 @@ class Source(Protocol):
         return text_error(
             self.label,
             "changed while it was being read; nothing was published",
-            "run the same command again when the file is at rest",
+            "run the same command again when nothing writes to it any more",
         )
 
 

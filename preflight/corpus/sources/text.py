@@ -138,29 +138,29 @@ class TextFile(Source):
         self._spans = array("q")  # begin, end, begin, end ... of the documents
 
     def scan(self, stop: StopFlag | None) -> SourceFacts:
-        """Read the file to its end, whatever its size claims to be, and judge it as text.
+        """Read the file to its end, whatever its size claims to be, and check that it is text.
 
         Raises:
             PreflightError: code TEXT when it is unreadable, binary, UTF-16 or -32, not UTF-8, or
                 empty; SIGINT or SIGTERM when `stop` says so.
         """
-        judge = _Judge(self.path, self._separator)
+        scanner = _Scanner(self.path, self._separator)
         try:
             if not self.path.is_file():  # asked before opening: a pipe within a folder would block
                 raise text_error(self.path, "not a regular file")
             with open(self.path, "rb", buffering=0) as file:
                 self._signature = _read_signature(file)
                 while block := file.read(_READ_BYTES):
-                    judge.feed(block)
+                    scanner.feed(block)
                     if stop is not None:
                         stop.leave_if_stopping(
                             "stopped while reading the text; nothing was changed"
                         )
         except OSError as error:
             raise text_error(self.path, error.strerror or str(error)) from None
-        self._spans = judge.finish()
+        self._spans = scanner.finish()
         sizes = array("q", (self._spans[i + 1] - self._spans[i] for i in self._list_begins()))
-        return SourceFacts(judge.size, judge.digest.hexdigest(), sizes)
+        return SourceFacts(scanner.size, scanner.digest.hexdigest(), sizes)
 
     def _list_begins(self) -> range:
         return range(0, len(self._spans), 2)
@@ -204,10 +204,10 @@ def _read_signature(file: IO[bytes]) -> tuple[int, ...]:
     return (status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns)
 
 
-# ---- judging ------------------------------------------------------------------------------------
+# ---- scanning -----------------------------------------------------------------------------------
 
 
-class _Judge:
+class _Scanner:
     """Whether the bytes of a file that go by are text, and where its documents are."""
 
     def __init__(self, path: Path, separator: str | None) -> None:
@@ -226,8 +226,8 @@ class _Judge:
             if block.startswith(codecs.BOM_UTF8):
                 self._finder.begin = len(codecs.BOM_UTF8)
                 log.info(f"{self._path}: a byte order mark at its beginning is left out")
-        self.digest.update(block)  # in a thread of its own the waiting took longer
-        if b"\0" in block:  # to look is faster than to count
+        self.digest.update(block)  # a thread for it was slower
+        if b"\0" in block:  # this test is faster than counting
             self._n_nuls += block.count(0)
             if self._n_nuls * 10 > self.size + len(block):
                 raise text_error(self._path, "binary data (many NUL bytes), not text")
@@ -256,7 +256,7 @@ class _Judge:
             )
         if self._n_special and self._finder.separator != END_OF_TEXT:
             log.info(
-                f"{self._path}: '<|endoftext|>' stands {self._n_special:,} times in it and is "
+                f"{self._path}: '<|endoftext|>' occurs {self._n_special:,} times in it and is "
                 "taken as plain text; --document-separator '<|endoftext|>' would split documents "
                 "there"
             )
@@ -315,7 +315,7 @@ def _refuse_binary(path: Path, head: bytes) -> None:
 
 def _explain_not_utf8(path: Path, error: UnicodeDecodeError, base: int) -> PreflightError:
     offset, line = base + error.start, 1
-    with open(path, "rb") as file:  # counted here alone: it would cost every scan a quarter
+    with open(path, "rb") as file:  # only now: in every scan it would cost a quarter
         for begin in range(0, offset, _READ_BYTES):
             line += file.read(min(_READ_BYTES, offset - begin)).count(b"\n")
     return text_error(
