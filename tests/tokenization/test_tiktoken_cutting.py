@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import regex
 import tiktoken
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from tiktoken_ext import openai_public
 from tokenization.hostile_texts import GPT2, PATTERNS, RUNS, TEXTS, build_tokenizer, read_pattern
@@ -23,6 +23,10 @@ def test_the_proof_covers_the_installed_tiktoken(name: str) -> None:
 @pytest.mark.parametrize("dense", [False, True])
 @pytest.mark.parametrize("name", PATTERNS)
 @given(before=TEXTS, text=TEXTS, behind=TEXTS)
+@example(before="x" + ".\n/" * 9, text=".\n/", behind=".\n/" * 9)
+@example(before="A" * 9, text="A\u6f22A", behind="b" * 9)
+@example(before="we", text="we'", behind="ll")
+@example(before="1" * 8, text="1" * 4, behind="1" * 8)
 @settings(max_examples=60)
 def test_a_cut_is_safe_whatever_stands_around_it(
     name: str, dense: bool, before: str, text: str, behind: str
