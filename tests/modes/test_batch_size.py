@@ -423,6 +423,7 @@ def test_a_killed_parent_leaves_nothing(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_given_sizes_on_the_command_line_then_train(
     preflight: CommandRunner, tmp_path: Path, tiny_text: Path, device: str
 ) -> None:
@@ -462,6 +463,7 @@ def test_given_sizes_on_the_command_line_then_train(
     assert "2 steps of 256 tokens" in trained.stderr
 
 
+@pytest.mark.slow
 def test_the_named_size_survives_the_run(
     preflight: CommandRunner, tmp_path: Path, tiny_text: Path
 ) -> None:
