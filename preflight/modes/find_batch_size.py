@@ -39,9 +39,8 @@ from preflight.foresight.memory import (
     estimate_savings,
 )
 from preflight.foresight.trials import TrialResult, TrialSpec, run_trial
+from preflight.modes.setup import RunSetup
 from preflight.settings import MODEL_PRESETS, RunConfig, build_options
-from preflight.tokenization import Tokenizer, load_tokenizer
-from preflight.training.resume import resolve_model
 from train_utils import count_windows
 
 REPORT_NAME = "batch_size_report.json"
@@ -66,9 +65,9 @@ def run(config: RunConfig) -> int:
         stop = stack.enter_context(StopFlag())
         stack.enter_context(FolderLock(output_dir))
         storage.remove_leftovers(output_dir)
-        tokenizer = load_tokenizer(config.model.tokenizer)
-        model_config = resolve_model(config, tokenizer, None)
-        data, source = _find_data(config, tokenizer, model_config.context_length, stack)
+        setup = RunSetup(config, stop, continues=False)
+        model_config = setup.model_config
+        data, source = _find_data(setup, stack)
         folder = output_dir / f"{storage.TEMPORARY_PREFIX}trial"
         trials = BatchTrials(TrialSpec(config, model_config, data, folder), stop)
         report = BatchSizeReport(trials, trials.search(), source)
@@ -79,19 +78,17 @@ def run(config: RunConfig) -> int:
         return ExitCode.DONE if target in (None, report.result.largest) else ExitCode.CHECK_FAILED
 
 
-def _find_data(
-    config: RunConfig, tokenizer: Tokenizer, context_length: int, stack: contextlib.ExitStack
-) -> tuple[DataFolder | None, str]:
-    """The prepared data, if the run can use it, and in words what the batches are made of."""
-    folder = Path(config.data.data_dir)
+def _find_data(setup: RunSetup, stack: contextlib.ExitStack) -> tuple[DataFolder | None, str]:
+    """The data if it is prepared and fits the run, and in words what the batches are made of."""
+    folder = Path(setup.given.data.data_dir)
     if not (folder / METADATA_NAME).exists():
         return None, f"random tokens ({folder} holds no prepared data)"
     stack.enter_context(FolderLock(folder, shared=True))
     try:
-        data = load_data_folder(folder, tokenizer)
+        data = load_data_folder(folder, setup.tokenizer)
     except PreflightError as error:
         return None, f"random tokens ({error.lines[0]})"
-    if min(data.train.n_tokens, data.val.n_tokens) <= context_length:
+    if min(data.train.n_tokens, data.val.n_tokens) <= setup.context_length:
         return None, f"random tokens ({folder} is shorter than the context)"
     return data, f"prepared data in {folder}"
 

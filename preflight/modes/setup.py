@@ -68,21 +68,29 @@ class RunSetup:
     Args:
         given: the flags, before a checkpoint's settings are adopted.
         stop: signals end a preparation of data.
+        continues: the run would continue from a checkpoint in the output folder.
         resumes: the run goes on from its checkpoint, whose training state is read. Otherwise
             the run is only foreseen, and where it stands is taken from the manifest.
         trains: training steps will run. Otherwise nothing is compiled.
     """
 
     def __init__(
-        self, given: RunConfig, stop: StopFlag, *, resumes: bool = False, trains: bool = True
+        self,
+        given: RunConfig,
+        stop: StopFlag,
+        *,
+        continues: bool = True,
+        resumes: bool = False,
+        trains: bool = True,
     ) -> None:
-        self.given, self.stop, self.resumes, self.trains = given, stop, resumes, trains
+        self.given, self.stop, self.trains = given, stop, trains
+        self.continues, self.resumes = continues, resumes
         self.output_dir = Path(given.control.output_dir)
 
     @part
     def origin(self) -> Checkpoint | None:
         """The checkpoint that `--train` continues from, if any."""
-        return find_origin(self.given, self.output_dir)
+        return find_origin(self.given, self.output_dir) if self.continues else None
 
     @part
     def adopted(self) -> RunConfig:
@@ -264,7 +272,7 @@ class RunSetup:
 def _restore_state(setup: RunSetup, origin: Checkpoint) -> TrainState:
     """Where the origin's run stood; at the beginning of its data, where that is new."""
     try:
-        state = TrainState(**setup.saved["state"])
+        state = TrainState.restore(setup.saved["state"])
         fingerprint = setup.saved["data_fingerprint"]
     except (KeyError, TypeError) as error:
         raise PreflightError(

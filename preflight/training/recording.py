@@ -75,7 +75,6 @@ class StepRecorder:
             loss, norm = float(result.loss), float(result.grad_norm)  # waits for the device
             now = time.monotonic()
             seconds, self._last_row = now - self._last_row, now
-            self.state.train_seconds += seconds
             tokens_per_second = result.tokens / max(seconds, 1e-9)
             finite = math.isfinite(loss) and math.isfinite(norm)
             row = {
@@ -90,7 +89,6 @@ class StepRecorder:
             }
             self.trackers.log(row if finite else row | {"skipped": True})
             self._show(result, loss, tokens_per_second)
-            self.state.skipped_steps += not finite
             self.guard.check(result, finite, norm)
 
     def _show(self, result: StepResult, loss: float, tokens_per_second: float) -> None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import Any
 
 from torch import Tensor
 
@@ -20,9 +22,12 @@ class TrainState:
     tokens: int = 0
     best_val_loss: float | None = None
     evaluated_step: int = 0
-    skipped_steps: int = 0
-    train_seconds: float = 0.0
     eval_windows: int = 0
+
+    @classmethod
+    def restore(cls, saved: Mapping[str, Any]) -> TrainState:
+        """What a checkpoint holds; fields of older or newer versions are left out."""
+        return cls(**{f.name: saved[f.name] for f in fields(cls) if f.name in saved})
 
     def advance(self, result: StepResult, cursor: int) -> None:
         """Count one more update, made from the samples before `cursor`."""

@@ -318,7 +318,6 @@ def read_state(output_dir: Path, step: int) -> tuple[str, dict[str, Any]]:
     """A checkpoint's weights (their hash) and its training state, less what a clock decides."""
     folder = output_dir / "milestones" / f"checkpoint-{step}"
     state = torch.load(folder / "checkpoint.pt", weights_only=True)
-    state["state"].pop("train_seconds")
     return hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest(), state
 
 

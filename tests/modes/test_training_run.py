@@ -64,7 +64,6 @@ def read_state(folder: Path, step: int) -> tuple[bytes, dict[str, Any]]:
     """A checkpoint's weights and its training state, less what a clock decides."""
     path = folder / "milestones" / f"checkpoint-{step}"
     state = torch.load(path / "checkpoint.pt", weights_only=True)
-    state["state"].pop("train_seconds")
     return (path / "model.safetensors").read_bytes(), state
 
 

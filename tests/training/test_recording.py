@@ -86,7 +86,6 @@ def test_a_pause_is_not_part_of_a_step(
         with recorder.paused():
             clock[0] += 60
     assert [row["tokens_per_second"] for row in kept.rows] == [256.0, 256.0]
-    assert state.train_seconds == pytest.approx(1.0)
 
 
 def test_ten_skipped_steps_in_a_row_end_the_run(tmp_path: Path, kept: ListTracker) -> None:
@@ -102,7 +101,6 @@ def test_ten_skipped_steps_in_a_row_end_the_run(tmp_path: Path, kept: ListTracke
         recorder.record(result(99, math.nan))
     assert caught.value.code == ExitCode.DIVERGED
     assert "none yet" in str(caught.value)
-    assert state.skipped_steps == 2 * MAX_SKIPPED_IN_A_ROW - 1
     assert [bool(row.get("skipped")) for row in kept.rows].count(False) == 1
 
 
