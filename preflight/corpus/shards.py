@@ -117,13 +117,13 @@ def check_long_enough(part: SplitEntry, name: str, context_length: int) -> None:
     found = part.n_tokens
     if found <= context_length:
         what = {"train": "training", "val": "validation"}[name]
-        mend = "a larger --val-split" if name == "val" else "a smaller --val-split"
+        fix = "a larger --val-split" if name == "val" else "a smaller --val-split"
         raise PreflightError(
             ExitCode.TEXT,
             f"the {what} part has {found:,} token{'s' * (found != 1)}, needs "
             f"{context_length + 1:,}: one window of --context-length {context_length} and the "
             "token behind it",
-            f"give more text, a smaller --context-length, or {mend}",
+            f"give more text, a smaller --context-length, or {fix}",
         )
 
 

@@ -240,7 +240,7 @@ def describe_rate(
     used = estimate_flops_per_token(model) * rate / peak_flops
     rows["model_flops_utilisation_share"] = round(used, 4)
     if target.card:
-        source = f"the {target.card.name}'s sheet"
+        source = f"the {target.card.name}'s data sheet"
     else:
         source = "a matrix product's rate here"
         if target.device_type == "cuda":

@@ -46,7 +46,7 @@ class Report:
 
     @contextlib.contextmanager
     def guard(self, section: str) -> Iterator[None]:
-        """Note a `PreflightError` as a problem and go on; signals still end the program."""
+        """Record a `PreflightError` as a problem and continue; signals still end the program."""
         try:
             yield
         except PreflightError as error:

@@ -1,7 +1,7 @@
 """What a run is made of, assembled once for every mode.
 
 Each part of `RunSetup` is made when it is first asked for. A part that cannot be made raises the
-same `PreflightError` every time, so that a report can go on with the parts that do not need it.
+same `PreflightError` every time, so that a report can continue with the parts that do not need it.
 """
 
 from __future__ import annotations
@@ -69,8 +69,8 @@ class RunSetup:
         given: the flags, before a checkpoint's settings are adopted.
         stop: signals end a preparation of data.
         continues: the run would continue from a checkpoint in the output folder.
-        resumes: the run goes on from its checkpoint, whose training state is read. Otherwise
-            the run is only foreseen, and where it stands is taken from the manifest.
+        resumes: the training state of that checkpoint is read. Otherwise the run is only
+            foreseen, and where it stands is taken from the manifest.
         trains: training steps will run. Otherwise nothing is compiled.
     """
 

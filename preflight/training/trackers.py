@@ -14,7 +14,7 @@ class Tracker(Protocol):
     """Takes the rows of a run: ``step``, ``eval``, ``sample`` and ``resume`` events."""
 
     def resume(self, step: int) -> None:
-        """The run goes on behind `step` (0: it begins): later rows will come once more."""
+        """The run continues after `step` (0: it starts). Rows of later steps will come again."""
 
     def log(self, row: Row) -> None:
         """One row of plain JSON types. It must not end the run when it cannot be kept."""
