@@ -239,7 +239,9 @@ class RunSetup:
         )
         if self.origin is not None and self.resumes:
             shapes = {name: tuple(p.shape) for name, p in trainer.model.named_parameters()}
-            trainer.load_state_dict(load_weights(self.origin, shapes), self.saved["trainer"])
+            # Taken out, not kept: on CUDA the run would hold a second copy in the host's memory.
+            state = self.saved.pop("trainer", {})
+            trainer.load_state_dict(load_weights(self.origin, shapes), state)
         return trainer
 
     def open_loader(self, cursor: int = 0, batch_size: int | None = None) -> BatchLoader:

@@ -85,6 +85,9 @@ def test_where_a_run_stands(make_config: MakeConfig, resumes: bool) -> None:
     assert (run.state.step, run.state.cursor) == (3, 12)
     assert (run.state.tokens > 0) == resumes  # read from checkpoint.pt, or foreseen
     assert run.n_steps_to_come == 3
+    if resumes:
+        run.build_trainer()
+        assert "trainer" not in run.saved  # the optimizer's state is handed over, not held twice
 
 
 def test_another_batch_is_refused_unless_allowed(make_config: MakeConfig) -> None:
