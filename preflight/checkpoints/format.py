@@ -30,6 +30,7 @@ from preflight.checkpoints import v1
 from preflight.checkpoints.damage import damage_error, describe_path
 from preflight.checkpoints.manifest import (
     CONFIG_NAME,
+    FOLDER_NAME,
     MANIFEST_NAME,
     STATE_NAME,
     WEIGHTS_NAME,
@@ -308,6 +309,8 @@ def restore_replaced(milestones: Path) -> None:
     """Finish a replacement that was cut: restore the old checkpoint unless the new one exists."""
     for aside in milestones.glob(f"{_REPLACED_PREFIX}*"):
         folder = milestones / aside.name.removeprefix(_REPLACED_PREFIX)
+        if aside.is_symlink() or not FOLDER_NAME.fullmatch(folder.name):
+            continue  # somebody else's
         with contextlib.suppress(OSError):  # the next start tries again
             if os.path.lexists(folder):
                 storage.remove_tree(aside)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import re
 from pathlib import Path
 
 from preflight.checkpoints.damage import damage_error, describe_path
@@ -24,6 +25,9 @@ from preflight.checkpoints.manifest import (
 from preflight.core import storage
 from preflight.core.errors import ExitCode, PreflightError
 from preflight.core.log import log
+
+# What the modes write in an output folder under temporary names.
+_SCRATCH_NAMES = r"metrics\.jsonl|loss_curve\.png|\w+_report\.json|(?:trial|check|probe)(?:-.+)?"
 
 
 def list_checkpoints(output_dir: Path) -> list[Checkpoint]:
@@ -177,7 +181,9 @@ def remove_leftovers(output_dir: Path) -> None:
         PreflightError: code STORAGE.
     """
     milestones = output_dir / MILESTONES_NAME
-    restore_replaced(milestones)
-    storage.remove_leftovers(milestones)
-    for checkpoint in list_checkpoints(output_dir):
-        storage.remove_leftovers(checkpoint.path)
+    storage.remove_leftovers(output_dir, _SCRATCH_NAMES)
+    if storage.refuse_other_kind(milestones, folder=True):
+        restore_replaced(milestones)
+        storage.remove_leftovers(milestones, rf"(?:retired-|replaced-)?{FOLDER_NAME.pattern}")
+        for checkpoint in list_checkpoints(output_dir):
+            storage.remove_leftovers(checkpoint.path, re.escape(MANIFEST_NAME))

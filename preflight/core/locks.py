@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import socket
 import time
@@ -11,7 +12,7 @@ from pathlib import Path
 import filelock  # comes with torch; the same locks on Linux, macOS and Windows
 
 from preflight.core.errors import ExitCode, PreflightError
-from preflight.core.storage import storage_error
+from preflight.core.storage import foreign_error, open_regular, refuse_other_kind, storage_error
 
 try:
     import fcntl
@@ -35,6 +36,7 @@ class FolderLock:
 
     def __init__(self, folder: Path, *, shared: bool = False) -> None:
         self._path = folder / LOCK_NAME
+        _refuse_foreign(self._path)
         self._shared_descriptor = -1
         self._lock = filelock.FileLock(self._path, timeout=0)
         try:
@@ -80,10 +82,27 @@ class FolderLock:
         self.release()
 
 
+def _refuse_foreign(path: Path) -> None:
+    """PreflightError (STORAGE) for a link or another program's file in the lock's place."""
+    if refuse_other_kind(path):
+        try:
+            with open_regular(path) as file:
+                content = file.read(4)
+        except OSError as error:
+            raise storage_error(path, error) from error
+        if content not in (b"", b"pid "):
+            raise foreign_error(path, "is another program's file")
+
+
 def _open_shared(path: Path) -> int:
-    """A descriptor that holds a shared flock on `path`; BlockingIOError while a writer has it."""
+    """A descriptor that holds a shared flock on `path`; BlockingIOError while a writer has it.
+
+    -1 where the folder is read-only and no writer has ever locked it: then nobody can.
+    """
     while True:
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        descriptor = _open_to_share(path)
+        if descriptor < 0:
+            return descriptor
         try:
             fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
             # A writer that finished may have deleted the file just opened: then open the new one.
@@ -93,3 +112,16 @@ def _open_shared(path: Path) -> int:
             os.close(descriptor)
             raise
         os.close(descriptor)
+
+
+def _open_to_share(path: Path) -> int:
+    flags = os.O_CLOEXEC | os.O_NOFOLLOW
+    try:
+        return os.open(path, flags | os.O_RDWR | os.O_CREAT, 0o644)
+    except OSError as error:
+        if error.errno not in (errno.EROFS, errno.EACCES, errno.EPERM):
+            raise
+    try:
+        return os.open(path, flags | os.O_RDONLY)
+    except FileNotFoundError:
+        return -1

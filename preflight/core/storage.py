@@ -3,6 +3,9 @@
 Whatever is written and later read again goes through `publish_file` or `publish_folder`: a
 temporary name in the same folder, fsync, rename, fsync of the folder. A reader therefore finds the
 old content or the new one, even after a crash or a power cut in between.
+
+A name in a folder of ours may have been taken by somebody else. Nothing is written or deleted
+through a symbolic link there, and nothing is deleted that this program does not make.
 """
 
 from __future__ import annotations
@@ -12,8 +15,10 @@ import errno
 import hashlib
 import json
 import os
+import re
 import shutil
 import stat
+import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -25,6 +30,7 @@ from preflight.core.units import format_bytes
 Item = TypeVar("Item")
 Found = TypeVar("Found")
 TEMPORARY_PREFIX = ".tmp-"
+PROBE_NAME = "probe"
 _BLOCK_BYTES = 4 * 2**20
 # Raised only by a failing or full disk, never by a bug of this program.
 DISK_ERRNOS = {errno.ENOSPC, errno.EIO, errno.EDQUOT, errno.EFBIG, errno.EROFS}
@@ -97,6 +103,46 @@ def fsync_file(path: Path) -> None:
         os.fsync(file.fileno())
 
 
+def refuse_other_kind(path: Path, *, folder: bool = False) -> bool:
+    """Whether `path` exists. What is there must be a regular file, or with `folder` a folder.
+
+    A symbolic link is never followed.
+
+    Raises:
+        PreflightError: code STORAGE, when it is a link or anything else.
+    """
+    try:
+        mode = os.lstat(path).st_mode
+    except FileNotFoundError:
+        return False
+    except OSError as error:
+        raise storage_error(path, error) from error
+    if not (stat.S_ISDIR if folder else stat.S_ISREG)(mode):
+        kinds = ((stat.S_ISLNK, "a symbolic link"), (stat.S_ISDIR, "a folder"))
+        kind = next((name for is_kind, name in kinds if is_kind(mode)), "no regular file")
+        raise foreign_error(path, f"is {kind}")
+    return True
+
+
+def foreign_error(path: Path, what: str) -> PreflightError:
+    """The error for something at `path` that this program has not made and would replace."""
+    return PreflightError(
+        ExitCode.STORAGE,
+        f"{path} {what}, not what Preflight writes there",
+        "nothing was changed; move it away, or choose another folder",
+    )
+
+
+def make_own_folder(folder: Path) -> None:
+    """Make `folder` within a folder that exists. A link in its place is refused.
+
+    Raises:
+        PreflightError: code STORAGE.
+    """
+    if not refuse_other_kind(folder, folder=True):
+        make_folder(folder)
+
+
 def make_folder(folder: Path) -> None:
     """Make `folder` and its parents, each durable in its own parent.
 
@@ -122,11 +168,15 @@ def publish_file(path: Path, size_bytes: int = 0) -> Iterator[IO[bytes]]:
         size_bytes: its size where it is known, so that a full disk shows before the first write.
 
     Raises:
-        PreflightError: code STORAGE, when the disk is full, failing or read-only.
+        PreflightError: code STORAGE, when the disk is full, failing or read-only, or when there is
+            a link or a folder in the file's place.
     """
     temporary = path.with_name(f"{TEMPORARY_PREFIX}{path.name}")
+    refuse_other_kind(path)
+    if refuse_other_kind(temporary):  # what a killed writer left
+        _remove_scratch(temporary)
     try:
-        with open(temporary, "wb") as file:
+        with open(temporary, "xb") as file:
             reserve_bytes(file, size_bytes)
             yield file
             file.flush()
@@ -164,11 +214,13 @@ def publish_folder(folder: Path, size_bytes: int = 0) -> Iterator[Path]:
     lets the message about a full disk say how much is missing.
 
     Raises:
-        PreflightError: code STORAGE, when the disk is full, failing or read-only.
+        PreflightError: code STORAGE, when the disk is full, failing or read-only, or when there is
+            something else in the place of the temporary folder.
     """
     temporary = folder.with_name(f"{TEMPORARY_PREFIX}{folder.name}")
+    if refuse_other_kind(temporary, folder=True):
+        _remove_scratch(temporary)
     try:
-        remove_tree(temporary)
         temporary.mkdir()
         yield temporary
         for path in sorted(temporary.rglob("*")):
@@ -199,6 +251,13 @@ def remove_tree(path: Path) -> None:
             raise
 
 
+def _remove_scratch(path: Path) -> None:
+    try:
+        remove_tree(path)
+    except OSError as error:
+        raise _removal_error(path, error) from error
+
+
 def retire_folder(folder: Path) -> None:
     """Delete a folder so that an interruption never leaves part of it under its own name.
 
@@ -206,8 +265,9 @@ def retire_folder(folder: Path) -> None:
         PreflightError: code STORAGE.
     """
     retired = folder.with_name(f"{TEMPORARY_PREFIX}retired-{folder.name}")
+    if refuse_other_kind(retired, folder=True):
+        _remove_scratch(retired)
     try:
-        remove_tree(retired)
         os.rename(folder, retired)
         fsync_folder(
             folder.parent
@@ -217,17 +277,21 @@ def retire_folder(folder: Path) -> None:
         raise _removal_error(folder, error) from error
 
 
-def remove_leftovers(folder: Path) -> None:
+def remove_leftovers(folder: Path, names: str) -> None:
     """Delete what a killed writer left behind; the caller holds the folder's exclusive lock.
+
+    Args:
+        folder: where it was written.
+        names: a regular expression for the names that the writer uses, without the prefix.
+            Other files stay, whatever they are called, and so do links.
 
     Raises:
         PreflightError: code STORAGE.
     """
+    ours = re.compile(re.escape(TEMPORARY_PREFIX) + f"(?:{names})")
     for path in folder.glob(f"{TEMPORARY_PREFIX}*"):
-        try:
-            remove_tree(path)
-        except OSError as error:
-            raise _removal_error(path, error) from error
+        if ours.fullmatch(path.name) and not path.is_symlink():
+            _remove_scratch(path)
 
 
 def _removal_error(path: Path, error: OSError) -> PreflightError:
@@ -299,7 +363,19 @@ def check_writable(folder: Path) -> None:
         PreflightError: code STORAGE.
     """
     make_folder(folder)
-    probe = folder / ".probe"
-    with publish_file(probe) as file:
-        file.write(b"probe")
-    probe.unlink()
+    probe: Path | None = None
+    try:
+        descriptor, name = tempfile.mkstemp(prefix=f"{TEMPORARY_PREFIX}{PROBE_NAME}-", dir=folder)
+        probe = Path(name)
+        with open(descriptor, "wb") as file:
+            file.write(b"probe")
+            file.flush()
+            os.fsync(file.fileno())
+        probe = probe.rename(f"{name}-renamed")
+        fsync_folder(folder)
+    except OSError as error:
+        raise storage_error(probe or folder / PROBE_NAME, error) from error
+    finally:
+        if probe is not None:
+            with contextlib.suppress(OSError):
+                probe.unlink()

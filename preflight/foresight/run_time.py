@@ -481,7 +481,7 @@ def _measure_checkpoint(config: RunConfig, model_config: ModelConfig, runtime: R
     size = min(whole, _SAMPLE_BYTES)
     third = torch.zeros(size // 12, device=runtime.device)
     folder = Path(config.control.output_dir)
-    with tempfile.TemporaryDirectory(prefix=TEMPORARY_PREFIX, dir=folder) as name:
+    with tempfile.TemporaryDirectory(prefix=f"{TEMPORARY_PREFIX}check-", dir=folder) as name:
         began = time.perf_counter()
         save_checkpoint(
             Path(name),

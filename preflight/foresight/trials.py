@@ -362,7 +362,7 @@ def run_trial(spec: TrialSpec, hard_limit_bytes: int, stop: StopFlag) -> TrialRe
     process = context.Process(target=run_in_child, args=(spec, sender))
     size = spec.config.training.batch_size
     try:
-        storage.make_folder(spec.folder)
+        storage.make_own_folder(spec.folder)
         start_shielded(process)
         sender.close()
         answer = _await_answer(receiver, process, hard_limit_bytes, stop)

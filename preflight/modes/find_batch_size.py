@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 
+from preflight.checkpoints.store import remove_leftovers
 from preflight.core import storage
 from preflight.core.errors import ExitCode, PreflightError
 from preflight.core.locks import FolderLock
@@ -64,7 +65,7 @@ def run(config: RunConfig) -> int:
     with contextlib.ExitStack() as stack:
         stop = stack.enter_context(StopFlag())
         stack.enter_context(FolderLock(output_dir))
-        storage.remove_leftovers(output_dir)
+        remove_leftovers(output_dir)
         setup = RunSetup(config, stop, continues=False)
         model_config = setup.model_config
         data, source = _find_data(setup, stack)

@@ -414,7 +414,9 @@ def check_checkpoint(subject: Subject) -> str:
     state = {"trainer": trainer.state_dict()}
     with (
         _borrow_folder(subject.output_dir),
-        tempfile.TemporaryDirectory(prefix=TEMPORARY_PREFIX, dir=subject.output_dir) as name,
+        tempfile.TemporaryDirectory(
+            prefix=f"{TEMPORARY_PREFIX}check-", dir=subject.output_dir
+        ) as name,
     ):
         saved = save_checkpoint(
             Path(name),

@@ -193,27 +193,129 @@ def test_retired_folder_is_gone_at_once_and_never_half_there(
         with pytest.raises(Stopped):
             storage.retire_folder(tmp_path / "b")
     assert names(tmp_path) == [".tmp-retired-b"]
-    storage.remove_leftovers(tmp_path)
+    storage.remove_leftovers(tmp_path, "retired-.")
     assert names(tmp_path) == []
 
 
-def test_links_are_removed_not_followed(tmp_path: Path) -> None:
+def test_only_leftovers_of_ours_are_deleted(tmp_path: Path) -> None:
     (tmp_path / "kept").mkdir()
     (tmp_path / "kept" / "x").write_bytes(b"x")
-    (tmp_path / ".tmp-link").symlink_to(tmp_path / "kept")
-    storage.remove_leftovers(tmp_path)
-    assert names(tmp_path) == ["kept"]
+    (tmp_path / ".tmp-ours").write_bytes(b"cut")
+    (tmp_path / ".tmp-ours-too").symlink_to(tmp_path / "kept")
+    (tmp_path / ".tmp-thesis").write_bytes(b"somebody's")
+    storage.remove_leftovers(tmp_path, "ours(?:-too)?")
+    assert names(tmp_path) == [".tmp-ours-too", ".tmp-thesis", "kept"]
     assert names(tmp_path / "kept") == ["x"]
+
+
+def _publish_file(path: Path) -> None:
+    with storage.publish_file(path) as file:
+        file.write(b"ours")
+
+
+def _publish_folder(path: Path) -> None:
+    with storage.publish_folder(path) as folder:
+        (folder / "x").write_bytes(b"ours")
+
+
+def _publish_and_retire(path: Path) -> None:
+    path.mkdir()
+    storage.retire_folder(path)
+
+
+@pytest.mark.parametrize(
+    ("write", "name"),
+    [
+        (_publish_file, ".tmp-a"),
+        (_publish_file, "a"),
+        (_publish_folder, ".tmp-a"),
+        (_publish_and_retire, ".tmp-retired-a"),
+        (storage.make_own_folder, "a"),
+        (lambda path: locks.FolderLock(path.parent), ".lock"),
+        (lambda path: locks.FolderLock(path.parent, shared=True), ".lock"),
+    ],
+)
+@pytest.mark.parametrize("kind", ["file", "folder", "missing", "hard link"])
+def test_nothing_is_written_or_deleted_through_a_link(
+    tmp_path: Path, write: Callable[[Path], object], name: str, kind: str
+) -> None:
+    mine, place = tmp_path / "mine", tmp_path / "place"
+    place.mkdir()
+    if kind == "folder":
+        mine.mkdir()
+        (mine / "thesis").write_bytes(b"a text")
+    elif kind != "missing":
+        mine.write_bytes(b"a text")
+    if kind == "hard link":
+        os.link(mine, place / name)
+    else:
+        (place / name).symlink_to(mine)
+    try:
+        write(place / "a")
+    except PreflightError as error:
+        assert error.code == ExitCode.STORAGE
+        assert str(place / name) in str(error)
+        assert names(place)[0] == name
+    else:
+        assert kind == "hard link"
+        assert write is _publish_file
+    if kind == "missing":
+        assert not mine.exists()
+    else:
+        text = mine / "thesis" if kind == "folder" else mine
+        assert text.read_bytes() == b"a text"
+
+
+def test_probing_takes_no_name_that_is_there(tmp_path: Path) -> None:
+    for name in (".probe", ".tmp-.probe"):
+        (tmp_path / name).write_bytes(b"mine")
+    storage.check_writable(tmp_path)
+    assert names(tmp_path) == [".probe", ".tmp-.probe"]
+    assert (tmp_path / ".probe").read_bytes() == b"mine"
+
+
+def test_lock_file_of_another_program_is_kept(tmp_path: Path) -> None:
+    (tmp_path / ".lock").write_text("held by yarn")
+    for shared in (True, False):
+        with pytest.raises(PreflightError, match=r"\.lock is another program's file") as caught:
+            locks.FolderLock(tmp_path, shared=shared)
+        assert caught.value.code == ExitCode.STORAGE
+    assert (tmp_path / ".lock").read_text() == "held by yarn"
+
+
+@pytest.mark.parametrize("was_locked_before", [True, False])
+def test_readers_share_a_read_only_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, was_locked_before: bool
+) -> None:
+    if was_locked_before:
+        locks.FolderLock(tmp_path).release()
+    real = os.open
+
+    def open_read_only(path: Any, flags: int, *mode: int) -> int:
+        if flags & (os.O_RDWR | os.O_WRONLY | os.O_CREAT):
+            raise OSError(errno.EROFS, "Read-only file system")
+        return real(path, flags, *mode)
+
+    monkeypatch.setattr(os, "open", open_read_only)
+    with locks.FolderLock(tmp_path, shared=True), locks.FolderLock(tmp_path, shared=True):
+        monkeypatch.setattr(os, "open", real)
+        if was_locked_before:
+            with pytest.raises(PreflightError) as caught:
+                locks.FolderLock(tmp_path)
+            assert caught.value.code == ExitCode.LOCKED
 
 
 def test_what_cannot_be_deleted_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "a").mkdir()
     (tmp_path / ".tmp-b").mkdir()
     monkeypatch.setattr(storage.shutil, "rmtree", raise_always(PermissionError(13, "denied")))
-    acts = ((storage.retire_folder, tmp_path / "a"), (storage.remove_leftovers, tmp_path))
-    for act, path in acts:
+    acts: list[Callable[[], Any]] = [
+        lambda: storage.retire_folder(tmp_path / "a"),
+        lambda: storage.remove_leftovers(tmp_path, "b"),
+    ]
+    for act in acts:
         with pytest.raises(PreflightError, match=r"cannot delete .*: denied") as caught:
-            act(path)
+            act()
         assert caught.value.code == ExitCode.STORAGE
 
 
