@@ -7,31 +7,22 @@ complete build is then renamed into place. No torch: workers stay light.
 
 from __future__ import annotations
 
-import contextlib
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 from preflight.core.errors import ExitCode, PreflightError
 from preflight.core.locks import FolderLock
 from preflight.core.log import log
 from preflight.core.signals import StopFlag
-from preflight.core.storage import (
-    fsync_folder,
-    make_folder,
-    remove_tree,
-)
+from preflight.core.storage import fsync_folder, make_folder, make_own_folder, remove_tree
 from preflight.core.strict_json import read_json
 from preflight.corpus.blocks import BLOCK_BYTES
-from preflight.corpus.builder import JOURNAL_NAME, Builder, Job, build_plan
-from preflight.corpus.metadata import (
-    FORMAT,
-    METADATA_NAME,
-    SPLITS,
-    read_metadata,
-)
+from preflight.corpus.builder import Builder, Job, build_plan, write_journal
+from preflight.corpus.metadata import METADATA_NAME, SPLITS, Metadata, read_metadata
+from preflight.corpus.ownership import JOURNAL_NAME, refuse_foreign, remove_build
 from preflight.corpus.shards import (
     BUILDING_NAME,
-    SHARD_NAME,
     DataFolder,
     check_long_enough,
     load_data_folder,
@@ -47,6 +38,10 @@ from preflight.corpus.sources.builtin import SAMPLE_NAME
 from preflight.settings import DataSettings
 from preflight.tokenization import Tokenizer
 
+# Called with the reason before a complete data folder is replaced, and again with the fingerprint
+# of the new one before it takes the old one's place. It raises PreflightError to keep the old one.
+MayReplace = Callable[[str, str | None], None]
+
 
 def prepare_data(
     settings: DataSettings,
@@ -54,14 +49,16 @@ def prepare_data(
     context_length: int,
     stop: StopFlag | None = None,
     *,
+    may_replace: MayReplace | None = None,
     block_bytes: int = BLOCK_BYTES,
     n_workers: int | None = None,
 ) -> DataFolder:
     """Make, reuse or rebuild the data folder, and return it verified.
 
     The log says what is done and why. Without text and with an empty folder the built-in sample
-    is prepared. `block_bytes` and `n_workers` (unset: from the settings and the size of
-    the text) change the speed only, never the ids.
+    is prepared. `may_replace` raises when a complete folder must stay as it is. `block_bytes` and
+    `n_workers` (unset: from the settings and the size of the text) change the speed only, never
+    the ids.
 
     Raises:
         PreflightError: TEXT for input text; FLAGS for a terminal as text; DATA for a folder that
@@ -74,7 +71,7 @@ def prepare_data(
     # A killed run may leave a build behind; only with the text we can tell whether it is needed.
     building = data_dir / BUILDING_NAME
     unfinished = building if settings.text_file else building / METADATA_NAME
-    is_complete = (data_dir / METADATA_NAME).exists() and not unfinished.exists()
+    is_complete = os.path.lexists(data_dir / METADATA_NAME) and not os.path.lexists(unfinished)
     if not settings.text_file and is_complete:
         return _reuse(load_data_folder(data_dir, tokenizer), context_length)
     scanned: list[ScannedSource] | None = None
@@ -85,35 +82,57 @@ def prepare_data(
             found = _load_if_same(data_dir, scanned, settings, tokenizer)
             if isinstance(found, DataFolder):
                 return _reuse(found, context_length)
+    refuse_foreign(data_dir)  # before the lock writes a file there
     make_folder(data_dir)
     with FolderLock(data_dir):
-        return _prepare_locked(job, data_dir, sources, scanned)
+        return _prepare_locked(job, data_dir, sources, scanned, may_replace)
 
 
 def _prepare_locked(
-    job: Job, data_dir: Path, sources: list[Source], scanned: list[ScannedSource] | None
+    job: Job,
+    data_dir: Path,
+    sources: list[Source],
+    scanned: list[ScannedSource] | None,
+    may_replace: MayReplace | None,
 ) -> DataFolder:
     """Build the data folder, unless a build that was cut, or another run, has done so."""
     settings, tokenizer = job.settings, job.tokenizer
     building = data_dir / BUILDING_NAME
+    refuse_foreign(data_dir)
     _finish_swap(data_dir)
-    is_complete = (data_dir / METADATA_NAME).exists()
+    is_complete = os.path.lexists(data_dir / METADATA_NAME)
     if not settings.text_file:
         if is_complete:
             return _reuse(load_data_folder(data_dir, tokenizer), job.context_length)
         _refuse_leftovers(data_dir)
-    _refuse_foreign(data_dir)
-    make_folder(building)
+    make_own_folder(building)
+    if not os.listdir(building):
+        write_journal(building)  # from here on it is provably ours
     scanned = scanned or scan_sources(sources, job.stop)
+    reason = ""
     if is_complete:
         found = _load_if_same(data_dir, scanned, settings, tokenizer)
         if isinstance(found, DataFolder):
-            remove_tree(building)
+            remove_build(building)
             return _reuse(found, job.context_length)
-        log.info(f"rebuilding {data_dir} because {found}")
+        reason = found.lines[0] if isinstance(found, PreflightError) else found
+        if may_replace is not None and isinstance(found, str):
+            _ask(may_replace, building, reason, None)
+        log.info(f"rebuilding {data_dir} because {reason}")
     Builder(building, job, build_plan(scanned, job)).build()
+    if is_complete and may_replace is not None:
+        _ask(may_replace, building, reason, load_data_folder(building, tokenizer).fingerprint)
     _finish_swap(data_dir)
     return load_data_folder(data_dir, tokenizer)
+
+
+def _ask(may_replace: MayReplace, building: Path, reason: str, fingerprint: str | None) -> None:
+    """Remove the build when the complete data folder must stay."""
+    try:
+        may_replace(reason, fingerprint)
+    except PreflightError:
+        remove_build(building)
+        raise
 
 
 # ---- the data folder ----------------------------------------------------------------------------
@@ -128,16 +147,28 @@ def _reuse(data: DataFolder, context_length: int) -> DataFolder:
 
 def _load_if_same(
     data_dir: Path, scanned: list[ScannedSource], settings: DataSettings, tokenizer: Tokenizer
-) -> DataFolder | str:
-    """The data folder when it is what these settings make of the text, else why it is not."""
+) -> DataFolder | str | PreflightError:
+    """The data folder when it is what these settings make of the text.
+
+    Else what has changed since it was built, or the error when it is damaged.
+    """
     try:
         metadata = read_metadata(data_dir)
-        before = metadata.tokenizer
-        if before.fingerprint != tokenizer.fingerprint:
-            return f"the tokenizer changed from {before.name} to {tokenizer.name}"
-        data = load_data_folder(data_dir, tokenizer)
+        changed = _find_change(metadata, scanned, settings, tokenizer)
+        return changed or load_data_folder(data_dir, tokenizer)
     except PreflightError as error:
-        return error.lines[0]
+        return error
+
+
+def _find_change(
+    metadata: Metadata,
+    scanned: list[ScannedSource],
+    settings: DataSettings,
+    tokenizer: Tokenizer,
+) -> str:
+    before = metadata.tokenizer
+    if before.fingerprint != tokenizer.fingerprint:
+        return f"the tokenizer changed from {before.name} to {tokenizer.name}"
     described = describe_sources(scanned)
     known = [entry.model_dump(include={"name", "size", "sha256"}) for entry in metadata.sources]
     if described != known:
@@ -150,17 +181,17 @@ def _load_if_same(
     ):
         if old != new:
             return f"{flag} changed from {old!r} to {new!r}"
-    return data
+    return ""
 
 
 def _finish_swap(data_dir: Path) -> None:
     """Move a complete build into place. Killed anywhere, calling it again finishes the move."""
     building = data_dir / BUILDING_NAME
-    if (building / METADATA_NAME).exists():
+    if os.path.lexists(building / METADATA_NAME):
         remove_tree(data_dir / METADATA_NAME)  # from here to the last rename: unfinished
         fsync_folder(data_dir)
         for split in SPLITS:
-            if (building / split).exists():
+            if os.path.lexists(building / split):
                 remove_tree(data_dir / split)
                 os.rename(building / split, data_dir / split)
         fsync_folder(data_dir)
@@ -175,10 +206,8 @@ def _finish_swap(data_dir: Path) -> None:
 def _refuse_leftovers(data_dir: Path) -> None:
     """Never replace an unfinished build without its text: PreflightError (DATA)."""
     building = data_dir / BUILDING_NAME
-    is_own_sample = (building / SAMPLE_NAME).exists()
-    if ((building / JOURNAL_NAME).exists() and not is_own_sample) or any(
-        (data_dir / split).exists() for split in SPLITS
-    ):
+    is_own_sample = os.path.lexists(building / SAMPLE_NAME)
+    if _is_begun(building) and not is_own_sample:
         raise PreflightError(
             ExitCode.DATA,
             f"{data_dir} is unfinished: it has no {METADATA_NAME}",
@@ -186,26 +215,11 @@ def _refuse_leftovers(data_dir: Path) -> None:
         )
 
 
-def _refuse_foreign(data_dir: Path) -> None:
-    """Never delete another program's files: PreflightError (DATA) when there are any."""
-    foreign: list[Path] = []
-    for folder in (data_dir / split for split in SPLITS):
-        if folder.is_symlink() or (folder.exists() and not folder.is_dir()):
-            foreign.append(folder)
-        elif folder.is_dir():
-            foreign += [
-                path
-                for path in folder.iterdir()
-                if not SHARD_NAME.fullmatch(path.name) or path.is_dir()
-            ]
-    path = data_dir / METADATA_NAME
-    with contextlib.suppress(OSError, ValueError):
-        content = read_json(path)
-        if not isinstance(content, dict) or content.get("format") != FORMAT:
-            foreign.append(path)
-    if foreign:
-        raise PreflightError(
-            ExitCode.DATA,
-            f"{foreign[0]} is not Preflight's, and building would replace it",
-            "choose another --data-dir",
-        )
+def _is_begun(building: Path) -> bool:
+    """Whether a build has finished shards, as far as its journal can be read."""
+    try:
+        return bool(read_json(building / JOURNAL_NAME)["key"])
+    except FileNotFoundError:
+        return False
+    except (OSError, ValueError, LookupError, TypeError):
+        return True

@@ -19,7 +19,7 @@ from preflight.core.log import is_progress_shown, log
 from preflight.core.signals import StopFlag
 from preflight.core.storage import (
     free_bytes,
-    make_folder,
+    make_own_folder,
     publish_file,
     remove_tree,
     verify_all,
@@ -37,6 +37,7 @@ from preflight.corpus.metadata import (
     SplitEntry,
     render_metadata,
 )
+from preflight.corpus.ownership import BUILD_FORMAT, JOURNAL_NAME, remove_build
 from preflight.corpus.shards import (
     ShardWriter,
     check_long_enough,
@@ -51,7 +52,6 @@ from preflight.corpus.workers import Encoders
 from preflight.settings import DataSettings
 from preflight.tokenization import Tokenizer
 
-JOURNAL_NAME = "journal.json"
 IN_PROCESS_BYTES = 2 * 2**20  # below this, starting workers costs more than it gains
 
 
@@ -99,6 +99,11 @@ def build_plan(scanned: list[ScannedSource], job: Job) -> Plan:
     ]
     key = hashlib.sha256(json.dumps(facts).encode()).hexdigest()
     return Plan(scanned, parts, by, key)
+
+
+def write_journal(building: Path, *, key: str = "", **content: Any) -> None:
+    """Publish the journal of a build; without a key it only proves whose folder it is."""
+    write_json(building / JOURNAL_NAME, {"format": BUILD_FORMAT, "key": key, **content})
 
 
 # ---- building -----------------------------------------------------------------------------------
@@ -165,7 +170,7 @@ class Builder:
         self._resume()
         self._check_space(total)
         for split in SPLITS:
-            make_folder(self._building / split)
+            make_own_folder(self._building / split)
         encoders = Encoders(self._tokenizer, _choose_workers(self._plan, self._job))
         progress = _Progress(total, self._count_done_bytes())
         try:
@@ -182,7 +187,7 @@ class Builder:
             for name in ("train", "val"):
                 check_long_enough(SplitEntry.read(metadata[name]), name, self._job.context_length)
         except PreflightError:
-            remove_tree(self._building)
+            remove_build(self._building)
             raise
         content = render_metadata(metadata)
         with publish_file(self._building / METADATA_NAME, len(content)) as file:
@@ -285,17 +290,11 @@ class Builder:
     def _record(self, split: str, entry: ShardEntry, position: list[Any]) -> None:
         self._shards[split].append(entry)
         self._position = position
-        write_json(
-            self._building / JOURNAL_NAME,
-            {
-                "key": self._plan.key,
-                "position": position,
-                "shards": {
-                    split: [shard.model_dump() for shard in shards]
-                    for split, shards in self._shards.items()
-                },
-            },
-        )
+        shards = {
+            split: [shard.model_dump() for shard in shards]
+            for split, shards in self._shards.items()
+        }
+        write_journal(self._building, key=self._plan.key, position=position, shards=shards)
 
     def _build_metadata(self) -> dict[str, Any]:
         tokenizer, settings, plan = self._tokenizer, self._settings, self._plan

@@ -52,6 +52,7 @@ def build(
     tokenizer: Tokenizer = GPT2,
     block_bytes: int = 64,
     n_workers: int = 0,
+    may_replace: build_module.MayReplace | None = None,
     **values: Any,
 ) -> DataFolder:
     """Prepare `texts` as files of their own, with small blocks."""
@@ -63,7 +64,14 @@ def build(
         names.append(str(path))
     values = {"data_dir": str(tmp_path / "data"), "shard_size": 1024, **values}
     data_settings = DataSettings(text_file=tuple(names), **values)
-    return prepare_data(data_settings, tokenizer, 1, block_bytes=block_bytes, n_workers=n_workers)
+    return prepare_data(
+        data_settings,
+        tokenizer,
+        1,
+        may_replace=may_replace,
+        block_bytes=block_bytes,
+        n_workers=n_workers,
+    )
 
 
 def read_ids(data: DataFolder, split: str) -> list[int]:
@@ -582,17 +590,104 @@ def test_damaged_shards(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> N
     assert again.fingerprint == data.fingerprint
 
 
-def test_another_programs_files_are_never_replaced(tmp_path: Path) -> None:
-    data_dir = tmp_path / "data"
-    for content in ("train/cats.jpg", "metadata.json"):
-        path = data_dir / content
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text("{}")
-        with pytest.raises(PreflightError, match="not Preflight's") as caught:
-            build(tmp_path, GOOD)
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("train/cats.jpg", "{}"),
+        ("train/shard_00000.npy", "named like one of ours"),
+        ("val/shard_00000.npy/cats.jpg", "a folder named like one of ours"),
+        ("metadata.json", "{}"),
+        ("metadata.json", '{"loss": NaN}'),
+        ("metadata.json", "[" * 100_000),
+        ("metadata.json", ""),
+        (".building/thesis.txt", "a text"),
+        (".building/journal.json", '{"key": "a diary"}'),
+        (".building/metadata.json", "{}"),
+        (".building/train/thesis.txt", "a text"),
+    ],
+)
+def test_another_programs_files_are_never_replaced(tmp_path: Path, name: str, content: str) -> None:
+    path = tmp_path / "data" / name
+    path.parent.mkdir(parents=True)
+    path.write_text(content)
+    before = sorted(tmp_path.rglob("*"))
+    for texts in ((GOOD,), ()):
+        if not texts and name != ".building/metadata.json" and name.startswith("."):
+            continue
+        with pytest.raises(PreflightError) as caught:
+            build(tmp_path, *texts)
         assert caught.value.code == ExitCode.DATA
-        assert path.read_text() == "{}"
-        shutil.rmtree(data_dir)
+        assert str(tmp_path / "data") in str(caught.value)
+        assert path.read_text() == content
+        assert sorted(set(tmp_path.rglob("*")) - {tmp_path / "text0.txt"}) == before
+
+
+def test_files_beside_a_complete_folder_are_never_replaced(tmp_path: Path) -> None:
+    data = build(tmp_path, GOOD)
+    for name in ("train/shard_00007.npy", "val/notes.txt"):
+        (data.path / name).write_text("mine")
+        with pytest.raises(PreflightError, match="not provably Preflight's") as caught:
+            build(tmp_path, GOOD + "more")
+        assert caught.value.code == ExitCode.DATA
+        assert (data.path / name).read_text() == "mine"
+        (data.path / name).unlink()
+    assert load_data_folder(data.path, GPT2).fingerprint == data.fingerprint
+
+
+@pytest.mark.parametrize(
+    "name", [".building", ".building/train", "train", "val", "metadata.json", ".lock"]
+)
+@pytest.mark.parametrize("is_complete", [True, False])
+def test_links_in_a_data_folder_are_not_followed(
+    tmp_path: Path, name: str, is_complete: bool
+) -> None:
+    mine = tmp_path / "mine"
+    mine.mkdir()
+    (mine / "thesis.txt").write_text("a text")
+    if is_complete:
+        build(tmp_path, GOOD)
+        shutil.rmtree(tmp_path / "data" / name, ignore_errors=True)
+        (tmp_path / "data" / name).unlink(missing_ok=True)
+    link = tmp_path / "data" / name
+    link.parent.mkdir(parents=True, exist_ok=True)
+    link.symlink_to(mine / "thesis.txt" if "." in name[1:] or name == ".lock" else mine)
+    with pytest.raises(PreflightError) as caught:
+        build(tmp_path, GOOD + "more")
+    assert caught.value.code == ExitCode.STORAGE if name == ".lock" else ExitCode.DATA
+    assert str(link) in str(caught.value)
+    assert (mine / "thesis.txt").read_text() == "a text"
+    assert os.listdir(mine) == ["thesis.txt"]
+    assert link.is_symlink()
+
+
+def test_complete_folder_is_kept_when_it_may_not_be_replaced(tmp_path: Path) -> None:
+    data = build(tmp_path, GOOD)
+    before = hash_tree(data.path)
+    asked: list[tuple[str, str | None]] = []
+
+    def may_replace(reason: str, fingerprint: str | None) -> None:
+        asked.append((reason, fingerprint))
+        if fingerprint != data.fingerprint:
+            raise PreflightError(ExitCode.DATA, "in use")
+
+    with pytest.raises(PreflightError, match="in use"):
+        build(tmp_path, GOOD + "more", may_replace=may_replace)
+    assert asked == [("the text changed (text0.txt)", None)]
+    assert hash_tree(data.path) == before
+    assert not (data.path / ".building").exists()
+    # Damaged shards of the same text are built again, of another text they stay.
+    shard = data.path / "train" / "shard_00000.npy"
+    shard.write_bytes(b"x" + shard.read_bytes()[1:])
+    assert build(tmp_path, GOOD, may_replace=may_replace).fingerprint == data.fingerprint
+    assert asked[1][1] == data.fingerprint
+    assert hash_tree(data.path) == before
+    content = (data.path / "metadata.json").read_bytes()
+    (data.path / "metadata.json").write_bytes(content.replace(b"sources", b"sourCes"))
+    damaged = hash_tree(data.path)
+    with pytest.raises(PreflightError, match="in use"):
+        build(tmp_path, GOOD + "more", may_replace=may_replace)
+    assert hash_tree(data.path) == damaged
+    assert not (data.path / ".building").exists()
 
 
 def test_lock_is_held_while_building(tmp_path: Path) -> None:
@@ -697,7 +792,7 @@ def test_unfinished_folder_without_text_is_an_error_and_a_finished_build_is_move
     assert prepare_data(settings, GPT2, 4).fingerprint == data.fingerprint
     assert hash_tree(data.path) == tree
     (data.path / "metadata.json").unlink()
-    with pytest.raises(PreflightError, match="unfinished") as caught:
+    with pytest.raises(PreflightError, match="not provably") as caught:
         prepare_data(settings, GPT2, 4)
     assert caught.value.code == ExitCode.DATA
 

@@ -1,0 +1,100 @@
+"""Whether a data folder was made by this program. Its content says so, never a name alone."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import stat
+from pathlib import Path
+
+from preflight.core.errors import ExitCode, PreflightError
+from preflight.core.storage import TEMPORARY_PREFIX, open_regular, remove_tree
+from preflight.corpus.metadata import FORMAT, METADATA_NAME, SPLITS, read_metadata
+from preflight.corpus.shards import BUILDING_NAME, SHARD_NAME
+
+JOURNAL_NAME = "journal.json"
+BUILD_FORMAT = "preflight-build"
+
+
+def refuse_foreign(data_dir: Path) -> None:
+    """Look at everything that a build would write to or replace.
+
+    A link is never ours. ``metadata.json`` proves the shards that it lists. Where it is damaged,
+    its beginning proves the files that are named like shards.
+
+    Raises:
+        PreflightError: code DATA, naming the first file or folder that is not provably ours.
+    """
+    building, metadata = data_dir / BUILDING_NAME, data_dir / METADATA_NAME
+    if _exists(building, folder=True):
+        _check_building(building)
+    is_ours = _exists(metadata)
+    if is_ours and not _begins_with(metadata, FORMAT):
+        raise _foreign_error(metadata)
+    # A build that is complete may have been moved in part.
+    is_ours = is_ours or os.path.lexists(building / METADATA_NAME)
+    listed = _list_files(data_dir)
+    for split in SPLITS:
+        folder = data_dir / split
+        for name in sorted(os.listdir(folder)) if _exists(folder, folder=True) else ():
+            is_known = f"{split}/{name}" in listed if listed else SHARD_NAME.fullmatch(name)
+            if not is_ours or not is_known or not _exists(folder / name):
+                raise _foreign_error(folder / name)
+
+
+def _check_building(building: Path) -> None:
+    """PreflightError (DATA) unless the folder of a build is empty, or a file in it proves it."""
+    for split in SPLITS:
+        _exists(building / split, folder=True)
+    names = set(os.listdir(building)) - {TEMPORARY_PREFIX + JOURNAL_NAME}
+    proofs = ((JOURNAL_NAME, BUILD_FORMAT), (METADATA_NAME, FORMAT))
+    if names and not any(n in names and _begins_with(building / n, form) for n, form in proofs):
+        raise _foreign_error(building)
+
+
+def remove_build(building: Path) -> None:
+    """Delete the folder of a build, the journal last: it proves the rest if this is cut."""
+    for name in os.listdir(building):
+        if name != JOURNAL_NAME:
+            remove_tree(building / name)
+    remove_tree(building)
+
+
+def _list_files(data_dir: Path) -> set[str]:
+    """The files that the metadata lists, by path; none where it is missing or damaged."""
+    with contextlib.suppress(PreflightError):
+        metadata = read_metadata(data_dir)
+        shards = {f"{s}/{shard.name}" for s in SPLITS for shard in metadata.get_split(s).shards}
+        return shards | {entry.name for entry in metadata.files}
+    return set()
+
+
+def _exists(path: Path, *, folder: bool = False) -> bool:
+    """Whether there is a regular file, or a folder; PreflightError (DATA) for anything else."""
+    try:
+        mode = os.lstat(path).st_mode
+    except FileNotFoundError:
+        return False
+    except OSError as error:
+        raise PreflightError(ExitCode.DATA, f"{path}: {error.strerror}") from None
+    if not (stat.S_ISDIR if folder else stat.S_ISREG)(mode):
+        raise _foreign_error(path)
+    return True
+
+
+def _begins_with(path: Path, form: str) -> bool:
+    """Whether a JSON file begins with the key ``format`` and this value, as we write it."""
+    expected = f'{{\n  "format": "{form}"'.encode()
+    try:
+        with open_regular(path) as file:
+            return file.read(len(expected)) == expected
+    except OSError as error:
+        raise PreflightError(ExitCode.DATA, f"{path}: {error.strerror}") from None
+
+
+def _foreign_error(path: Path) -> PreflightError:
+    return PreflightError(
+        ExitCode.DATA,
+        f"{path} is not provably Preflight's, and building the data folder would replace it",
+        "nothing was changed; choose another --data-dir, or move it away",
+    )
