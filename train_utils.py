@@ -1,8 +1,9 @@
 """Token shards to batches: a permutation of windows per epoch, read ahead in a thread.
 
-Shapes: B batch, T context length. A window is T + 1 tokens: the inputs, and the same shifted by
-one. Windows of an epoch do not overlap in their inputs; each epoch shifts them by another offset,
-so that the model does not see the same cuts again.
+Shapes: B batch, T tokens of a window: the context length, or less where the whole split is
+shorter. A window is T + 1 tokens: the inputs, and the same shifted by one. Windows of an epoch do
+not overlap in their inputs; each epoch shifts them by another offset, so that the model does not
+see the same cuts again.
 """
 
 from __future__ import annotations
@@ -25,6 +26,11 @@ from preflight.corpus.shards import DataFolder, Shard, Split
 
 _CHUNK_TOKENS = 256 * 1024  # read and converted at once: one queue item for many batches
 _POLL_SECONDS = 0.5
+
+
+def choose_window(n_tokens: int, context_length: int) -> int:
+    """Tokens of a window: `context_length`, or all but one of a split that is shorter."""
+    return max(1, min(context_length, n_tokens - 1))
 
 
 def count_windows(n_tokens: int, context_length: int) -> int:
@@ -184,9 +190,10 @@ class BatchLoader:
         part: Split = getattr(data, split)
         self.n_windows = count_windows(part.n_tokens, context_length)
         self.cursor = cursor
-        self._batch_size, self._context_length = batch_size, context_length
+        self._batch_size = batch_size
+        self._window = choose_window(part.n_tokens, context_length)
         self._device = torch.device(device)
-        self._source = (part.n_tokens, context_length, seed, data.fingerprint)
+        self._source = (part.n_tokens, self._window, seed, data.fingerprint)
         self._reader = _ShardReader(part, data.dtype, data.vocab_size)
         self._chunk: torch.Tensor | None = None
         self._chunk_row = 0
@@ -231,7 +238,7 @@ class BatchLoader:
     def _read_ahead(self, cursor: int) -> None:
         """In the thread: chunks of whole batches from `cursor` on, until the loader is closed."""
         try:
-            row_tokens = self._context_length + 1
+            row_tokens = self._window + 1
             n_batches = max(1, _CHUNK_TOKENS // (self._batch_size * row_tokens))
             epoch: _Epoch | None = None
             while not self._closing.is_set():
@@ -242,7 +249,7 @@ class BatchLoader:
                     if epoch is None or epoch.number != number:
                         epoch = _build_epoch(*self._source, number)
                     windows = epoch.order[first : first + end - cursor]
-                    starts.append(windows * self._context_length + epoch.offset)
+                    starts.append(windows * self._window + epoch.offset)
                     cursor += len(windows)
                 rows = torch.from_numpy(self._reader.read(np.concatenate(starts), row_tokens))
                 self._put(rows.pin_memory() if self._device.type == "cuda" else rows)
@@ -299,13 +306,14 @@ def iterate_windows(
         PreflightError: code DATA when a shard cannot be read or was changed.
     """
     part: Split = getattr(data, split)
-    available = count_windows(part.n_tokens, context_length)
+    window = choose_window(part.n_tokens, context_length)
+    available = count_windows(part.n_tokens, window)
     count = min(n_windows, available)
-    starts = np.arange(count, dtype=np.int64) * available // count * context_length
+    starts = np.arange(count, dtype=np.int64) * available // count * window
     reader = _ShardReader(part, data.dtype, data.vocab_size)
     try:
         for first in range(0, count, batch_size):
-            rows = reader.read(starts[first : first + batch_size], context_length + 1)
+            rows = reader.read(starts[first : first + batch_size], window + 1)
             yield _split_rows(torch.from_numpy(rows), torch.device(device))
     finally:
         reader.close()

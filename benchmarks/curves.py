@@ -56,7 +56,6 @@ def train_both(
         data = prepare_data(
             DataSettings(text_file=(f"{folder}/text",), data_dir=f"{folder}/data"),
             load_tokenizer("gpt2"),
-            shape.context_length,
         )
         plan = build_plan(training, ControlSettings(), shape.context_length, 10**6, 100)
         # As for a long run, so that a card compiles.

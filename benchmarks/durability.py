@@ -122,7 +122,7 @@ def measure_verification(folder: Path, repeats: int, n_tokens: int) -> dict[str,
     data = DataSettings(
         text_file=(str(text),), data_dir=str(folder / "data"), shard_size=n_tokens // 10
     )  # ten shards: several are read at once
-    prepared = prepare_data(data, tokenizer, 128)
+    prepared = prepare_data(data, tokenizer)
     data_bytes = sum(s.n_tokens for s in prepared.train.shards + prepared.val.shards) * 2
     raw = np.random.default_rng(0).bytes(size)
     return {

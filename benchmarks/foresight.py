@@ -112,7 +112,7 @@ def predict_one(flags: dict[str, Any], folder: str, seconds: float) -> dict[str,
     Path(config.control.output_dir).mkdir(exist_ok=True)
     tokenizer = load_tokenizer(config.model.tokenizer)
     model = config.model.resolve(tokenizer.vocab_size)
-    data = prepare_data(config.data, tokenizer, model.context_length)
+    data = prepare_data(config.data, tokenizer)
     runtime = build_runtime(config.system, 1000)
     options = MemoryOptions.of(runtime, config.system.gradient_checkpointing)
     memory = estimate_memory(model, config.training, options)

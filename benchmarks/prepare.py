@@ -47,7 +47,7 @@ if __name__ == "__main__":
     print("ready", flush=True)
     sys.stdin.readline()
     began = time.perf_counter()
-    data = build.prepare_data(values, tokenizer, 128)
+    data = build.prepare_data(values, tokenizer)
     print(json.dumps([time.perf_counter() - began, data.train.n_tokens + data.val.n_tokens]))
 """
 
@@ -168,7 +168,7 @@ def measure_loader(path: Path, seconds: float) -> dict[str, float]:
     rates = {}
     with tempfile.TemporaryDirectory(dir=path.parent) as folder:
         values = DataSettings(text_file=(str(path),), data_dir=str(Path(folder) / "data"))
-        data = prepare_data(values, load_tokenizer("gpt2"), 128)
+        data = prepare_data(values, load_tokenizer("gpt2"))
         for length in (1024, 256):
             with BatchLoader(
                 data, "train", batch_size=8, context_length=length, seed=1, device="cpu"

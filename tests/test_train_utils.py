@@ -33,7 +33,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> DataFolder:
     values = DataSettings(
         text_file=(str(folder / "text"),), data_dir=str(folder / "data"), shard_size=1024
     )
-    return prepare_data(values, GPT2, 64)
+    return prepare_data(values, GPT2)
 
 
 def read_all(data: DataFolder, split: str = "train") -> np.ndarray:
@@ -253,3 +253,35 @@ def test_path_of_a_missing_folder(tmp_path: Path) -> None:
     with pytest.raises(PreflightError) as caught:
         load_data_folder(tmp_path / "none", GPT2)
     assert caught.value.code == ExitCode.DATA
+
+
+# ---- splits that are shorter than a window ------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "text", ["one two three four. Five six seven eight. Nine ten.", "a b", "ab"]
+)
+def test_a_short_text_is_one_window_of_its_own_length(tmp_path: Path, text: str) -> None:
+    (tmp_path / "text").write_text(text)
+    values = DataSettings(text_file=(str(tmp_path / "text"),), data_dir=str(tmp_path / "data"))
+    short = prepare_data(values, GPT2)
+    for split in ("train", "val"):
+        ids = read_all(short, split)
+        assert len(ids) < 64
+        batches = iterate_windows(
+            short, split, batch_size=3, context_length=64, n_windows=9, device="cpu"
+        )
+        ((inputs, targets),) = list(batches)
+        assert inputs.tolist() == [ids[:-1].tolist()]
+        assert targets.tolist() == [ids[1:].tolist()]
+    rows = take_rows(short, 3, context_length=64)
+    assert rows.tolist() == [read_all(short).tolist()] * 12
+
+
+def test_only_a_text_without_two_parts_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "text").write_text("a")
+    values = DataSettings(text_file=(str(tmp_path / "text"),), data_dir=str(tmp_path / "data"))
+    with pytest.raises(PreflightError, match="too short") as caught:
+        prepare_data(values, GPT2)
+    assert caught.value.code == ExitCode.TEXT
+    assert not (tmp_path / "data" / "metadata.json").exists()

@@ -38,15 +38,14 @@ from preflight.corpus.sources.builtin import SAMPLE_NAME
 from preflight.settings import DataSettings
 from preflight.tokenization import Tokenizer
 
-# Called with the reason before a complete data folder is replaced, and again with the fingerprint
-# of the new one before it takes the old one's place. It raises PreflightError to keep the old one.
-MayReplace = Callable[[str, str | None], None]
+# Called with the reason before a complete data folder is replaced, and again with the new one
+# before it takes the old one's place. It raises PreflightError to keep the old one.
+MayReplace = Callable[[str, DataFolder | None], None]
 
 
 def prepare_data(
     settings: DataSettings,
     tokenizer: Tokenizer,
-    context_length: int,
     stop: StopFlag | None = None,
     *,
     may_replace: MayReplace | None = None,
@@ -65,7 +64,7 @@ def prepare_data(
             cannot be used and cannot be rebuilt; STORAGE; LOCKED when another run uses the folder;
             SIGINT or SIGTERM when `stop` says so.
     """
-    job = Job(settings, tokenizer, context_length, stop, block_bytes, n_workers)
+    job = Job(settings, tokenizer, stop, block_bytes, n_workers)
     data_dir = Path(settings.data_dir)
     sources = find_sources(settings)
     # A killed run may leave a build behind; only with the text we can tell whether it is needed.
@@ -73,7 +72,7 @@ def prepare_data(
     unfinished = building if settings.text_file else building / METADATA_NAME
     is_complete = os.path.lexists(data_dir / METADATA_NAME) and not os.path.lexists(unfinished)
     if not settings.text_file and is_complete:
-        return _reuse(load_data_folder(data_dir, tokenizer), context_length)
+        return _reuse(load_data_folder(data_dir, tokenizer))
     scanned: list[ScannedSource] | None = None
     if not any(source.is_copied for source in sources):
         scanned = scan_sources(sources, stop)
@@ -81,7 +80,7 @@ def prepare_data(
         if is_complete:
             found = _load_if_same(data_dir, scanned, settings, tokenizer)
             if isinstance(found, DataFolder):
-                return _reuse(found, context_length)
+                return _reuse(found)
     refuse_foreign(data_dir)  # before the lock writes a file there
     make_folder(data_dir)
     with FolderLock(data_dir):
@@ -103,7 +102,7 @@ def _prepare_locked(
     is_complete = os.path.lexists(data_dir / METADATA_NAME)
     if not settings.text_file:
         if is_complete:
-            return _reuse(load_data_folder(data_dir, tokenizer), job.context_length)
+            return _reuse(load_data_folder(data_dir, tokenizer))
         _refuse_leftovers(data_dir)
     make_own_folder(building)
     if not os.listdir(building):
@@ -114,22 +113,22 @@ def _prepare_locked(
         found = _load_if_same(data_dir, scanned, settings, tokenizer)
         if isinstance(found, DataFolder):
             remove_build(building)
-            return _reuse(found, job.context_length)
+            return _reuse(found)
         reason = found.lines[0] if isinstance(found, PreflightError) else found
         if may_replace is not None and isinstance(found, str):
             _ask(may_replace, building, reason, None)
         log.info(f"rebuilding {data_dir} because {reason}")
     Builder(building, job, build_plan(scanned, job)).build()
     if is_complete and may_replace is not None:
-        _ask(may_replace, building, reason, load_data_folder(building, tokenizer).fingerprint)
+        _ask(may_replace, building, reason, load_data_folder(building, tokenizer))
     _finish_swap(data_dir)
     return load_data_folder(data_dir, tokenizer)
 
 
-def _ask(may_replace: MayReplace, building: Path, reason: str, fingerprint: str | None) -> None:
+def _ask(may_replace: MayReplace, building: Path, reason: str, built: DataFolder | None) -> None:
     """Remove the build when the complete data folder must stay."""
     try:
-        may_replace(reason, fingerprint)
+        may_replace(reason, built)
     except PreflightError:
         remove_build(building)
         raise
@@ -138,9 +137,9 @@ def _ask(may_replace: MayReplace, building: Path, reason: str, fingerprint: str 
 # ---- the data folder ----------------------------------------------------------------------------
 
 
-def _reuse(data: DataFolder, context_length: int) -> DataFolder:
+def _reuse(data: DataFolder) -> DataFolder:
     for name in ("train", "val"):
-        check_long_enough(data.metadata.get_split(name), name, context_length)
+        check_long_enough(data.metadata.get_split(name), name)
     log.info(f"reusing {data.path} ({data.train.n_tokens:,} training tokens)")
     return data
 

@@ -65,7 +65,6 @@ class Job:
 
     settings: DataSettings
     tokenizer: Tokenizer
-    context_length: int
     stop: StopFlag | None
     block_bytes: int
     n_workers: int | None
@@ -185,7 +184,7 @@ class Builder:
         metadata = self._build_metadata()
         try:
             for name in ("train", "val"):
-                check_long_enough(SplitEntry.read(metadata[name]), name, self._job.context_length)
+                check_long_enough(SplitEntry.read(metadata[name]), name)
         except PreflightError:
             remove_build(self._building)
             raise

@@ -112,18 +112,14 @@ def load_data_folder(data_dir: Path, tokenizer: Tokenizer) -> DataFolder:
     )
 
 
-def check_long_enough(part: SplitEntry, name: str, context_length: int) -> None:
-    """PreflightError (TEXT) unless the metadata's `part` has one window and the next token."""
-    found = part.n_tokens
-    if found <= context_length:
+def check_long_enough(part: SplitEntry, name: str) -> None:
+    """PreflightError (TEXT) unless the metadata's `part` has a token, and one to predict."""
+    if part.n_tokens < 2:
         what = {"train": "training", "val": "validation"}[name]
-        fix = "a larger --val-split" if name == "val" else "a smaller --val-split"
         raise PreflightError(
             ExitCode.TEXT,
-            f"the {what} part has {found:,} token{'s' * (found != 1)}, needs "
-            f"{context_length + 1:,}: one window of --context-length {context_length} and the "
-            "token behind it",
-            f"give more text, a smaller --context-length, or {fix}",
+            f"the text is too short to be shared out: its {what} part is empty",
+            "give more text; a few words are enough to try everything",
         )
 
 

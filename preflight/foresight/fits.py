@@ -132,6 +132,7 @@ def check_memory(
     *,
     gradient_checkpointing: bool,
     last_checkpoint: Path | str,
+    window_tokens: int | None = None,
 ) -> None:
     """Refuse a run that cannot fit before it starts; asked on the CPU only.
 
@@ -144,7 +145,7 @@ def check_memory(
     least = estimate_least_bytes(model_config, training)
     if runtime.device.type != "cpu" or _SLACK * least < reachable:
         return
-    options = MemoryOptions.of(runtime, gradient_checkpointing)
+    options = MemoryOptions.of(runtime, gradient_checkpointing, window_tokens)
     required = estimate_memory(model_config, training, options).required_bytes
     if required > reachable:
         raise explain_out_of_memory(
@@ -156,6 +157,7 @@ def check_memory(
             runtime,
             gradient_checkpointing=gradient_checkpointing,
             last_checkpoint=last_checkpoint,
+            window_tokens=window_tokens,
         )
 
 
@@ -167,12 +169,14 @@ def explain_out_of_memory(
     *,
     gradient_checkpointing: bool,
     last_checkpoint: Path | str,
+    window_tokens: int | None = None,
 ) -> PreflightError:
     """What was tried, the flags that keep the tokens per step, and which checkpoint is safe."""
-    options = MemoryOptions.of(runtime, gradient_checkpointing)
+    options = MemoryOptions.of(runtime, gradient_checkpointing, window_tokens)
     batch = training.batch_size
     lines = [
-        f"out of memory with {batch} sequences of {model_config.context_length} tokens: "
+        f"out of memory with {batch} sequences of {window_tokens or model_config.context_length} "
+        f"tokens: "
         f"{_describe_shortage(error, runtime)}"
     ]
     found = _find_smaller_batch(model_config, training, options, measure_reachable_bytes(runtime))

@@ -178,9 +178,27 @@ def find_plan_warnings(
 ) -> list[Advice]:
     """Every reason why this run may learn less than expected."""
     return [
+        *find_short_text(model_config, plan, data),
         *_find_size_warnings(config, model_config, plan, data),
         *_find_rate_warnings(config, model_config, plan),
         *_find_interval_warnings(config, plan),
+    ]
+
+
+def find_short_text(
+    model_config: ModelConfig, plan: TrainingPlan, data: DataFolder
+) -> list[Advice]:
+    """A warning about a text that does not fill one window, and what it is good for."""
+    if plan.window_tokens == model_config.context_length:
+        return []
+    return [
+        Advice(
+            "short_text",
+            f"the training part has {data.train.n_tokens:,} tokens, less than one window of "
+            f"{model_config.context_length:,}: the run trains on windows of {plan.window_tokens:,} "
+            "tokens; such a text shows that everything works, but a model only memorises it",
+            "more text with --text-file",
+        )
     ]
 
 

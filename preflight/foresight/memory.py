@@ -46,6 +46,7 @@ class MemoryOptions:
         gradient_checkpointing: each block is recomputed in the backward pass.
         compile_model: the step goes through torch.compile.
         generation_batch_size: sequences generated at once; a training run generates one.
+        window_tokens: tokens of a training window, where they are fewer than the context length.
         hopper_or_newer: decides the size of the cuBLAS workspace. Unset: asks the card that is
             present, and assumes an older one where there is none.
     """
@@ -55,13 +56,21 @@ class MemoryOptions:
     gradient_checkpointing: bool = False
     compile_model: bool = False
     generation_batch_size: int = 1
+    window_tokens: int | None = None
     hopper_or_newer: bool | None = None
 
     @classmethod
-    def of(cls, runtime: Runtime, gradient_checkpointing: bool) -> MemoryOptions:
+    def of(
+        cls, runtime: Runtime, gradient_checkpointing: bool, window_tokens: int | None = None
+    ) -> MemoryOptions:
         """The options of a training run on a device that is present."""
-        device_type = "cuda" if runtime.device.type == "cuda" else "cpu"
-        return cls(runtime.dtype, device_type, gradient_checkpointing, runtime.compile_model)
+        return cls(
+            runtime.dtype,
+            "cuda" if runtime.device.type == "cuda" else "cpu",
+            gradient_checkpointing,
+            runtime.compile_model,
+            window_tokens=window_tokens,
+        )
 
     @property
     def workspace_bytes(self) -> int:
@@ -132,6 +141,7 @@ def _build_case(
         options.gradient_checkpointing,
         options.compile_model,
         options.generation_batch_size,
+        options.window_tokens or model_config.context_length,
     )
 
 
@@ -192,7 +202,7 @@ def build_batch_curve(
     for every larger batch. Smaller batches are traced one by one.
     """
     rows = losses.loss_layout(options.device_type).rows
-    first = -(-4 * rows // model_config.context_length)
+    first = -(-4 * rows // (options.window_tokens or model_config.context_length))
     workspace = options.workspace_bytes
 
     def build_case(batch_size: int) -> TraceCase:

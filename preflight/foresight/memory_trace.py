@@ -252,11 +252,12 @@ class TraceCase:
     gradient_checkpointing: bool
     compile_model: bool
     generation_batch_size: int
+    window_tokens: int
 
     @property
     def batch_shape(self) -> tuple[int, int]:
         """Sequences of a micro-step, and tokens in each."""
-        return self.training.batch_size, self.model_config.context_length
+        return self.training.batch_size, self.window_tokens
 
     @property
     def batch_bytes(self) -> int:
@@ -297,7 +298,7 @@ def trace_whole(case: TraceCase) -> Peaks:
     n_traced = min(2, training.gradient_accumulation_steps)
     training = replace(training, gradient_accumulation_steps=n_traced)
     runtime = Runtime(torch.device("cpu"), case.dtype, False, ())
-    plan = build_plan(training, ControlSettings(), config.context_length, 1, 1)
+    plan = build_plan(training, ControlSettings(), case.window_tokens, 1, 1)
     with _pretend(case.device_type) as log:
         trainer = build_trainer(
             config, training, plan, runtime, gradient_checkpointing=case.gradient_checkpointing

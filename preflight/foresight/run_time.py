@@ -36,7 +36,7 @@ from preflight.settings import (
 from preflight.tokenization import Tokenizer
 from preflight.training.curve import CURVE_EVERY_SECONDS
 from preflight.training.plan import TrainingPlan
-from train_utils import BatchLoader, count_windows, iterate_windows
+from train_utils import BatchLoader, choose_window, count_windows, iterate_windows
 from trainer import Trainer, build_trainer
 
 TIMED_STEPS = 5
@@ -150,6 +150,7 @@ def estimate_cost(
     cpu_flops: float | None = None,
     gradient_checkpointing: bool = False,
     compile_model: bool = False,
+    window_tokens: int | None = None,
 ) -> RunCost:
     """Seconds by formula: matmuls at a share of their rate, and the memory traffic.
 
@@ -161,7 +162,11 @@ def estimate_cost(
         cpu_flops: without a card, the rate of a large matmul here, in FLOP/s.
         gradient_checkpointing: a third more work in the blocks (Chen et al. 2016).
         compile_model: fused kernels move less memory and need fewer launches.
+        window_tokens: tokens of a training window, where they are fewer than the context length.
     """
+    model_config = dataclasses.replace(
+        model_config, context_length=window_tokens or model_config.context_length
+    )
     samples = training.batch_size * training.gradient_accumulation_steps
     again = 4 / 3 if gradient_checkpointing else 1.0
     compile_seconds = _ASSUMED_COMPILE_SECONDS if compile_model else 0.0
@@ -324,7 +329,7 @@ def measure_cost(
     full = _Load(
         config.training.gradient_accumulation_steps,
         config.training.batch_size,
-        model_config.context_length,
+        plan.window_tokens,
     )
     may_shrink = runtime.device.type == "cpu" and not runtime.compile_model
     loads = _choose_loads(full, expected_seconds, may_shrink)
@@ -435,7 +440,8 @@ def _measure_evaluation(
 ) -> float:
     """Seconds of evaluating one whole window."""
     rows = trainer.plan.samples_per_step // trainer.plan.accumulation_steps
-    whole = (load.sequences, load.tokens) == (rows, config.context_length)
+    tokens = choose_window(data.val.n_tokens, config.context_length)
+    whole = load.sequences == rows and load.tokens >= tokens
     n_windows = min(plan.eval_windows, 4 * rows) if whole else rows
     n_windows = min(n_windows, count_windows(data.val.n_tokens, config.context_length))
     seconds = 0.0
@@ -457,8 +463,8 @@ def _measure_evaluation(
     if whole:
         return seconds / n_windows
     part, window = (
-        _Load(1, min(load.sequences, n_windows), load.tokens),
-        _Load(1, 1, config.context_length),
+        _Load(1, min(load.sequences, n_windows), min(load.tokens, tokens)),
+        _Load(1, 1, tokens),
     )
     return seconds * window.count_flops(config) / part.count_flops(config)
 

@@ -35,7 +35,9 @@ class Target:
         """The precision as torch spells it: ``bfloat16``."""
         return str(self.dtype).removeprefix("torch.")
 
-    def memory_options(self, *, gradient_checkpointing: bool) -> MemoryOptions:
+    def memory_options(
+        self, *, gradient_checkpointing: bool, window_tokens: int | None = None
+    ) -> MemoryOptions:
         """What `estimate_memory` needs to know of it."""
         hopper = None
         if self.runtime is None and self.card is not None:
@@ -45,6 +47,7 @@ class Target:
             self.device_type,
             gradient_checkpointing,
             self.compile_model,
+            window_tokens=window_tokens,
             hopper_or_newer=hopper,
         )
 

@@ -40,7 +40,7 @@ from preflight.device.runtime import Runtime, build_runtime, is_out_of_memory
 from preflight.foresight.timing import Batch, choose_lag, iterate_step_seconds
 from preflight.settings import ControlSettings, ModelConfig, RunConfig, SamplingConfig
 from preflight.tokenization import Tokenizer, load_tokenizer
-from preflight.training.curve import CURVE_NAME, save_loss_curve
+from preflight.training.curve import CURVE_NAME, LossCurve
 from preflight.training.plan import TrainingPlan, build_plan
 from train_utils import BatchLoader, count_windows, iterate_windows
 from trainer import Trainer, build_trainer
@@ -258,11 +258,8 @@ def _load_libraries(spec: TrialSpec, runtime: Runtime) -> None:
     """Train a tiny model and draw a loss curve, so that what the libraries allocate for themselves
     is there before the model, and is not counted as the model's.
     """
-    save_loss_curve(
-        spec.folder / CURVE_NAME,
-        [{"event": "step", "tokens": 1, "loss": 1.0, "learning_rate": 1.0}],
-        "",
-    )
+    row = {"event": "step", "tokens": 1, "loss": 1.0, "learning_rate": 1.0}
+    LossCurve([row]).save(spec.folder / CURVE_NAME, "")
     tiny = ModelConfig(64, 16, 16, 2, 1, 64)
     one = replace(spec.config.training, batch_size=1, gradient_accumulation_steps=1)
     runtime = replace(runtime, compile_model=False)

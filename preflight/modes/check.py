@@ -154,6 +154,7 @@ def time_run(found: Findings) -> None:
         cpu_flops=cpu_flops,
         compile_model=target.compile_model,
         gradient_checkpointing=found.config.system.gradient_checkpointing,
+        window_tokens=found.window_tokens,
     )
     measured = measure(found, estimate) if may_measure(found) else None
     found.cost = measured or estimate

@@ -61,7 +61,16 @@ class Findings:
         """What `estimate_memory` needs to know."""
         assert self.target is not None
         checkpointing = self.config.system.gradient_checkpointing
-        return self.target.memory_options(gradient_checkpointing=checkpointing)
+        return self.target.memory_options(
+            gradient_checkpointing=checkpointing,
+            window_tokens=self.window_tokens,
+        )
+
+    @property
+    def window_tokens(self) -> int:
+        """Tokens of a training window."""
+        assert self.model is not None
+        return self.plan.window_tokens if self.plan else self.model.context_length
 
     def find_model(self) -> None:
         """The architecture; where it is refused, the one with the tokenizer's own vocabulary.
@@ -229,7 +238,7 @@ def describe_rate(
     assert target is not None
     assert model is not None
     rows, cost = found.report.sections["performance estimation"], measured or estimate
-    tokens = training.batch_size * training.gradient_accumulation_steps * model.context_length
+    tokens = training.batch_size * training.gradient_accumulation_steps * found.window_tokens
     predicted, rate = tokens / estimate.step_seconds, tokens / cost.step_seconds
     rows["basis"] = cost.basis if measured else f"estimate, not measured: {estimate.basis}"
     rows["step_seconds"] = cost.step_seconds

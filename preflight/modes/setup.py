@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import math
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Generic, TypeVar
@@ -23,6 +24,7 @@ from preflight.core.signals import StopFlag
 from preflight.corpus.build import prepare_data
 from preflight.corpus.shards import DataFolder
 from preflight.device.runtime import MIN_STEPS_TO_COMPILE, Runtime, build_runtime
+from preflight.foresight.fits import check_memory
 from preflight.settings import ModelConfig, RunConfig
 from preflight.tokenization import Tokenizer, load_saved_tokenizer, load_tokenizer
 from preflight.training.plan import TrainingPlan, build_plan
@@ -33,11 +35,12 @@ from preflight.training.resume import (
     resolve_model,
 )
 from preflight.training.state import TrainState
-from train_utils import BatchLoader, count_windows, iterate_windows
+from train_utils import BatchLoader, choose_window, count_windows, iterate_windows
 from trainer import Trainer, build_trainer
 from transformer_model import DecoderOnlyTransformer
 
 T = TypeVar("T")
+_BATCH = ("batch_size", "gradient_accumulation_steps")  # sequences of an update, multiplied
 
 
 class part(Generic[T]):
@@ -155,7 +158,32 @@ class RunSetup:
     @part
     def data(self) -> DataFolder:
         """The data folder, prepared where it is not yet, and verified."""
-        return prepare_data(self.known_config.data, self.tokenizer, self.context_length, self.stop)
+        return prepare_data(
+            self.known_config.data, self.tokenizer, self.stop, may_replace=self._check_replacement
+        )
+
+    def _check_replacement(self, reason: str, built: DataFolder | None) -> None:
+        """Keep a data folder from being replaced for a run that is refused afterwards.
+
+        See `preflight.corpus.build.MayReplace`.
+        """
+        if built is not None and self.resumes:
+            window = choose_window(built.train.n_tokens, self.context_length)
+            self.check_memory(build_runtime(self.given.system), window)
+        origin, flags = self.known_origin, self.given
+        if origin is None or flags.control.resume_from:
+            return
+        trained_on = (origin.config.get("data") or {}).get("fingerprint")
+        if trained_on in (built and built.fingerprint, None):
+            return
+        raise PreflightError(
+            ExitCode.DATA,
+            f"{flags.data.data_dir} would be rebuilt because {reason}, and {origin.path} was "
+            "trained on it",
+            "nothing was changed; leave out --text-file, or restore the text, to continue exactly",
+            "to train a new model on the new text: another --data-dir and --output-dir",
+            f"to continue on the new text: --resume-from {origin.path}",
+        )
 
     @part
     def saved(self) -> dict[str, Any]:
@@ -191,10 +219,43 @@ class RunSetup:
         n_train, n_val = (
             count_windows(split.n_tokens, context) for split in (self.data.train, self.data.val)
         )
-        plan = build_plan(config.training, config.control, context, n_train, n_val, self.state)
+        window = choose_window(self.data.train.n_tokens, context)
+        plan = build_plan(config.training, config.control, window, n_train, n_val, self.state)
         if self.resumes:
-            _check_tokens_per_step(self, plan)
+            before = self.saved.get("tokens_per_step", plan.tokens_per_step)
+            _check_tokens_per_step(self, before, plan.tokens_per_step)
+            if before != plan.tokens_per_step:
+                log.info(f"tokens per step change from {before:,} to {plan.tokens_per_step:,}")
         return plan
+
+    def check_memory(self, runtime: Runtime, window_tokens: int) -> None:
+        """Refuse a run that cannot fit: see `fits.check_memory`."""
+        check_memory(**self.describe_memory(runtime, window_tokens))
+
+    def describe_memory(self, runtime: Runtime, window_tokens: int) -> dict[str, Any]:
+        """What the functions of `fits` need to know of the run."""
+        return {
+            "model_config": self.model_config,
+            "training": self.config.training,
+            "runtime": runtime,
+            "gradient_checkpointing": self.config.system.gradient_checkpointing,
+            "last_checkpoint": self.origin.path if self.origin else "none yet",
+            "window_tokens": window_tokens,
+        }
+
+    def check_before_data(self) -> None:
+        """Raise whatever can refuse the run before its data is made or replaced."""
+        origin, training = self.origin, self.config.training
+        self.model_config  # noqa: B018
+        if origin is not None:
+            self.saved  # noqa: B018
+            before = origin.config.get("training") or {}
+            context = self.context_length
+            _check_tokens_per_step(
+                self,
+                context * math.prod(before.get(name, getattr(training, name)) for name in _BATCH),
+                context * math.prod(getattr(training, name) for name in _BATCH),
+            )
 
     @part
     def runtime(self) -> Runtime:
@@ -294,16 +355,11 @@ def _restore_state(setup: RunSetup, origin: Checkpoint) -> TrainState:
     return dataclasses.replace(state, cursor=0, eval_windows=0, best_val_loss=None)
 
 
-def _check_tokens_per_step(setup: RunSetup, plan: TrainingPlan) -> None:
+def _check_tokens_per_step(setup: RunSetup, before: int, now: int) -> None:
     """Refuse another number of tokens per step than the origin's, unless flags allow it."""
-    before = setup.saved.get("tokens_per_step", plan.tokens_per_step)
-    if before == plan.tokens_per_step:
-        return
-    if not setup.given.control.allow_batch_change:
+    if before != now and not setup.given.control.allow_batch_change:
         raise PreflightError(
             ExitCode.CHECKPOINT,
-            f"the checkpoint has {before:,} tokens per step, the flags ask for "
-            f"{plan.tokens_per_step:,}",
+            f"the checkpoint has {before:,} tokens per step, this run would have {now:,}",
             "keep --batch-size x --gradient-accumulation-steps, or give --allow-batch-change",
         )
-    log.info(f"tokens per step change from {before:,} to {plan.tokens_per_step:,}")

@@ -10,23 +10,24 @@ from typing import Any
 import torch
 
 from generate import SAMPLE_TOKENS, generate_text
-from preflight.checkpoints.store import find_best, remove_leftovers
+from preflight.checkpoints.store import find_best, list_checkpoints, remove_leftovers
 from preflight.core.errors import ExitCode
 from preflight.core.locks import FolderLock
 from preflight.core.log import log
 from preflight.core.signals import StopFlag
-from preflight.core.storage import check_writable, make_folder
+from preflight.core.storage import check_writable, foreign_error, make_folder, refuse_other_kind
 from preflight.core.units import format_bytes, format_seconds
 from preflight.corpus.sources import find_sources
 from preflight.device.runtime import is_out_of_memory
-from preflight.foresight.fits import check_memory, explain_out_of_memory
+from preflight.foresight.fits import explain_out_of_memory
+from preflight.foresight.learnability import find_short_text
 from preflight.models.cost import count_parameters
 from preflight.modes.setup import RunSetup
 from preflight.settings import RunConfig, SamplingConfig, describe_choices
-from preflight.training.curve import CURVE_NAME, save_loss_curve
+from preflight.training.curve import CURVE_NAME, LossCurve
 from preflight.training.divergence import DivergenceGuard
 from preflight.training.evaluating import Evaluator
-from preflight.training.metrics import METRICS_NAME, read_metrics
+from preflight.training.metrics import METRICS_NAME, read_metrics, refuse_foreign_log
 from preflight.training.recording import StepRecorder
 from preflight.training.saving import CheckpointSaver
 from preflight.training.state import Evaluation
@@ -41,17 +42,30 @@ def run(config: RunConfig) -> int:
     """
     find_sources(config.data)  # a misspelt file is told before any folder is made
     output_dir = Path(config.control.output_dir)
+    refuse_foreign_output(output_dir)
     make_folder(output_dir)
     with StopFlag() as stop, FolderLock(output_dir):
         check_writable(output_dir)  # under the lock: two probes at once would disturb each other
         remove_leftovers(output_dir)
         setup = RunSetup(config, stop, resumes=True)
-        setup.config  # noqa: B018  # an origin that is refused is refused before data is prepared
-        setup.model_config  # noqa: B018
+        setup.check_before_data()
         setup.data  # noqa: B018
         # Readers share the data folder; a preparation that would replace it is locked out.
         with FolderLock(Path(config.data.data_dir), shared=True):
             return TrainingRun(setup).run()
+
+
+def refuse_foreign_output(output_dir: Path) -> None:
+    """Refuse to write to another program's log, or to replace its picture.
+
+    Raises:
+        PreflightError: code STORAGE.
+    """
+    log_path, curve_path = output_dir / METRICS_NAME, output_dir / CURVE_NAME
+    refuse_foreign_log(log_path)
+    drawn = refuse_other_kind(curve_path)
+    if drawn and not log_path.exists() and not list_checkpoints(output_dir):
+        raise foreign_error(curve_path, "is another program's file")
 
 
 class TrainingRun:
@@ -63,8 +77,7 @@ class TrainingRun:
         self.state.eval_windows = self.plan.eval_windows
         self.runtime = setup.runtime
         self.trackers = Trackers(self.output_dir)
-        newest = setup.origin.path if setup.origin else "none yet"
-        check_memory(**self._memory_case(newest))
+        setup.check_memory(self.runtime, self.plan.window_tokens)
         self.trainer = setup.build_trainer()
         guard = DivergenceGuard(self.output_dir, fp16=self.runtime.needs_scaler)
         self.recorder = StepRecorder(self.plan, self.runtime, self.state, self.trackers, guard)
@@ -99,6 +112,8 @@ class TrainingRun:
             )
             return ExitCode.DONE
         self.trackers.resume(self.state.step)
+        self.curve = LossCurve(read_metrics(self.output_dir / METRICS_NAME))
+        self.trackers.add(self.curve)
         if self.state.step:
             self.trackers.log({"event": "resume", "step": self.state.step})
         began = time.monotonic()
@@ -117,19 +132,10 @@ class TrainingRun:
             finally:
                 self._draw_curve()
         if failure is not None:
-            newest = self.saver.newest_path or "none yet"
-            raise explain_out_of_memory(failure, **self._memory_case(newest))
+            case = self.setup.describe_memory(self.runtime, self.plan.window_tokens)
+            case["last_checkpoint"] = self.saver.newest_path or "none yet"
+            raise explain_out_of_memory(failure, **case)
         return self._conclude(time.monotonic() - began)
-
-    def _memory_case(self, last_checkpoint: Path | str) -> dict[str, Any]:
-        """What the functions of `fits` need to know of this run."""
-        return {
-            "model_config": self.setup.model_config,
-            "training": self.config.training,
-            "runtime": self.runtime,
-            "gradient_checkpointing": self.config.system.gradient_checkpointing,
-            "last_checkpoint": last_checkpoint,
-        }
 
     def _take_snapshot(self) -> dict[str, Any]:
         """What a checkpoint of this moment holds."""
@@ -165,18 +171,16 @@ class TrainingRun:
             f"{model.label}, {count_parameters(model) / 1e6:,.1f}M parameters, "
             f"{self.plan.tokens_per_step:,} tokens per step"
         )
-        rows = read_metrics(self.output_dir / METRICS_NAME)
-        save_loss_curve(self.output_dir / CURVE_NAME, rows, title)
+        self.curve.save(self.output_dir / CURVE_NAME, title)
 
     def _is_finished(self) -> bool:
         """Whether the last step is evaluated too: a run may be cut between save and evaluation."""
+        if self.state.step != self.plan.total_steps:
+            return False
         rows = read_metrics(self.output_dir / METRICS_NAME)
-        sampled = any(
-            row.get("event") == "sample" and row.get("step") == self.state.step
-            for row in reversed(rows)
-        )
+        sampled = any((row["event"], row["step"]) == ("sample", self.state.step) for row in rows)
         drawn = (self.output_dir / CURVE_NAME).exists()
-        return self.state.step == self.plan.total_steps and sampled and drawn
+        return sampled and drawn
 
     def _conclude(self, seconds: float) -> int:
         step = self.state.step
@@ -214,6 +218,8 @@ def describe_run(setup: RunSetup) -> dict[str, Any]:
 
 def announce(setup: RunSetup) -> None:
     """Log every choice that was made for this run."""
+    for advice in find_short_text(setup.model_config, setup.plan, setup.data):
+        log.warning(advice.text)
     config, plan, state, data = setup.config, setup.plan, setup.state, setup.data
     model, parameters = setup.model_config, count_parameters(setup.model_config)
     for line in describe_choices(setup.adopted):

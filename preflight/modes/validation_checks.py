@@ -40,7 +40,7 @@ from preflight.modes.setup import RunSetup
 from preflight.settings import ControlSettings, RunConfig, SamplingConfig
 from preflight.tokenization import Tokenizer
 from preflight.training.plan import build_plan
-from train_utils import BatchLoader
+from train_utils import BatchLoader, choose_window
 from trainer import Trainer, build_trainer
 
 MAX_SEQUENCES = 2
@@ -306,13 +306,14 @@ def _find_data_faults(subject: Subject, error: PreflightError) -> list[tuple[str
                     shards.verify_shard(data_dir / part, subject.tokenizer, entry)
             with collected(faults):
                 split = metadata.get_split(part)
-                shards.check_long_enough(split, part, subject.setup.context_length)
+                shards.check_long_enough(split, part)
     return list(dict.fromkeys(faults))
 
 
 def check_loader(subject: Subject) -> str:
     """Shapes are right, targets are the next tokens, and the order is reproducible."""
-    shape = (subject.batch_size, subject.setup.context_length)
+    window = choose_window(subject.data.train.n_tokens, subject.setup.context_length)
+    shape = (subject.batch_size, window)
     batches = []
     for cursor in (0, 0, subject.batch_size):
         with subject.open_loader(cursor) as loader:

@@ -5,13 +5,16 @@ from __future__ import annotations
 import json
 import math
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 from preflight.core.log import log
-from preflight.core.storage import publish_file
+from preflight.core.storage import foreign_error, open_regular, publish_file, refuse_other_kind
 from preflight.training.trackers import Row
 
 METRICS_NAME = "metrics.jsonl"
+_BEGINNING = b'{"event": "'  # of every row that was ever written
+_MAX_LINE_BYTES = 2**20
 
 
 class MetricsLog:
@@ -32,15 +35,19 @@ class MetricsLog:
             self.trim(step or -1)
 
     def trim(self, last_step: int) -> None:
-        """Keep rows up to the `step` row of `last_step`; a resumed run writes the rest again."""
-        kept = []
-        for row in read_metrics(self.path):
-            step = row.get("step", 0)
-            if step > last_step or (step == last_step and row.get("event") != "step"):
-                continue
-            kept.append(json.dumps(row))
+        """Keep rows up to the `step` row of `last_step`; a resumed run writes the rest again.
+
+        Lines that are no rows are kept as they are, but for a torn last one.
+        """
+        refuse_foreign_log(self.path)
         with publish_file(self.path) as file:
-            file.write("".join(line + "\n" for line in kept).encode())
+            for line in _read_lines(self.path):
+                row = _parse(line)
+                step = row["step"] if row else -1
+                is_later = step > last_step or (step == last_step and row["event"] != "step")
+                is_torn = not line.endswith(b"\n") and len(line) < _MAX_LINE_BYTES
+                if not (row and is_later) and not is_torn:
+                    file.write(line)
 
     def log(self, row: Row) -> None:
         """Append one row; numbers that are not finite become null, as JSON has none."""
@@ -49,8 +56,9 @@ class MetricsLog:
             for key, value in row.items()
         }
         line = json.dumps(finite).encode() + b"\n"
+        flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0)
         try:
-            descriptor = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+            descriptor = os.open(self.path, flags, 0o644)
             try:
                 before = os.fstat(descriptor).st_size
                 if os.write(descriptor, line) < len(line):
@@ -71,18 +79,46 @@ def open_metrics(output_dir: Path) -> MetricsLog:
     return MetricsLog(output_dir / METRICS_NAME)
 
 
-def read_metrics(path: Path) -> list[Row]:
-    """All complete rows of a metrics file; other lines, such as a torn last one, are left out."""
-    rows = []
+def refuse_foreign_log(path: Path) -> None:
+    """Refuse a link, or a file that does not begin with a row of ours.
+
+    Raises:
+        PreflightError: code STORAGE.
+    """
+    if refuse_other_kind(path):
+        with open_regular(path) as file:
+            if file.read(len(_BEGINNING)) not in (b"", _BEGINNING):
+                raise foreign_error(path, "is another program's file")
+
+
+def read_metrics(path: Path) -> Iterator[Row]:
+    """The complete rows of a metrics file; every other line is left out.
+
+    Each has an ``event`` and a ``step``; what else it has was perhaps written by another version.
+    """
+    for line in _read_lines(path):
+        row = _parse(line)
+        if row:
+            yield row
+
+
+def _read_lines(path: Path) -> Iterator[bytes]:
+    """The lines of a file; those of more than a mebibyte in pieces."""
     try:
-        lines = path.read_bytes().split(b"\n")
+        file = open_regular(path)
     except FileNotFoundError:
-        return []
-    for line in lines:
-        try:
-            row = json.loads(line)
-        except ValueError:
-            continue
-        if isinstance(row, dict) and isinstance(row.get("step", 0), int):
-            rows.append(row)
-    return rows
+        return
+    with file:
+        while line := file.readline(_MAX_LINE_BYTES):
+            yield line
+
+
+def _parse(line: bytes) -> Row:
+    """The row of a line; empty for anything else."""
+    try:
+        row = json.loads(line)
+    except (ValueError, RecursionError):
+        return {}
+    if not isinstance(row, dict) or type(row.get("step")) is not int:
+        return {}
+    return row if isinstance(row.get("event"), str) else {}

@@ -18,7 +18,8 @@ class TrainingPlan:
     """A run in numbers, all choices made.
 
     A step is one update of the weights, from `accumulation_steps` micro-batches. A sample is one
-    window of the context length; evaluations read `eval_windows` of them.
+    window of `window_tokens`: the context length, or less where the text is shorter. Evaluations
+    read `eval_windows` of the validation part.
     """
 
     total_steps: int
@@ -30,6 +31,7 @@ class TrainingPlan:
     eval_windows: int
     samples_per_step: int
     tokens_per_step: int
+    window_tokens: int
     accumulation_steps: int
     peak_learning_rate: float
     scheduler: str
@@ -39,7 +41,7 @@ class TrainingPlan:
 def build_plan(
     training: TrainingSettings,
     control: ControlSettings,
-    context_length: int,
+    window_tokens: int,
     n_train_windows: int,
     n_val_windows: int,
     state: TrainState | None = None,
@@ -49,7 +51,7 @@ def build_plan(
     Args:
         training: batch size, accumulation, length, schedule.
         control: intervals.
-        context_length: tokens of a window.
+        window_tokens: tokens of a training window.
         n_train_windows: training windows of one epoch.
         n_val_windows: windows of the validation part.
         state: where a resumed run stands; the rest of its epochs is counted from there.
@@ -79,7 +81,8 @@ def build_plan(
         log_every=control.log_every or max(1, total // 100),
         eval_windows=eval_windows,
         samples_per_step=samples,
-        tokens_per_step=samples * context_length,
+        tokens_per_step=samples * window_tokens,
+        window_tokens=window_tokens,
         accumulation_steps=training.gradient_accumulation_steps,
         peak_learning_rate=training.learning_rate or DEFAULT_LEARNING_RATE,
         scheduler=training.scheduler,

@@ -35,7 +35,7 @@ class StepRecorder:
     ) -> None:
         self.plan, self.runtime, self.state = plan, runtime, state
         self.trackers, self.guard = trackers, guard
-        self._pending: deque[StepResult] = deque()
+        self._pending: deque[tuple[StepResult, int]] = deque()  # and the tokens of all steps
         self._lag = 1 if runtime.device.type == "cuda" else 0
         self._last_row = time.monotonic()
         self.bar = tqdm(
@@ -53,7 +53,7 @@ class StepRecorder:
         Raises:
             PreflightError: code DIVERGED; see `DivergenceGuard`.
         """
-        self._pending.append(result)
+        self._pending.append((result, self.state.tokens))
         self.bar.update()
         self._write(self._lag)
 
@@ -71,7 +71,7 @@ class StepRecorder:
     def _write(self, keep: int) -> None:
         """Log all pending steps but the newest `keep`."""
         while len(self._pending) > keep:
-            result = self._pending.popleft()
+            result, tokens = self._pending.popleft()
             loss, norm = float(result.loss), float(result.grad_norm)  # waits for the device
             now = time.monotonic()
             seconds, self._last_row = now - self._last_row, now
@@ -83,7 +83,7 @@ class StepRecorder:
                 "loss": loss,
                 "learning_rate": result.learning_rate,
                 "grad_norm": norm,
-                "tokens": result.step * result.tokens,
+                "tokens": tokens,
                 "tokens_per_second": round(tokens_per_second, 1),
                 "peak_memory_bytes": self.runtime.peak_memory_bytes(),
             }

@@ -26,6 +26,10 @@ class Trackers:
     def __init__(self, output_dir: Path) -> None:
         self._all: list[Tracker] = [TRACKERS.load(name)(output_dir) for name in TRACKERS.names()]
 
+    def add(self, tracker: Tracker) -> None:
+        """One more, for this run."""
+        self._all.append(tracker)
+
     def resume(self, step: int) -> None:
         """See `Tracker.resume`."""
         for tracker in self._all:

@@ -6,7 +6,7 @@ GOOD = "plenty of words to learn from, line after line\n" * 40
 BAD_TEXTS: dict[str, tuple[bytes, str]] = {
     "empty": (b"", "empty"),
     "whitespace": (b" \r\n\t" * 50, "only whitespace"),
-    "one word": (b"word", "needs 65"),
+    "one letter": (b"a", "too short"),
     "ELF": (b"\x7fELF\x02\x01" + bytes(range(256)), "an ELF program"),
     "gzip": (b"\x1f\x8b\x08\0" + bytes(50), "gzip"),
     "PDF": (b"%PDF-1.4 plain text", "a PDF"),

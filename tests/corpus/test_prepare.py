@@ -67,7 +67,6 @@ def build(
     return prepare_data(
         data_settings,
         tokenizer,
-        1,
         may_replace=may_replace,
         block_bytes=block_bytes,
         n_workers=n_workers,
@@ -176,7 +175,7 @@ if __name__ == "__main__":
     multiprocessing.set_executable("/bin/false")
     tokenizer = load_tokenizer("gpt2")
     settings = DataSettings(text_file=("text.txt",), num_workers=2)
-    print(prepare_data(settings, tokenizer, 32).train.n_tokens)
+    print(prepare_data(settings, tokenizer).train.n_tokens)
 """
     (tmp_path / "text.txt").write_text("some words of text, again and again. " * 100_000)
     done = subprocess.run(
@@ -245,15 +244,13 @@ def test_folder_glob_and_skipped_files(tmp_path: Path, capsys: pytest.CaptureFix
     (folder / ".hidden").write_text("no")
     (folder / "bad.txt").write_bytes(b"\xff\xfe\xfd" * 30)
     (folder / "dangling").symlink_to("nowhere")
-    data = prepare_data(
-        DataSettings(text_file=(str(folder),), data_dir=str(folder / "data")), GPT2, 4
-    )
+    data = prepare_data(DataSettings(text_file=(str(folder),), data_dir=str(folder / "data")), GPT2)
     names = [source.name for source in data.metadata.sources]
     assert names == ["texts/a.txt", "texts/b.txt", "texts/inner/c.txt"]
     assert "skipped 2 of 5 files" in capsys.readouterr().err
     (folder / "bad.txt").unlink()
     glob = DataSettings(text_file=(str(folder / "*.txt"),), data_dir=str(tmp_path / "d2"))
-    again = prepare_data(glob, GPT2, 2)
+    again = prepare_data(glob, GPT2)
     assert [s.name for s in again.metadata.sources] == ["a.txt", "b.txt"]
 
 
@@ -274,11 +271,11 @@ def test_sample_is_prepared_and_reused(
 ) -> None:
     monkeypatch.setattr(builtin, "SAMPLE_BYTES", 700_000)
     data_settings = DataSettings(data_dir=str(tmp_path / "data"))
-    data = prepare_data(data_settings, GPT2, 128)
+    data = prepare_data(data_settings, GPT2)
     assert "built-in sample" in capsys.readouterr().err
     assert data.metadata.sources[0].name.startswith("built-in sample (python 3.")
     assert data.train.n_documents > 80
-    assert prepare_data(data_settings, GPT2, 128).fingerprint == data.fingerprint
+    assert prepare_data(data_settings, GPT2).fingerprint == data.fingerprint
     assert "reusing" in capsys.readouterr().err
     assert not (tmp_path / "data" / build_module.BUILDING_NAME).exists()
 
@@ -302,7 +299,7 @@ def test_bad_text_is_refused_with_its_reason(
     before = build(tmp_path / "old", GOOD)
     tree = hash_tree(before.path)
     with pytest.raises(PreflightError) as caught:
-        prepare_data(DataSettings(text_file=(str(path),), data_dir=str(before.path)), GPT2, 64)
+        prepare_data(DataSettings(text_file=(str(path),), data_dir=str(before.path)), GPT2)
     assert caught.value.code == ExitCode.TEXT
     assert message in str(caught.value)
     assert hash_tree(before.path) == tree  # the old data folder is as it was
@@ -317,7 +314,7 @@ def test_missing_and_special_files_are_refused_at_once(tmp_path: Path) -> None:
     for name in [str(tmp_path / name) for name in names] + ["/dev/zero", "/dev/null", "x" * 300]:
         began = time.monotonic()
         with pytest.raises(PreflightError) as caught:
-            prepare_data(DataSettings(text_file=(name,), data_dir=str(tmp_path / "d")), GPT2, 4)
+            prepare_data(DataSettings(text_file=(name,), data_dir=str(tmp_path / "d")), GPT2)
         assert caught.value.code == ExitCode.TEXT
         assert time.monotonic() - began < 0.5
     assert not (tmp_path / "d").exists()
@@ -330,7 +327,7 @@ def test_terminal_is_a_mistake_in_the_flags(tmp_path: Path) -> None:
     ours, theirs = pty.openpty()
     settings = DataSettings(text_file=(os.ttyname(theirs),), data_dir=str(tmp_path / "d"))
     with pytest.raises(PreflightError, match="a terminal") as caught:
-        prepare_data(settings, GPT2, 4)
+        prepare_data(settings, GPT2)
     assert caught.value.code == ExitCode.FLAGS
     assert not (tmp_path / "d").exists()
     os.close(ours)
@@ -344,7 +341,7 @@ def test_pipe_within_a_folder_is_skipped(
     (tmp_path / "texts" / "a.txt").write_text(GOOD)
     os.mkfifo(tmp_path / "texts" / "pipe")
     build_settings = DataSettings(text_file=(str(tmp_path / "texts"),), data_dir=str(tmp_path))
-    assert prepare_data(build_settings, GPT2, 4).train.n_documents == 1
+    assert prepare_data(build_settings, GPT2).train.n_documents == 1
     assert "skipped 1 of 2 files" in capsys.readouterr().err
 
 
@@ -354,14 +351,13 @@ def test_file_with_a_false_size_and_sparse_file(tmp_path: Path) -> None:
         file.truncate(2**40)
     for path in (str(sparse), "/proc/self/mem"):
         with pytest.raises(PreflightError) as caught:
-            prepare_data(DataSettings(text_file=(path,), data_dir=str(tmp_path / "d")), GPT2, 4)
+            prepare_data(DataSettings(text_file=(path,), data_dir=str(tmp_path / "d")), GPT2)
         assert caught.value.code == ExitCode.TEXT
     if Path("/proc/cpuinfo").exists():  # its size is 0; it may well change between the passes
         try:
             data = prepare_data(
                 DataSettings(text_file=("/proc/filesystems",), data_dir=str(tmp_path / "d")),
                 GPT2,
-                4,
             )
             assert data.metadata.sources[0].size > 0
         except PreflightError as error:
@@ -373,7 +369,7 @@ def test_pipe_is_copied_first(tmp_path: Path) -> None:
     os.mkfifo(pipe)
     writer = threading.Thread(target=lambda: pipe.write_text(GOOD))
     writer.start()
-    data = prepare_data(DataSettings(text_file=(str(pipe),), data_dir=str(tmp_path / "d")), GPT2, 4)
+    data = prepare_data(DataSettings(text_file=(str(pipe),), data_dir=str(tmp_path / "d")), GPT2)
     writer.join()
     assert data.metadata.sources[0].size == len(GOOD)
     assert sorted(p.name for p in data.path.iterdir()) == [".lock", "metadata.json", "train", "val"]
@@ -437,7 +433,7 @@ def test_what_makes_a_rebuild_and_what_does_not(
     build(tmp_path, GOOD * 3 + "x", tokenizer=build_tokenizer("cl100k_base"))
     assert "the tokenizer changed from gpt2 to test_cl100k_base" in capsys.readouterr().err
     with pytest.raises(PreflightError, match="test_cl100k_base") as caught:
-        prepare_data(DataSettings(data_dir=str(data.path)), GPT2, 4)
+        prepare_data(DataSettings(data_dir=str(data.path)), GPT2)
     assert caught.value.code == ExitCode.DATA
 
 
@@ -546,11 +542,11 @@ def test_format_v1_is_read_and_reused(tmp_path: Path, capsys: pytest.CaptureFixt
     assert data.fingerprint == config["data"]["fingerprint"]
     assert data.metadata.version == 1
     values = {"data_dir": str(tmp_path / "data")}
-    found = prepare_data(DataSettings(text_file=(str(V1 / "text.txt"),), **values), GPT2, 16)
+    found = prepare_data(DataSettings(text_file=(str(V1 / "text.txt"),), **values), GPT2)
     assert "reusing" in capsys.readouterr().err
     assert hash_tree(tmp_path / "data") == tree
     values["data_dir"] = str(tmp_path / "new")
-    new = prepare_data(DataSettings(text_file=(str(V1 / "text.txt"),), **values), GPT2, 16)
+    new = prepare_data(DataSettings(text_file=(str(V1 / "text.txt"),), **values), GPT2)
     assert new.metadata.version == 2
     assert new.fingerprint == found.fingerprint == data.fingerprint
     forge(data, version=1, train=data.metadata.train.model_dump() | {"n_tokens": 1})
@@ -577,7 +573,7 @@ def test_damaged_shards(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> N
     for damage in damages:
         damage()
         with pytest.raises(PreflightError) as caught:
-            prepare_data(DataSettings(data_dir=str(data.path)), GPT2, 4)
+            prepare_data(DataSettings(data_dir=str(data.path)), GPT2)
         assert caught.value.code == ExitCode.DATA
         assert "shard_000" in str(caught.value)
         first.unlink(missing_ok=True)
@@ -665,7 +661,8 @@ def test_complete_folder_is_kept_when_it_may_not_be_replaced(tmp_path: Path) -> 
     before = hash_tree(data.path)
     asked: list[tuple[str, str | None]] = []
 
-    def may_replace(reason: str, fingerprint: str | None) -> None:
+    def may_replace(reason: str, built: DataFolder | None) -> None:
+        fingerprint = built.fingerprint if built else None
         asked.append((reason, fingerprint))
         if fingerprint != data.fingerprint:
             raise PreflightError(ExitCode.DATA, "in use")
@@ -724,7 +721,7 @@ def counted(name):
 for name in ("fsync", "replace", "rename", "posix_fallocate", "unlink", "mkdir", "rmdir"):
     counted(name)
 settings = DataSettings(text_file={texts!r}, data_dir={data!r}, shard_size=1024, val_split=0.2)
-build.prepare_data(settings, load_tokenizer("gpt2"), 4, block_bytes=700, n_workers=0)
+build.prepare_data(settings, load_tokenizer("gpt2"), block_bytes=700, n_workers=0)
 """
 
 
@@ -755,7 +752,7 @@ def test_killed_at_every_point_then_run_again_gives_the_same_folder(
         again = DataSettings(
             text_file=(str(source),), data_dir=str(target / "data"), shard_size=1024, val_split=0.2
         )
-        prepare_data(again, GPT2, 4, block_bytes=333, n_workers=0)
+        prepare_data(again, GPT2, block_bytes=333, n_workers=0)
         resumed += "resuming at shard" in capfd.readouterr().err
         assert hash_tree(target / "data") == expected
         shutil.rmtree(target)
@@ -789,11 +786,11 @@ def test_unfinished_folder_without_text_is_an_error_and_a_finished_build_is_move
     os.rename(data.path / "val", building / "val")
     os.rename(data.path / "metadata.json", building / "metadata.json")
     settings = DataSettings(data_dir=str(data.path))
-    assert prepare_data(settings, GPT2, 4).fingerprint == data.fingerprint
+    assert prepare_data(settings, GPT2).fingerprint == data.fingerprint
     assert hash_tree(data.path) == tree
     (data.path / "metadata.json").unlink()
     with pytest.raises(PreflightError, match="not provably") as caught:
-        prepare_data(settings, GPT2, 4)
+        prepare_data(settings, GPT2)
     assert caught.value.code == ExitCode.DATA
 
 
@@ -815,18 +812,18 @@ def test_stop_keeps_finished_shards(tmp_path: Path, capsys: pytest.CaptureFixtur
         data_dir=str(tmp_path / "d"),
     )
     with pytest.raises(PreflightError, match="finished shards are kept") as caught:
-        prepare_data(settings, GPT2, 4, StopSoon(), block_bytes=1000, n_workers=0)
+        prepare_data(settings, GPT2, StopSoon(), block_bytes=1000, n_workers=0)
     assert caught.value.code == ExitCode.SIGTERM
     assert not list((tmp_path / "d").rglob(".tmp-*"))
     shutil.copytree(tmp_path / "d", tmp_path / "damaged")
-    data = prepare_data(settings, GPT2, 4, block_bytes=1000, n_workers=0)
+    data = prepare_data(settings, GPT2, block_bytes=1000, n_workers=0)
     assert "resuming at shard" in capsys.readouterr().err
     assert hash_tree(data.path) == hash_tree(expected.path)
 
     kept = next((tmp_path / "damaged").rglob("shard_00000.npy"))  # what was kept went bad
     kept.write_bytes(kept.read_bytes()[:-1])
     settings = dataclasses.replace(settings, data_dir=str(tmp_path / "damaged"))
-    data = prepare_data(settings, GPT2, 4, block_bytes=1000, n_workers=0)
+    data = prepare_data(settings, GPT2, block_bytes=1000, n_workers=0)
     assert "resuming" not in capsys.readouterr().err
     assert hash_tree(data.path) == hash_tree(expected.path)
 
@@ -850,7 +847,7 @@ def test_workers_end_with_a_killed_parent(tmp_path: Path) -> None:
         "from preflight.tokenization import load_tokenizer\n"
         "if __name__ == '__main__':\n"
         f"    build.prepare_data(DataSettings(text_file=({str(source)!r},), shard_size=2000,\n"
-        f"        data_dir={str(tmp_path / 'd')!r}), load_tokenizer('gpt2'), 4,\n"
+        f"        data_dir={str(tmp_path / 'd')!r}), load_tokenizer('gpt2'),\n"
         "        block_bytes=5000, n_workers=2)\n"
     )
     script = tmp_path / "script.py"

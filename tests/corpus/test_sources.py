@@ -68,7 +68,7 @@ def prepare(
     settings = DataSettings(
         text_file=(given,), data_dir=str(folder), shard_size=1024, document_separator="|||"
     )
-    return prepare_data(settings, GPT2, 4, stop, block_bytes=block_bytes, n_workers=0)
+    return prepare_data(settings, GPT2, stop, block_bytes=block_bytes, n_workers=0)
 
 
 MANY = [f"document {i} \u6f22\u5b57 and some words" * (1 + i % 4) for i in range(300)]

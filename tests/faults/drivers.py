@@ -77,7 +77,7 @@ def run_preparation(argv: list[str]) -> int:
 
     def prepare_only(mode: str, config: RunConfig) -> int:
         with StopFlag() as stop:
-            build.prepare_data(config.data, build_byte_tokenizer(), 8, stop)
+            build.prepare_data(config.data, build_byte_tokenizer(), stop)
         return ExitCode.DONE
 
     main.run_mode = prepare_only

@@ -43,7 +43,7 @@ UNITS = [
 
 def decode_shards(data_dir: Path, settings: DataSettings) -> bytes:
     """The text that a data folder's ids stand for, training part first."""
-    data = prepare_data(settings, GPT2, 1)
+    data = prepare_data(settings, GPT2)
     ids = [i for part in (data.train, data.val) for shard in part.open() for i in shard.tolist()]
     return GPT2.decode_bytes([i for i in ids if i != GPT2.end_of_text_id])
 
@@ -113,9 +113,7 @@ def test_refused_files_and_nothing_made(place: Path) -> None:
         path = place / "bad.txt"
         path.write_bytes(raw)
         with pytest.raises(PreflightError) as caught:
-            prepare_data(
-                DataSettings(text_file=(str(path),), data_dir=str(place / "data")), GPT2, 64
-            )
+            prepare_data(DataSettings(text_file=(str(path),), data_dir=str(place / "data")), GPT2)
         assert caught.value.code == ExitCode.TEXT, name
         assert words in str(caught.value), name
         assert len(caught.value.lines) <= 5

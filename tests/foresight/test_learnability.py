@@ -104,7 +104,7 @@ def prepare_text(folder: Path, documents: list[str]) -> DataFolder:
         "document_separator": "|||",
         "num_workers": 1,
     }
-    return prepare_data(build(values).data, load_tokenizer("gpt2"), 16)
+    return prepare_data(build(values).data, load_tokenizer("gpt2"))
 
 
 def test_suspicious_content(tmp_path: Path) -> None:

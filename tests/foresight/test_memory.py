@@ -192,7 +192,7 @@ def test_depth_is_extended_exactly(
     device_type: str, dtype: torch.dtype, checkpointing: bool, batch: int, dropout: float
 ) -> None:
     model = replace(DEEP, dropout=dropout)
-    case = TraceCase(model, settings(batch, 2), dtype, device_type, checkpointing, False, 2)
+    case = TraceCase(model, settings(batch, 2), dtype, device_type, checkpointing, False, 2, 32)
     extended, whole = trace_peaks(case), trace_whole(case)
     assert extended.keys() == whole.keys()
     totals = {region: sum(items.values()) for region, items in whole.items()}
@@ -206,7 +206,7 @@ def test_depth_is_extended_exactly(
 def test_a_few_chunks_of_the_loss_stand_for_all(
     monkeypatch: pytest.MonkeyPatch, batch: int, dtype: torch.dtype
 ) -> None:
-    case = TraceCase(SMALL, settings(batch, 2), dtype, "cpu", False, False, 1)
+    case = TraceCase(SMALL, settings(batch, 2), dtype, "cpu", False, False, 1, SMALL.context_length)
     few = trace_whole(case)
     monkeypatch.setattr(memory_trace, "_LOSS_CHUNKS", 10**9)
     assert trace_whole(case) == few
@@ -229,7 +229,7 @@ def test_generation_and_resume() -> None:
     options = replace(case.options, generation_batch_size=5)
     estimate = estimate_memory(case.model, case.training, options)
     _, trainer, held = measure_steps(case)
-    fake = TraceCase(SMALL, case.training, FP32, "cpu", False, False, 5)
+    fake = TraceCase(SMALL, case.training, FP32, "cpu", False, False, 5, SMALL.context_length)
     peak, _ = measure_allocations(lambda: generate_longest(trainer.model, fake))
     assert estimate.phases["generation"] == pytest.approx(held + peak, rel=0.01)
     weights = {n: t.detach().clone() for n, t in trainer.model.state_dict().items()}

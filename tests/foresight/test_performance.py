@@ -86,7 +86,7 @@ def test_a_part_scales_to_the_whole(
     """Time that is made to follow the work exactly is extrapolated exactly."""
     config = make_config(batch_size=8, gradient_accumulation_steps=4)
     tokenizer = load_tokenizer("gpt2")
-    data = prepare_data(config.data, tokenizer, 32)
+    data = prepare_data(config.data, tokenizer)
     model = config.model.resolve(tokenizer.vocab_size)
     plan = build_plan(config.training, config.control, 32, 100, 10)
     runtime = build_runtime(config.system, 20)

@@ -18,9 +18,11 @@ def test_each_part_is_made_once(make_config: MakeConfig, monkeypatch: pytest.Mon
     for name in ("find_origin", "prepare_data", "build_plan", "build_runtime"):
         made = getattr(setup, name)
 
-        def counted(*args: object, made: object = made, name: str = name) -> object:
+        def counted(
+            *args: object, made: object = made, name: str = name, **options: object
+        ) -> object:
             calls.append(name)
-            return made(*args)  # type: ignore[operator]
+            return made(*args, **options)  # type: ignore[operator]
 
         monkeypatch.setattr(setup, name, counted)
     run = RunSetup(make_config(), StopFlag())

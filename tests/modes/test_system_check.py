@@ -147,7 +147,7 @@ def test_five_faults_in_one_report(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    prepare_data(make_config().data, load_tokenizer("gpt2"), 32)
+    prepare_data(make_config().data, load_tokenizer("gpt2"))
     shard = Path("data/train/shard_00000.npy")
     content = bytearray(shard.read_bytes())
     content[-1] ^= 1
@@ -173,8 +173,6 @@ def test_five_faults_in_one_report(
         ({"target_gpu": "Voodoo 2"}, "--gpu-memory"),
         ({"tokenizer": "klingon"}, "--tokenizer"),
         ({"text_file": ["missing.txt"]}, "missing.txt"),
-        ({"context_length": 12_000, "batch_size": 1}, "--context-length"),
-        ({"val_split": 0.001}, "--val-split"),
         ({"output_dir": "tiny.txt/run"}, "tiny.txt/run"),
     ],
 )

@@ -255,15 +255,46 @@ def test_what_disagrees_with_the_checkpoint_is_refused(run: Run, tmp_path: Path)
     assert run(batch_size=2, gradient_accumulation_steps=2, max_steps=6) == 0
 
 
-def test_other_data_is_refused_unless_asked_for(run: Run, tmp_path: Path) -> None:
+def hash_tree(folder: Path) -> dict[str, bytes]:
+    return {str(p): p.read_bytes() for p in folder.rglob("*") if p.is_file() and p.name != ".lock"}
+
+
+def test_other_data_is_refused_before_it_replaces_the_old(run: Run, tmp_path: Path) -> None:
     assert run(max_steps=2) == 0
     other = tmp_path / "other.txt"
     other.write_text("something else entirely, again and again and again\n" * 900)
+    before = hash_tree(tmp_path)
     flags = {"text_file": [str(other)], "max_steps": 4}
-    expect(run, ExitCode.DATA, "--resume-from", **flags)
     newest = store.find_newest(tmp_path / "training_output")
     assert newest is not None
-    assert run(resume_from=str(newest.path), **flags) == 0
+    expect(run, ExitCode.DATA, "the text changed", "--resume-from", "--data-dir", **flags)
+    flags["resume_from"] = str(newest.path)
+    expect(run, ExitCode.CHECKPOINT, "--allow-batch-change", **flags, batch_size=4)
+    assert hash_tree(tmp_path) == before
+    assert run(max_steps=3) == 0  # the old run goes on
+    flags["resume_from"] = str(tmp_path / "training_output" / "milestones" / "checkpoint-3")
+    assert run(**flags) == 0
+
+
+def test_a_run_that_does_not_fit_replaces_no_data(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert run(max_steps=2) == 0
+    other = tmp_path / "other.txt"
+    other.write_text("something else entirely, again and again and again\n" * 900)
+    before = hash_tree(tmp_path)
+    monkeypatch.setattr(fits, "reachable_host_bytes", lambda: 100 * 2**20)
+    expect(run, ExitCode.OUT_OF_MEMORY, "out of memory", text_file=[str(other)], output_dir="new")
+    assert hash_tree(tmp_path / "data") == {k: v for k, v in before.items() if "/data/" in k}
+
+
+def test_three_sentences_are_trained_on(run: Run, tmp_path: Path) -> None:
+    (tmp_path / "sample.txt").write_text("The cat sat. The dog slept. Nobody said a word.\n")
+    assert run(text_file=[str(tmp_path / "sample.txt")], context_length=64, max_steps=3) == 0
+    rows = read_rows(tmp_path / "training_output")
+    per_step = rows[0]["tokens"]
+    assert 0 < per_step < 8 * 64
+    assert [row["tokens"] for row in rows] == [per_step, 2 * per_step, 3 * per_step]
 
 
 def flip_a_bit(path: Path) -> None:

@@ -89,24 +89,23 @@ def plant_ids_beyond_the_vocabulary(part: str) -> None:
     Path("data/metadata.json").write_bytes(render_metadata(metadata))
 
 
-def test_five_planted_faults_in_one_run(
+def test_planted_faults_are_all_found_in_one_run(
     make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    build.prepare_data(make_config().data, load_tokenizer("gpt2"), 32)
+    build.prepare_data(make_config().data, load_tokenizer("gpt2"))
     with open("data/train/shard_00000.npy", "r+b") as file:
         file.seek(-1, os.SEEK_END)
         file.write(b"\xff")
     plant_ids_beyond_the_vocabulary("val")
     monkeypatch.setattr(fits, "free_bytes", lambda path: 1000)
     monkeypatch.setattr(fits, "has_fast_bf16", lambda device: False)
-    config = make_config(text_file=[], vocab_size=100, mixed_precision=True, context_length=2000)
+    config = make_config(text_file=[], vocab_size=100, mixed_precision=True)
     assert validate.run(config) == 1
     out = capsys.readouterr().out
     assert "--vocab-size 100 is smaller" in out
     assert "needed for checkpoints" not in out  # the model is unknown: its size is not judged
     assert "train/shard_00000.npy is damaged" in out
     assert "its largest id is 60000" in out
-    assert "the validation part has" in out
     assert "no bf16 in hardware" in out
     assert "3 not run  tokenizer: needs check 4" in out
     assert "6 not run  forward pass: needs check 1" in out
@@ -263,7 +262,7 @@ BREAKS = [
 def test_each_check_goes_red(
     make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch, number: int
 ) -> None:
-    build.prepare_data(make_config().data, load_tokenizer("gpt2"), 32)
+    build.prepare_data(make_config().data, load_tokenizer("gpt2"))
     flags = BREAKS[number - 1](monkeypatch)
     results = run_all(make_config(**flags))
     assert number in numbers(results, "failed")

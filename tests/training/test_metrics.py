@@ -12,11 +12,13 @@ from pathlib import Path
 import pytest
 
 from conftest import ROOT
+from preflight.core.errors import ExitCode, PreflightError
 from preflight.core.log import configure_logging, log
 from preflight.core.units import format_seconds
+from preflight.training import curve as curve_module
 from preflight.training import metrics
-from preflight.training.curve import save_loss_curve
-from preflight.training.metrics import MetricsLog, read_metrics
+from preflight.training.curve import LossCurve
+from preflight.training.metrics import MetricsLog, open_metrics, read_metrics
 
 
 def fill(log: MetricsLog, steps: range) -> None:
@@ -46,7 +48,7 @@ def test_trim_keeps_what_a_resumed_run_will_not_redo(tmp_path: Path) -> None:
     fill(log, range(1, 7))
     log.path.write_bytes(log.path.read_bytes() + b'{"event": "step", "step": 7, "lo')
     log.trim(4)
-    rows = read_metrics(log.path)
+    rows = list(read_metrics(log.path))
     assert [(r["event"], r["step"]) for r in rows] == [
         ("step", 1),
         ("step", 2),
@@ -77,13 +79,92 @@ def test_a_full_disk_is_told_once_and_leaves_no_torn_line(
 def test_the_curve_is_drawn_from_any_amount_of_rows(tmp_path: Path) -> None:
     log = MetricsLog(tmp_path / "m.jsonl")
     path = tmp_path / "curve.png"
-    save_loss_curve(path, [], "nothing")
+    LossCurve([]).save(path, "nothing")
     assert not path.exists()
     for steps in (range(1, 2), range(2, 200)):
         fill(log, steps)
-        save_loss_curve(path, read_metrics(log.path), "a title")
+        LossCurve(read_metrics(log.path)).save(path, "a title")
         assert path.read_bytes().startswith(b"\x89PNG")
     assert path.stat().st_size > 20_000
+
+
+HOSTILE = [
+    b"[" * 100_000,
+    b"",
+    b"\xff\xfe",
+    b"null",
+    b"[1]",
+    b"1" * 5000,
+    b'{"event": "step"}',
+    b'{"event": "step", "step": true, "loss": 1, "tokens": 1, "learning_rate": 1}',
+    b'{"event": 7, "step": 2}',
+    b'{"event": "step", "step": "2"}',
+    b'{"event": "step", "step": 2, "loss": "low", "tokens": 1, "learning_rate": 1}',
+    b'{"event": "step", "step": 2, "loss": 1e999, "tokens": 1, "learning_rate": 1}',
+    b'{"event": "step", "step": 2, "loss": NaN, "tokens": 1, "learning_rate": 1}',
+    b'{"event": "step", "step": 2, "loss": 1, "learning_rate": 1}',
+    b'{"event": "eval", "step": 2, "val_loss": [1], "tokens": 1}',
+    b'{"event": "sample", "step": 2, "text": "' + b"x" * 3_000_000 + b'"}',
+    b'{"event": "profile", "step": 2}',
+]
+
+
+def test_lines_that_nobody_expects_end_no_run_and_are_kept(tmp_path: Path) -> None:
+    log = MetricsLog(tmp_path / "m.jsonl")
+    fill(log, range(1, 3))
+    odd = b"\n".join(HOSTILE) + b"\n"
+    log.path.write_bytes(log.path.read_bytes() + odd)
+    before = log.path.read_bytes()
+    curve = LossCurve(read_metrics(log.path))
+    curve.save(tmp_path / "curve.png", "")
+    assert curve._steps.columns() == [[64.0, 128.0], [9.0, 4.5], [1e-3, 1e-3]]
+    log.trim(2)
+    kept = log.path.read_bytes()
+    later = [line for line in before.split(b"\n") if line not in kept.split(b"\n")]
+    # Rows of the same step that are not its ``step`` row come again: two ``eval``, one ``profile``.
+    assert all(b'"eval"' in line or b'"profile"' in line for line in later)
+    assert len(later) == 3
+
+
+@pytest.mark.parametrize("content", [b'{"loss": 3}\n', b"a diary", b'{"step": 1, "event": "x"}'])
+def test_another_programs_log_is_never_cut(tmp_path: Path, content: bytes) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.write_bytes(content)
+    with pytest.raises(PreflightError, match="another program's file") as caught:
+        open_metrics(tmp_path).resume(0)
+    assert caught.value.code == ExitCode.STORAGE
+    assert path.read_bytes() == content
+
+
+def test_rows_are_not_written_through_a_link(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "mine").write_bytes(b'{"event": "')
+    (tmp_path / "metrics.jsonl").symlink_to(tmp_path / "mine")
+    with pytest.raises(PreflightError, match="symbolic link"):
+        open_metrics(tmp_path).resume(0)
+    fill(open_metrics(tmp_path), range(1, 3))
+    assert "warning" in capsys.readouterr().err
+    assert (tmp_path / "mine").read_bytes() == b'{"event": "'
+
+
+def test_a_long_log_is_sampled(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The points are means of equally many neighbours, and their mean is that of all values."""
+    monkeypatch.setattr(curve_module, "MAX_POINTS", 64)
+    rows = [
+        {"event": "step", "step": n, "tokens": n, "loss": float(n % 7), "learning_rate": 1.0}
+        for n in range(64 * 5)
+    ]
+    tokens, losses, _ = LossCurve(rows)._steps.columns()
+    assert tokens == [4 * i * 2 + 3.5 for i in range(40)]
+    means = [sum(n % 7 for n in range(8 * i, 8 * i + 8)) / 8 for i in range(40)]
+    assert losses == pytest.approx(means)
+    evaluations = [
+        {"event": "eval", "step": n, "tokens": n, "val_loss": abs(n - 57.0)} for n in range(999)
+    ]
+    curve = LossCurve(evaluations)
+    assert len(curve._evaluations.columns()[0]) <= 64
+    assert curve._best == (57, 0.0)
 
 
 @pytest.mark.parametrize(("seconds", "text"), [(5, "5 s"), (600, "10 min"), (11_100, "3 h 05 min")])
@@ -113,10 +194,10 @@ def test_drawing_waits_for_its_time_and_heeds_no_backend(tmp_path: Path) -> None
 import sys
 from pathlib import Path
 import preflight.modes.train
-from preflight.training.curve import save_loss_curve
+from preflight.training.curve import LossCurve
 assert "matplotlib" not in sys.modules
-save_loss_curve(Path("curve.png"), [{"event": "step", "tokens": 1, "loss": 1.0,
-                                     "learning_rate": 1.0}], "")
+row = {"event": "step", "tokens": 1, "loss": 1.0, "learning_rate": 1.0}
+LossCurve([row]).save(Path("curve.png"), "")
 """
     done = subprocess.run(
         [sys.executable, "-c", code],

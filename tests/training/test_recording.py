@@ -61,15 +61,17 @@ def result(step: int, loss: float = 2.0) -> StepResult:
 def test_rows_come_in_order_and_one_step_late_on_a_card(
     tmp_path: Path, kept: ListTracker, device: str, late: int
 ) -> None:
-    recorder = build_recorder(tmp_path, device)
+    state = TrainState(tokens=1000)  # of a run that had another batch size before
+    recorder = build_recorder(tmp_path, device, state)
     for step in (1, 2, 3):
+        state.advance(result(step), step)
         recorder.record(result(step, loss=float(step)))
         assert [row["step"] for row in kept.rows] == list(range(1, step + 1 - late))
     recorder.flush()
     assert [(row["step"], row["loss"], row["tokens"]) for row in kept.rows] == [
-        (1, 1.0, 128),
-        (2, 2.0, 256),
-        (3, 3.0, 384),
+        (1, 1.0, 1128),
+        (2, 2.0, 1256),
+        (3, 3.0, 1384),
     ]
 
 
