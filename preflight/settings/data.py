@@ -25,3 +25,9 @@ class DataSettings:
         "text that separates documents within a file, such as '<|endoftext|>'",
         metavar="TEXT",
     )
+    output_dir: str | None = None  # the value of --output-dir, no flag of this group
+
+    @property
+    def own_folders(self) -> tuple[str, ...]:
+        """The folders that a run writes, which are no part of its text."""
+        return (self.data_dir, *([self.output_dir] if self.output_dir else []))

@@ -80,6 +80,7 @@ def build_config(given: dict[str, Any], sources: dict[str, str]) -> RunConfig:
             faults.append(str(error))
     if "seed" in values["training"]:
         values["sampling"]["seed"] = values["training"]["seed"]
+    values["data"]["output_dir"] = values["control"].get("output_dir", ControlSettings.output_dir)
     groups = {group: settings(**values[group]) for group, settings in GROUPS.items()}
     config = RunConfig(**groups, sources=dict(sources))
     faults += _find_model_faults(config.model, set(given)) + _find_conflicts(config)

@@ -254,6 +254,86 @@ def test_folder_glob_and_skipped_files(tmp_path: Path, capsys: pytest.CaptureFix
     assert [s.name for s in again.metadata.sources] == ["a.txt", "b.txt"]
 
 
+def test_what_is_left_out_of_a_folder_is_told(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "texts"
+    for name in ("a.txt", "closed/b.txt", "run/metrics.jsonl", ".git/config", ".notes", "data/x"):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(f"the text of {name}, some words long")
+    (folder / "loop").symlink_to(folder)
+    real = os.scandir
+
+    def scan(path: str) -> object:
+        if str(path).endswith("closed"):
+            raise PermissionError(13, "Permission denied", path)
+        return real(path)
+
+    monkeypatch.setattr(os, "scandir", scan)
+    values = DataSettings(
+        text_file=(str(folder),), data_dir=str(folder / "data"), output_dir=str(folder / "run")
+    )
+    (folder / "data" / "x").rename(folder / "x")
+    assert [path.label for path in find_sources(values)] == [f"{folder}/a.txt", f"{folder}/x"]
+    told = capsys.readouterr().err
+    for words in (
+        f"linked folders are left out (1, the first: {folder}/loop)",
+        f"folders that this program writes are left out (2, the first: {folder}/data)",
+        f"hidden folders and caches are left out (1, the first: {folder}/.git)",
+        f"hidden files are left out (1, the first: {folder}/.notes)",
+        f"folders that cannot be read (Permission denied) are left out (1, the first: {folder}/clo",
+    ):
+        assert words in told
+
+
+def test_a_run_never_reads_what_it_writes(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("a.txt", "data/b.txt", "data/metadata.json", "data/train/c.txt", "out/m.txt"):
+        Path(name).parent.mkdir(parents=True, exist_ok=True)
+        Path(name).write_text("some words")
+
+    def find(*given: str) -> list[str]:
+        values = DataSettings(text_file=given, data_dir="data", output_dir="out")
+        return [source.label for source in find_sources(values)]
+
+    assert find(".") == find("*") == find("**/*.txt") == ["a.txt"]
+    assert find("data/*") == find("data/*.txt") == ["data/b.txt"]
+    assert find("data/b.txt", "data/metadata.json") == ["data/b.txt", "data/metadata.json"]
+    assert "files that this program writes are left out (2, the first: data" in (
+        capsys.readouterr().err
+    )
+    for name in ("data", "out", "data/train", "../" + tmp_path.name + "/out"):
+        with pytest.raises(PreflightError, match="this program writes that folder") as caught:
+            find(name)
+        assert caught.value.code == ExitCode.FLAGS
+
+
+@pytest.mark.parametrize(
+    "pair", [("a", "a"), ("a", "a/b"), ("a/b", "a"), ("a", "link"), (".", "b")]
+)
+def test_folders_within_each_other_are_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, pair: tuple[str, str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("a").mkdir()
+    Path("link").symlink_to("a")
+    with pytest.raises(PreflightError, match="one is the other or lies within it") as caught:
+        find_sources(DataSettings(data_dir=pair[0], output_dir=pair[1]))
+    assert caught.value.code == ExitCode.FLAGS
+    assert len(find_sources(DataSettings(data_dir="a", output_dir="ab"))) == 1
+
+
+def test_notes_on_many_files_are_one_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    build(tmp_path, *[b"\xef\xbb\xbf" + GOOD.encode()] * 5, GOOD)
+    told = capsys.readouterr().err
+    assert told.count("byte order mark") == 1
+    assert "text0.txt and 4 more: a byte order mark" in told
+
+
 def test_byte_order_mark_is_dropped_and_the_rest_kept(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -263,7 +343,7 @@ def test_byte_order_mark_is_dropped_and_the_rest_kept(
     assert "".join(GPT2.decode(d) for s in ("train", "val") for d in documents[s]) == text
     said = capsys.readouterr().err
     assert "byte order mark" in said
-    assert "9 times" in said
+    assert "<|endoftext|>' is taken as plain text" in said
 
 
 def test_sample_is_prepared_and_reused(

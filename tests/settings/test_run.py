@@ -108,7 +108,7 @@ def test_a_value_at_fault_is_not_reported_as_missing_too() -> None:
 def test_only_what_is_given_is_set() -> None:
     config = config_of(batch_size="16", learning_rate="1e-3", dropout=0, text_file="a.txt")
     assert config.training == TrainingSettings(batch_size=16, learning_rate=0.001)
-    assert config.data == DataSettings(text_file=("a.txt",))
+    assert config.data == DataSettings(text_file=("a.txt",), output_dir="training_output")
     assert config.control == RunConfig().control
     assert list(config.sources) == ["batch_size", "learning_rate", "dropout", "text_file"]
 

@@ -28,6 +28,14 @@ __all__ = [
     "text_error",
 ]
 
+# What this program writes in a data or an output folder, and the folder itself.
+_OWN_NAMES = {
+    os.curdir,
+    *("train", "val", "metadata.json", ".building", ".lock"),
+    *("milestones", "metrics.jsonl", "loss_curve.png", "crash.log"),
+    *("check_report.json", "batch_size_report.json"),
+}
+
 
 @dataclass(frozen=True)
 class ScannedSource:
@@ -41,28 +49,85 @@ def find_sources(settings: DataSettings) -> list[Source]:
     """The sources that `--text-file` means, each once; without the flag the built-in sample.
 
     Raises:
-        PreflightError: code TEXT for what is missing or no file, FLAGS for a terminal; before
-            anything is read.
+        PreflightError: code TEXT for what is missing or no file, FLAGS for a terminal, for a
+            folder that this program writes itself, and for data and output folders that contain
+            each other; before anything is read.
     """
+    _refuse_nested(settings)
     found: dict[str, Source] = {}
-    for given in _expand(settings.text_file):
+    for given in _expand(settings):
+        if given is not None and os.path.isdir(given) and _is_written_by_us(given, settings):
+            raise PreflightError(
+                ExitCode.FLAGS,
+                f"--text-file {given}: this program writes that folder itself",
+                "keep the text in another folder, or choose another --data-dir and --output-dir",
+            )
         for source in _open(given, settings):
             found.setdefault(os.path.abspath(source.label), source)
     return list(found.values())
 
 
-def _expand(given: tuple[str, ...]) -> Iterator[str | None]:
+def _refuse_nested(settings: DataSettings) -> None:
+    """PreflightError (FLAGS) for a data and an output folder of which one contains the other."""
+    if settings.output_dir is not None and (
+        _contains(settings.data_dir, settings.output_dir)
+        or _contains(settings.output_dir, settings.data_dir)
+    ):
+        raise PreflightError(
+            ExitCode.FLAGS,
+            f"--data-dir {settings.data_dir} and --output-dir {settings.output_dir}: one is the "
+            "other or lies within it",
+            "choose two folders side by side, such as run/data and run/output",
+        )
+
+
+def _contains(folder: str, path: str) -> bool:
+    """Whether `path` is `folder` or lies below it, all links followed."""
+    real, place = os.path.realpath(folder), os.path.realpath(path)
+    return place == real or place.startswith(os.path.join(real, ""))
+
+
+def _is_written_by_us(path: str, settings: DataSettings) -> bool:
+    """Whether `path` is a folder of the run, or what the run writes there."""
+    for folder in filter(lambda own: _contains(own, path), settings.own_folders):
+        inner = os.path.relpath(os.path.realpath(path), os.path.realpath(folder))
+        if inner.split(os.sep)[0] in _OWN_NAMES:
+            return True
+    return False
+
+
+def _expand(settings: DataSettings) -> Iterator[str | None]:
     """Each value of the flag, patterns as the names that match them; None without any value."""
-    if not given:
+    if not settings.text_file:
         yield None
-    for value in given:
+    for value in settings.text_file:
         if value != "-" and not os.path.lexists(value) and glob.has_magic(value):
-            names = sorted(glob.glob(value, recursive=True))
-            if not names:
-                raise text_error(value, "no file matches")
-            yield from names
+            yield from _match(value, settings)
         else:
             yield "/dev/stdin" if value == "-" else value
+
+
+def _match(pattern: str, settings: DataSettings) -> list[str]:
+    """The names that match, in order. Folders of the run are left out, and that is told."""
+    parts = pattern.split(os.sep)
+    begin = os.sep.join(parts[: next(i for i, part in enumerate(parts) if glob.has_magic(part))])
+    inside = [own for own in settings.own_folders if _contains(own, begin or ".")]
+    names = sorted(glob.glob(pattern, recursive=True))
+    kept = [
+        name
+        for name in names
+        if not _is_written_by_us(name, settings)
+        and (inside or not any(_contains(own, name) for own in settings.own_folders))
+    ]
+    if len(kept) < len(names):
+        first = next(name for name in names if name not in kept)
+        log.info(
+            f"{pattern}: files that this program writes are left out "
+            f"({len(names) - len(kept):,}, the first: {first})"
+        )
+    if not kept:
+        raise text_error(pattern, "no file matches")
+    return kept
 
 
 def _open(given: str | None, settings: DataSettings) -> list[Source]:
@@ -96,6 +161,10 @@ def scan_sources(sources: list[Source], stop: StopFlag | None) -> list[ScannedSo
         log.info(
             f"skipped {len(skipped)} of {len(sources)} files, the first: {skipped[0].lines[0]}"
         )
+    for note in dict.fromkeys(note for item in scanned for note in item.facts.notes):
+        labels = [item.source.label for item in scanned if note in item.facts.notes]
+        more = f" and {len(labels) - 1:,} more" if len(labels) > 1 else ""
+        log.info(f"{labels[0]}{more}: {note}")
     if not any(item.facts.document_bytes for item in scanned):
         raise (
             skipped[0]

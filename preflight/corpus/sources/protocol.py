@@ -24,11 +24,13 @@ class SourceFacts:
         size: bytes of the source.
         sha256: its digest in hexadecimal: equal only if the documents are equal.
         document_bytes: of type "q", the UTF-8 bytes of each document, none of them empty.
+        notes: what a user should know of it; the same words for all sources that have it.
     """
 
     size: int
     sha256: str
     document_bytes: array
+    notes: tuple[str, ...] = ()
 
 
 class Source(Protocol):

@@ -25,6 +25,11 @@ from preflight.corpus.sources.protocol import Document, Source, SourceFacts, tex
 from preflight.settings import DataSettings
 
 END_OF_TEXT = b"<|endoftext|>"
+_MARK_NOTE = "a byte order mark at the beginning is left out"
+_SPECIAL_NOTE = (
+    "'<|endoftext|>' is taken as plain text; --document-separator '<|endoftext|>' would split "
+    "documents there"
+)
 _READ_BYTES = 2**18  # what is read stays in the cache until it is judged
 _MAGIC = (
     (b"\x7fELF", "an ELF program"),
@@ -73,7 +78,7 @@ def find(given: str | None, settings: DataSettings) -> list[TextFile]:
     except OSError as error:
         raise text_error(path, error.strerror or str(error), "check --text-file") from None
     if stat.S_ISDIR(mode):
-        inside = _walk(path, Path(settings.data_dir))
+        inside = _walk(path, settings.own_folders)
         if not inside:
             raise text_error(path, "the folder holds no files")
         root = Path(path.resolve().name)
@@ -92,18 +97,41 @@ def find(given: str | None, settings: DataSettings) -> list[TextFile]:
     return [TextFile(path, separator)]
 
 
-def _walk(folder: Path, data_dir: Path) -> list[Path]:
-    """Every file below `folder`, in a fixed order; neither hidden ones nor our data nor caches."""
+def _walk(folder: Path, own: tuple[str, ...]) -> list[Path]:
+    """Every file below `folder`, in a fixed order. What is left out is told, with the first name.
+
+    Left out are hidden files and folders, caches, the folders of a run (`own`), folders that are
+    links, since they may lead anywhere, and folders that cannot be read.
+    """
     files: list[Path] = []
-    own = os.path.realpath(data_dir)
-    for place, folders, names in os.walk(folder):
-        folders[:] = [
-            name
-            for name in folders
-            if not name.startswith((".", "__pycache__"))
-            and os.path.realpath(os.path.join(place, name)) != own
-        ]
-        files += [Path(place, name) for name in names if not name.startswith(".")]
+    left_out: dict[str, list[str]] = {}
+
+    def leave_out(kind: str, path: str) -> None:
+        left_out.setdefault(kind, []).append(path)
+
+    def note_unreadable(error: OSError) -> None:
+        leave_out(f"folders that cannot be read ({error.strerror})", str(error.filename))
+
+    own_places = {os.path.realpath(place) for place in own}
+    for place, folders, names in os.walk(folder, onerror=note_unreadable):
+        for name in sorted(folders):
+            path = os.path.join(place, name)
+            if os.path.islink(path):
+                leave_out("linked folders", path)
+            elif os.path.realpath(path) in own_places:
+                leave_out("folders that this program writes", path)
+            elif name.startswith((".", "__pycache__")):
+                leave_out("hidden folders and caches", path)
+            else:
+                continue
+            folders.remove(name)
+        for name in names:
+            if name.startswith("."):
+                leave_out("hidden files", os.path.join(place, name))
+            else:
+                files.append(Path(place, name))
+    for kind, paths in left_out.items():
+        log.info(f"{folder}: {kind} are left out ({len(paths):,}, the first: {min(paths)})")
     return sorted(files)
 
 
@@ -160,7 +188,7 @@ class TextFile(Source):
             raise text_error(self.path, error.strerror or str(error)) from None
         self._spans = scanner.finish()
         sizes = array("q", (self._spans[i + 1] - self._spans[i] for i in self._list_begins()))
-        return SourceFacts(scanner.size, scanner.digest.hexdigest(), sizes)
+        return SourceFacts(scanner.size, scanner.digest.hexdigest(), sizes, tuple(scanner.notes))
 
     def _list_begins(self) -> range:
         return range(0, len(self._spans), 2)
@@ -216,7 +244,8 @@ class _Scanner:
         self._decoder = codecs.getincrementaldecoder("utf-8")()
         self._finder = _SeparatorFinder(separator.encode() if separator else None)
         self._is_blank = True
-        self._n_nuls = self._n_special = 0
+        self._n_nuls = 0
+        self.notes: list[str] = []
         self._tail = b""
 
     def feed(self, block: bytes) -> None:
@@ -225,7 +254,7 @@ class _Scanner:
             _refuse_binary(self._path, block)
             if block.startswith(codecs.BOM_UTF8):
                 self._finder.begin = len(codecs.BOM_UTF8)
-                log.info(f"{self._path}: a byte order mark at its beginning is left out")
+                self.notes.append(_MARK_NOTE)
         self.digest.update(block)  # a thread for it was slower
         if b"\0" in block:  # this test is faster than counting
             self._n_nuls += block.count(0)
@@ -233,7 +262,8 @@ class _Scanner:
                 raise text_error(self._path, "binary data (many NUL bytes), not text")
         text = self._decode(block)
         self._is_blank = self._is_blank and not text.strip("\ufeff \t\r\n\v\f\0")
-        self._n_special += (self._tail + block).count(END_OF_TEXT)
+        if END_OF_TEXT in self._tail + block and self._finder.separator != END_OF_TEXT:
+            self.notes += [_SPECIAL_NOTE] * (_SPECIAL_NOTE not in self.notes)
         self._tail = (self._tail + block)[1 - len(END_OF_TEXT) :]
         self._finder.feed(block)
         self.size += len(block)
@@ -253,12 +283,6 @@ class _Scanner:
                 self._path,
                 "holds only whitespace" if self.size else "empty",
                 "give a file with text in it",
-            )
-        if self._n_special and self._finder.separator != END_OF_TEXT:
-            log.info(
-                f"{self._path}: '<|endoftext|>' occurs {self._n_special:,} times in it and is "
-                "taken as plain text; --document-separator '<|endoftext|>' would split documents "
-                "there"
             )
         return self._finder.finish(self.size)
 
