@@ -13,6 +13,7 @@ import mmap
 import os
 import queue
 import threading
+from collections import OrderedDict
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from types import TracebackType
@@ -22,9 +23,10 @@ import torch
 from numpy.lib.stride_tricks import sliding_window_view
 
 from preflight.core.errors import ExitCode, PreflightError
-from preflight.corpus.shards import DataFolder, Shard, Split
+from preflight.corpus.shards import DataFolder, Split
 
 _CHUNK_TOKENS = 256 * 1024  # read and converted at once: one queue item for many batches
+_MAX_OPENED = 1024  # shards of one reader
 _POLL_SECONDS = 0.5
 
 
@@ -77,17 +79,19 @@ class _ShardReader:
         self._dtype, self._vocab_size = dtype, vocab_size
         self._shards = split.shards
         self._starts = np.cumsum([0, *(shard.n_tokens for shard in split.shards)])
-        self._files: list[tuple[int, int]] = []  # device and inode of each shard
-        self._tokens: list[np.ndarray] = []
-        self._maps: list[mmap.mmap] = []  # what `_tokens` look into
-        for shard in split.shards:
-            self._open(shard)
+        self._files: dict[int, tuple[int, int]] = {}  # device and inode by shard
+        # By shard, the least recently used first: the tokens, and the map that they look into.
+        self._opened: OrderedDict[int, tuple[np.ndarray, mmap.mmap]] = OrderedDict()
+        self._max_opened = _choose_max_opened()
         self.check_unchanged(range(len(self._shards)))
+        for index in range(min(len(self._shards), self._max_opened)):
+            self._open(index)
 
-    def _open(self, shard: Shard) -> None:
+    def _open(self, index: int) -> None:
+        """Map a shard, and unmap another where there are too many: each map holds a descriptor."""
+        shard = self._shards[index]
         try:
             mapped = np.load(shard.path, mmap_mode="r")
-            status = os.stat(shard.path)
         except OSError as error:
             raise PreflightError(
                 ExitCode.DATA,
@@ -96,14 +100,16 @@ class _ShardReader:
             ) from None
         except (ValueError, EOFError):  # another header, or fewer tokens than it says
             raise self._explain(shard.path, "changed while it was in use") from None
-        self._files.append((status.st_dev, status.st_ino))
-        self._tokens.append(np.asarray(mapped))  # a plain array is sliced faster than a memmap
-        self._maps.append(mapped.base)
+        while len(self._opened) >= self._max_opened:
+            self._opened.popitem(last=False)
+        # A plain array is sliced faster than a memmap.
+        self._opened[index] = np.asarray(mapped), mapped.base
+        self._files.pop(index, None)
+        self.check_unchanged([index])
 
     def close(self) -> None:
         """Unmap the shards."""
-        self._tokens.clear()
-        self._maps.clear()
+        self._opened.clear()
 
     def check_unchanged(self, indices: Iterable[int]) -> None:
         """PreflightError (DATA) when one of these shards is no longer as it was verified."""
@@ -113,8 +119,11 @@ class _ShardReader:
                 status = os.stat(shard.path)
             except OSError:  # deleted or moved: what is mapped stays readable
                 continue
-            is_same_file = (status.st_dev, status.st_ino) == self._files[index]
-            if is_same_file and (status.st_size, status.st_mtime_ns) != shard.signature:
+            place = (status.st_dev, status.st_ino)
+            is_same_file = place == self._files.setdefault(index, place)
+            is_read = index in self._opened  # a file that took the name of a mapped one is not
+            is_same_content = (status.st_size, status.st_mtime_ns) == shard.signature
+            if (is_same_file or not is_read) and not is_same_content:
                 raise self._explain(shard.path, "changed while it was in use")
 
     def _explain(self, path: object, what: str) -> PreflightError:
@@ -158,9 +167,23 @@ class _ShardReader:
 
     def _map(self, index: int) -> np.ndarray:
         """The tokens of a shard, to copy from at once; PreflightError (DATA) if it was cut."""
-        if self._maps[index].size() < self._shards[index].signature[0]:
+        if index not in self._opened:
+            self._open(index)
+        self._opened.move_to_end(index)
+        tokens, mapped = self._opened[index]
+        if mapped.size() < self._shards[index].signature[0]:
             raise self._explain(self._shards[index].path, "was cut short while it was in use")
-        return self._tokens[index]
+        return tokens
+
+
+def _choose_max_opened() -> int:
+    """Shards that one reader keeps mapped: a quarter of the descriptors that a process may have."""
+    try:
+        import resource
+    except ImportError:  # Windows
+        return _MAX_OPENED
+    limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    return _MAX_OPENED if limit < 0 else max(1, min(_MAX_OPENED, limit // 4))
 
 
 class BatchLoader:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import re
 import time
 from pathlib import Path
 from typing import Any
@@ -37,7 +38,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> DataFolder:
 
 
 def read_all(data: DataFolder, split: str = "train") -> np.ndarray:
-    return np.concatenate(getattr(data, split).open()).astype(np.int64)
+    return np.concatenate(list(getattr(data, split).open())).astype(np.int64)
 
 
 def open_loader(data: DataFolder, **values: Any) -> BatchLoader:
@@ -205,6 +206,27 @@ def test_missing_shard(data: DataFolder) -> None:
         assert caught.value.code == ExitCode.DATA
     finally:
         os.rename(path.with_suffix(".away"), path)
+
+
+@pytest.mark.parametrize("limit", [1, 3])
+def test_a_reader_maps_a_bounded_number_of_shards(
+    data: DataFolder, monkeypatch: pytest.MonkeyPatch, limit: int
+) -> None:
+    expected = take_rows(data, 40)
+    monkeypatch.setattr(train_utils, "_MAX_OPENED", limit)
+    opened = []
+    real = np.load
+
+    def load(*args: Any, **options: Any) -> np.ndarray:
+        maps = Path("/proc/self/maps").read_text()
+        opened.append(len(set(re.findall(r"\S+/shard_\d+\.npy", maps))))
+        return real(*args, **options)
+
+    monkeypatch.setattr(np, "load", load)
+    assert len(data.train.shards) > 2 * limit
+    assert torch.equal(take_rows(data, 40), expected)
+    assert len(opened) > len(data.train.shards)
+    assert max(opened) <= limit + 1  # and one that is on its way out
 
 
 def test_id_beyond_the_vocabulary(data: DataFolder) -> None:

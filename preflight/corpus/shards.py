@@ -10,6 +10,7 @@ import hashlib
 import io
 import os
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -52,9 +53,9 @@ class Split:
     n_documents: int
     n_bytes: int
 
-    def open(self) -> list[np.ndarray]:
-        """The shards as one-dimensional read-only memory maps, in order."""
-        return [np.load(shard.path, mmap_mode="r") for shard in self.shards]
+    def open(self) -> Iterator[np.ndarray]:
+        """The shards as one-dimensional read-only memory maps, in order, each when it is needed."""
+        return (np.load(shard.path, mmap_mode="r") for shard in self.shards)
 
 
 @dataclass(frozen=True)

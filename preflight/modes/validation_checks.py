@@ -269,10 +269,10 @@ def _read_own_text(subject: Subject) -> tuple[str, str]:
             with open(path, "rb") as file:
                 return file.read(_ROUND_TRIP_BYTES).decode("utf-8", errors="ignore"), name
     try:
-        parts = subject.data.train.open()
+        first = next(subject.data.train.open())
     except PreflightError:
         raise Lacking(4) from None
-    ids = parts[0][: _ROUND_TRIP_BYTES // 4].tolist()
+    ids = first[: _ROUND_TRIP_BYTES // 4].tolist()
     pieces = [i for i in ids if i != subject.tokenizer.end_of_text_id]
     text = subject.tokenizer.decode_bytes(pieces).decode("utf-8", errors="ignore")
     return text, str(subject.data.path)

@@ -74,7 +74,7 @@ def build(
 
 
 def read_ids(data: DataFolder, split: str) -> list[int]:
-    return np.concatenate(getattr(data, split).open()).tolist()
+    return np.concatenate(list(getattr(data, split).open())).tolist()
 
 
 def read_documents(data: DataFolder, tokenizer: Tokenizer = GPT2) -> dict[str, list[list[int]]]:
