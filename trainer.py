@@ -200,7 +200,9 @@ class Trainer:
         """
         self.model.load_state_dict(weights)
         try:
-            self.optimizer.load_state_dict(state["optimizer"])
+            # Hyperparameters stay those of the flags: a checkpoint's are never used.
+            groups = self.optimizer.state_dict()["param_groups"]
+            self.optimizer.load_state_dict(state["optimizer"] | {"param_groups": groups})
             if self.scaler.is_enabled() and state["scaler"]:
                 self.scaler.load_state_dict(state["scaler"])
             torch.set_rng_state(state["rng"]["cpu"])
