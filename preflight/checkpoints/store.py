@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 from preflight.checkpoints.damage import damage_error, describe_path
@@ -24,6 +25,8 @@ from preflight.checkpoints.manifest import (
 from preflight.core import storage
 from preflight.core.errors import ExitCode, PreflightError
 from preflight.core.log import log
+
+Check = Callable[[Checkpoint], None]
 
 
 def list_checkpoints(output_dir: Path) -> list[Checkpoint]:
@@ -60,12 +63,16 @@ def scan_checkpoints(output_dir: Path) -> tuple[list[Checkpoint], dict[Path, str
     return found, damaged
 
 
-def find_newest(output_dir: Path) -> Checkpoint | None:
+def find_newest(output_dir: Path, check: Check | None = None) -> Checkpoint | None:
     """The newest checkpoint that verifies. A warning names each damaged newer one.
 
     A writer calls `remove_leftovers` first, under its lock. The result is None only when there is
     no checkpoint folder at all. A run with nothing but damaged checkpoints is therefore never
     started from the beginning by accident.
+
+    Args:
+        output_dir: the run's folder.
+        check: raises PreflightError for a checkpoint that verifies and yet cannot be used.
 
     Raises:
         PreflightError: code CHECKPOINT, when there are folders and none of them verifies.
@@ -73,7 +80,7 @@ def find_newest(output_dir: Path) -> Checkpoint | None:
     found, damaged = scan_checkpoints(output_dir)
     if not found and not damaged:
         return None
-    return _choose_verified(output_dir, found, damaged)
+    return _choose_verified(output_dir, found, damaged, check=check)
 
 
 def find_best(output_dir: Path) -> Checkpoint:
@@ -127,13 +134,21 @@ def open_checkpoint(path: str) -> Checkpoint:
 
 
 def _choose_verified(
-    output_dir: Path, ordered: list[Checkpoint], damaged: dict[Path, str], needs_state: bool = True
+    output_dir: Path,
+    ordered: list[Checkpoint],
+    damaged: dict[Path, str],
+    *,
+    needs_state: bool = True,
+    check: Check | None = None,
 ) -> Checkpoint:
-    """The first of `ordered` that verifies. A warning names each one that is skipped."""
+    """The first of `ordered` that can be used. A warning names each one that is skipped."""
     skipped = dict(damaged)
     for checkpoint in ordered:
         try:
             verify_checkpoint(checkpoint, needs_state=needs_state)
+            _ = checkpoint.config  # its hash does not say that it describes a possible model
+            if check is not None:
+                check(checkpoint)
         except PreflightError as error:
             skipped[checkpoint.path] = error.lines[0]
             continue

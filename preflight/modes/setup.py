@@ -14,8 +14,8 @@ from typing import Any, Generic, TypeVar
 
 from torch import Tensor
 
-from generate import load_model
-from preflight.checkpoints.format import Checkpoint, load_training_state, load_weights
+from generate import build_empty_model, load_model
+from preflight.checkpoints.format import Checkpoint, load_weights
 from preflight.checkpoints.store import find_best, open_checkpoint
 from preflight.core.errors import ExitCode, PreflightError
 from preflight.core.log import log
@@ -30,8 +30,10 @@ from preflight.training.resume import (
     adopt_settings,
     check_model_flags,
     find_origin,
+    read_saved_settings,
     resolve_model,
 )
+from preflight.training.saved_state import load_saved_state
 from preflight.training.state import TrainState
 from train_utils import BatchLoader, count_windows, iterate_windows
 from trainer import Trainer, build_trainer
@@ -89,8 +91,18 @@ class RunSetup:
 
     @part
     def origin(self) -> Checkpoint | None:
-        """The checkpoint that `--train` continues from, if any."""
-        return find_origin(self.given, self.output_dir) if self.continues else None
+        """The checkpoint that `--train` continues from, if any: the newest that can be used."""
+        if not self.continues:
+            return None
+        return find_origin(self.given, self.output_dir, self._check_origin)
+
+    def _check_origin(self, origin: Checkpoint) -> None:
+        """Refuse a checkpoint that a run cannot continue from, and keep the state of another."""
+        settings = read_saved_settings(origin)
+        model = build_empty_model(origin)
+        if self.resumes:
+            training = dataclasses.replace(self.given.training, **settings)
+            self._saved = load_saved_state(origin, model, training)
 
     @part
     def adopted(self) -> RunConfig:
@@ -160,15 +172,15 @@ class RunSetup:
     @part
     def saved(self) -> dict[str, Any]:
         """What the origin's ``checkpoint.pt`` holds; nothing without one."""
-        return load_training_state(self.origin) if self.origin is not None else {}
+        return self._saved if self.origin is not None else {}
 
     @part
     def state(self) -> TrainState:
         """Where the run stands.
 
         Raises:
-            PreflightError: code CHECKPOINT, when the origin's state lacks a field; code DATA,
-                when the origin was trained on other data and `--resume-from` does not name it.
+            PreflightError: code DATA, when the origin was trained on other data and
+                `--resume-from` does not name it.
         """
         origin = self.known_origin
         if origin is None:
@@ -273,13 +285,8 @@ class RunSetup:
 
 def _restore_state(setup: RunSetup, origin: Checkpoint) -> TrainState:
     """Where the origin's run stood; at the beginning of its data, where that is new."""
-    try:
-        state = TrainState.restore(setup.saved["state"])
-        fingerprint = setup.saved["data_fingerprint"]
-    except (KeyError, TypeError) as error:
-        raise PreflightError(
-            ExitCode.CHECKPOINT, f"{origin.path}/checkpoint.pt lacks a field: {error}"
-        ) from None
+    state = TrainState.restore(setup.saved["state"])
+    fingerprint = setup.saved["data_fingerprint"]
     if fingerprint == setup.data.fingerprint:
         return state
     if not setup.given.control.resume_from:
@@ -296,7 +303,9 @@ def _restore_state(setup: RunSetup, origin: Checkpoint) -> TrainState:
 
 def _check_tokens_per_step(setup: RunSetup, plan: TrainingPlan) -> None:
     """Refuse another number of tokens per step than the origin's, unless flags allow it."""
-    before = setup.saved.get("tokens_per_step", plan.tokens_per_step)
+    if setup.origin is None:
+        return
+    before = setup.saved["tokens_per_step"]
     if before == plan.tokens_per_step:
         return
     if not setup.given.control.allow_batch_change:
