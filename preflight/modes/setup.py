@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Generic, TypeVar
@@ -236,7 +237,13 @@ class RunSetup:
         Raises:
             PreflightError: code CHECKPOINT, when it is damaged, or not the model that flags name.
         """
-        loaded = load_model(self.checkpoint, self.runtime.device, self.runtime.dtype)
+        try:
+            loaded = load_model(self.checkpoint, self.runtime.device, self.runtime.dtype)
+        except PreflightError:
+            if os.path.lexists(self.checkpoint.path):
+                raise
+            del self.__dict__["_parts"]["checkpoint"]  # a run has just deleted it: look again
+            return self.load_model()
         check_model_flags(self.given, self.checkpoint)
         return loaded
 

@@ -313,7 +313,7 @@ def test_one_change_anywhere_is_refused_or_harmless(folder: Path, honest: State)
     draw, accepted = random.Random(1), 0
     trainer = build(describe("adamw"))
     weights = {name: tensor.clone() for name, tensor in trainer.model.state_dict().items()}
-    for number in range(150):
+    for number in range(100):
         forged = copy.deepcopy(honest)
         change_once(forged, draw)
         forge(folder, forged)
@@ -329,7 +329,7 @@ def test_one_change_anywhere_is_refused_or_harmless(folder: Path, honest: State)
         trainer.load_state_dict(weights, state["trainer"])
         train(trainer, STEPS)
         assert all(bool(p.isfinite().all()) for p in trainer.model.parameters()), number
-    assert 10 < accepted < 100
+    assert 5 < accepted < 60
 
 
 # ---- the weights and config.json ----------------------------------------------------------------
