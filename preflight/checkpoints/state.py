@@ -54,6 +54,8 @@ def estimate_state_bytes(state: Any) -> int:
         if depth > _MAX_DEPTH:
             raise TypeError("the state is nested too deeply, or contains itself")
         if type(item) is Tensor:
+            if item.dtype not in _STORAGE_NAMES.values() or item.requires_grad:
+                raise TypeError(f"a tensor of {item.dtype} is not a plain type")
             if not item.is_contiguous() or item.nbytes != item.untyped_storage().nbytes():
                 raise TypeError("a tensor that is only a part of its memory is not a plain type")
             total += item.nbytes + 512

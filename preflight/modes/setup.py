@@ -30,6 +30,7 @@ from preflight.training.plan import TrainingPlan, build_plan
 from preflight.training.resume import (
     adopt_settings,
     check_model_flags,
+    check_tokenizer,
     find_origin,
     read_saved_settings,
     resolve_model,
@@ -102,6 +103,8 @@ class RunSetup:
         settings = read_saved_settings(origin)
         model = build_empty_model(origin)
         if self.resumes:
+            if "kind" in (facts := origin.config["tokenizer"]):  # format v1 has no files of it
+                check_tokenizer(origin, load_saved_tokenizer(origin.path, facts))
             training = dataclasses.replace(self.given.training, **settings)
             self._saved = load_saved_state(origin, model, training)
 

@@ -117,10 +117,22 @@ def load_saved_state(
         content = _TrainingState.read(saved)
         if content.state.step != origin.step:
             raise ValueError(f"it is of step {content.state.step:,}, not of {origin.step:,}")
+        _check_cursor(content, training)
         _check_optimizer(content.trainer.optimizer, origin.step, model, training)
     except ValueError as error:
         raise damage_error(origin.path / STATE_NAME, str(error)) from None
     return saved
+
+
+def _check_cursor(content: _TrainingState, training: TrainingSettings) -> None:
+    """Raise ValueError for a cursor beyond the samples that the steps can have taken.
+
+    That is known where every step had as many tokens as the last.
+    """
+    step, cursor, tokens = content.state.step, content.state.cursor, content.state.tokens
+    samples = step * training.batch_size * training.gradient_accumulation_steps
+    if tokens == step * content.tokens_per_step and cursor > samples:
+        raise ValueError(f"its cursor {cursor:,} is beyond the {samples:,} samples of its steps")
 
 
 def _check_optimizer(

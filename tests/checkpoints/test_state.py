@@ -55,6 +55,9 @@ def make_loop() -> list[Any]:
         lambda: {"x": {1, 2}},
         lambda: {"x": torch.ones(4, 3).t()},
         lambda: {"x": torch.ones(6)[3:]},
+        lambda: {"x": torch.ones(6, dtype=torch.uint16)},
+        lambda: {"x": torch.ones(6, requires_grad=True)},
+        lambda: {"x": torch.nn.Parameter(torch.ones(6))},
         make_loop,
     ],
 )

@@ -166,7 +166,7 @@ def forge(folder: Path) -> None:
     """A manifest that is true of whatever the other files hold now."""
     manifest = json.loads((folder / "manifest.json").read_bytes())
     del manifest["checksum"]
-    for name in REQUIRED_NAMES:
+    for name in manifest["files"]:
         raw = (folder / name).read_bytes()
         manifest["files"][name] = {"bytes": len(raw), "sha256": hashlib.sha256(raw).hexdigest()}
     (folder / "manifest.json").write_bytes(render_manifest(manifest))
@@ -243,11 +243,20 @@ def climb(state: dict[str, Any]) -> None:
 def change_config(folder: Path, section: str, **changes: Any) -> None:
     config = json.loads((folder / "config.json").read_bytes())
     config[section] |= changes
+    config[section] = {k: v for k, v in config[section].items() if v is not None}
     (folder / "config.json").write_text(json.dumps(config))
     forge(folder)
 
 
+def cut_vocabulary(folder: Path) -> None:
+    path = folder / "tokenizer.tiktoken"
+    path.write_bytes(path.read_bytes()[:-8])
+    forge(folder)
+
+
 FORGERIES: dict[str, Callable[[Path], None]] = {
+    "vocabulary": cut_vocabulary,
+    "no vocabulary size": lambda folder: change_config(folder, "tokenizer", vocab_size=None),
     "moments expanded": lambda folder: change_state(folder, expand_moments),
     "step 0": lambda folder: change_state(folder, lambda state: state["state"].update(step=0)),
     "ten million layers": lambda folder: change_config(folder, "model", n_layers=10**7),

@@ -138,6 +138,7 @@ FORGERIES: dict[str, Callable[[State], None]] = {
     "cursor -5": put("state/cursor", -5),
     "cursor 2^70": put("state/cursor", 2**70),
     "cursor None": put("state/cursor", None),
+    "cursor beyond the samples": put("state/cursor", 4 * STEPS + 1),
     "cursor beyond the tokens": put("state/cursor", 1000),
     "fewer tokens than steps": put("state/tokens", 2),
     "tokens as a tensor": put("state/tokens", torch.tensor(192)),
