@@ -25,7 +25,7 @@ from preflight.models.protocol import LanguageModel
 from preflight.models.single_row import SingleRowDecoder, one_torch_thread
 from preflight.settings import SamplingConfig
 from preflight.tokenization import Tokenizer, load_saved_tokenizer
-from preflight.training.resume import check_tokenizer
+from preflight.training.resume import check_model, check_tokenizer
 from transformer_model import DecoderOnlyTransformer
 
 SAMPLE_TOKENS = 48  # of the text that a run generates at each evaluation
@@ -59,11 +59,21 @@ def load_model(
     except PreflightError as error:  # there it is a flag's fault, here the checkpoint asks for it
         raise PreflightError(ExitCode.CHECKPOINT, f"{checkpoint.path}:", *error.lines) from None
     check_tokenizer(checkpoint, tokenizer)
-    with torch.device("meta"):  # shapes alone: the weights come from the file
-        model = DecoderOnlyTransformer(checkpoint.model_config)
+    model = build_empty_model(checkpoint)
     shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
     model.load_state_dict(load_weights(checkpoint, shapes), assign=True)
     return model.to(device=device, dtype=dtype).eval().requires_grad_(False), tokenizer
+
+
+def build_empty_model(checkpoint: Checkpoint) -> DecoderOnlyTransformer:
+    """The checkpoint's model on the meta device: shapes alone, for weights that come from a file.
+
+    Raises:
+        PreflightError: code CHECKPOINT, when the file cannot hold them.
+    """
+    check_model(checkpoint)
+    with torch.device("meta"):
+        return DecoderOnlyTransformer(checkpoint.model_config)
 
 
 def generate_text(

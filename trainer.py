@@ -200,9 +200,12 @@ class Trainer:
         """
         self.model.load_state_dict(weights)
         try:
-            self.optimizer.load_state_dict(state["optimizer"])
+            # Hyperparameters stay those of the flags: a checkpoint's are never used.
+            groups = self.optimizer.state_dict()["param_groups"]
+            self.optimizer.load_state_dict(state["optimizer"] | {"param_groups": groups})
             if self.scaler.is_enabled() and state["scaler"]:
-                self.scaler.load_state_dict(state["scaler"])
+                found = {name: state["scaler"][name] for name in ("scale", "_growth_tracker")}
+                self.scaler.load_state_dict(self.scaler.state_dict() | found)
             torch.set_rng_state(state["rng"]["cpu"])
             if self.runtime.device.type == "cuda" and "cuda" in state["rng"]:
                 torch.cuda.set_rng_state(state["rng"]["cuda"], self.runtime.device)

@@ -13,8 +13,8 @@ def damage_error(path: Path, reason: str, *details: str) -> PreflightError:
     """The error for a damaged file or folder of a checkpoint: code CHECKPOINT."""
     return PreflightError(
         ExitCode.CHECKPOINT,
-        f"{path}: {reason}",
-        *details,
+        f"{path}: {_make_printable(reason)}",
+        *map(_make_printable, details),
         "nothing was changed or loaded",
         "restore it, or name another checkpoint with --resume-from or --checkpoint-path",
     )
@@ -45,5 +45,9 @@ def describe_path(path: Path, expected_name: str) -> str:
 
 def first_line(error: Exception) -> str:
     """The first line of a library's error message, printable and short."""
-    text = (str(error) or type(error).__name__).splitlines()[0]
-    return "".join(c for c in text if c.isprintable())[:120]
+    return _make_printable((str(error) or type(error).__name__).splitlines()[0])[:120]
+
+
+def _make_printable(text: str) -> str:
+    """`text` without what could move the cursor of a terminal: a stranger may have written it."""
+    return "".join(c for c in text if c.isprintable())

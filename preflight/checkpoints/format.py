@@ -21,9 +21,10 @@ import hashlib
 import os
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Annotated, Any
 
 import torch
+from pydantic import AfterValidator, Field
 from torch import Tensor
 
 from preflight.checkpoints import v1
@@ -56,9 +57,19 @@ _SPARE_BYTES = 2**20  # manifest, config, file system blocks
 _verified: set[tuple[int | str, ...]] = set()
 
 
+def _check_printable(text: str) -> str:
+    if not text.isprintable():
+        raise ValueError("must be printable")
+    return text
+
+
+_Name = Annotated[str, Field(max_length=1000), AfterValidator(_check_printable)]
+
+
 class _TokenizerSection(Schema):
-    name: str
-    fingerprint: str
+    name: _Name
+    fingerprint: _Name
+    kind: _Name = ""  # format v1 has none
 
 
 class _ConfigSections(Schema):

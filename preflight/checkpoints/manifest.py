@@ -35,6 +35,7 @@ FORMAT_VERSION = 2
 MAX_FILES = 256
 
 Count = Annotated[int, Field(ge=0, lt=2**63)]
+Step = Annotated[int, Field(ge=0, le=2**53)]  # exact as a float, too
 Loss = Annotated[float, Field(allow_inf_nan=False)]
 # One path component of portable characters; neither a hidden file nor "." nor "..".
 FileName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.-]{0,99}$")]
@@ -52,7 +53,7 @@ class Manifest(Schema):
 
     format: Literal["preflight-checkpoint"]
     format_version: Annotated[int, Field(ge=1, le=FORMAT_VERSION)]
-    step: Count
+    step: Step
     losses: dict[str, Loss | None]
     files: Annotated[dict[FileName, FileEntry], Field(max_length=MAX_FILES)]
     versions: dict[str, str]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 import re
+from collections.abc import Callable
 from pathlib import Path
 
 from preflight.checkpoints.damage import damage_error, describe_path
@@ -28,6 +29,7 @@ from preflight.core.log import log
 
 # What the modes write in an output folder under temporary names.
 _SCRATCH_NAMES = r"metrics\.jsonl|loss_curve\.png|\w+_report\.json|(?:trial|check|probe)(?:-.+)?"
+Check = Callable[[Checkpoint], None]
 
 
 def list_checkpoints(output_dir: Path) -> list[Checkpoint]:
@@ -60,24 +62,26 @@ def scan_checkpoints(output_dir: Path) -> tuple[list[Checkpoint], dict[Path, str
                 raise damage_error(milestones / name, "a symbolic link, which is not followed")
             found.append(read_checkpoint(milestones / name))
         except PreflightError as error:
-            damaged[milestones / name] = error.lines[0]
+            if os.path.lexists(milestones / name):  # else a run has just deleted it
+                damaged[milestones / name] = error.lines[0]
     return found, damaged
 
 
-def find_newest(output_dir: Path) -> Checkpoint | None:
+def find_newest(output_dir: Path, check: Check | None = None) -> Checkpoint | None:
     """The newest checkpoint that verifies. A warning names each damaged newer one.
 
     A writer calls `remove_leftovers` first, under its lock. The result is None only when there is
     no checkpoint folder at all. A run with nothing but damaged checkpoints is therefore never
     started from the beginning by accident.
 
+    Args:
+        output_dir: the run's folder.
+        check: raises PreflightError for a checkpoint that verifies and yet cannot be used.
+
     Raises:
         PreflightError: code CHECKPOINT, when there are folders and none of them verifies.
     """
-    found, damaged = scan_checkpoints(output_dir)
-    if not found and not damaged:
-        return None
-    return _choose_verified(output_dir, found, damaged)
+    return _find(output_dir, list, check=check)
 
 
 def find_best(output_dir: Path) -> Checkpoint:
@@ -86,14 +90,14 @@ def find_best(output_dir: Path) -> Checkpoint:
     Raises:
         PreflightError: code CHECKPOINT, when there is none.
     """
-    found, damaged = scan_checkpoints(output_dir)
-    if not found and not damaged:
+    best = _find(output_dir, _sort_by_loss, needs_state=False)
+    if best is None:
         raise PreflightError(
             ExitCode.CHECKPOINT,
             f"no checkpoint in {output_dir}",
             "train first: python main.py --train, or name one with --checkpoint-path",
         )
-    return _choose_verified(output_dir, _sort_by_loss(found), damaged, needs_state=False)
+    return best
 
 
 def open_checkpoint(path: str) -> Checkpoint:
@@ -130,15 +134,30 @@ def open_checkpoint(path: str) -> Checkpoint:
     return checkpoint
 
 
-def _choose_verified(
-    output_dir: Path, ordered: list[Checkpoint], damaged: dict[Path, str], needs_state: bool = True
-) -> Checkpoint:
-    """The first of `ordered` that verifies. A warning names each one that is skipped."""
-    skipped = dict(damaged)
-    for checkpoint in ordered:
+def _find(
+    output_dir: Path,
+    order: Callable[[list[Checkpoint]], list[Checkpoint]],
+    *,
+    needs_state: bool = True,
+    check: Check | None = None,
+) -> Checkpoint | None:
+    """The first in `order` that can be used; None where there is no checkpoint folder at all.
+
+    A warning names each one that is skipped. One that a run deleted meanwhile is not skipped:
+    newer ones have taken its place.
+    """
+    found, skipped = scan_checkpoints(output_dir)
+    if not found and not skipped:
+        return None
+    for checkpoint in order(found):
         try:
             verify_checkpoint(checkpoint, needs_state=needs_state)
+            _ = checkpoint.config  # its hash does not say that it describes a possible model
+            if check is not None:
+                check(checkpoint)
         except PreflightError as error:
+            if not os.path.lexists(checkpoint.path):
+                return _find(output_dir, order, needs_state=needs_state, check=check)
             skipped[checkpoint.path] = error.lines[0]
             continue
         for path, reason in skipped.items():
@@ -170,7 +189,12 @@ def retire_checkpoints(output_dir: Path, keep: int, protect: Path | None = None)
     kept = {c.path for c in found[: max(keep, 1)] + _sort_by_loss(found)[:1]} | {protect}
     retired = [c.path for c in reversed(found) if c.path not in kept]
     for folder in retired:  # oldest first: after a kill the newer ones are left
-        storage.retire_folder(folder)
+        try:
+            storage.retire_folder(folder)
+        except PreflightError as error:
+            if not isinstance(error.__cause__, FileNotFoundError):
+                raise
+            log.warning(f"{folder.name} was deleted by someone else")
     return retired
 
 

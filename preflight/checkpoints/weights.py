@@ -13,6 +13,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from preflight.checkpoints.damage import damage_error, first_line
+from preflight.core import strict_json
 from preflight.core.errors import ExitCode, PreflightError
 
 Shapes = dict[str, tuple[int, ...]]
@@ -40,7 +41,7 @@ def build_header(weights: dict[str, Tensor]) -> bytes:
     for name, tensor in _sort_weights(weights):
         if name in header or tensor.dtype not in _DTYPE_NAMES:
             raise ValueError(f"cannot store the tensor {name!r} of {tensor.dtype}")
-        if not _is_finite(tensor):
+        if not is_finite(tensor):
             raise PreflightError(
                 ExitCode.DIVERGED,
                 f"the weights {name} are not finite: nothing was saved",
@@ -69,7 +70,7 @@ def _sort_weights(weights: dict[str, Tensor]) -> list[tuple[str, Tensor]]:
     return sorted(weights.items(), key=lambda item: (-item[1].element_size(), item[0]))
 
 
-def _is_finite(tensor: Tensor) -> bool:
+def is_finite(tensor: Tensor) -> bool:
     """Neither NaN nor infinite. `aminmax` propagates NaN and takes a tenth of `isfinite`'s time."""
     return not tensor.numel() or all(bool(end.isfinite()) for end in tensor.aminmax())
 
@@ -88,6 +89,11 @@ def read_weights(
     header_bytes = int.from_bytes(file.read(8), "little")
     if header_bytes > min(_MAX_HEADER_BYTES, os.fstat(file.fileno()).st_size):
         raise damage_error(path, f"its header claims {header_bytes:,} bytes")
+    try:
+        # The library takes the last of two tensors of one name.
+        strict_json.parse_json(file.read(header_bytes))
+    except ValueError as error:
+        raise damage_error(path, f"not valid safetensors ({first_line(error)})") from None
     # On Linux this path opens the very file that was hashed, also where the real path is not
     # UTF-8, which the library refuses.
     same_file = Path(f"/proc/self/fd/{file.fileno()}")
@@ -108,7 +114,8 @@ def read_weights(
     for name, tensor in weights.items():
         if tensor.dtype not in _DTYPE_NAMES:
             raise damage_error(path, f"tensor {name[:80]!r} is {tensor.dtype}, not floating-point")
-        if not _is_finite(tensor):
+        # Models compute in fp32 at most, where a large number of fp64 is infinite.
+        if not is_finite(tensor.float() if tensor.dtype == torch.float64 else tensor):
             raise damage_error(path, f"tensor {name[:80]!r} holds NaN or infinite values")
     return weights
 

@@ -9,14 +9,15 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import math
+import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 from torch import Tensor
 
-from generate import load_model
-from preflight.checkpoints.format import Checkpoint, load_training_state, load_weights
+from generate import build_empty_model, load_model
+from preflight.checkpoints.format import Checkpoint, load_weights
 from preflight.checkpoints.store import find_best, open_checkpoint
 from preflight.core.errors import ExitCode, PreflightError
 from preflight.core.log import log
@@ -25,15 +26,19 @@ from preflight.corpus.build import prepare_data
 from preflight.corpus.shards import DataFolder
 from preflight.device.runtime import MIN_STEPS_TO_COMPILE, Runtime, build_runtime
 from preflight.foresight.fits import check_memory
-from preflight.settings import ModelConfig, RunConfig
+from preflight.settings import ModelConfig, RunConfig, TrainingSettings
 from preflight.tokenization import Tokenizer, load_saved_tokenizer, load_tokenizer
+from preflight.training.changes import describe_changes, describe_runtime, describe_schedule
 from preflight.training.plan import TrainingPlan, build_plan
 from preflight.training.resume import (
     adopt_settings,
     check_model_flags,
+    check_tokenizer,
     find_origin,
+    read_saved_settings,
     resolve_model,
 )
+from preflight.training.saved_state import load_saved_state
 from preflight.training.state import TrainState
 from train_utils import BatchLoader, choose_window, count_windows, iterate_windows
 from trainer import Trainer, build_trainer
@@ -92,8 +97,20 @@ class RunSetup:
 
     @part
     def origin(self) -> Checkpoint | None:
-        """The checkpoint that `--train` continues from, if any."""
-        return find_origin(self.given, self.output_dir) if self.continues else None
+        """The checkpoint that `--train` continues from, if any: the newest that can be used."""
+        if not self.continues:
+            return None
+        return find_origin(self.given, self.output_dir, self._check_origin)
+
+    def _check_origin(self, origin: Checkpoint) -> None:
+        """Refuse a checkpoint that a run cannot continue from, and keep the state of another."""
+        settings = read_saved_settings(origin)
+        model = build_empty_model(origin)
+        if self.resumes:
+            if "kind" in (facts := origin.config["tokenizer"]):  # format v1 has no files of it
+                check_tokenizer(origin, load_saved_tokenizer(origin.path, facts))
+            training = dataclasses.replace(self.given.training, **settings)
+            self._saved = load_saved_state(origin, model, training)
 
     @part
     def adopted(self) -> RunConfig:
@@ -188,15 +205,15 @@ class RunSetup:
     @part
     def saved(self) -> dict[str, Any]:
         """What the origin's ``checkpoint.pt`` holds; nothing without one."""
-        return load_training_state(self.origin) if self.origin is not None else {}
+        return self._saved if self.origin is not None else {}
 
     @part
     def state(self) -> TrainState:
         """Where the run stands.
 
         Raises:
-            PreflightError: code CHECKPOINT, when the origin's state lacks a field; code DATA,
-                when the origin was trained on other data and `--resume-from` does not name it.
+            PreflightError: code DATA, when the origin was trained on other data and
+                `--resume-from` does not name it.
         """
         origin = self.known_origin
         if origin is None:
@@ -215,18 +232,37 @@ class RunSetup:
             PreflightError: code CHECKPOINT, when the tokens per step are not the origin's and
                 `--allow-batch-change` is not given.
         """
-        config, context = self.known_config, self.context_length
-        n_train, n_val = (
-            count_windows(split.n_tokens, context) for split in (self.data.train, self.data.val)
-        )
-        window = choose_window(self.data.train.n_tokens, context)
-        plan = build_plan(config.training, config.control, window, n_train, n_val, self.state)
+        plan = self._build_plan(self.known_config.training)
         if self.resumes:
             before = self.saved.get("tokens_per_step", plan.tokens_per_step)
             _check_tokens_per_step(self, before, plan.tokens_per_step)
             if before != plan.tokens_per_step:
                 log.info(f"tokens per step change from {before:,} to {plan.tokens_per_step:,}")
         return plan
+
+    def _build_plan(self, training: TrainingSettings) -> TrainingPlan:
+        context, control = self.context_length, self.known_config.control
+        n_train, n_val = (
+            count_windows(split.n_tokens, context) for split in (self.data.train, self.data.val)
+        )
+        window = choose_window(self.data.train.n_tokens, context)
+        return build_plan(training, control, window, n_train, n_val, self.state)
+
+    def describe_machine(self) -> dict[str, Any]:
+        """What a checkpoint remembers of how the steps were computed."""
+        checkpointing = self.config.system.gradient_checkpointing
+        return describe_runtime(self.runtime, gradient_checkpointing=checkpointing)
+
+    def describe_changes(self) -> list[str]:
+        """What this run does otherwise than the one before it, besides the settings."""
+        if self.origin is None or not self.state.step:
+            return []
+        lines = describe_changes(self.origin.config.get("runtime"), self.describe_machine())
+        dropouts = [{"dropout": m.dropout} for m in (self.origin.model_config, self.model_config)]
+        lines += describe_changes(*dropouts)
+        before = dataclasses.replace(self.config.training, **read_saved_settings(self.origin))
+        schedule = describe_schedule(self.state.step, self._build_plan(before), self.plan)
+        return [*lines, *([schedule] if schedule else [])]
 
     def check_memory(self, runtime: Runtime, window_tokens: int) -> None:
         """Refuse a run that cannot fit: see `fits.check_memory`."""
@@ -285,7 +321,13 @@ class RunSetup:
         Raises:
             PreflightError: code CHECKPOINT, when it is damaged, or not the model that flags name.
         """
-        loaded = load_model(self.checkpoint, self.runtime.device, self.runtime.dtype)
+        try:
+            loaded = load_model(self.checkpoint, self.runtime.device, self.runtime.dtype)
+        except PreflightError:
+            if os.path.lexists(self.checkpoint.path):
+                raise
+            del self.__dict__["_parts"]["checkpoint"]  # a run has just deleted it: look again
+            return self.load_model()
         check_model_flags(self.given, self.checkpoint)
         return loaded
 
@@ -334,13 +376,8 @@ class RunSetup:
 
 def _restore_state(setup: RunSetup, origin: Checkpoint) -> TrainState:
     """Where the origin's run stood; at the beginning of its data, where that is new."""
-    try:
-        state = TrainState.restore(setup.saved["state"])
-        fingerprint = setup.saved["data_fingerprint"]
-    except (KeyError, TypeError) as error:
-        raise PreflightError(
-            ExitCode.CHECKPOINT, f"{origin.path}/checkpoint.pt lacks a field: {error}"
-        ) from None
+    state = TrainState.restore(setup.saved["state"])
+    fingerprint = setup.saved["data_fingerprint"]
     if fingerprint == setup.data.fingerprint:
         return state
     if not setup.given.control.resume_from:

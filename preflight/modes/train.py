@@ -213,6 +213,7 @@ def describe_run(setup: RunSetup) -> dict[str, Any]:
             "train_tokens": data.train.n_tokens,
             "val_tokens": data.val.n_tokens,
         },
+        "runtime": setup.describe_machine(),
     }
 
 
@@ -251,3 +252,5 @@ def announce(setup: RunSetup) -> None:
             f"continuing from {setup.origin.path} (step {state.step:,}, "
             f"{state.tokens:,} tokens, sample {state.cursor:,})"
         )
+    for line in setup.describe_changes():
+        log.info(line)

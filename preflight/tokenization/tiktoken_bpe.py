@@ -66,10 +66,10 @@ class TiktokenTokenizer(Tokenizer):
         try:
             tokenizer = cls(_read_encoding(folder))
             found = tokenizer.fingerprint
-            if (found, tokenizer.vocab_size) != (facts["fingerprint"], facts["vocab_size"]):
+            if (found, tokenizer.vocab_size) != (facts["fingerprint"], facts.get("vocab_size")):
                 raise ValueError(
                     f"their fingerprint is {found[:12]} with {tokenizer.vocab_size} ids, expected "
-                    f"{str(facts['fingerprint'])[:12]} with {str(facts['vocab_size'])[:12]}"
+                    f"{str(facts['fingerprint'])[:12]} with {str(facts.get('vocab_size'))[:12]}"
                 )
         except (OSError, ValueError) as error:
             what = (error.strerror if isinstance(error, OSError) else None) or str(error)[:200]

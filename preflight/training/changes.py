@@ -48,5 +48,5 @@ def describe_schedule(step: int, before: TrainingPlan, now: TrainingPlan) -> str
         f"{following:.2e} in the next; {now.scheduler} ends at step {now.total_steps:,}"
     )
     if following > last:
-        text += f" (to keep it low: --scheduler none --learning-rate {last:.2e})"
+        text += f" (to keep it low: --scheduler none --warmup-steps 0 --learning-rate {last:.2e})"
     return text

@@ -71,7 +71,7 @@ def build_plan(
     evaluations = max(1, total // eval_every)
     # A forward pass takes about a third of a training step.
     affordable = EVAL_SHARE_OF_TRAINING * 3 * total * samples / evaluations
-    eval_windows = state.eval_windows or min(n_val_windows, max(8, round(affordable)))
+    eval_windows = min(n_val_windows, state.eval_windows or max(8, round(affordable)))
     return TrainingPlan(
         total_steps=total,
         steps_per_epoch=n_train_windows / samples,

@@ -7,18 +7,25 @@ from pathlib import Path
 from typing import Any
 
 from preflight.checkpoints import store
+from preflight.checkpoints.damage import damage_error
 from preflight.checkpoints.format import Checkpoint
-from preflight.checkpoints.manifest import CONFIG_NAME
+from preflight.checkpoints.manifest import CONFIG_NAME, WEIGHTS_NAME
 from preflight.core.errors import ExitCode, PreflightError
 from preflight.core.log import log
+from preflight.models.cost import count_parameters
 from preflight.settings import ModelConfig, RunConfig, TrainingSettings, build_config
 from preflight.tokenization import Tokenizer
 
 LENGTH_FLAGS = {"max_steps", "num_epochs"}  # giving one of them replaces both
 
 
-def find_origin(config: RunConfig, output_dir: Path) -> Checkpoint | None:
+def find_origin(
+    config: RunConfig, output_dir: Path, check: store.Check | None = None
+) -> Checkpoint | None:
     """The checkpoint to continue from: the one that --resume-from names, else the newest, if any.
+
+    `check` raises PreflightError for one that verifies and yet cannot be used: then an older one
+    takes its place, unless it is named.
 
     Raises:
         PreflightError: code FLAGS, when the output folder holds newer checkpoints than the named
@@ -35,8 +42,10 @@ def find_origin(config: RunConfig, output_dir: Path) -> Checkpoint | None:
                 f"{output_dir} holds step {newer[0].step:,}",
                 "choose another --output-dir, so that neither run loses its checkpoints",
             )
+        if check is not None:
+            check(origin)
         return origin
-    newest = store.find_newest(output_dir)
+    newest = store.find_newest(output_dir, check)
     if newest is not None and not config.control.auto_resume:
         raise PreflightError(
             ExitCode.FLAGS,
@@ -53,7 +62,7 @@ def adopt_settings(config: RunConfig, origin: Checkpoint) -> RunConfig:
         PreflightError: code CHECKPOINT, for a flag that cannot change within a run.
     """
     check_model_flags(config, origin)
-    saved = _read_saved_settings(origin)
+    saved = read_saved_settings(origin)
     longer = LENGTH_FLAGS & set(config.sources)
     values: dict[str, Any] = {}
     for name, before in saved.items():
@@ -74,19 +83,39 @@ def adopt_settings(config: RunConfig, origin: Checkpoint) -> RunConfig:
     return dataclasses.replace(config, training=training, model=model)
 
 
-def _read_saved_settings(origin: Checkpoint) -> dict[str, Any]:
+def read_saved_settings(origin: Checkpoint) -> dict[str, Any]:
     """The training settings in a checkpoint, validated as flags are."""
     saved = origin.config.get("training", {})
-    try:
-        if not isinstance(saved, dict):
-            raise PreflightError(ExitCode.FLAGS, "the training section is not an object")
-        names = [f.name for f in dataclasses.fields(TrainingSettings) if f.name in saved]
-        training = build_config({name: saved[name] for name in names}, {}).training
-    except PreflightError as error:
-        raise PreflightError(
-            ExitCode.CHECKPOINT, f"{origin.path}/{CONFIG_NAME}: {error.lines[0]}"
-        ) from None
+    if not isinstance(saved, dict):
+        raise damage_error(origin.path / CONFIG_NAME, "the training section is not an object")
+    names = [f.name for f in dataclasses.fields(TrainingSettings) if f.name in saved]
+    training = _read_as_flags(origin, {name: saved[name] for name in names}).training
     return {name: getattr(training, name) for name in names}
+
+
+def _read_as_flags(origin: Checkpoint, values: dict[str, Any]) -> RunConfig:
+    """Values of ``config.json``, within the limits of the flags of their names."""
+    try:
+        return build_config(values, {})
+    except PreflightError as error:
+        raise damage_error(origin.path / CONFIG_NAME, error.lines[0]) from None
+
+
+def check_model(origin: Checkpoint) -> None:
+    """Refuse a model that no flags describe or the weights file cannot hold, before it is built.
+
+    Raises:
+        PreflightError: code CHECKPOINT.
+    """
+    values = dataclasses.asdict(origin.model_config)
+    _read_as_flags(origin, values | {"model_size": "custom"})
+    parameters = count_parameters(origin.model_config)
+    held_bytes = origin.manifest.files[WEIGHTS_NAME].bytes
+    if 2 * parameters > held_bytes:  # no type of weights is smaller than two bytes
+        raise damage_error(
+            origin.path / CONFIG_NAME,
+            f"describes {parameters:,} parameters, and {WEIGHTS_NAME} has {held_bytes:,} bytes",
+        )
 
 
 def resolve_model(

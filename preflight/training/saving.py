@@ -97,7 +97,13 @@ class CheckpointSaver:
 
     def record_validation(self, loss: float) -> None:
         """Give the checkpoint of this step, if there is one, its validation loss."""
-        if self.saved is not None and self._saved_step == self.state.step:
+        if self.saved is None or self._saved_step != self.state.step:
+            return
+        if not os.path.lexists(self.saved.path):
+            log.warning(f"{self.saved.path.name} was deleted by someone else: it is saved again")
+            self._saved_step = -1
+            self.save()
+        if self._saved_step == self.state.step:
             self.saved = record_validation(self.saved, loss)
 
     def _check_place(self) -> None:

@@ -5,17 +5,20 @@ from __future__ import annotations
 import os
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from checkpoints.samples import (
     load_all,
     refused,
+    rewrite_manifest,
     save,
 )
 from preflight.checkpoints import store
+from preflight.checkpoints.format import Checkpoint
 from preflight.checkpoints.manifest import REQUIRED_NAMES
-from preflight.core.errors import ExitCode
+from preflight.core.errors import ExitCode, PreflightError
 
 
 def test_names_that_open_a_checkpoint(tmp_path: Path) -> None:
@@ -122,3 +125,56 @@ def test_unreadable_milestones_are_not_an_empty_folder(tmp_path: Path) -> None:
     (tmp_path / "milestones").write_text("a file")
     with refused(ExitCode.CHECKPOINT, "milestones"):
         store.find_newest(tmp_path)
+
+
+@pytest.mark.parametrize("function", ["verify_checkpoint", "read_checkpoint"])
+def test_a_checkpoint_that_a_run_deletes_meanwhile_is_not_damaged(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    function: str,
+) -> None:
+    """The store looks again, and finds what took its place."""
+    best = save(tmp_path, 5, val_loss=2.0)
+    original, calls = getattr(store, function), []
+
+    def delete_first(*arguments: Any, **options: Any) -> Any:
+        if not calls:
+            calls.append(shutil.rmtree(best.path))
+            save(tmp_path, 6, val_loss=1.0)
+        return original(*arguments, **options)
+
+    monkeypatch.setattr(store, function, delete_first)
+    if function == "read_checkpoint":
+        save(tmp_path, 4, val_loss=3.0)
+    assert store.find_best(tmp_path).step == (4 if function == "read_checkpoint" else 6)
+    assert "damaged" not in capsys.readouterr().err
+
+
+def test_a_check_refuses_what_verifies(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for step in (5, 6, 7):
+        save(tmp_path, step)
+
+    def check(checkpoint: Checkpoint) -> None:
+        if checkpoint.step > limit:
+            raise PreflightError(ExitCode.CHECKPOINT, "forged")
+
+    for limit in (7, 5):
+        found = store.find_newest(tmp_path, check)
+        assert found is not None
+        assert found.step == limit
+    assert "checkpoint-6 is damaged, checkpoint-5 is used: forged" in capsys.readouterr().err
+    limit = 4
+    with refused(ExitCode.CHECKPOINT, "none of the 3 checkpoints"):
+        store.find_newest(tmp_path, check)
+
+
+def test_a_config_that_describes_no_model_is_damage(tmp_path: Path) -> None:
+    save(tmp_path, 5)
+    newest = save(tmp_path, 6).path
+    (newest / "config.json").write_text('{"model": {"n_layers": 10}}')
+    rewrite_manifest(newest)
+    for find in (store.find_newest, store.find_best):
+        found = find(tmp_path)
+        assert found is not None
+        assert found.step == 5

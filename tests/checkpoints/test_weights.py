@@ -56,7 +56,12 @@ def test_other_shapes_are_told_apart_readably(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     "tensor",
-    [torch.tensor([1.0, float("nan")]), torch.tensor([float("-inf")]), torch.tensor([1, 2])],
+    [
+        torch.tensor([1.0, float("nan")]),
+        torch.tensor([float("-inf")]),
+        torch.tensor([1, 2]),
+        torch.tensor([1e300], dtype=torch.float64),
+    ],
 )
 def test_unusable_tensors_in_the_file_are_named(tmp_path: Path, tensor: torch.Tensor) -> None:
     folder = save(tmp_path, 5).path
@@ -94,6 +99,11 @@ BOMBS = {
         b'{"a":{"dtype":"F32","shape":[1],"data_offsets":[0,4]},'
         b'"a":{"dtype":"F32","shape":[1],"data_offsets":[4,8]}}',
         b"\0" * 8,
+    ),
+    "twice the same": pack(
+        b'{"a":{"dtype":"F32","shape":[1],"data_offsets":[0,4]},'
+        b'"a":{"dtype":"F32","shape":[1],"data_offsets":[0,4]}}',
+        b"\0" * 4,
     ),
     "deep": pack(b"[" * 100_000),
     "lfs": b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 12\n",

@@ -28,7 +28,14 @@ from preflight.core.errors import ExitCode, PreflightError
 from preflight.corpus import metadata, shards
 
 from .drivers import build_byte_tokenizer
-from .harness import ForkServer, find_message_faults
+from .harness import (
+    TRAIN_FLAGS,
+    ForkServer,
+    find_message_faults,
+    hash_tree,
+    is_equal,
+    read_state,
+)
 from .scenarios import build_training
 
 LONGEST_SECONDS = 10.0
@@ -159,7 +166,7 @@ def forge(folder: Path) -> None:
     """A manifest that is true of whatever the other files hold now."""
     manifest = json.loads((folder / "manifest.json").read_bytes())
     del manifest["checksum"]
-    for name in REQUIRED_NAMES:
+    for name in manifest["files"]:
         raw = (folder / name).read_bytes()
         manifest["files"][name] = {"bytes": len(raw), "sha256": hashlib.sha256(raw).hexdigest()}
     (folder / "manifest.json").write_bytes(render_manifest(manifest))
@@ -212,6 +219,105 @@ def test_a_loader_without_hashes_is_found(
     folder = run_folder / "out" / "milestones" / "checkpoint-3"
     faults = find_accepted_mutants(folder, 60, random.Random(1))
     assert sum("accepted in silence" in fault for fault in faults) > 3
+
+
+# ---- forged: changed content, true hashes -------------------------------------------------------
+
+
+def change_state(folder: Path, change: Callable[[dict[str, Any]], None]) -> None:
+    state = torch.load(folder / "checkpoint.pt", weights_only=True)
+    change(state)
+    torch.save(state, folder / "checkpoint.pt")
+    forge(folder)
+
+
+def expand_moments(state: dict[str, Any]) -> None:
+    state["trainer"]["optimizer"]["state"][0]["exp_avg"] = torch.zeros(1).expand(10**12)
+
+
+def climb(state: dict[str, Any]) -> None:
+    for group in state["trainer"]["optimizer"]["param_groups"]:
+        group["maximize"] = True
+
+
+def change_config(folder: Path, section: str, **changes: Any) -> None:
+    config = json.loads((folder / "config.json").read_bytes())
+    config[section] |= changes
+    config[section] = {k: v for k, v in config[section].items() if v is not None}
+    (folder / "config.json").write_text(json.dumps(config))
+    forge(folder)
+
+
+def cut_vocabulary(folder: Path) -> None:
+    path = folder / "tokenizer.tiktoken"
+    path.write_bytes(path.read_bytes()[:-8])
+    forge(folder)
+
+
+FORGERIES: dict[str, Callable[[Path], None]] = {
+    "vocabulary": cut_vocabulary,
+    "no vocabulary size": lambda folder: change_config(folder, "tokenizer", vocab_size=None),
+    "moments expanded": lambda folder: change_state(folder, expand_moments),
+    "step 0": lambda folder: change_state(folder, lambda state: state["state"].update(step=0)),
+    "ten million layers": lambda folder: change_config(folder, "model", n_layers=10**7),
+    "training settings": lambda folder: change_config(folder, "training", seed="x\ny"),
+}
+
+
+def resume_flags(place: Path, *more: str) -> list[str]:
+    common = ["--data-dir", str(place / "data"), "--output-dir", str(place / "out")]
+    return [*TRAIN_FLAGS, *common, "--max-steps", "4", *more]
+
+
+@pytest.mark.parametrize("kind", FORGERIES)
+def test_forged_checkpoints(server: ForkServer, run_folder: Path, kind: str) -> None:
+    """The newest is skipped for an older one; with no intact one the run is refused in seconds."""
+    milestones = run_folder / "out" / "milestones"
+    newest, older = milestones / "checkpoint-3", milestones / "checkpoint-2"
+    for folder in (older, newest):
+        shutil.copytree(folder, run_folder / folder.name)
+        FORGERIES[kind](folder)
+    before, began = hash_tree(run_folder), time.monotonic()
+    named = ["--resume-from", str(newest), "--output-dir", str(run_folder / "other")]
+    for flags in (resume_flags(run_folder), resume_flags(run_folder, *named)):
+        code, said = server.run("main", flags, cwd=run_folder)
+        assert code == 5, said
+        assert find_message_faults(said) == ""
+    assert time.monotonic() - began < 2 * LONGEST_SECONDS
+    assert hash_tree(run_folder) == before
+    shutil.rmtree(older)
+    (run_folder / older.name).rename(older)
+    code, said = server.run("main", resume_flags(run_folder), cwd=run_folder)
+    assert code == 0, said
+    assert "checkpoint-3 is damaged, checkpoint-2 is used" in said
+    assert f"continuing from {older} " in said
+
+
+def test_a_forged_size_is_not_built_to_generate(server: ForkServer, run_folder: Path) -> None:
+    folder = run_folder / "out" / "milestones" / "checkpoint-3"
+    change_config(folder, "model", n_layers=10**7)
+    began = time.monotonic()
+    flags = ["--generate", "--checkpoint-path", str(folder), "--prompts", "x", "--device", "cpu"]
+    code, said = server.run("main", flags, cwd=run_folder)
+    assert code == 5, said
+    assert find_message_faults(said, "--n-layers") == ""
+    assert time.monotonic() - began < LONGEST_SECONDS
+
+
+def test_forged_hyperparameters_change_nothing(server: ForkServer, run_folder: Path) -> None:
+    """Nor does it matter whether the output folder was moved, or is a link."""
+    ends = []
+    for number, change in enumerate([lambda state: None, climb]):
+        moved = run_folder / f"moved-{number}"
+        shutil.copytree(run_folder / "out", moved)
+        change_state(moved / "milestones" / "checkpoint-3", change)
+        (run_folder / f"link-{number}").symlink_to(moved)
+        flags = resume_flags(run_folder, "--output-dir", f"link-{number}")
+        code, said = server.run("main", flags, cwd=run_folder)
+        assert code == 0, said
+        assert f"continuing from link-{number}/milestones/checkpoint-3 " in said
+        ends.append(read_state(moved, 4))
+    assert is_equal(*ends)
 
 
 # ---- data folders -------------------------------------------------------------------------------

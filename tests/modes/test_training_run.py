@@ -207,6 +207,37 @@ def test_a_diverging_run_stops_and_saves_nothing_bad(run: Run, tmp_path: Path) -
     assert len(skipped) == divergence.MAX_SKIPPED_IN_A_ROW
 
 
+def test_every_change_of_a_resumed_run_is_told(
+    run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(max_steps=4) == 0
+    assert run(max_steps=8) == 0
+    told = capsys.readouterr().err
+    rates = [row["learning_rate"] for row in read_rows(tmp_path / "training_output")]
+    assert rates[4] > 2 * rates[3]
+    changes = [line for line in told.splitlines() if line.startswith("changed since")]
+    assert changes == [
+        "changed since the checkpoint: max_steps 4 -> 8",
+        f"changed since the checkpoint: the learning rate was {rates[3]:.2e} in step 4 and is "
+        f"{rates[4]:.2e} in the next; cosine ends at step 8 (to keep it low: --scheduler none --warmup-steps 0 "
+        f"--learning-rate {rates[3]:.2e})",
+    ]
+    flags = {"scheduler": "none", "learning_rate": rates[7], "dropout": 0.1}
+    assert run(max_steps=9, mixed_precision=True, gradient_checkpointing=True, **flags) == 0
+    told = capsys.readouterr().err
+    for words in (
+        "precision 'float32' -> 'bfloat16'",
+        "gradient_checkpointing 'False' -> 'True'",
+        "dropout '0.0' -> '0.1'",
+        "scheduler cosine -> none",
+    ):
+        assert f"changed since the checkpoint: {words}\n" in told
+    rates = [row["learning_rate"] for row in read_rows(tmp_path / "training_output")]
+    assert rates[8] == rates[7]
+    assert run(max_steps=10, mixed_precision=True, gradient_checkpointing=True) == 0
+    assert "to keep it low" not in capsys.readouterr().err
+
+
 def test_a_finished_run_says_so_and_a_longer_one_goes_on(
     run: Run, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:

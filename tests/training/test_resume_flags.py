@@ -1,0 +1,81 @@
+"""A resumed run trains with the hyperparameters of its flags, never with a checkpoint's."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+
+from preflight.device.runtime import Runtime
+from preflight.settings import ControlSettings, ModelConfig, TrainingSettings
+from preflight.training.plan import build_plan
+from trainer import Trainer, build_trainer
+
+MODEL = ModelConfig(
+    vocab_size=97, context_length=16, n_embeddings=32, n_heads=2, n_layers=2, ffn_hid_dim=64
+)
+CPU = Runtime(torch.device("cpu"), torch.float32, False, ())
+CHANGES: dict[str, Any] = {"weight_decay": 50.0, "beta1": 0.0, "beta2": 0.5, "eps": 0.5}
+
+
+def build(optimizer: str, **changes: Any) -> Trainer:
+    flags = {"batch_size": 4, "max_steps": 9, "learning_rate": 1e-2, "warmup_steps": 0} | changes
+    training = TrainingSettings(optimizer=optimizer, **flags)
+    plan = build_plan(training, ControlSettings(), MODEL.context_length, 1000, 20)
+    return build_trainer(MODEL, training, plan, CPU)
+
+
+def train(trainer: Trainer, step: int) -> None:
+    tokens = torch.randint(0, 97, (4, 17), generator=torch.Generator().manual_seed(step))
+    trainer.train_step(step, [(tokens[:, :-1], tokens[:, 1:])])
+
+
+def continue_with(first: Trainer, optimizer: str, **changes: Any) -> Trainer:
+    """A trainer of the `changes` at the state of `first`, one step later."""
+    resumed = build(optimizer, **changes)
+    resumed.load_state_dict(
+        {name: weight.clone() for name, weight in first.model.state_dict().items()},
+        copy.deepcopy(first.state_dict()),
+    )
+    train(resumed, 3)
+    return resumed
+
+
+def weights_of(trainer: Trainer) -> bytes:
+    return torch.cat([p.detach().flatten() for p in trainer.model.parameters()]).numpy().tobytes()
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "adam", "sgd"])
+def test_changed_hyperparameters_are_used(optimizer: str) -> None:
+    """What is told as changed shows in the weights; unchanged flags change nothing."""
+    first = build(optimizer)
+    for step in range(3):
+        train(first, step)
+    used = ["weight_decay", "beta1"] if optimizer == "sgd" else list(CHANGES)
+    ends = [weights_of(continue_with(first, optimizer))]
+    ends += [weights_of(continue_with(first, optimizer, **{name: CHANGES[name]})) for name in used]
+    train(first, 3)
+    assert ends[0] == weights_of(first)
+    assert len(set(ends)) == len(ends)
+
+
+def test_a_checkpoint_cannot_set_what_no_flag_can() -> None:
+    """As `maximize`, with which a run would climb the loss."""
+    first = build("adamw")
+    train(first, 0)
+    forged = copy.deepcopy(first.state_dict())
+    for group in forged["optimizer"]["param_groups"]:
+        group |= {"maximize": True, "amsgrad": True, "lr": "x", "unknown": 1}
+    resumed = build("adamw")
+    resumed.load_state_dict(first.model.state_dict(), forged)
+    for group, expected in zip(
+        resumed.optimizer.param_groups, first.optimizer.param_groups, strict=True
+    ):
+        assert {k: v for k, v in group.items() if k not in ("params", "lr")} == {
+            k: v for k, v in expected.items() if k not in ("params", "lr")
+        }
+    train(resumed, 1)
+    train(first, 1)
+    assert weights_of(resumed) == weights_of(first)
