@@ -27,9 +27,13 @@ def describe_path(path: Path, expected_name: str) -> str:
         path: what the user named, or what a checkpoint should hold.
         expected_name: the file that a folder would need to be a checkpoint.
     """
-    if not os.path.lexists(path):
+    try:
+        os.lstat(path)
+    except FileNotFoundError:
         return "there is no such file or folder"
-    if path.is_dir():
+    except OSError as error:
+        return error.strerror or str(error)
+    if os.path.isdir(path):
         return f"a folder without {expected_name}"
     try:
         with storage.open_regular(path) as file:

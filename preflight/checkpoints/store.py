@@ -111,12 +111,12 @@ def open_checkpoint(path: str) -> Checkpoint:
             takes its place.
     """
     place = Path(path)
-    if place.name == MILESTONES_NAME and place.is_dir():
+    if place.name == MILESTONES_NAME and os.path.isdir(place):
         return find_best(place.parent)
-    if (place / MILESTONES_NAME).is_dir():
+    if os.path.isdir(place / MILESTONES_NAME):
         return find_best(place)
-    folder = place if place.is_dir() else place.parent
-    is_known_name = place.is_dir() or place.name in (*REQUIRED_NAMES, MANIFEST_NAME)
+    folder = place if os.path.isdir(place) else place.parent
+    is_known_name = os.path.isdir(place) or place.name in (*REQUIRED_NAMES, MANIFEST_NAME)
     if (
         not is_known_name
         or not os.path.lexists(place)

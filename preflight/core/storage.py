@@ -149,7 +149,7 @@ def make_folder(folder: Path) -> None:
     Raises:
         PreflightError: code STORAGE.
     """
-    if folder.is_dir():
+    if os.path.isdir(folder):
         return
     try:
         make_folder(folder.parent)
@@ -352,7 +352,7 @@ def check_access(folder: Path) -> None:
         PreflightError: code STORAGE.
     """
     place = _find_nearest(folder)
-    if place.is_dir() and not os.access(place, os.W_OK | os.X_OK):
+    if os.path.isdir(place) and not os.access(place, os.W_OK | os.X_OK):
         raise storage_error(folder, OSError(errno.EACCES, "Permission denied, or read-only"))
 
 

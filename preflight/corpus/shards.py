@@ -93,7 +93,7 @@ def load_data_folder(data_dir: Path, tokenizer: Tokenizer) -> DataFolder:
     for name in ("train", "val"):
         part, folder = metadata.get_split(name), data_dir / name
         known = listed | {f"{name}/{entry.name}" for entry in part.shards}
-        for present in sorted(os.listdir(folder) if folder.is_dir() else ()):
+        for present in sorted(os.listdir(folder) if os.path.isdir(folder) else ()):
             if f"{name}/{present}" not in known:
                 raise damaged_error(folder / present, f"{METADATA_NAME} does not list it")
         digest.update(name.encode())

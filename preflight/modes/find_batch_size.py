@@ -10,6 +10,7 @@ import contextlib
 import dataclasses
 import functools
 import json
+import os
 import shlex
 import sys
 from collections.abc import Callable
@@ -82,7 +83,7 @@ def run(config: RunConfig) -> int:
 def _find_data(setup: RunSetup, stack: contextlib.ExitStack) -> tuple[DataFolder | None, str]:
     """The data if it is prepared and fits the run, and in words what the batches are made of."""
     folder = Path(setup.given.data.data_dir)
-    if not (folder / METADATA_NAME).exists():
+    if not os.path.exists(folder / METADATA_NAME):
         return None, f"random tokens ({folder} holds no prepared data)"
     stack.enter_context(FolderLock(folder, shared=True))
     try:

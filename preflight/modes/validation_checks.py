@@ -10,6 +10,7 @@ import contextlib
 import dataclasses
 import functools
 import math
+import os
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -265,7 +266,7 @@ def _read_own_text(subject: Subject) -> tuple[str, str]:
     """The beginning of the text: of the first source that is a file, else of the shards."""
     for name in subject.config.data.text_file:
         path = Path(name)
-        if path.is_file():
+        if os.path.isfile(path):
             with open(path, "rb") as file:
                 return file.read(_ROUND_TRIP_BYTES).decode("utf-8", errors="ignore"), name
     try:
@@ -520,7 +521,7 @@ def check_mixed_precision(subject: Subject) -> str:
 @contextlib.contextmanager
 def _borrow_folder(folder: Path) -> Iterator[None]:
     """Create a folder and its missing parents, and remove those that are empty afterwards."""
-    missing = [path for path in (folder, *folder.parents) if not path.exists()]
+    missing = [path for path in (folder, *folder.parents) if not os.path.exists(path)]
     try:
         for path in reversed(missing):
             path.mkdir(exist_ok=True)

@@ -1,8 +1,8 @@
 """The configuration of one call: all groups of flags together."""
 
 import dataclasses
+import os
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 from preflight.core.errors import ExitCode, PreflightError
@@ -108,7 +108,7 @@ def _find_conflicts(config: RunConfig) -> list[str]:
     faults = []
     control, generation = config.control, config.generation
     for flag, value in (("--data-dir", config.data.data_dir), ("--output-dir", control.output_dir)):
-        if Path(value).exists() and not Path(value).is_dir():
+        if os.path.exists(value) and not os.path.isdir(value):
             faults.append(f"{flag} {value}: there is a file of that name, not a folder")
     if control.resume_from and not control.auto_resume:
         faults.append("--resume-from and --no-auto-resume contradict each other: drop one")

@@ -219,8 +219,8 @@ def test_every_change_of_a_resumed_run_is_told(
     assert changes == [
         "changed since the checkpoint: max_steps 4 -> 8",
         f"changed since the checkpoint: the learning rate was {rates[3]:.2e} in step 4 and is "
-        f"{rates[4]:.2e} in the next; cosine ends at step 8 (to keep it low: --scheduler none --warmup-steps 0 "
-        f"--learning-rate {rates[3]:.2e})",
+        f"{rates[4]:.2e} in the next; cosine ends at step 8 (to keep it low: --scheduler none "
+        f"--warmup-steps 0 --learning-rate {rates[3]:.2e})",
     ]
     flags = {"scheduler": "none", "learning_rate": rates[7], "dropout": 0.1}
     assert run(max_steps=9, mixed_precision=True, gradient_checkpointing=True, **flags) == 0

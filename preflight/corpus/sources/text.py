@@ -174,7 +174,9 @@ class TextFile(Source):
         """
         scanner = _Scanner(self.path, self._separator)
         try:
-            if not self.path.is_file():  # asked before opening: a pipe within a folder would block
+            if not os.path.isfile(
+                self.path
+            ):  # asked before opening: a pipe within a folder would block
                 raise text_error(self.path, "not a regular file")
             with open(self.path, "rb", buffering=0) as file:
                 self._signature = _read_signature(file)
