@@ -108,7 +108,8 @@ def generate_batch(
     Args:
         model: computes in its own dtype, on its own device.
         tokenizer: the one that the model was trained with.
-        prompts: may differ in length and may repeat; the i-th draws with seed + i.
+        prompts: may differ in length and may repeat; the i-th draws from a stream of random
+            numbers of its own.
         config: how tokens are chosen.
         batch_size: completions generated at once. When one ends, the next prompt takes its place.
         on_step: told of progress; what it raises ends the generation.
@@ -124,6 +125,15 @@ def generate_batch(
         if on_step:
             on_step(ended, n_tokens)
     return [done[index] for index in range(len(prompts))]
+
+
+def build_random(seed: int, stream: int) -> random.Random:
+    """The random numbers of a completion: no two pairs of seed and stream share a generator.
+
+    Python's generator gives the same numbers on every device. It hashes a text with SHA-512, and
+    a text never seeds it as a number below 2^512 does; stream 0 is the seed itself.
+    """
+    return random.Random(f"{seed} {stream}" if stream else seed)
 
 
 def window_start(n_tokens: int, context_length: int) -> int:
@@ -147,8 +157,7 @@ class _Row:
         self.index = index
         self.tokens = prompt_ids
         self.window_start: int | None = None  # of what the cache holds; None: nothing yet
-        # Python's generator: the same numbers on every device, and near seeds are unrelated.
-        self.random = random.Random(config.seed + index)
+        self.random = build_random(config.seed, config.first_stream + index)
         self.pieces: list[str] = []  # one a token, often empty
         self.finish_reason = ""
         self._tokenizer = tokenizer

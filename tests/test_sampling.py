@@ -107,7 +107,7 @@ def test_each_prompt_of_a_batch_gets_what_it_gets_alone(
     config = dataclasses.replace(config, max_new_tokens=3 * CONTEXT)
     together = generate_batch(model, tokenizer, PROMPTS, config, batch_size)
     for i, prompt in enumerate(PROMPTS):
-        alone_config = dataclasses.replace(config, seed=config.seed + i)
+        alone_config = dataclasses.replace(config, first_stream=i)
         [alone] = generate_batch(model, tokenizer, [prompt], alone_config)
         assert together[i] == alone
 
@@ -119,6 +119,22 @@ def test_the_same_prompt_draws_anew_and_the_same_seed_repeats(
     completions = [g.text for g in generate_batch(model, tokenizer, ["x"] * 3, config)]
     assert len(set(completions)) == 3
     assert completions == [g.text for g in generate_batch(model, tokenizer, ["x"] * 3, config)]
+
+
+def test_seeds_share_no_completion(model: DecoderOnlyTransformer, tokenizer: Tokenizer) -> None:
+    texts = []
+    for seed in (0, 1, 2, 3):
+        config = SamplingConfig(temperature=2.0, max_new_tokens=12, seed=seed)
+        texts += [g.text for g in generate_batch(model, tokenizer, ["x"] * 4, config)]
+    assert len(set(texts)) == len(texts) == 16
+
+
+def test_streams_of_random_numbers_are_disjoint() -> None:
+    """Also of numbers whose digits run together; the first stream is the seed's own."""
+    pairs = [(seed, stream) for seed in (*range(30), 2**31 - 1) for stream in range(30)]
+    firsts = {generate.build_random(*pair).random() for pair in pairs}
+    assert len(firsts) == len(pairs)
+    assert generate.build_random(7, 0).random() == random.Random(7).random()
 
 
 @given(n_tokens=st.integers(1, 500), context=st.integers(2, 64))
@@ -178,7 +194,7 @@ def test_draws_follow_the_distribution() -> None:
     n = 20_000
     scores = torch.randn(1, 10, generator=torch.Generator().manual_seed(3))
     config = SamplingConfig(temperature=1.3, top_k=None)
-    numbers = [random.Random(42 + i).random() for i in range(n)]  # as a batch of n rows draws
+    numbers = [generate.build_random(42, i).random() for i in range(n)]  # as a batch of n rows
     ids = choose_tokens(scores.expand(n, 10), config, torch.tensor(numbers))
     counts = torch.bincount(ids, minlength=10)
     expected = n * torch.softmax(scores[0] / 1.3, dim=0)

@@ -307,7 +307,7 @@ class Session:
 
     def complete(self, prompt: str, *, echo: bool = True) -> None:
         """Stream one completion; Ctrl-C ends it, and only it."""
-        config = dataclasses.replace(self.sampling, seed=self.sampling.seed + self._n_completions)
+        config = dataclasses.replace(self.sampling, first_stream=self._n_completions)
         self._n_completions += 1
         steps: list[int] = []
         began = time.perf_counter()

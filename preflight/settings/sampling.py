@@ -33,3 +33,4 @@ class SamplingConfig:
     )
     do_sample: bool = setting(True, "sample; --no-do-sample: greedy decoding")
     seed: int = 42  # no flag of its own: `TrainingSettings.seed` sets it
+    first_stream: int = 0  # of the seed's random numbers: the i-th completion has stream first + i
