@@ -170,7 +170,7 @@ class _Row:
         ends = token == self._tokenizer.end_of_text_id
         last = ends or len(self.pieces) + 1 >= self._max_new_tokens
         data = b"" if ends else self._tokenizer.decode_bytes([token])
-        self.pieces.append(self._text.push(data, final=last))
+        self.pieces.append(self._text.push(data, final=last, cut=not ends))
         if self._text.stopped:
             self.finish_reason = "stop"
         elif last:

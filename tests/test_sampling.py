@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import random
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -24,6 +25,7 @@ from preflight.decoding.choosing import choose_tokens, filter_probabilities, pen
 from preflight.models.kv_cache import KVCache
 from preflight.models.protocol import LanguageModel
 from preflight.models.single_row import SingleRowDecoder
+from preflight.modes.validation_checks import check_generation
 from preflight.settings import ModelConfig, SamplingConfig
 from preflight.tokenization.tiktoken_bpe import END_OF_TEXT
 from preflight.tokenization.tiktoken_bpe import TiktokenTokenizer as Tokenizer
@@ -289,16 +291,48 @@ def test_streaming_never_breaks_a_character(
     assert pieces == list(text)
 
 
-def test_a_cut_or_wrong_character_becomes_a_replacement_mark(
-    model: DecoderOnlyTransformer, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("data", "max_new_tokens", "expected", "reason"),
+    [
+        ("a\U0001f600".encode(), 2, "a", "length"),  # cut after each byte of a character
+        ("a\U0001f600".encode(), 4, "a", "length"),
+        ("a\U0001f600".encode(), 5, "a\U0001f600", "length"),
+        ("\u00e9".encode(), 1, "", "length"),
+        (b"a\xff" + "\u4e16".encode(), 4, "a\ufffd", "length"),  # wrong in the middle: shown
+        (b"a\xf0\x9fb", 4, "a\ufffdb", "length"),
+        (b"a\xff", 2, "a\ufffd", "length"),  # wrong, whatever would have followed
+        (b"a\xf0\x9f", 9, "a\ufffd", "end"),  # the model's own end: nothing was cut
+    ],
+)
+def test_a_cut_character_is_left_out_and_a_wrong_one_marked(
+    model: DecoderOnlyTransformer,
+    tokenizer: Tokenizer,
+    monkeypatch: pytest.MonkeyPatch,
+    data: bytes,
+    max_new_tokens: int,
+    expected: str,
+    reason: str,
 ) -> None:
-    scripted(monkeypatch, b"a\xff" + "\U0001f600".encode(), tokenizer)
-    [completion] = generate_batch(model, tokenizer, ["x"], SamplingConfig(max_new_tokens=4))
-    assert (completion.text, completion.finish_reason, completion.n_tokens) == (
-        "a\ufffd\ufffd",
-        "length",
-        4,
-    )
+    config = SamplingConfig(max_new_tokens=max_new_tokens, stop=("zz",))
+    scripted(monkeypatch, data, tokenizer)
+    [completion] = generate_batch(model, tokenizer, ["x"], config)
+    assert (completion.text, completion.finish_reason) == (expected, reason)
+    assert completion.n_tokens == min(max_new_tokens, len(data) + 1)
+    scripted(monkeypatch, data, tokenizer)
+    assert generate_text(model, tokenizer, "x", config) == expected
+    scripted(monkeypatch, data, tokenizer)
+    assert "".join(stream_text(model, tokenizer, "x", config)) == expected
+
+
+def test_the_check_of_the_cache_agrees_about_a_cut_character(tokenizer: Tokenizer) -> None:
+    model = DecoderOnlyTransformer(ModelConfig(tokenizer.vocab_size, CONTEXT, 8, 2, 1, 8))
+    with torch.no_grad():
+        model.norm.bias.fill_(1.0)
+        model.embed_tokens.weight[0xF0] = 100.0  # it generates the first byte of a character
+    runtime = SimpleNamespace(device=torch.device("cpu"))
+    trainer = SimpleNamespace(model=model, runtime=runtime)
+    subject: Any = SimpleNamespace(trainer=trainer, tokenizer=tokenizer)
+    assert "the same with and without" in check_generation(subject)
 
 
 def test_streaming_adds_up_to_the_text(model: DecoderOnlyTransformer, tokenizer: Tokenizer) -> None:
