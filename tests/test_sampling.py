@@ -18,15 +18,16 @@ from transformers import LogitsProcessorList
 from transformers.generation import logits_process as hf
 
 import generate
-from generate import generate_batch, generate_text, stream_text, window_start
+from generate import Generation, generate_batch, generate_text, stream_text, window_start
 from preflight.core import log
+from preflight.core.errors import PreflightError
 from preflight.decoding.assembling import TextAssembler
 from preflight.decoding.choosing import choose_tokens, filter_probabilities, penalise_repetition
 from preflight.models.kv_cache import KVCache
 from preflight.models.protocol import LanguageModel
 from preflight.models.single_row import SingleRowDecoder
 from preflight.modes.validation_checks import check_generation
-from preflight.settings import ModelConfig, SamplingConfig
+from preflight.settings import ModelConfig, SamplingConfig, build_config
 from preflight.tokenization.tiktoken_bpe import END_OF_TEXT
 from preflight.tokenization.tiktoken_bpe import TiktokenTokenizer as Tokenizer
 from transformer_model import DecoderOnlyTransformer
@@ -108,10 +109,11 @@ def test_each_prompt_of_a_batch_gets_what_it_gets_alone(
 ) -> None:
     config = dataclasses.replace(config, max_new_tokens=3 * CONTEXT)
     together = generate_batch(model, tokenizer, PROMPTS, config, batch_size)
+    alone: list[tuple[int, Generation]] = []
     for i, prompt in enumerate(PROMPTS):
-        alone_config = dataclasses.replace(config, first_stream=i)
-        [alone] = generate_batch(model, tokenizer, [prompt], alone_config)
-        assert together[i] == alone
+        pieces = stream_text(model, tokenizer, prompt, config, lambda e, n: alone.extend(e), i)
+        assert "".join(pieces) == together[i].text
+    assert alone == list(enumerate(together))
 
 
 def test_the_same_prompt_draws_anew_and_the_same_seed_repeats(
@@ -131,9 +133,9 @@ def test_seeds_share_no_completion(model: DecoderOnlyTransformer, tokenizer: Tok
     assert len(set(texts)) == len(texts) == 16
 
 
-def test_streams_of_random_numbers_are_disjoint() -> None:
-    """Also of numbers whose digits run together; the first stream is the seed's own."""
-    pairs = [(seed, stream) for seed in (*range(30), 2**31 - 1) for stream in range(30)]
+def test_random_numbers_of_completions_are_disjoint() -> None:
+    """Also where digits run together; the first completion has the seed's own numbers."""
+    pairs = [(seed, index) for seed in (*range(30), 2**63 - 1) for index in range(30)]
     firsts = {generate.build_random(*pair).random() for pair in pairs}
     assert len(firsts) == len(pairs)
     assert generate.build_random(7, 0).random() == random.Random(7).random()
@@ -267,6 +269,29 @@ def test_stop_texts_across_token_borders(
     assert (completion.text, completion.finish_reason) == (expected, reason)
     scripted(monkeypatch, b"ab the end. cd", tokenizer)
     assert "".join(stream_text(model, tokenizer, "x", config)) == expected
+
+
+@pytest.mark.parametrize(
+    ("typed", "expected"),
+    [
+        (r"\n", "\n"),
+        (r"a\tb\r\n", "a\tb\r\n"),
+        (r"\\n", r"\n"),
+        (r"\\\n", "\\\n"),
+        ("\n", "\n"),
+        (r"\section", r"\section"),  # no such escape
+        ("\\", "\\"),
+        ("---", "---"),
+    ],
+)
+def test_stop_texts_as_a_shell_passes_them(typed: str, expected: str) -> None:
+    assert build_config({"stop": [typed]}, {}).sampling.stop == (expected,)
+
+
+def test_a_stop_text_must_not_be_empty() -> None:
+    for text in ("", "a\0"):
+        with pytest.raises(PreflightError, match="--stop must not be empty"):
+            build_config({"stop": [text]}, {})
 
 
 @settings(max_examples=300)

@@ -307,8 +307,7 @@ class Session:
 
     def complete(self, prompt: str, *, echo: bool = True) -> None:
         """Stream one completion; Ctrl-C ends it, and only it."""
-        config = dataclasses.replace(self.sampling, first_stream=self._n_completions)
-        self._n_completions += 1
+        index, self._n_completions = self._n_completions, self._n_completions + 1
         steps: list[int] = []
         began = time.perf_counter()
         try:
@@ -317,8 +316,9 @@ class Session:
                 self.model,
                 self.tokenizer,
                 prompt,
-                config,
+                self.sampling,
                 lambda ended, n_tokens: steps.append(n_tokens),
+                index,
             ):
                 _show(piece)
             _show("\n")

@@ -9,9 +9,15 @@ OUTPUT_SUFFIXES = (".json", ".jsonl", ".txt")
 
 
 def _check_output_file(name: str) -> str:
-    if Path(name).suffix not in OUTPUT_SUFFIXES:
+    if "\0" in name or Path(name).suffix.lower() not in OUTPUT_SUFFIXES:
         raise ValueError(f"must end in {', '.join(OUTPUT_SUFFIXES)}")
     return name
+
+
+def _check_prompt(text: str) -> str:
+    if "\0" in text:
+        raise ValueError("must not contain a NUL character")
+    return text
 
 
 @dataclass(frozen=True)
@@ -24,7 +30,13 @@ class GenerationSettings:
         "--output-dir",
         metavar="PATH",
     )
-    prompts: tuple[str, ...] = setting((), "prompts to complete", metavar="TEXT")
+    prompts: tuple[str, ...] = setting(
+        (),
+        'prompts to complete; "" starts a new text; unset: asked for on a terminal, else what a '
+        "pipe brings, as one prompt",
+        metavar="TEXT",
+        check=_check_prompt,
+    )
     prompts_file: str | None = setting(
         None, 'file of prompts, one per line; .jsonl: objects with a "prompt" key', metavar="FILE"
     )
