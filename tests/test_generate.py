@@ -6,12 +6,14 @@ import contextlib
 import dataclasses
 import io
 import json
+import logging
 import os
 import pty
 import select
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -25,8 +27,9 @@ from generate import generate_text, load_model
 from preflight.checkpoints.format import save_checkpoint
 from preflight.checkpoints.store import open_checkpoint
 from preflight.core.errors import PreflightError
-from preflight.modes import generate
-from preflight.modes.generate import read_prompts
+from preflight.core.log import log
+from preflight.modes import generate, prompts
+from preflight.modes.prompts import DEFAULT_PROMPTS, read_prompts
 from preflight.settings import GenerationSettings, ModelConfig, RunConfig, SamplingConfig
 from preflight.tokenization import load_tokenizer
 from transformer_model import DecoderOnlyTransformer
@@ -216,6 +219,20 @@ def test_interactive_from_a_pipe(output_dir: Path, run: Run) -> None:
     assert "1 completion, 3 tokens" in told
 
 
+def test_line_ends_from_a_pipe(output_dir: Path, run: Run) -> None:
+    done = run("--interactive", *GREEDY, stdin="a\r\n/len 3\r\n/quit\r\nnever\r\n")
+    assert done.stdout.decode() == f"a{complete_greedily(output_dir, 'a')}\n"
+    assert b"/len is now 3" in done.stderr
+
+
+def test_a_piped_prompt_is_completed(output_dir: Path, run: Run) -> None:
+    done = run(*GREEDY, stdin="two\r\nlines\r\n")
+    assert done.returncode == 0
+    prompt = "two\nlines"
+    assert done.stdout.decode() == f"{prompt}{complete_greedily(output_dir, prompt)}\n"
+    assert b"the 2 lines of stdin are one prompt; --prompts-file - reads one a line" in done.stderr
+
+
 def test_a_session_repeats_with_its_seed(run: Run) -> None:
     done = run("--interactive", "--len-is-no-flag", stdin="")
     assert done.returncode == 2
@@ -327,6 +344,18 @@ def test_control_characters_go_raw_to_a_pipe(run: Run) -> None:
     assert b"Hello \x1b[31m" in done.stdout
 
 
+def test_line_ends_on_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where a token ends between the two characters; to a pipe they go as they are."""
+    pieces = ["a\r\nb\r", "\nc\rd\r", "e\x1b", "\r\n"]
+    for terminal, expected in ((True, "a\nb\nc\nd\ne\\x1b\n"), (False, "".join(pieces))):
+        shown = io.StringIO(newline="")
+        monkeypatch.setattr(shown, "isatty", lambda terminal=terminal: terminal)
+        monkeypatch.setattr(sys, "stdout", shown)
+        for piece in pieces:
+            generate._show(piece)
+        assert shown.getvalue() == expected
+
+
 def test_invisible_characters_are_escaped() -> None:
     text = "a\n\tb\r\x1b\x7f\x9b\u202e\u2066\u200f \u00e9\U0001f600"
     assert text.translate(generate._INVISIBLE) == (
@@ -360,7 +389,7 @@ def test_a_closed_pipe_is_quiet(run_process: Run) -> None:
     [
         ("p.txt", b"", "there is no prompt"),
         ("p.txt", b"\n \r\n", "there is no prompt"),
-        ("p.txt", b"fine\nb\xff\nfine\n\xfe\n", "2 of 5 lines"),
+        ("p.txt", b"fine\nb\xff\nfine\n\xfe\n", "2 of 4 lines"),
         ("p.txt", b"\x7fELF\0\0\0", "line 1: binary"),
         (
             "p.jsonl",
@@ -383,15 +412,111 @@ def test_bad_prompt_files(tmp_path: Path, name: str | None, content: bytes, word
     assert len(caught.value.lines) <= 5
 
 
-def test_good_prompt_files(tmp_path: Path) -> None:
-    plain, lines = tmp_path / "p.txt", tmp_path / "p.jsonl"
-    plain.write_bytes(b"\xef\xbb\xbffirst\r\n\n  second \nthird")
-    lines.write_bytes(b'{"prompt": "two\\nlines", "id": 7}\n\n{"prompt": ""}\n')
-    for path, expected in ((plain, ["first", "  second ", "third"]), (lines, ["two\nlines", ""])):
-        assert (
-            read_prompts(RunConfig(generation=GenerationSettings(prompts_file=str(path))))
-            == expected
-        )
+@pytest.mark.parametrize(
+    ("name", "content", "expected"),
+    [
+        ("p.txt", b"\xef\xbb\xbffirst\r\n\n  second \nthird", ["first", "  second ", "third"]),
+        ("p.txt", b"one\rtwo\r", ["one", "two"]),
+        ("p.txt", b"one\r\r\ntwo\xe2\x80\xa8more", ["one", "two\u2028more"]),
+        ("p.jsonl", b'{"prompt": "two\\nlines", "id": 7}\n\n{"prompt": ""}\n', ["two\nlines", ""]),
+        ("p.JSONL", b'{"prompt": "a\\r\\n"}\r\n{"prompt": "b"}\r\n', ["a\r\n", "b"]),
+    ],
+)
+def test_good_prompt_files(tmp_path: Path, name: str, content: bytes, expected: list[str]) -> None:
+    path = tmp_path / name
+    path.write_bytes(content)
+    config = RunConfig(generation=GenerationSettings(prompts_file=str(path)))
+    assert read_prompts(config) == expected
+
+
+@pytest.fixture
+def logged(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
+    """What is logged; a wait is told of at once."""
+    handler = logging.Handler()
+    lines: list[str] = []
+    monkeypatch.setattr(handler, "emit", lambda record: lines.append(record.getMessage()))
+    monkeypatch.setattr(prompts, "PATIENCE_SECONDS", 0.05)
+    log.addHandler(handler)
+    yield lines
+    log.removeHandler(handler)
+
+
+def read_from(monkeypatch: pytest.MonkeyPatch, stdin: Any, *given: str) -> list[str]:
+    monkeypatch.setattr(sys, "stdin", stdin)
+    return read_prompts(RunConfig(generation=GenerationSettings(prompts=given)))
+
+
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [
+        (b"Once upon a time\n", "Once upon a time"),
+        (b"no line end", "no line end"),
+        (b"a\r\nb\rc\n\n", "a\nb\nc\n"),
+        (b"\xef\xbb\xbfA caf\xc3\xa9\r\n", "A caf\u00e9"),
+        (b"\n", ""),  # starts a new text
+    ],
+)
+def test_a_pipe_is_one_prompt(
+    monkeypatch: pytest.MonkeyPatch, logged: list[str], content: bytes, expected: str
+) -> None:
+    stdin = io.TextIOWrapper(io.BytesIO(content))
+    assert read_from(monkeypatch, stdin) == [expected]
+    told = any("lines of stdin are one prompt" in line for line in logged)
+    assert told == ("\n" in expected)
+    assert read_from(monkeypatch, stdin, "given", "") == ["given", ""]
+
+
+@pytest.mark.parametrize("content", [b"\xff", b"a\0b", b"x" * 100])
+def test_a_pipe_that_is_no_prompt(monkeypatch: pytest.MonkeyPatch, content: bytes) -> None:
+    monkeypatch.setattr(prompts, "MAX_PROMPTS_BYTES", 99)
+    with pytest.raises(PreflightError, match="the prompt on stdin: ") as caught:
+        read_from(monkeypatch, io.TextIOWrapper(io.BytesIO(content)))
+    assert caught.value.code == 3
+
+
+def test_a_stdin_without_a_prompt(monkeypatch: pytest.MonkeyPatch, logged: list[str]) -> None:
+    """Empty, closed, a terminal, the null device, and what nohup leaves: never waited for."""
+    master, slave = pty.openpty()
+    with (
+        open(os.devnull, encoding="utf-8") as null,
+        open(os.devnull, "wb") as unreadable,
+        open(slave, encoding="utf-8") as terminal,
+        open(os.dup(unreadable.fileno()), encoding="utf-8") as nohup,
+    ):
+        for stdin in (None, io.TextIOWrapper(io.BytesIO()), null, terminal, nohup):
+            assert read_from(monkeypatch, stdin) == list(DEFAULT_PROMPTS)
+            assert "no prompt is given" in logged.pop()
+    os.close(master)
+    assert "stdin cannot be read: Bad file descriptor" in logged
+
+
+def test_an_open_pipe_is_read_only_without_prompts(
+    monkeypatch: pytest.MonkeyPatch, logged: list[str]
+) -> None:
+    reading, writing = os.pipe()
+    with open(reading, encoding="utf-8") as stdin:
+        assert read_from(monkeypatch, stdin, "given") == ["given"]  # it would wait for ever
+        threading.Timer(0.3, os.close, [writing]).start()
+        os.write(writing, b"late")
+        assert read_from(monkeypatch, stdin) == ["late"]
+    assert any("is read from stdin up to its end" in line for line in logged)
+
+
+def test_a_fifo_of_prompts_is_told_of_and_read(tmp_path: Path, logged: list[str]) -> None:
+    fifo = tmp_path / "p.txt"
+    os.mkfifo(fifo)
+    threading.Timer(0.3, fifo.write_bytes, [b"one\ntwo\n"]).start()
+    config = RunConfig(generation=GenerationSettings(prompts_file=str(fifo)))
+    assert read_prompts(config) == ["one", "two"]
+    assert f"--prompts-file {fifo} is read up to its end" in logged[0]
+
+
+@pytest.mark.parametrize("name", ["/dev/zero", "/", "/dev/null"])
+def test_places_that_hold_no_prompts(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    monkeypatch.setattr(prompts, "MAX_PROMPTS_BYTES", 2**20)
+    with pytest.raises(PreflightError, match=r"larger than|directory|no prompt") as caught:
+        read_prompts(RunConfig(generation=GenerationSettings(prompts_file=name)))
+    assert caught.value.code == 3
 
 
 def test_prompts_from_stdin_and_faults_before_the_model(run_process: Run) -> None:
@@ -406,7 +531,7 @@ def test_prompts_from_stdin_and_faults_before_the_model(run_process: Run) -> Non
 def test_default_prompts(run: Run) -> None:
     done = run(*GREEDY)
     assert done.returncode == 0
-    for prompt in generate.DEFAULT_PROMPTS:
+    for prompt in DEFAULT_PROMPTS:
         assert prompt.encode() in done.stdout
 
 

@@ -6,6 +6,7 @@ Only completions go to stdout; everything else goes to stderr.
 from __future__ import annotations
 
 import dataclasses
+import io
 import json
 import os
 import sys
@@ -22,6 +23,7 @@ from preflight.core.signals import StopFlag
 from preflight.core.storage import publish_file
 from preflight.core.streams import is_missing
 from preflight.device.runtime import is_out_of_memory
+from preflight.modes.prompts import is_interactive, read_prompts
 from preflight.modes.setup import RunSetup
 from preflight.settings import RunConfig, SamplingConfig, build_config
 from preflight.tokenization import Tokenizer
@@ -32,9 +34,6 @@ try:
 except ImportError:  # Windows
     readline = None  # type: ignore[assignment]
 
-DEFAULT_PROMPTS = ("Once upon a time", "The", "In the beginning", "It is important to")
-MAX_INTERACTIVE_PROMPTS = 5
-MAX_PROMPTS_BYTES = 64 * 2**20
 SEPARATOR = "-" * 40
 HELP = """\
 Type a prompt and press Enter: the model continues it. Ctrl-C stops a completion. Commands:
@@ -75,11 +74,12 @@ def run(config: RunConfig) -> int:
     for stream in (sys.stdin, sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):  # a narrow encoding must not end the program
             stream.reconfigure(errors="backslashreplace")
-    prompts = read_prompts(config)
-    interactive = is_interactive(config)
     check_output(config.generation.output_file)
     setup = RunSetup(config, StopFlag(), trains=False)
-    checkpoint, runtime = setup.checkpoint, setup.runtime
+    runtime = setup.runtime  # a device that is not there is told before a prompt is waited for
+    prompts = read_prompts(config)
+    interactive = is_interactive(config)
+    checkpoint = setup.checkpoint
     try:
         model, tokenizer = setup.load_model()
         log.info(
@@ -98,87 +98,6 @@ def run(config: RunConfig) -> int:
             f"lower --generation-batch-size {config.generation.generation_batch_size}, "
             "or use --device cpu",
         ) from None
-
-
-def is_interactive(config: RunConfig) -> bool:
-    """Whether to open the interactive prompt: as asked, else on a terminal with few prompts."""
-    settings = config.generation
-    if settings.interactive is not None:
-        return settings.interactive
-    few = not settings.prompts_file and len(settings.prompts) <= MAX_INTERACTIVE_PROMPTS
-    terminal = all(s is not None and s.isatty() for s in (sys.stdin, sys.stdout))
-    return few and terminal and not settings.output_file
-
-
-def read_prompts(config: RunConfig) -> list[str]:
-    """The prompts of the flags or the file; else the default ones, unless prompts will be typed.
-
-    Raises:
-        PreflightError: code TEXT, with the numbers of the first lines that cannot be used.
-    """
-    settings = config.generation
-    if settings.prompts_file:
-        return _read_prompts_file(settings.prompts_file)
-    for number, prompt in enumerate(settings.prompts, 1):
-        if not _is_unicode(prompt):
-            raise PreflightError(ExitCode.TEXT, f"--prompts: number {number} is not UTF-8")
-    return list(settings.prompts or (() if is_interactive(config) else DEFAULT_PROMPTS))
-
-
-def _read_prompts_file(name: str) -> list[str]:
-    try:
-        with open(0 if name == "-" else name, "rb", closefd=name != "-") as file:
-            content = file.read(MAX_PROMPTS_BYTES + 1)
-    except OSError as error:
-        raise PreflightError(ExitCode.TEXT, f"--prompts-file {name}: {error.strerror}") from None
-    if len(content) > MAX_PROMPTS_BYTES:
-        raise PreflightError(
-            ExitCode.TEXT,
-            f"--prompts-file {name}: larger than {MAX_PROMPTS_BYTES // 2**20} MiB; split it",
-        )
-    prompts, faults = [], {}
-    lines = content.removeprefix(b"\xef\xbb\xbf").split(b"\n")
-    for number, line in enumerate(lines, 1):
-        try:
-            if line.strip():
-                prompts.append(_parse_prompt(line.removesuffix(b"\r"), name.endswith(".jsonl")))
-        except ValueError as error:
-            faults[number] = str(error)
-    if faults:
-        first = [f"line {number}: {fault}" for number, fault in list(faults.items())[:5]]
-        raise PreflightError(
-            ExitCode.TEXT,
-            f"--prompts-file {name}: {len(faults):,} of {len(lines):,} lines cannot be used",
-            "; ".join(first),
-            'expected: UTF-8 text, one prompt a line; in .jsonl, objects like {"prompt": "Hi"}',
-        )
-    if not prompts:
-        raise PreflightError(ExitCode.TEXT, f"--prompts-file {name}: there is no prompt in it")
-    return prompts
-
-
-def _parse_prompt(line: bytes, as_json: bool) -> str:
-    if b"\0" in line:
-        raise ValueError("binary")
-    try:
-        text = line.decode()
-    except UnicodeDecodeError as error:
-        raise ValueError(f"not UTF-8 at byte {error.start}") from None
-    if not as_json:
-        return text
-    try:
-        record = json.loads(text)
-    except (ValueError, RecursionError):
-        raise ValueError("not JSON") from None
-    prompt = record.get("prompt") if isinstance(record, dict) else None
-    if not isinstance(prompt, str) or not _is_unicode(prompt):
-        raise ValueError('no "prompt" with a text')
-    return prompt
-
-
-def _is_unicode(text: str) -> bool:
-    """False for half a surrogate pair: bytes of a command line that are not UTF-8."""
-    return not any("\ud800" <= character <= "\udfff" for character in text)
 
 
 def check_output(name: str | None) -> None:
@@ -288,6 +207,8 @@ class Session:
         terminal = sys.stdin.isatty()
         if terminal:
             log.info("/help lists the commands, Ctrl-D quits")
+        elif hasattr(sys.stdin, "reconfigure"):  # without it a line of a CRLF text ends in \r
+            sys.stdin.reconfigure(newline=None)
         while True:
             try:
                 line = input("> " if terminal else "")
@@ -350,10 +271,14 @@ class Session:
         log.info(f"{name} is now {getattr(self.sampling, field)}")
 
 
+# \r\n and \r are line ends too, also where \n comes in a later piece.
+_line_ends = io.IncrementalNewlineDecoder(None, translate=True)
+
+
 def _show(text: str) -> None:
-    """Print text at once; on a terminal, control characters are made visible."""
+    """Print text at once. On a terminal, control characters are made visible."""
     if sys.stdout.isatty():
-        text = text.translate(_INVISIBLE)
+        text = _line_ends.decode(text).translate(_INVISIBLE)
     try:
         sys.stdout.write(text)
         sys.stdout.flush()
