@@ -535,6 +535,100 @@ def test_default_prompts(run: Run) -> None:
         assert prompt.encode() in done.stdout
 
 
+def check(output_file: Path, *flags: str) -> PreflightError | None:
+    """What is said of an output file, before anything is read."""
+    config = main.parse_command_line(["--generate", "--output-file", str(output_file), *flags])[1]
+    try:
+        generate.check_output(config)
+    except PreflightError as error:
+        return error
+    return None
+
+
+def make_link(kind: str, target: Path) -> Path:
+    """`target` itself, or another name of it, with a suffix that an output may have."""
+    if kind == "itself":
+        return target
+    link = target.with_name("link.txt")
+    if kind == "hard":
+        os.link(target, link)
+    elif kind == "chain":
+        target.with_name("inner").symlink_to(target.name)
+        link.symlink_to("inner")
+    else:
+        link = target.with_name("folder")
+        link.symlink_to(target.parent, target_is_directory=True)
+        link = link / target.name
+    return link
+
+
+@pytest.mark.parametrize("kind", ["itself", "hard", "chain", "through a folder"])
+@pytest.mark.parametrize("flag", ["--prompts-file", "--config", "--text-file"])
+def test_an_output_that_is_an_input_is_refused(tmp_path: Path, flag: str, kind: str) -> None:
+    source = tmp_path / "p.txt"
+    source.write_text("{}")
+    error = check(make_link(kind, source), flag, str(source), "--overwrite")
+    assert error is not None
+    assert error.code == 2
+    assert f"the same file is read as {flag}" in str(error)
+
+
+def test_an_output_that_belongs_to_a_run_is_refused(output_dir: Path, tmp_path: Path) -> None:
+    data = tmp_path / "data"
+    (data / "train").mkdir(parents=True)
+    shard, listed = data / "train" / "shard_00000.npy", data / "metadata.json"
+    metrics = output_dir / "metrics.jsonl"
+    for path in (shard, listed, metrics):
+        path.touch()
+    checkpoint = output_dir / "milestones" / "checkpoint-1"
+    best, alone = ("--output-dir", str(output_dir)), ("--checkpoint-path", str(checkpoint))
+    weights = ("--checkpoint-path", str(checkpoint / "model.safetensors"))
+    for number, (target, flags) in enumerate(
+        (
+            (shard, ("--data-dir", str(data))),
+            (listed, ("--data-dir", str(data))),
+            (metrics, best),
+            *((checkpoint / "config.json", flags) for flags in (best, alone, weights)),
+            (checkpoint / "model.safetensors", alone),
+            (checkpoint / "checkpoint.pt", ("--checkpoint-path", str(checkpoint.parent))),
+        )
+    ):
+        link = tmp_path / f"{number}.txt"
+        link.symlink_to(target)
+        for output in (link, target):
+            if output.suffix in (".txt", ".json", ".jsonl"):
+                error = check(output, *flags, "--overwrite")
+                assert error is not None, (output, flags)
+                assert (error.code, "the same file is read as" in str(error)) == (2, True)
+    metrics.unlink()
+
+
+def test_an_output_that_exists_is_replaced_only_when_asked(run: Run, tmp_path: Path) -> None:
+    path = tmp_path / "a.txt"
+    path.write_text("older")
+    done = run("--prompts", "x", *GREEDY, "--output-file", "a.txt", "--output-dir", "nowhere")
+    assert done.returncode == 6  # and not 5: no checkpoint was looked for
+    assert b"--output-file a.txt: exists already; --overwrite replaces it" in done.stderr
+    assert path.read_text() == "older"
+    done = run("--prompts", "x", *GREEDY, "--output-file", "a.txt", "--overwrite")
+    assert done.returncode == 0
+    assert path.read_text().startswith("x")
+
+
+def test_places_where_no_output_goes(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "fifo.txt")
+    (tmp_path / "folder.txt").mkdir()
+    (tmp_path / "other").touch()
+    (tmp_path / "link.txt").symlink_to("other")
+    (tmp_path / "dangling.txt").symlink_to("nowhere")
+    long = "x" * 251 + ".txt"  # fits; its temporary name does not
+    for name in ("fifo.txt", "folder.txt", "link.txt", "dangling.txt", long, "no/a.txt"):
+        error = check(tmp_path / name, "--overwrite")
+        assert error is not None, name
+        assert error.code == 6
+    assert check(tmp_path / "a.TXT") is None
+
+
 def test_flags_that_disagree_with_the_checkpoint(run: Run) -> None:
     done = run("--n-embeddings", "64", "--n-heads", "4", "--context-length", "16", *GREEDY)
     assert done.returncode == 5

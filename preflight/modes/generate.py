@@ -11,22 +11,27 @@ import json
 import os
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
 
 from generate import Generation, generate_batch, stream_text
+from preflight.checkpoints.format import MILESTONES_NAME
+from preflight.checkpoints.manifest import MANIFEST_NAME
 from preflight.core.errors import ExitCode, PreflightError
 from preflight.core.log import log
 from preflight.core.signals import StopFlag
-from preflight.core.storage import publish_file
+from preflight.core.storage import TEMPORARY_PREFIX, publish_file
 from preflight.core.streams import is_missing
+from preflight.corpus.metadata import METADATA_NAME, SPLITS
 from preflight.device.runtime import is_out_of_memory
 from preflight.modes.prompts import is_interactive, read_prompts
 from preflight.modes.setup import RunSetup
 from preflight.settings import RunConfig, SamplingConfig, build_config
 from preflight.tokenization import Tokenizer
+from preflight.training.metrics import METRICS_NAME
 from transformer_model import DecoderOnlyTransformer
 
 try:
@@ -74,7 +79,7 @@ def run(config: RunConfig) -> int:
     for stream in (sys.stdin, sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):  # a narrow encoding must not end the program
             stream.reconfigure(errors="backslashreplace")
-    check_output(config.generation.output_file)
+    check_output(config)
     setup = RunSetup(config, StopFlag(), trains=False)
     runtime = setup.runtime  # a device that is not there is told before a prompt is waited for
     prompts = read_prompts(config)
@@ -100,24 +105,96 @@ def run(config: RunConfig) -> int:
         ) from None
 
 
-def check_output(name: str | None) -> None:
-    """Check that the output file can be written, before anything is generated.
+def check_output(config: RunConfig) -> None:
+    """Check that the output can be written and replaces no input, before anything is read.
 
     Raises:
-        PreflightError: code STORAGE.
+        PreflightError: code FLAGS, when the output file is an input; code STORAGE, when it cannot
+            be written, or exists already and `--overwrite` is not given.
     """
+    name = config.generation.output_file
     if name is None:
         if is_missing(sys.stdout):
             raise PreflightError(ExitCode.STORAGE, "stdout is closed; use --output-file")
         return
-    folder = Path(name).absolute().parent
-    if Path(name).is_dir() or not folder.is_dir() or not os.access(folder, os.W_OK):
-        reason = "is a folder" if Path(name).is_dir() else f"{folder} cannot be written to"
+    path = Path(name)
+    flag = _find_input(path, config)
+    if flag:
+        raise PreflightError(
+            ExitCode.FLAGS,
+            f"--output-file {name}: the same file is read as {flag}",
+            "nothing was changed; choose another name for the completions",
+        )
+    fault = _find_output_fault(path, config.generation.overwrite)
+    if fault:
         raise PreflightError(
             ExitCode.STORAGE,
-            f"--output-file {name}: {reason}",
-            "choose another place, or make the folder first",
+            f"--output-file {name}: {fault}",
+            "nothing was changed; choose another name, or make the folder first",
         )
+
+
+def _find_output_fault(path: Path, overwrite: bool) -> str:
+    """Why no completions can be written to `path`; empty if nothing speaks against it."""
+    folder = os.path.dirname(os.path.abspath(path))
+    if not os.path.isdir(folder) or not os.access(folder, os.W_OK):
+        return f"{folder} cannot be written to"
+    try:
+        os.lstat(_temporary_of(path))  # a name that is too long shows here
+    except FileNotFoundError:
+        pass
+    except OSError as error:
+        return error.strerror or str(error)
+    if os.path.isdir(path):
+        return "is a folder"
+    if os.path.islink(path) or (os.path.exists(path) and not os.path.isfile(path)):
+        return "is a link or no regular file, and is not replaced"
+    if os.path.exists(path) and not overwrite:
+        return "exists already; --overwrite replaces it"
+    return ""
+
+
+def _temporary_of(path: Path) -> Path:
+    """What `publish_file` writes before it becomes `path`."""
+    return path.with_name(TEMPORARY_PREFIX + path.name)
+
+
+def _find_input(path: Path, config: RunConfig) -> str:
+    """The flag of an input that is the file at `path`, under whatever name; empty if none is."""
+    own = {_identify(path), _identify(_temporary_of(path))} - {None}
+    if not own:
+        return ""
+    return next((flag for flag, place in _list_inputs(config) if _identify(place) in own), "")
+
+
+def _identify(place: Path | int) -> tuple[int, int] | None:
+    """Device and inode of a file, links followed; None where there is none."""
+    try:
+        status = os.stat(place)
+    except (OSError, ValueError):
+        return None
+    return status.st_dev, status.st_ino
+
+
+def _list_inputs(config: RunConfig) -> Iterator[tuple[str, Path | int]]:
+    """Files that `--generate` or the run behind it reads, with the flag that names each."""
+    settings, output_dir = config.generation, Path(config.control.output_dir)
+    yield "stdin", 0
+    named = (
+        ("--prompts-file", settings.prompts_file),
+        ("--config", config.system.config),
+        *(("--text-file", name) for name in config.data.text_file),
+    )
+    yield from ((flag, Path(name)) for flag, name in named if name)
+    yield "metrics of --output-dir", output_dir / METRICS_NAME
+    data_dir = Path(config.data.data_dir)
+    for pattern in (METADATA_NAME, *(f"{split}/*" for split in SPLITS)):
+        yield from (("--data-dir", path) for path in data_dir.glob(pattern))
+    place = Path(settings.checkpoint_path or output_dir)
+    folder = place if place.is_dir() else place.parent
+    own = ("*",) if (folder / MANIFEST_NAME).is_file() else ()
+    for pattern in (*own, "checkpoint-*/*", f"{MILESTONES_NAME}/checkpoint-*/*"):
+        yield from (("the checkpoint", path) for path in folder.glob(pattern))
 
 
 def _write_completions(
@@ -178,9 +255,10 @@ def _save_completions(
         {"prompt": prompts[i], "sequence": i % n_sequences, **dataclasses.asdict(done[i])}
         for i in sorted(done)
     ]
-    if path.suffix == ".json":
+    suffix = path.suffix.lower()
+    if suffix == ".json":
         content = json.dumps(records, ensure_ascii=False, indent=2) + "\n"
-    elif path.suffix == ".jsonl":
+    elif suffix == ".jsonl":
         content = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
     else:
         content = f"\n{SEPARATOR}\n".join(f"{r['prompt']}{r['text']}\n" for r in records)

@@ -48,6 +48,7 @@ class GenerationSettings:
         metavar="FILE",
         check=_check_output_file,
     )
+    overwrite: bool = setting(False, "replace an --output-file that exists already")
     interactive: bool | None = setting(
         None,
         "read prompts from the keyboard; unset: on a terminal, without --output-file, with up "
