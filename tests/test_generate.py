@@ -499,7 +499,7 @@ def test_an_open_pipe_is_read_only_without_prompts(
         threading.Timer(0.3, os.close, [writing]).start()
         os.write(writing, b"late")
         assert read_from(monkeypatch, stdin) == ["late"]
-    assert any("is read from stdin up to its end" in line for line in logged)
+    assert any("waiting for the end of the prompt on stdin" in line for line in logged)
 
 
 def test_a_fifo_of_prompts_is_told_of_and_read(tmp_path: Path, logged: list[str]) -> None:
@@ -508,7 +508,7 @@ def test_a_fifo_of_prompts_is_told_of_and_read(tmp_path: Path, logged: list[str]
     threading.Timer(0.3, fifo.write_bytes, [b"one\ntwo\n"]).start()
     config = RunConfig(generation=GenerationSettings(prompts_file=str(fifo)))
     assert read_prompts(config) == ["one", "two"]
-    assert f"--prompts-file {fifo} is read up to its end" in logged[0]
+    assert f"waiting for the end of --prompts-file {fifo}" in logged[0]
 
 
 @pytest.mark.parametrize("name", ["/dev/zero", "/", "/dev/null"])

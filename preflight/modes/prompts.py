@@ -60,7 +60,7 @@ def _read_pipe() -> str | None:
     if is_missing(sys.stdin) or sys.stdin.isatty():
         return None
     try:
-        with _telling_of_a_wait("the prompt is read from stdin up to its end; --prompts gives one"):
+        with _telling_of_a_wait("the prompt on stdin"):
             content = sys.stdin.buffer.read(MAX_PROMPTS_BYTES + 1)
     except OSError as error:  # nohup leaves a stdin that cannot be read
         log.info(f"stdin cannot be read: {error.strerror or error}")
@@ -115,9 +115,9 @@ def _open(name: str) -> IO[bytes]:
 
 
 @contextlib.contextmanager
-def _telling_of_a_wait(message: str) -> Iterator[None]:
-    """Log `message` if the block takes long: a pipe is waited for until its writer closes it."""
-    message += " (on a terminal Ctrl-D ends it; Ctrl-C stops)"
+def _telling_of_a_wait(what: str) -> Iterator[None]:
+    """Say so if the block takes long: a pipe is waited for until its writer closes it."""
+    message = f"waiting for the end of {what} (on a terminal Ctrl-D); Ctrl-C stops"
     timer = threading.Timer(PATIENCE_SECONDS, log.info, [message])
     timer.daemon = True
     timer.start()
