@@ -1,7 +1,8 @@
 """Text from a model: which token comes next, the window it sees, and where a completion ends.
 
-A row of the batch is one completion. Its text depends on its prompt, the settings and its index
-alone, never on the rows beside it. Shapes: B rows, V vocabulary.
+A row of the batch is one completion. In fp32 its text depends on its prompt, the settings and its
+index alone, never on the rows beside it. In bf16 and fp16 a matmul's rounding for another number of
+rows can choose another token. Shapes: B rows, V vocabulary.
 """
 
 from __future__ import annotations

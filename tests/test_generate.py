@@ -28,9 +28,16 @@ from preflight.checkpoints.format import save_checkpoint
 from preflight.checkpoints.store import open_checkpoint
 from preflight.core.errors import PreflightError
 from preflight.core.log import log
+from preflight.device import runtime
 from preflight.modes import generate, prompts
 from preflight.modes.prompts import DEFAULT_PROMPTS, read_prompts
-from preflight.settings import GenerationSettings, ModelConfig, RunConfig, SamplingConfig
+from preflight.settings import (
+    GenerationSettings,
+    ModelConfig,
+    RunConfig,
+    SamplingConfig,
+    build_config,
+)
 from preflight.tokenization import load_tokenizer
 from transformer_model import DecoderOnlyTransformer
 
@@ -65,6 +72,18 @@ def output_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     save_model(folder, 1)
     save_model(folder, 2)
     return folder
+
+
+@pytest.fixture
+def logged(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
+    """What is logged; a wait is told of at once."""
+    handler = logging.Handler()
+    lines: list[str] = []
+    monkeypatch.setattr(handler, "emit", lambda record: lines.append(record.getMessage()))
+    monkeypatch.setattr(prompts, "PATIENCE_SECONDS", 0.05)
+    log.addHandler(handler)
+    yield lines
+    log.removeHandler(handler)
 
 
 Run = Callable[..., Any]
@@ -141,6 +160,26 @@ def test_prompt_and_text_on_stdout_statistics_on_stderr(
     assert b"checkpoint-2: step 2" in done.stderr  # the best
     assert b"2 completions, " in done.stderr
     assert b"tokens/s" in done.stderr
+
+
+def test_the_batch_size_changes_no_completion_in_the_default_precision(
+    output_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, logged: list[str]
+) -> None:
+    """On a machine with bf16 in hardware, where training takes bf16 by default."""
+    monkeypatch.setattr(runtime, "has_fast_bf16", lambda device: True)
+    flags = {"output_dir": str(output_dir), "device": "cpu", "max_new_tokens": 24}
+    flags |= {"prompts": [f"{'a word ' * (i % 4)}{i}" for i in range(16)]}
+    texts = []
+    for size, asked in ((16, {"mixed_precision": True}), (16, {}), (1, {})):
+        path = tmp_path / f"{len(texts)}.txt"
+        more = {"generation_batch_size": size, "output_file": str(path)} | asked
+        torch.set_float32_matmul_precision("high")
+        assert generate.run(build_config(flags | more, {})) == 0
+        texts.append(path.read_text())
+        assert any("bfloat16" in line for line in logged) == bool(asked)
+        logged.clear()
+        assert torch.get_float32_matmul_precision() == ("high" if asked else "highest")
+    assert texts[1] == texts[2]
 
 
 def test_files_hold_every_answer_in_order(
@@ -427,18 +466,6 @@ def test_good_prompt_files(tmp_path: Path, name: str, content: bytes, expected: 
     path.write_bytes(content)
     config = RunConfig(generation=GenerationSettings(prompts_file=str(path)))
     assert read_prompts(config) == expected
-
-
-@pytest.fixture
-def logged(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
-    """What is logged; a wait is told of at once."""
-    handler = logging.Handler()
-    lines: list[str] = []
-    monkeypatch.setattr(handler, "emit", lambda record: lines.append(record.getMessage()))
-    monkeypatch.setattr(prompts, "PATIENCE_SECONDS", 0.05)
-    log.addHandler(handler)
-    yield lines
-    log.removeHandler(handler)
 
 
 def read_from(monkeypatch: pytest.MonkeyPatch, stdin: Any, *given: str) -> list[str]:

@@ -41,7 +41,12 @@ class GenerationSettings:
         None, 'file of prompts, one per line; .jsonl: objects with a "prompt" key', metavar="FILE"
     )
     num_return_sequences: int = setting(1, "completions per prompt", ge=1, le=100_000)
-    generation_batch_size: int = setting(8, "sequences generated at once", ge=1, le=65_536)
+    generation_batch_size: int = setting(
+        8,
+        "sequences generated at once; in fp32, the default here, completions do not depend on it",
+        ge=1,
+        le=65_536,
+    )
     output_file: str | None = setting(
         None,
         "write the completions to this file, as .json, .jsonl or .txt by its suffix",
