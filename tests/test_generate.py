@@ -630,6 +630,16 @@ def test_an_output_that_belongs_to_a_run_is_refused(output_dir: Path, tmp_path: 
     metrics.unlink()
 
 
+def test_stdout_that_is_an_input_is_refused(run_process: Run, tmp_path: Path) -> None:
+    path = tmp_path / "p.txt"
+    path.write_text("one\n")
+    with path.open("ab") as appended:
+        done = run_process("--prompts-file", "p.txt", *GREEDY, stdout=appended)
+    assert done.returncode == 2
+    assert b"stdout: the same file is read as --prompts-file" in done.stderr
+    assert path.read_text() == "one\n"
+
+
 def test_an_output_that_exists_is_replaced_only_when_asked(run: Run, tmp_path: Path) -> None:
     path = tmp_path / "a.txt"
     path.write_text("older")

@@ -6,12 +6,14 @@ Only completions go to stdout; everything else goes to stderr.
 from __future__ import annotations
 
 import dataclasses
+import glob
 import io
 import json
 import os
+import stat
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -125,22 +127,23 @@ def check_output(config: RunConfig) -> None:
     """Check that the output can be written and replaces no input, before anything is read.
 
     Raises:
-        PreflightError: code FLAGS, when the output file is an input; code STORAGE, when it cannot
-            be written, or exists already and `--overwrite` is not given.
+        PreflightError: code FLAGS, when the output file, or the file that stdout goes to, is an
+            input; code STORAGE, when it cannot be written, or exists already and `--overwrite` is
+            not given.
     """
     name = config.generation.output_file
-    if name is None:
-        if is_missing(sys.stdout):
-            raise PreflightError(ExitCode.STORAGE, "stdout is closed; use --output-file")
-        return
-    path = Path(name)
-    flag = _find_input(path, config)
+    if name is None and is_missing(sys.stdout):
+        raise PreflightError(ExitCode.STORAGE, "stdout is closed; use --output-file")
+    path = Path(name or "")
+    flag = _find_input((path, _temporary_of(path)) if name else (1,), config)
     if flag:
         raise PreflightError(
             ExitCode.FLAGS,
-            f"--output-file {name}: the same file is read as {flag}",
+            f"{f'--output-file {name}' if name else 'stdout'}: the same file is read as {flag}",
             "nothing was changed; choose another name for the completions",
         )
+    if not name:
+        return
     fault = _find_output_fault(path, config.generation.overwrite)
     if fault:
         raise PreflightError(
@@ -172,45 +175,47 @@ def _find_output_fault(path: Path, overwrite: bool) -> str:
 
 def _temporary_of(path: Path) -> Path:
     """What `publish_file` writes before it becomes `path`."""
-    return path.with_name(TEMPORARY_PREFIX + path.name)
+    return path.parent / (TEMPORARY_PREFIX + path.name)
 
 
-def _find_input(path: Path, config: RunConfig) -> str:
-    """The flag of an input that is the file at `path`, under whatever name; empty if none is."""
-    own = {_identify(path), _identify(_temporary_of(path))} - {None}
+def _find_input(outputs: Iterable[Path | int], config: RunConfig) -> str:
+    """The flag of an input that is one of these files, under whatever name; empty if none is."""
+    own = {_identify(place) for place in outputs} - {None}
     if not own:
         return ""
     return next((flag for flag, place in _list_inputs(config) if _identify(place) in own), "")
 
 
-def _identify(place: Path | int) -> tuple[int, int] | None:
-    """Device and inode of a file, links followed; None where there is none."""
+def _identify(place: Path | str | int) -> tuple[int, int] | None:
+    """Device and inode of a regular file, links followed; None for anything else."""
     try:
         status = os.stat(place)
     except (OSError, ValueError):
         return None
-    return status.st_dev, status.st_ino
+    return (status.st_dev, status.st_ino) if stat.S_ISREG(status.st_mode) else None
 
 
-def _list_inputs(config: RunConfig) -> Iterator[tuple[str, Path | int]]:
+def _list_inputs(config: RunConfig) -> Iterator[tuple[str, str | int]]:
     """Files that `--generate` or the run behind it reads, with the flag that names each."""
-    settings, output_dir = config.generation, Path(config.control.output_dir)
+    settings, output_dir = config.generation, config.control.output_dir
     yield "stdin", 0
     named = (
         ("--prompts-file", settings.prompts_file),
         ("--config", config.system.config),
         *(("--text-file", name) for name in config.data.text_file),
+        ("metrics of --output-dir", os.path.join(output_dir, METRICS_NAME)),
     )
-    yield from ((flag, Path(name)) for flag, name in named if name)
-    yield "metrics of --output-dir", output_dir / METRICS_NAME
-    data_dir = Path(config.data.data_dir)
-    for pattern in (METADATA_NAME, *(f"{split}/*" for split in SPLITS)):
-        yield from (("--data-dir", path) for path in data_dir.glob(pattern))
-    place = Path(settings.checkpoint_path or output_dir)
-    folder = place if place.is_dir() else place.parent
-    own = ("*",) if (folder / MANIFEST_NAME).is_file() else ()
-    for pattern in (*own, "checkpoint-*/*", f"{MILESTONES_NAME}/checkpoint-*/*"):
-        yield from (("the checkpoint", path) for path in folder.glob(pattern))
+    yield from ((flag, name) for flag, name in named if name)
+    place = settings.checkpoint_path or output_dir
+    folder = place if os.path.isdir(place) else os.path.dirname(place)
+    own = ("*",) if os.path.exists(os.path.join(folder, MANIFEST_NAME)) else ()
+    for flag, parent, patterns in (
+        ("--data-dir", config.data.data_dir, (METADATA_NAME, *(f"{split}/*" for split in SPLITS))),
+        ("the checkpoint", folder, (*own, "checkpoint-*/*", f"{MILESTONES_NAME}/checkpoint-*/*")),
+    ):
+        for pattern in patterns:
+            found = glob.iglob(os.path.join(glob.escape(parent), pattern))
+            yield from ((flag, name) for name in found)
 
 
 def _write_completions(
