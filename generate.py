@@ -1,7 +1,8 @@
 """Text from a model: which token comes next, the window it sees, and where a completion ends.
 
-A row of the batch is one completion. Its text depends on its prompt, the settings and its index
-alone, never on the rows beside it. Shapes: B rows, V vocabulary.
+A row of the batch is one completion. In fp32 its text depends on its prompt, the settings and its
+index alone, never on the rows beside it. In bf16 and fp16 a matmul's rounding for another number of
+rows can choose another token. Shapes: B rows, V vocabulary.
 """
 
 from __future__ import annotations
@@ -89,18 +90,19 @@ def stream_text(
     prompt: str,
     config: SamplingConfig,
     on_step: OnStep | None = None,
+    index: int = 0,
 ) -> Iterator[str]:
     """`generate_text` in pieces, as they are generated.
 
     A piece ends between two characters. What may be the start of a stop text is held back until
-    it is known not to be.
+    it is known not to be. It is the text that `generate_batch` gives to the prompt at `index`.
     """
-    decoder = _Decoder(model, tokenizer, [prompt], config, batch_size=1)
+    decoder = _Decoder(model, tokenizer, [prompt], config, batch_size=1, first_index=index)
     row = decoder.rows[0]
     while not row.finish_reason:
         ended = decoder.step()
         if on_step:
-            on_step([(0, row.result()) for row in ended], 1)
+            on_step([(row.index, row.result()) for row in ended], 1)
         if row.pieces[-1]:
             yield row.pieces[-1]
 
@@ -118,7 +120,7 @@ def generate_batch(
     Args:
         model: computes in its own dtype, on its own device.
         tokenizer: the one that the model was trained with.
-        prompts: may differ in length and may repeat; the i-th draws with seed + i.
+        prompts: may differ in length and may repeat; each draws random numbers of its own.
         config: how tokens are chosen.
         batch_size: completions generated at once. When one ends, the next prompt takes its place.
         on_step: told of progress; what it raises ends the generation.
@@ -134,6 +136,15 @@ def generate_batch(
         if on_step:
             on_step(ended, n_tokens)
     return [done[index] for index in range(len(prompts))]
+
+
+def build_random(seed: int, index: int) -> random.Random:
+    """The random numbers of the completion at `index`. No two pairs of seed and index share them.
+
+    Python's generator gives the same numbers on every device. It hashes a text with SHA-512, into
+    a larger number than any seed. The first completion has the numbers of the seed itself.
+    """
+    return random.Random(f"{seed} {index}" if index else seed)
 
 
 def window_start(n_tokens: int, context_length: int) -> int:
@@ -157,8 +168,7 @@ class _Row:
         self.index = index
         self.tokens = prompt_ids
         self.window_start: int | None = None  # of what the cache holds; None: nothing yet
-        # Python's generator: the same numbers on every device, and near seeds are unrelated.
-        self.random = random.Random(config.seed + index)
+        self.random = build_random(config.seed, index)
         self.pieces: list[str] = []  # one a token, often empty
         self.finish_reason = ""
         self._tokenizer = tokenizer
@@ -171,7 +181,7 @@ class _Row:
         ends = token == self._tokenizer.end_of_text_id
         last = ends or len(self.pieces) + 1 >= self._max_new_tokens
         data = b"" if ends else self._tokenizer.decode_bytes([token])
-        self.pieces.append(self._text.push(data, final=last))
+        self.pieces.append(self._text.push(data, final=last, cut=not ends))
         if self._text.stopped:
             self.finish_reason = "stop"
         elif last:
@@ -192,10 +202,11 @@ class _Decoder:
         prompts: Sequence[str],
         config: SamplingConfig,
         batch_size: int,
+        first_index: int = 0,
     ) -> None:
         self.model, self.config = model, config
         self._context = model.config.context_length
-        rows = self._build_rows(prompts, tokenizer)
+        rows = self._build_rows(prompts, tokenizer, first_index)
         self.rows, self._waiting = rows[:batch_size], rows[batch_size:][::-1]
         weight = next(iter(model.parameters()))
         self._device, dtype = weight.device, weight.dtype
@@ -217,9 +228,11 @@ class _Decoder:
         self._newest: Tensor | None = None  # the rows' last tokens, while they are on the device
         self._seen: Tensor | None = None  # which ids (B V) each row holds, for the penalty
 
-    def _build_rows(self, prompts: Sequence[str], tokenizer: Tokenizer) -> list[_Row]:
+    def _build_rows(
+        self, prompts: Sequence[str], tokenizer: Tokenizer, first_index: int
+    ) -> list[_Row]:
         rows = []
-        for index, prompt in enumerate(prompts):
+        for index, prompt in enumerate(prompts, first_index):
             # An empty prompt starts as every document does: after an end of text.
             ids = tokenizer.encode(prompt).tolist() or [tokenizer.end_of_text_id]
             if len(ids) > self._context:

@@ -6,12 +6,14 @@ import contextlib
 import dataclasses
 import io
 import json
+import logging
 import os
 import pty
 import select
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -25,9 +27,17 @@ from generate import generate_text, load_model
 from preflight.checkpoints.format import save_checkpoint
 from preflight.checkpoints.store import open_checkpoint
 from preflight.core.errors import PreflightError
-from preflight.modes import generate
-from preflight.modes.generate import read_prompts
-from preflight.settings import GenerationSettings, ModelConfig, RunConfig, SamplingConfig
+from preflight.core.log import log
+from preflight.device import runtime
+from preflight.modes import generate, prompts
+from preflight.modes.prompts import DEFAULT_PROMPTS, read_prompts
+from preflight.settings import (
+    GenerationSettings,
+    ModelConfig,
+    RunConfig,
+    SamplingConfig,
+    build_config,
+)
 from preflight.tokenization import load_tokenizer
 from transformer_model import DecoderOnlyTransformer
 
@@ -62,6 +72,18 @@ def output_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     save_model(folder, 1)
     save_model(folder, 2)
     return folder
+
+
+@pytest.fixture
+def logged(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
+    """What is logged; a wait is told of at once."""
+    handler = logging.Handler()
+    lines: list[str] = []
+    monkeypatch.setattr(handler, "emit", lambda record: lines.append(record.getMessage()))
+    monkeypatch.setattr(prompts, "PATIENCE_SECONDS", 0.05)
+    log.addHandler(handler)
+    yield lines
+    log.removeHandler(handler)
 
 
 Run = Callable[..., Any]
@@ -140,6 +162,26 @@ def test_prompt_and_text_on_stdout_statistics_on_stderr(
     assert b"tokens/s" in done.stderr
 
 
+def test_the_batch_size_changes_no_completion_in_the_default_precision(
+    output_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, logged: list[str]
+) -> None:
+    """On a machine with bf16 in hardware, where training takes bf16 by default."""
+    monkeypatch.setattr(runtime, "has_fast_bf16", lambda device: True)
+    flags = {"output_dir": str(output_dir), "device": "cpu", "max_new_tokens": 24}
+    flags |= {"prompts": [f"{'a word ' * (i % 4)}{i}" for i in range(16)]}
+    texts = []
+    for size, asked in ((16, {"mixed_precision": True}), (16, {}), (1, {})):
+        path = tmp_path / f"{len(texts)}.txt"
+        more = {"generation_batch_size": size, "output_file": str(path)} | asked
+        torch.set_float32_matmul_precision("high")
+        assert generate.run(build_config(flags | more, {})) == 0
+        texts.append(path.read_text())
+        assert any("bfloat16" in line for line in logged) == bool(asked)
+        logged.clear()
+        assert torch.get_float32_matmul_precision() == ("high" if asked else "highest")
+    assert texts[1] == texts[2]
+
+
 def test_files_hold_every_answer_in_order(
     output_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -214,6 +256,20 @@ def test_interactive_from_a_pipe(output_dir: Path, run: Run) -> None:
     assert "/topp must be at most 1" in told
     assert "1 completion, 6 tokens" in told
     assert "1 completion, 3 tokens" in told
+
+
+def test_line_ends_from_a_pipe(output_dir: Path, run: Run) -> None:
+    done = run("--interactive", *GREEDY, stdin="a\r\n/len 3\r\n/quit\r\nnever\r\n")
+    assert done.stdout.decode() == f"a{complete_greedily(output_dir, 'a')}\n"
+    assert b"/len is now 3" in done.stderr
+
+
+def test_a_piped_prompt_is_completed(output_dir: Path, run: Run) -> None:
+    done = run(*GREEDY, stdin="two\r\nlines\r\n")
+    assert done.returncode == 0
+    prompt = "two\nlines"
+    assert done.stdout.decode() == f"{prompt}{complete_greedily(output_dir, prompt)}\n"
+    assert b"the 2 lines of stdin are one prompt; --prompts-file - reads one a line" in done.stderr
 
 
 def test_a_session_repeats_with_its_seed(run: Run) -> None:
@@ -327,6 +383,18 @@ def test_control_characters_go_raw_to_a_pipe(run: Run) -> None:
     assert b"Hello \x1b[31m" in done.stdout
 
 
+def test_line_ends_on_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where a token ends between the two characters; to a pipe they go as they are."""
+    pieces = ["a\r\nb\r", "\nc\rd\r", "e\x1b", "\r\n"]
+    for terminal, expected in ((True, "a\nb\nc\nd\ne\\x1b\n"), (False, "".join(pieces))):
+        shown = io.StringIO(newline="")
+        monkeypatch.setattr(shown, "isatty", lambda terminal=terminal: terminal)
+        monkeypatch.setattr(sys, "stdout", shown)
+        for piece in pieces:
+            generate._show(piece)
+        assert shown.getvalue() == expected
+
+
 def test_invisible_characters_are_escaped() -> None:
     text = "a\n\tb\r\x1b\x7f\x9b\u202e\u2066\u200f \u00e9\U0001f600"
     assert text.translate(generate._INVISIBLE) == (
@@ -360,7 +428,7 @@ def test_a_closed_pipe_is_quiet(run_process: Run) -> None:
     [
         ("p.txt", b"", "there is no prompt"),
         ("p.txt", b"\n \r\n", "there is no prompt"),
-        ("p.txt", b"fine\nb\xff\nfine\n\xfe\n", "2 of 5 lines"),
+        ("p.txt", b"fine\nb\xff\nfine\n\xfe\n", "2 of 4 lines"),
         ("p.txt", b"\x7fELF\0\0\0", "line 1: binary"),
         (
             "p.jsonl",
@@ -383,15 +451,99 @@ def test_bad_prompt_files(tmp_path: Path, name: str | None, content: bytes, word
     assert len(caught.value.lines) <= 5
 
 
-def test_good_prompt_files(tmp_path: Path) -> None:
-    plain, lines = tmp_path / "p.txt", tmp_path / "p.jsonl"
-    plain.write_bytes(b"\xef\xbb\xbffirst\r\n\n  second \nthird")
-    lines.write_bytes(b'{"prompt": "two\\nlines", "id": 7}\n\n{"prompt": ""}\n')
-    for path, expected in ((plain, ["first", "  second ", "third"]), (lines, ["two\nlines", ""])):
-        assert (
-            read_prompts(RunConfig(generation=GenerationSettings(prompts_file=str(path))))
-            == expected
-        )
+@pytest.mark.parametrize(
+    ("name", "content", "expected"),
+    [
+        ("p.txt", b"\xef\xbb\xbffirst\r\n\n  second \nthird", ["first", "  second ", "third"]),
+        ("p.txt", b"one\rtwo\r", ["one", "two"]),
+        ("p.txt", b"one\r\r\ntwo\xe2\x80\xa8more", ["one", "two\u2028more"]),
+        ("p.jsonl", b'{"prompt": "two\\nlines", "id": 7}\n\n{"prompt": ""}\n', ["two\nlines", ""]),
+        ("p.JSONL", b'{"prompt": "a\\r\\n"}\r\n{"prompt": "b"}\r\n', ["a\r\n", "b"]),
+    ],
+)
+def test_good_prompt_files(tmp_path: Path, name: str, content: bytes, expected: list[str]) -> None:
+    path = tmp_path / name
+    path.write_bytes(content)
+    config = RunConfig(generation=GenerationSettings(prompts_file=str(path)))
+    assert read_prompts(config) == expected
+
+
+def read_from(monkeypatch: pytest.MonkeyPatch, stdin: Any, *given: str) -> list[str]:
+    monkeypatch.setattr(sys, "stdin", stdin)
+    return read_prompts(RunConfig(generation=GenerationSettings(prompts=given)))
+
+
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [
+        (b"Once upon a time\n", "Once upon a time"),
+        (b"no line end", "no line end"),
+        (b"a\r\nb\rc\n\n", "a\nb\nc\n"),
+        (b"\xef\xbb\xbfA caf\xc3\xa9\r\n", "A caf\u00e9"),
+        (b"\n", ""),  # starts a new text
+    ],
+)
+def test_a_pipe_is_one_prompt(
+    monkeypatch: pytest.MonkeyPatch, logged: list[str], content: bytes, expected: str
+) -> None:
+    stdin = io.TextIOWrapper(io.BytesIO(content))
+    assert read_from(monkeypatch, stdin) == [expected]
+    told = any("lines of stdin are one prompt" in line for line in logged)
+    assert told == ("\n" in expected)
+    assert read_from(monkeypatch, stdin, "given", "") == ["given", ""]
+
+
+@pytest.mark.parametrize("content", [b"\xff", b"a\0b", b"x" * 100])
+def test_a_pipe_that_is_no_prompt(monkeypatch: pytest.MonkeyPatch, content: bytes) -> None:
+    monkeypatch.setattr(prompts, "MAX_PROMPTS_BYTES", 99)
+    with pytest.raises(PreflightError, match="the prompt on stdin: ") as caught:
+        read_from(monkeypatch, io.TextIOWrapper(io.BytesIO(content)))
+    assert caught.value.code == 3
+
+
+def test_a_stdin_without_a_prompt(monkeypatch: pytest.MonkeyPatch, logged: list[str]) -> None:
+    """Empty, closed, a terminal, the null device, and what nohup leaves: never waited for."""
+    master, slave = pty.openpty()
+    with (
+        open(os.devnull, encoding="utf-8") as null,
+        open(os.devnull, "wb") as unreadable,
+        open(slave, encoding="utf-8") as terminal,
+        open(os.dup(unreadable.fileno()), encoding="utf-8") as nohup,
+    ):
+        for stdin in (None, io.TextIOWrapper(io.BytesIO()), null, terminal, nohup):
+            assert read_from(monkeypatch, stdin) == list(DEFAULT_PROMPTS)
+            assert "no prompt is given" in logged.pop()
+    os.close(master)
+    assert "stdin cannot be read: Bad file descriptor" in logged
+
+
+def test_an_open_pipe_is_read_only_without_prompts(
+    monkeypatch: pytest.MonkeyPatch, logged: list[str]
+) -> None:
+    reading, writing = os.pipe()
+    with open(reading, encoding="utf-8") as stdin:
+        assert read_from(monkeypatch, stdin, "given") == ["given"]  # it would wait for ever
+        threading.Timer(0.3, os.close, [writing]).start()
+        os.write(writing, b"late")
+        assert read_from(monkeypatch, stdin) == ["late"]
+    assert any("waiting for the end of the prompt on stdin" in line for line in logged)
+
+
+def test_a_fifo_of_prompts_is_told_of_and_read(tmp_path: Path, logged: list[str]) -> None:
+    fifo = tmp_path / "p.txt"
+    os.mkfifo(fifo)
+    threading.Timer(0.3, fifo.write_bytes, [b"one\ntwo\n"]).start()
+    config = RunConfig(generation=GenerationSettings(prompts_file=str(fifo)))
+    assert read_prompts(config) == ["one", "two"]
+    assert f"waiting for the end of --prompts-file {fifo}" in logged[0]
+
+
+@pytest.mark.parametrize("name", ["/dev/zero", "/", "/dev/null"])
+def test_places_that_hold_no_prompts(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    monkeypatch.setattr(prompts, "MAX_PROMPTS_BYTES", 2**20)
+    with pytest.raises(PreflightError, match=r"larger than|directory|no prompt") as caught:
+        read_prompts(RunConfig(generation=GenerationSettings(prompts_file=name)))
+    assert caught.value.code == 3
 
 
 def test_prompts_from_stdin_and_faults_before_the_model(run_process: Run) -> None:
@@ -406,8 +558,112 @@ def test_prompts_from_stdin_and_faults_before_the_model(run_process: Run) -> Non
 def test_default_prompts(run: Run) -> None:
     done = run(*GREEDY)
     assert done.returncode == 0
-    for prompt in generate.DEFAULT_PROMPTS:
+    for prompt in DEFAULT_PROMPTS:
         assert prompt.encode() in done.stdout
+
+
+def check(output_file: Path, *flags: str) -> PreflightError | None:
+    """What is said of an output file, before anything is read."""
+    config = main.parse_command_line(["--generate", "--output-file", str(output_file), *flags])[1]
+    try:
+        generate.check_output(config)
+    except PreflightError as error:
+        return error
+    return None
+
+
+def make_link(kind: str, target: Path) -> Path:
+    """`target` itself, or another name of it, with a suffix that an output may have."""
+    if kind == "itself":
+        return target
+    link = target.with_name("link.txt")
+    if kind == "hard":
+        os.link(target, link)
+    elif kind == "chain":
+        target.with_name("inner").symlink_to(target.name)
+        link.symlink_to("inner")
+    else:
+        link = target.with_name("folder")
+        link.symlink_to(target.parent, target_is_directory=True)
+        link = link / target.name
+    return link
+
+
+@pytest.mark.parametrize("kind", ["itself", "hard", "chain", "through a folder"])
+@pytest.mark.parametrize("flag", ["--prompts-file", "--config", "--text-file"])
+def test_an_output_that_is_an_input_is_refused(tmp_path: Path, flag: str, kind: str) -> None:
+    source = tmp_path / "p.txt"
+    source.write_text("{}")
+    error = check(make_link(kind, source), flag, str(source), "--overwrite")
+    assert error is not None
+    assert error.code == 2
+    assert f"the same file is read as {flag}" in str(error)
+
+
+def test_an_output_that_belongs_to_a_run_is_refused(output_dir: Path, tmp_path: Path) -> None:
+    data = tmp_path / "data"
+    (data / "train").mkdir(parents=True)
+    shard, listed = data / "train" / "shard_00000.npy", data / "metadata.json"
+    metrics = output_dir / "metrics.jsonl"
+    for path in (shard, listed, metrics):
+        path.touch()
+    checkpoint = output_dir / "milestones" / "checkpoint-1"
+    best, alone = ("--output-dir", str(output_dir)), ("--checkpoint-path", str(checkpoint))
+    weights = ("--checkpoint-path", str(checkpoint / "model.safetensors"))
+    for number, (target, flags) in enumerate(
+        (
+            (shard, ("--data-dir", str(data))),
+            (listed, ("--data-dir", str(data))),
+            (metrics, best),
+            *((checkpoint / "config.json", flags) for flags in (best, alone, weights)),
+            (checkpoint / "model.safetensors", alone),
+            (checkpoint / "checkpoint.pt", ("--checkpoint-path", str(checkpoint.parent))),
+        )
+    ):
+        link = tmp_path / f"{number}.txt"
+        link.symlink_to(target)
+        for output in (link, target):
+            if output.suffix in (".txt", ".json", ".jsonl"):
+                error = check(output, *flags, "--overwrite")
+                assert error is not None, (output, flags)
+                assert (error.code, "the same file is read as" in str(error)) == (2, True)
+    metrics.unlink()
+
+
+def test_stdout_that_is_an_input_is_refused(run_process: Run, tmp_path: Path) -> None:
+    path = tmp_path / "p.txt"
+    path.write_text("one\n")
+    with path.open("ab") as appended:
+        done = run_process("--prompts-file", "p.txt", *GREEDY, stdout=appended)
+    assert done.returncode == 2
+    assert b"stdout: the same file is read as --prompts-file" in done.stderr
+    assert path.read_text() == "one\n"
+
+
+def test_an_output_that_exists_is_replaced_only_when_asked(run: Run, tmp_path: Path) -> None:
+    path = tmp_path / "a.txt"
+    path.write_text("older")
+    done = run("--prompts", "x", *GREEDY, "--output-file", "a.txt", "--output-dir", "nowhere")
+    assert done.returncode == 6  # and not 5: no checkpoint was looked for
+    assert b"--output-file a.txt: exists already; --overwrite replaces it" in done.stderr
+    assert path.read_text() == "older"
+    done = run("--prompts", "x", *GREEDY, "--output-file", "a.txt", "--overwrite")
+    assert done.returncode == 0
+    assert path.read_text().startswith("x")
+
+
+def test_places_where_no_output_goes(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "fifo.txt")
+    (tmp_path / "folder.txt").mkdir()
+    (tmp_path / "other").touch()
+    (tmp_path / "link.txt").symlink_to("other")
+    (tmp_path / "dangling.txt").symlink_to("nowhere")
+    long = "x" * 251 + ".txt"  # fits; its temporary name does not
+    for name in ("fifo.txt", "folder.txt", "link.txt", "dangling.txt", long, "no/a.txt"):
+        error = check(tmp_path / name, "--overwrite")
+        assert error is not None, name
+        assert error.code == 6
+    assert check(tmp_path / "a.TXT") is None
 
 
 def test_flags_that_disagree_with_the_checkpoint(run: Run) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import random
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -17,14 +18,16 @@ from transformers import LogitsProcessorList
 from transformers.generation import logits_process as hf
 
 import generate
-from generate import generate_batch, generate_text, stream_text, window_start
+from generate import Generation, generate_batch, generate_text, stream_text, window_start
 from preflight.core import log
+from preflight.core.errors import PreflightError
 from preflight.decoding.assembling import TextAssembler
 from preflight.decoding.choosing import choose_tokens, filter_probabilities, penalise_repetition
 from preflight.models.kv_cache import KVCache
 from preflight.models.protocol import LanguageModel
 from preflight.models.single_row import SingleRowDecoder
-from preflight.settings import ModelConfig, SamplingConfig
+from preflight.modes.validation_checks import check_generation
+from preflight.settings import ModelConfig, SamplingConfig, build_config
 from preflight.tokenization.tiktoken_bpe import END_OF_TEXT
 from preflight.tokenization.tiktoken_bpe import TiktokenTokenizer as Tokenizer
 from transformer_model import DecoderOnlyTransformer
@@ -106,10 +109,11 @@ def test_each_prompt_of_a_batch_gets_what_it_gets_alone(
 ) -> None:
     config = dataclasses.replace(config, max_new_tokens=3 * CONTEXT)
     together = generate_batch(model, tokenizer, PROMPTS, config, batch_size)
+    alone: list[tuple[int, Generation]] = []
     for i, prompt in enumerate(PROMPTS):
-        alone_config = dataclasses.replace(config, seed=config.seed + i)
-        [alone] = generate_batch(model, tokenizer, [prompt], alone_config)
-        assert together[i] == alone
+        pieces = stream_text(model, tokenizer, prompt, config, lambda e, n: alone.extend(e), i)
+        assert "".join(pieces) == together[i].text
+    assert alone == list(enumerate(together))
 
 
 def test_the_same_prompt_draws_anew_and_the_same_seed_repeats(
@@ -119,6 +123,22 @@ def test_the_same_prompt_draws_anew_and_the_same_seed_repeats(
     completions = [g.text for g in generate_batch(model, tokenizer, ["x"] * 3, config)]
     assert len(set(completions)) == 3
     assert completions == [g.text for g in generate_batch(model, tokenizer, ["x"] * 3, config)]
+
+
+def test_seeds_share_no_completion(model: DecoderOnlyTransformer, tokenizer: Tokenizer) -> None:
+    texts = []
+    for seed in (0, 1, 2, 3):
+        config = SamplingConfig(temperature=2.0, max_new_tokens=12, seed=seed)
+        texts += [g.text for g in generate_batch(model, tokenizer, ["x"] * 4, config)]
+    assert len(set(texts)) == len(texts) == 16
+
+
+def test_random_numbers_of_completions_are_disjoint() -> None:
+    """Also where digits run together; the first completion has the seed's own numbers."""
+    pairs = [(seed, index) for seed in (*range(30), 2**63 - 1) for index in range(30)]
+    firsts = {generate.build_random(*pair).random() for pair in pairs}
+    assert len(firsts) == len(pairs)
+    assert generate.build_random(7, 0).random() == random.Random(7).random()
 
 
 @given(n_tokens=st.integers(1, 500), context=st.integers(2, 64))
@@ -178,7 +198,7 @@ def test_draws_follow_the_distribution() -> None:
     n = 20_000
     scores = torch.randn(1, 10, generator=torch.Generator().manual_seed(3))
     config = SamplingConfig(temperature=1.3, top_k=None)
-    numbers = [random.Random(42 + i).random() for i in range(n)]  # as a batch of n rows draws
+    numbers = [generate.build_random(42, i).random() for i in range(n)]  # as a batch of n rows
     ids = choose_tokens(scores.expand(n, 10), config, torch.tensor(numbers))
     counts = torch.bincount(ids, minlength=10)
     expected = n * torch.softmax(scores[0] / 1.3, dim=0)
@@ -251,6 +271,29 @@ def test_stop_texts_across_token_borders(
     assert "".join(stream_text(model, tokenizer, "x", config)) == expected
 
 
+@pytest.mark.parametrize(
+    ("typed", "expected"),
+    [
+        (r"\n", "\n"),
+        (r"a\tb\r\n", "a\tb\r\n"),
+        (r"\\n", r"\n"),
+        (r"\\\n", "\\\n"),
+        ("\n", "\n"),
+        (r"\section", r"\section"),  # no such escape
+        ("\\", "\\"),
+        ("---", "---"),
+    ],
+)
+def test_stop_texts_as_a_shell_passes_them(typed: str, expected: str) -> None:
+    assert build_config({"stop": [typed]}, {}).sampling.stop == (expected,)
+
+
+def test_a_stop_text_must_not_be_empty() -> None:
+    for text in ("", "a\0"):
+        with pytest.raises(PreflightError, match="--stop must not be empty"):
+            build_config({"stop": [text]}, {})
+
+
 @settings(max_examples=300)
 @given(text=st.text("ab", max_size=12), stops=st.lists(st.text("ab", min_size=1, max_size=4)))
 @example(text="abb", stops=["abb", "b"])
@@ -273,16 +316,48 @@ def test_streaming_never_breaks_a_character(
     assert pieces == list(text)
 
 
-def test_a_cut_or_wrong_character_becomes_a_replacement_mark(
-    model: DecoderOnlyTransformer, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("data", "max_new_tokens", "expected", "reason"),
+    [
+        ("a\U0001f600".encode(), 2, "a", "length"),  # cut after each byte of a character
+        ("a\U0001f600".encode(), 4, "a", "length"),
+        ("a\U0001f600".encode(), 5, "a\U0001f600", "length"),
+        ("\u00e9".encode(), 1, "", "length"),
+        (b"a\xff" + "\u4e16".encode(), 4, "a\ufffd", "length"),  # wrong in the middle: shown
+        (b"a\xf0\x9fb", 4, "a\ufffdb", "length"),
+        (b"a\xff", 2, "a\ufffd", "length"),  # wrong, whatever would have followed
+        (b"a\xf0\x9f", 9, "a\ufffd", "end"),  # the model's own end: nothing was cut
+    ],
+)
+def test_a_cut_character_is_left_out_and_a_wrong_one_marked(
+    model: DecoderOnlyTransformer,
+    tokenizer: Tokenizer,
+    monkeypatch: pytest.MonkeyPatch,
+    data: bytes,
+    max_new_tokens: int,
+    expected: str,
+    reason: str,
 ) -> None:
-    scripted(monkeypatch, b"a\xff" + "\U0001f600".encode(), tokenizer)
-    [completion] = generate_batch(model, tokenizer, ["x"], SamplingConfig(max_new_tokens=4))
-    assert (completion.text, completion.finish_reason, completion.n_tokens) == (
-        "a\ufffd\ufffd",
-        "length",
-        4,
-    )
+    config = SamplingConfig(max_new_tokens=max_new_tokens, stop=("zz",))
+    scripted(monkeypatch, data, tokenizer)
+    [completion] = generate_batch(model, tokenizer, ["x"], config)
+    assert (completion.text, completion.finish_reason) == (expected, reason)
+    assert completion.n_tokens == min(max_new_tokens, len(data) + 1)
+    scripted(monkeypatch, data, tokenizer)
+    assert generate_text(model, tokenizer, "x", config) == expected
+    scripted(monkeypatch, data, tokenizer)
+    assert "".join(stream_text(model, tokenizer, "x", config)) == expected
+
+
+def test_the_check_of_the_cache_agrees_about_a_cut_character(tokenizer: Tokenizer) -> None:
+    model = DecoderOnlyTransformer(ModelConfig(tokenizer.vocab_size, CONTEXT, 8, 2, 1, 8))
+    with torch.no_grad():
+        model.norm.bias.fill_(1.0)
+        model.embed_tokens.weight[0xF0] = 100.0  # it generates the first byte of a character
+    runtime = SimpleNamespace(device=torch.device("cpu"))
+    trainer = SimpleNamespace(model=model, runtime=runtime)
+    subject: Any = SimpleNamespace(trainer=trainer, tokenizer=tokenizer)
+    assert "the same with and without" in check_generation(subject)
 
 
 def test_streaming_adds_up_to_the_text(model: DecoderOnlyTransformer, tokenizer: Tokenizer) -> None:

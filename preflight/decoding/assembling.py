@@ -19,9 +19,15 @@ class TextAssembler:
         self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
         self._held = ""
 
-    def push(self, data: bytes, *, final: bool = False) -> str:
-        """Text that is certain by now. `final`: nothing follows, so nothing is held back."""
-        self._held += self._decoder.decode(data, final)
+    def push(self, data: bytes, *, final: bool = False, cut: bool = False) -> str:
+        """Text that is certain by now. Bytes that are not UTF-8 become U+FFFD.
+
+        Args:
+            data: the bytes of one more token.
+            final: nothing follows, so nothing is held back.
+            cut: the text would have gone on: a character that has only begun is left out.
+        """
+        self._held += self._decoder.decode(data, final and not cut)
         places = [(self._held.find(stop), len(stop)) for stop in self.stops]
         ends = [(start + length, start) for start, length in places if start >= 0]
         if ends:

@@ -6,25 +6,35 @@ Only completions go to stdout; everything else goes to stderr.
 from __future__ import annotations
 
 import dataclasses
+import glob
+import io
 import json
 import os
+import stat
 import sys
 import time
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+import torch
 from tqdm import tqdm
 
 from generate import Generation, generate_batch, stream_text
+from preflight.checkpoints.format import MILESTONES_NAME
+from preflight.checkpoints.manifest import MANIFEST_NAME
 from preflight.core.errors import ExitCode, PreflightError
 from preflight.core.log import log
 from preflight.core.signals import StopFlag
-from preflight.core.storage import publish_file
+from preflight.core.storage import TEMPORARY_PREFIX, publish_file
 from preflight.core.streams import is_missing
+from preflight.corpus.metadata import METADATA_NAME, SPLITS
 from preflight.device.runtime import is_out_of_memory
+from preflight.modes.prompts import is_interactive, read_prompts
 from preflight.modes.setup import RunSetup
 from preflight.settings import RunConfig, SamplingConfig, build_config
 from preflight.tokenization import Tokenizer
+from preflight.training.metrics import METRICS_NAME
 from transformer_model import DecoderOnlyTransformer
 
 try:
@@ -32,9 +42,6 @@ try:
 except ImportError:  # Windows
     readline = None  # type: ignore[assignment]
 
-DEFAULT_PROMPTS = ("Once upon a time", "The", "In the beginning", "It is important to")
-MAX_INTERACTIVE_PROMPTS = 5
-MAX_PROMPTS_BYTES = 64 * 2**20
 SEPARATOR = "-" * 40
 HELP = """\
 Type a prompt and press Enter: the model continues it. Ctrl-C stops a completion. Commands:
@@ -75,11 +82,14 @@ def run(config: RunConfig) -> int:
     for stream in (sys.stdin, sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):  # a narrow encoding must not end the program
             stream.reconfigure(errors="backslashreplace")
+    check_output(config)
+    setup = RunSetup(_choose_precision(config), StopFlag(), trains=False)
+    runtime = setup.runtime  # a device that is not there is told before a prompt is waited for
+    if runtime.dtype == torch.float32:
+        torch.set_float32_matmul_precision("highest")  # TF32 rounds nearly as coarsely as bf16
     prompts = read_prompts(config)
     interactive = is_interactive(config)
-    check_output(config.generation.output_file)
-    setup = RunSetup(config, StopFlag(), trains=False)
-    checkpoint, runtime = setup.checkpoint, setup.runtime
+    checkpoint = setup.checkpoint
     try:
         model, tokenizer = setup.load_model()
         log.info(
@@ -100,105 +110,112 @@ def run(config: RunConfig) -> int:
         ) from None
 
 
-def is_interactive(config: RunConfig) -> bool:
-    """Whether to open the interactive prompt: as asked, else on a terminal with few prompts."""
-    settings = config.generation
-    if settings.interactive is not None:
-        return settings.interactive
-    few = not settings.prompts_file and len(settings.prompts) <= MAX_INTERACTIVE_PROMPTS
-    terminal = all(s is not None and s.isatty() for s in (sys.stdin, sys.stdout))
-    return few and terminal and not settings.output_file
+def _choose_precision(config: RunConfig) -> RunConfig:
+    """`config` with fp32 where no flag asks for another precision.
+
+    A matmul rounds differently for another number of rows. From batch size 1 to 16, in bf16 34 of
+    96 completions changed, in fp32 none. fp32 was as fast on a CPU without bf16 (1.0 times the
+    tokens/s, batch 1 and 8); on a GPU it reads twice the bytes for a token.
+    """
+    if config.system.mixed_precision is not None:
+        return config
+    system = dataclasses.replace(config.system, mixed_precision=False)
+    return dataclasses.replace(config, system=system)
 
 
-def read_prompts(config: RunConfig) -> list[str]:
-    """The prompts of the flags or the file; else the default ones, unless prompts will be typed.
+def check_output(config: RunConfig) -> None:
+    """Check that the output can be written and replaces no input, before anything is read.
 
     Raises:
-        PreflightError: code TEXT, with the numbers of the first lines that cannot be used.
+        PreflightError: code FLAGS, when the output file, or the file that stdout goes to, is an
+            input; code STORAGE, when it cannot be written, or exists already and `--overwrite` is
+            not given.
     """
-    settings = config.generation
-    if settings.prompts_file:
-        return _read_prompts_file(settings.prompts_file)
-    for number, prompt in enumerate(settings.prompts, 1):
-        if not _is_unicode(prompt):
-            raise PreflightError(ExitCode.TEXT, f"--prompts: number {number} is not UTF-8")
-    return list(settings.prompts or (() if is_interactive(config) else DEFAULT_PROMPTS))
-
-
-def _read_prompts_file(name: str) -> list[str]:
-    try:
-        with open(0 if name == "-" else name, "rb", closefd=name != "-") as file:
-            content = file.read(MAX_PROMPTS_BYTES + 1)
-    except OSError as error:
-        raise PreflightError(ExitCode.TEXT, f"--prompts-file {name}: {error.strerror}") from None
-    if len(content) > MAX_PROMPTS_BYTES:
+    name = config.generation.output_file
+    if name is None and is_missing(sys.stdout):
+        raise PreflightError(ExitCode.STORAGE, "stdout is closed; use --output-file")
+    path = Path(name or "")
+    flag = _find_input((path, _temporary_of(path)) if name else (1,), config)
+    if flag:
         raise PreflightError(
-            ExitCode.TEXT,
-            f"--prompts-file {name}: larger than {MAX_PROMPTS_BYTES // 2**20} MiB; split it",
+            ExitCode.FLAGS,
+            f"{f'--output-file {name}' if name else 'stdout'}: the same file is read as {flag}",
+            "nothing was changed; choose another name for the completions",
         )
-    prompts, faults = [], {}
-    lines = content.removeprefix(b"\xef\xbb\xbf").split(b"\n")
-    for number, line in enumerate(lines, 1):
-        try:
-            if line.strip():
-                prompts.append(_parse_prompt(line.removesuffix(b"\r"), name.endswith(".jsonl")))
-        except ValueError as error:
-            faults[number] = str(error)
-    if faults:
-        first = [f"line {number}: {fault}" for number, fault in list(faults.items())[:5]]
-        raise PreflightError(
-            ExitCode.TEXT,
-            f"--prompts-file {name}: {len(faults):,} of {len(lines):,} lines cannot be used",
-            "; ".join(first),
-            'expected: UTF-8 text, one prompt a line; in .jsonl, objects like {"prompt": "Hi"}',
-        )
-    if not prompts:
-        raise PreflightError(ExitCode.TEXT, f"--prompts-file {name}: there is no prompt in it")
-    return prompts
-
-
-def _parse_prompt(line: bytes, as_json: bool) -> str:
-    if b"\0" in line:
-        raise ValueError("binary")
-    try:
-        text = line.decode()
-    except UnicodeDecodeError as error:
-        raise ValueError(f"not UTF-8 at byte {error.start}") from None
-    if not as_json:
-        return text
-    try:
-        record = json.loads(text)
-    except (ValueError, RecursionError):
-        raise ValueError("not JSON") from None
-    prompt = record.get("prompt") if isinstance(record, dict) else None
-    if not isinstance(prompt, str) or not _is_unicode(prompt):
-        raise ValueError('no "prompt" with a text')
-    return prompt
-
-
-def _is_unicode(text: str) -> bool:
-    """False for half a surrogate pair: bytes of a command line that are not UTF-8."""
-    return not any("\ud800" <= character <= "\udfff" for character in text)
-
-
-def check_output(name: str | None) -> None:
-    """Check that the output file can be written, before anything is generated.
-
-    Raises:
-        PreflightError: code STORAGE.
-    """
-    if name is None:
-        if is_missing(sys.stdout):
-            raise PreflightError(ExitCode.STORAGE, "stdout is closed; use --output-file")
+    if not name:
         return
-    folder = Path(name).absolute().parent
-    if Path(name).is_dir() or not folder.is_dir() or not os.access(folder, os.W_OK):
-        reason = "is a folder" if Path(name).is_dir() else f"{folder} cannot be written to"
+    fault = _find_output_fault(path, config.generation.overwrite)
+    if fault:
         raise PreflightError(
             ExitCode.STORAGE,
-            f"--output-file {name}: {reason}",
-            "choose another place, or make the folder first",
+            f"--output-file {name}: {fault}",
+            "nothing was changed; choose another name, or make the folder first",
         )
+
+
+def _find_output_fault(path: Path, overwrite: bool) -> str:
+    """Why no completions can be written to `path`; empty if nothing speaks against it."""
+    folder = os.path.dirname(os.path.abspath(path))
+    if not os.path.isdir(folder) or not os.access(folder, os.W_OK):
+        return f"{folder} cannot be written to"
+    try:
+        os.lstat(_temporary_of(path))  # a name that is too long shows here
+    except FileNotFoundError:
+        pass
+    except OSError as error:
+        return error.strerror or str(error)
+    if os.path.isdir(path):
+        return "is a folder"
+    if os.path.islink(path) or (os.path.exists(path) and not os.path.isfile(path)):
+        return "is a link or no regular file, and is not replaced"
+    if os.path.exists(path) and not overwrite:
+        return "exists already; --overwrite replaces it"
+    return ""
+
+
+def _temporary_of(path: Path) -> Path:
+    """What `publish_file` writes before it becomes `path`."""
+    return path.parent / (TEMPORARY_PREFIX + path.name)
+
+
+def _find_input(outputs: Iterable[Path | int], config: RunConfig) -> str:
+    """The flag of an input that is one of these files, under whatever name; empty if none is."""
+    own = {_identify(place) for place in outputs} - {None}
+    if not own:
+        return ""
+    return next((flag for flag, place in _list_inputs(config) if _identify(place) in own), "")
+
+
+def _identify(place: Path | str | int) -> tuple[int, int] | None:
+    """Device and inode of a regular file, links followed; None for anything else."""
+    try:
+        status = os.stat(place)
+    except (OSError, ValueError):
+        return None
+    return (status.st_dev, status.st_ino) if stat.S_ISREG(status.st_mode) else None
+
+
+def _list_inputs(config: RunConfig) -> Iterator[tuple[str, str | int]]:
+    """Files that `--generate` or the run behind it reads, with the flag that names each."""
+    settings, output_dir = config.generation, config.control.output_dir
+    yield "stdin", 0
+    named = (
+        ("--prompts-file", settings.prompts_file),
+        ("--config", config.system.config),
+        *(("--text-file", name) for name in config.data.text_file),
+        ("metrics of --output-dir", os.path.join(output_dir, METRICS_NAME)),
+    )
+    yield from ((flag, name) for flag, name in named if name)
+    place = settings.checkpoint_path or output_dir
+    folder = place if os.path.isdir(place) else os.path.dirname(place)
+    own = ("*",) if os.path.exists(os.path.join(folder, MANIFEST_NAME)) else ()
+    for flag, parent, patterns in (
+        ("--data-dir", config.data.data_dir, (METADATA_NAME, *(f"{split}/*" for split in SPLITS))),
+        ("the checkpoint", folder, (*own, "checkpoint-*/*", f"{MILESTONES_NAME}/checkpoint-*/*")),
+    ):
+        for pattern in patterns:
+            found = glob.iglob(os.path.join(glob.escape(parent), pattern))
+            yield from ((flag, name) for name in found)
 
 
 def _write_completions(
@@ -259,9 +276,10 @@ def _save_completions(
         {"prompt": prompts[i], "sequence": i % n_sequences, **dataclasses.asdict(done[i])}
         for i in sorted(done)
     ]
-    if path.suffix == ".json":
+    suffix = path.suffix.lower()
+    if suffix == ".json":
         content = json.dumps(records, ensure_ascii=False, indent=2) + "\n"
-    elif path.suffix == ".jsonl":
+    elif suffix == ".jsonl":
         content = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
     else:
         content = f"\n{SEPARATOR}\n".join(f"{r['prompt']}{r['text']}\n" for r in records)
@@ -288,6 +306,8 @@ class Session:
         terminal = sys.stdin.isatty()
         if terminal:
             log.info("/help lists the commands, Ctrl-D quits")
+        elif hasattr(sys.stdin, "reconfigure"):  # without it a line of a CRLF text ends in \r
+            sys.stdin.reconfigure(newline=None)
         while True:
             try:
                 line = input("> " if terminal else "")
@@ -307,8 +327,7 @@ class Session:
 
     def complete(self, prompt: str, *, echo: bool = True) -> None:
         """Stream one completion; Ctrl-C ends it, and only it."""
-        config = dataclasses.replace(self.sampling, seed=self.sampling.seed + self._n_completions)
-        self._n_completions += 1
+        index, self._n_completions = self._n_completions, self._n_completions + 1
         steps: list[int] = []
         began = time.perf_counter()
         try:
@@ -317,8 +336,9 @@ class Session:
                 self.model,
                 self.tokenizer,
                 prompt,
-                config,
+                self.sampling,
                 lambda ended, n_tokens: steps.append(n_tokens),
+                index,
             ):
                 _show(piece)
             _show("\n")
@@ -350,10 +370,14 @@ class Session:
         log.info(f"{name} is now {getattr(self.sampling, field)}")
 
 
+# \r\n and \r are line ends too, also where \n comes in a later piece.
+_line_ends = io.IncrementalNewlineDecoder(None, translate=True)
+
+
 def _show(text: str) -> None:
-    """Print text at once; on a terminal, control characters are made visible."""
+    """Print text at once. On a terminal, control characters are made visible."""
     if sys.stdout.isatty():
-        text = text.translate(_INVISIBLE)
+        text = _line_ends.decode(text).translate(_INVISIBLE)
     try:
         sys.stdout.write(text)
         sys.stdout.flush()

@@ -32,6 +32,7 @@ from preflight.core.units import format_bytes
 from preflight.corpus import shards
 from preflight.corpus.metadata import read_metadata
 from preflight.corpus.shards import DataFolder
+from preflight.decoding.assembling import TextAssembler
 from preflight.device.runtime import Runtime
 from preflight.foresight.fits import check_disk, find_bf16_fault
 from preflight.models.cost import count_parameters
@@ -487,7 +488,9 @@ def check_generation(subject: Subject) -> str:
             if ids[-1] == tokenizer.end_of_text_id:
                 break
     model.train()
-    plain = tokenizer.decode([i for i in ids if i != tokenizer.end_of_text_id])
+    is_cut = ids[-1] != tokenizer.end_of_text_id
+    data = tokenizer.decode_bytes(i for i in ids if i != tokenizer.end_of_text_id)
+    plain = TextAssembler(()).push(data, final=True, cut=is_cut)
     if cached != plain:
         raise Fault.of(
             f"greedy decoding with the KV cache gives {cached[:60]!r}, without it {plain[:60]!r}",

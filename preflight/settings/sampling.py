@@ -1,8 +1,18 @@
 """The flags of sampling."""
 
+import re
 from dataclasses import dataclass
 
 from preflight.settings.options import MAX_COUNT, setting
+
+_ESCAPES = {r"\n": "\n", r"\r": "\r", r"\t": "\t", r"\\": "\\"}
+
+
+def _read_escapes(text: str) -> str:
+    """`text` with line ends and tabs for what stands for them; a shell passes ``\\n`` as it is."""
+    if not text or "\0" in text:
+        raise ValueError("must not be empty or contain a NUL character")
+    return re.sub(r"\\[nrt\\]", lambda match: _ESCAPES[match[0]], text)
 
 
 @dataclass(frozen=True)
@@ -29,7 +39,11 @@ class SamplingConfig:
         le=1e6,
     )
     stop: tuple[str, ...] = setting(
-        (), "stop sequences; they are not part of the completion", metavar="TEXT"
+        (),
+        r"stop sequences; they are not part of the completion; \n, \r, \t and \\ stand for a line "
+        "end, a carriage return, a tab and a backslash",
+        metavar="TEXT",
+        check=_read_escapes,
     )
     do_sample: bool = setting(True, "sample; --no-do-sample: greedy decoding")
     seed: int = 42  # no flag of its own: `TrainingSettings.seed` sets it

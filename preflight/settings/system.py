@@ -22,7 +22,7 @@ class SystemSettings:
     mixed_precision: bool | None = setting(
         None,
         "bf16 where the hardware supports it, else fp16 with a gradient scaler (CUDA); unset: "
-        "where it is faster",
+        "where it is faster, but never in --generate",
     )
     gradient_checkpointing: bool = setting(
         False, "recompute activations in the backward pass: less memory, slower"

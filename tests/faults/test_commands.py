@@ -26,7 +26,8 @@ def generate_bad(draw: random.Random) -> list[str]:
     numbers = [option for option in options if option.kind in (int, float)]
     chosen = [option for option in options if option.metadata["choices"]]
     switches = [option for option in options if option.kind is bool]
-    texts = [option for option in options if option.kind is str]
+    # An empty prompt starts a new text; no other text may be empty.
+    texts = [option for option in options if option.kind is str and option.name != "prompts"]
     argv = [draw.choice(MODES)]
     for _ in range(draw.choice((1, 1, 1, 2, 4, 12))):
         kind = draw.randrange(9)
