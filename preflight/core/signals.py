@@ -1,7 +1,8 @@
 """Signals as flags: a handler only records the signal; the loops read the flag and stop cleanly.
 
 The first SIGINT, SIGTERM or SIGHUP: finish the step, save, exit. A second SIGINT: exit at once,
-without saving. SIGUSR1: save a checkpoint and continue.
+without saving. SIGUSR1: save a checkpoint and continue. A signal that whoever started the process
+has set to be ignored stays ignored, as SIGHUP does under ``nohup``.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ class StopFlag:
     def __enter__(self) -> StopFlag:
         for name in (*_STOPPING, "SIGUSR1"):
             number = getattr(signal, name, None)
-            if number is not None:
+            if number is not None and signal.getsignal(number) != signal.SIG_IGN:
                 handler = self._note_save if name == "SIGUSR1" else self._note_stop
                 self._before[number] = signal.signal(number, handler)
         return self

@@ -16,7 +16,7 @@ import numpy as np
 
 from preflight.core.errors import PreflightError
 from preflight.core.log import log
-from preflight.core.processes import end_with_parent
+from preflight.core.processes import end_with_parent, shield_children
 from preflight.corpus.blocks import Block
 from preflight.tokenization import Tokenizer, load_tokenizer
 
@@ -25,9 +25,9 @@ _blocks_done = 0
 
 
 def _start_worker(kind: type[Tokenizer], name: str) -> None:
-    """Set a worker process up: it ignores Ctrl-C, which the parent handles, and ends with it."""
+    """Set a worker process up: it ends with its parent."""
     global _worker_tokenizer
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # where `shield_children` has no effect
     end_with_parent()
     _worker_tokenizer = kind.load(name)
 
@@ -108,7 +108,8 @@ class Encoders:
     def _submit(self, block: Block) -> concurrent.futures.Future[bytes] | None:
         if self._pool is not None:
             try:
-                return self._pool.submit(_encode_in_worker, block.texts)
+                with shield_children():  # the pool starts its processes as it needs them
+                    return self._pool.submit(_encode_in_worker, block.texts)
             except BrokenProcessPool:
                 self._continue_without_workers()
         return None

@@ -32,7 +32,7 @@ from generate import SAMPLE_TOKENS, generate_text
 from preflight.checkpoints import format as checkpoint_format
 from preflight.core import storage
 from preflight.core.errors import ExitCode, PreflightError
-from preflight.core.processes import end_with_parent, start_shielded
+from preflight.core.processes import end_with_parent, shield_children
 from preflight.core.signals import StopFlag
 from preflight.corpus.shards import DataFolder
 from preflight.device.host_memory import release_freed_memory
@@ -363,7 +363,8 @@ def run_trial(spec: TrialSpec, hard_limit_bytes: int, stop: StopFlag) -> TrialRe
     size = spec.config.training.batch_size
     try:
         storage.make_folder(spec.folder)
-        start_shielded(process)
+        with shield_children():
+            process.start()
         sender.close()
         answer = _await_answer(receiver, process, hard_limit_bytes, stop)
     finally:

@@ -38,6 +38,20 @@ def test_a_signal_is_recorded_and_the_old_handler_returns(
     assert said == "\npreflight: stopping after this step (press Ctrl-C again to stop at once)\n"
 
 
+@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1"])
+def test_an_ignored_signal_stays_ignored(name: str) -> None:
+    """As ``nohup`` sets SIGHUP, and a shell SIGINT for what it starts in the background."""
+    number = getattr(signal, name)
+    before = signal.signal(number, signal.SIG_IGN)
+    try:
+        with StopFlag() as flag:
+            os.kill(os.getpid(), number)
+            assert (flag.stopping, flag.save_requested) == (False, False)
+        assert signal.getsignal(number) == signal.SIG_IGN
+    finally:
+        signal.signal(number, before)
+
+
 def test_a_request_to_save_does_not_stop() -> None:
     with StopFlag() as flag:
         os.kill(os.getpid(), signal.SIGUSR1)
