@@ -77,12 +77,15 @@ class Encoders:
         if n_workers and _is_loaded_alike_elsewhere(tokenizer):
             # By name: half a megabyte of vocabulary would not go into the pipe at once, and Python
             # waits forever for a worker that dies before it has read all.
-            self._pool = concurrent.futures.ProcessPoolExecutor(
-                n_workers,
-                multiprocessing.get_context("spawn"),
-                _start_worker,
-                (type(tokenizer), tokenizer.name),
-            )
+            try:
+                self._pool = concurrent.futures.ProcessPoolExecutor(
+                    n_workers,
+                    multiprocessing.get_context("spawn"),
+                    _start_worker,
+                    (type(tokenizer), tokenizer.name),
+                )
+            except (OSError, ImportError) as error:  # no semaphores: /dev/shm is full or missing
+                log.info(f"no worker processes ({error}); /dev/shm may be full or missing")
 
     def close(self) -> None:
         """End the workers without waiting for blocks that are no longer needed."""
@@ -110,7 +113,7 @@ class Encoders:
             try:
                 with shield_children():  # the pool starts its processes as it needs them
                     return self._pool.submit(_encode_in_worker, block.texts)
-            except BrokenProcessPool:
+            except (BrokenProcessPool, OSError):  # the latter: no process could be started
                 self._continue_without_workers()
         return None
 
