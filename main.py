@@ -13,6 +13,7 @@ from typing import Any, NoReturn
 from preflight import __version__
 from preflight.core.errors import ExitCode, PreflightError
 from preflight.core.registry import suggest
+from preflight.core.signals import leave_on_interrupt
 from preflight.core.streams import print_error, replace_missing_streams, silence_stdout
 from preflight.settings import (
     GROUPS,
@@ -156,7 +157,9 @@ def run_mode(mode: str, config: RunConfig) -> int:
         from preflight.core.storage import check_access
 
         check_access(Path(config.control.output_dir))
-    return MODES.load(mode)(config)
+    with leave_on_interrupt():
+        run = MODES.load(mode)
+    return run(config)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -184,11 +187,12 @@ def _run_reporting_errors(argv: list[str]) -> int:
     except BrokenPipeError:
         silence_stdout()
         return int(ExitCode.SIGPIPE)
-    except MemoryError:
-        print_error("out of memory (RAM); lower --batch-size, --context-length or --model-size")
-        return int(ExitCode.OUT_OF_MEMORY)
     except Exception as error:  # the last resort
-        return _report_disk_error(error) or _report_internal_error(error, output_dir)
+        return (
+            _report_disk_error(error)
+            or _report_lack_of_memory(error)
+            or _report_internal_error(error, output_dir)
+        )
 
 
 def _report_disk_error(error: Exception) -> int:
@@ -201,6 +205,16 @@ def _report_disk_error(error: Exception) -> int:
     told = storage_error(Path(error.filename or "the output"), error)
     print_error(*told.lines)
     return int(told.code)
+
+
+def _report_lack_of_memory(error: Exception) -> int:
+    """Report a lack of memory that no mode expected; 0 for other errors."""
+    from preflight.core.memory_lack import explain_lack_of_memory, lacks_memory
+
+    if not lacks_memory(error):
+        return 0
+    print_error(*explain_lack_of_memory())
+    return int(ExitCode.OUT_OF_MEMORY)
 
 
 def _report_internal_error(error: Exception, output_dir: str) -> int:

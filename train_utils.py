@@ -250,7 +250,7 @@ class BatchLoader:
                 item = RuntimeError("it ended") if self._queue.empty() else self._queue.get()
             if isinstance(item, torch.Tensor):
                 return item
-            if isinstance(item, PreflightError):
+            if isinstance(item, (PreflightError, MemoryError)):
                 raise item
             raise PreflightError(
                 ExitCode.WORKER_LOST,

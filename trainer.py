@@ -164,20 +164,24 @@ class Trainer:
     ) -> Evaluation | None:
         """Mean loss over the targets of all batches; ``None`` when `stop` came in between."""
         self.model.eval()
-        total = torch.zeros((), device=self.runtime.device, dtype=torch.float64)
-        n_targets = torch.zeros((), device=self.runtime.device, dtype=torch.int64)
+        means: list[Tensor] = []
+        counts: list[Tensor] = []
         for inputs, targets in batches:
-            count = count_targets(targets)
+            counts.append(count_targets(targets))
             with self.runtime.autocast():
-                # A mean in fp32, then a sum in fp64: figures of version 1 repeat to the bit.
-                total += (self.model(inputs, targets) / count.clamp(min=1)).double() * count
-            n_targets += count
+                means.append(self.model(inputs, targets) / counts[-1].clamp(min=1))
             if stop is not None and stop.stopping:
                 break
         self.model.train()
         if stop is not None and stop.stopping:
             return None
-        loss = float(total / n_targets)
+        # Means in fp32, then a sum in fp64, here: some devices have no fp64 (Apple's mps). Read
+        # after the last batch, so that no batch waits for the one before it.
+        total, n_targets = 0.0, 0
+        for mean, count in zip(means, counts, strict=True):
+            total += float(mean) * int(count)
+            n_targets += int(count)
+        loss = total / n_targets if n_targets else math.nan
         return Evaluation(loss, loss / math.log(2) * tokens_per_byte)
 
     def state_dict(self) -> dict[str, Any]:

@@ -1,14 +1,16 @@
-"""Child processes that end with their parent and leave Ctrl-C to it."""
+"""Child processes that end with their parent and leave its signals to it."""
 
 from __future__ import annotations
 
+import contextlib
 import multiprocessing
 import os
 import signal
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from multiprocessing import resource_tracker
-from multiprocessing.process import BaseProcess
+
+_SHIELDED = {getattr(signal, n) for n in ("SIGINT", "SIGHUP", "SIGUSR1") if hasattr(signal, n)}
 
 
 def end_with_parent(cleanup: Callable[[], None] | None = None, exit_code: int = 1) -> None:
@@ -36,18 +38,23 @@ def end_with_parent(cleanup: Callable[[], None] | None = None, exit_code: int = 
     threading.Thread(target=watch, name="end-with-parent", daemon=True).start()
 
 
-def start_shielded(process: BaseProcess) -> None:
-    """Start a child that does not receive Ctrl-C; the parent does, and ends the child.
+@contextlib.contextmanager
+def shield_children() -> Iterator[None]:
+    """Child processes that start within never receive Ctrl-C, SIGHUP or SIGUSR1.
 
-    SIGINT is blocked while the child starts, since a child inherits the signal mask.
+    A terminal and a batch system send these to all processes of a run. The parent acts on them,
+    and ends its children. They are blocked while a child starts, since it inherits the signal mask
+    and keeps it, so that there is no moment in which a child is not shielded. SIGTERM stays: with
+    it a pool of processes ends its workers.
     """
     if not hasattr(signal, "pthread_sigmask"):  # Windows
-        process.start()
+        yield
         return
-    # Python starts this helper with the first child, and unblocks SIGINT when it has.
-    resource_tracker.ensure_running()
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, _SHIELDED)
     try:
-        process.start()
+        # Python starts this helper with the first child, and unblocks SIGINT when it has.
+        resource_tracker.ensure_running()
+        signal.pthread_sigmask(signal.SIG_BLOCK, _SHIELDED)
+        yield
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)

@@ -1,7 +1,8 @@
 """Signals as flags: a handler only records the signal; the loops read the flag and stop cleanly.
 
 The first SIGINT, SIGTERM or SIGHUP: finish the step, save, exit. A second SIGINT: exit at once,
-without saving. SIGUSR1: save a checkpoint and continue.
+without saving. SIGUSR1: save a checkpoint and continue. A signal that whoever started the process
+has set to be ignored stays ignored, as SIGHUP does under ``nohup``.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import contextlib
 import os
 import signal
 import sys
+from collections.abc import Iterator
 from types import FrameType
 
 from preflight.core.errors import ExitCode, PreflightError
@@ -28,7 +30,7 @@ class StopFlag:
     def __enter__(self) -> StopFlag:
         for name in (*_STOPPING, "SIGUSR1"):
             number = getattr(signal, name, None)
-            if number is not None:
+            if number is not None and signal.getsignal(number) != signal.SIG_IGN:
                 handler = self._note_save if name == "SIGUSR1" else self._note_stop
                 self._before[number] = signal.signal(number, handler)
         return self
@@ -40,16 +42,10 @@ class StopFlag:
 
     def _note_stop(self, number: int, frame: FrameType | None) -> None:
         if number == signal.SIGINT and self.received is not None:
-            self._tell(b"\npreflight: stopped without saving; earlier checkpoints are intact\n")
+            _tell(b"\npreflight: stopped without saving; earlier checkpoints are intact\n")
             os._exit(int(ExitCode.SIGINT))
         self.received = number
-        self._tell(b"\npreflight: stopping after this step (press Ctrl-C again to stop at once)\n")
-
-    def _tell(self, line: bytes) -> None:
-        # os.write, because the signal may have interrupted a write to sys.stderr itself.
-        # No stderr, a closed one, or a terminal that has gone: the message is lost.
-        with contextlib.suppress(AttributeError, OSError, ValueError):
-            os.write(sys.stderr.fileno(), line)
+        _tell(b"\npreflight: stopping (press Ctrl-C again to stop at once)\n")
 
     def _note_save(self, number: int, frame: FrameType | None) -> None:
         self.save_requested = True
@@ -74,3 +70,33 @@ class StopFlag:
         """
         if self.stopping:
             raise PreflightError(self.exit_code, *lines)
+
+
+@contextlib.contextmanager
+def leave_on_interrupt() -> Iterator[None]:
+    """Ctrl-C ends the process at once, while nothing that it does needs an end of its own.
+
+    For the import of libraries: an exception in the middle of torch's own start-up aborts the
+    process, and in other places it is swallowed, or printed as a traceback.
+    """
+
+    def leave(number: int, frame: FrameType | None) -> None:
+        _tell(b"\npreflight: stopped\n")
+        os._exit(int(ExitCode.SIGINT))
+
+    before = signal.getsignal(signal.SIGINT)
+    if before is not signal.default_int_handler:  # ignored, or the caller's own
+        yield
+        return
+    signal.signal(signal.SIGINT, leave)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def _tell(line: bytes) -> None:
+    # os.write, because the signal may have interrupted a write to sys.stderr itself.
+    # No stderr, a closed one, or a terminal that has gone: the message is lost.
+    with contextlib.suppress(AttributeError, OSError, ValueError):
+        os.write(sys.stderr.fileno(), line)

@@ -16,7 +16,7 @@ import numpy as np
 
 from preflight.core.errors import PreflightError
 from preflight.core.log import log
-from preflight.core.processes import end_with_parent
+from preflight.core.processes import end_with_parent, shield_children
 from preflight.corpus.blocks import Block
 from preflight.tokenization import Tokenizer, load_tokenizer
 
@@ -25,9 +25,9 @@ _blocks_done = 0
 
 
 def _start_worker(kind: type[Tokenizer], name: str) -> None:
-    """Set a worker process up: it ignores Ctrl-C, which the parent handles, and ends with it."""
+    """Set a worker process up: it ends with its parent."""
     global _worker_tokenizer
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # where `shield_children` has no effect
     end_with_parent()
     _worker_tokenizer = kind.load(name)
 
@@ -77,12 +77,15 @@ class Encoders:
         if n_workers and _is_loaded_alike_elsewhere(tokenizer):
             # By name: half a megabyte of vocabulary would not go into the pipe at once, and Python
             # waits forever for a worker that dies before it has read all.
-            self._pool = concurrent.futures.ProcessPoolExecutor(
-                n_workers,
-                multiprocessing.get_context("spawn"),
-                _start_worker,
-                (type(tokenizer), tokenizer.name),
-            )
+            try:
+                self._pool = concurrent.futures.ProcessPoolExecutor(
+                    n_workers,
+                    multiprocessing.get_context("spawn"),
+                    _start_worker,
+                    (type(tokenizer), tokenizer.name),
+                )
+            except (OSError, ImportError) as error:  # no semaphores: /dev/shm is full or missing
+                log.info(f"no worker processes ({error}); /dev/shm may be full or missing")
 
     def close(self) -> None:
         """End the workers without waiting for blocks that are no longer needed."""
@@ -108,8 +111,9 @@ class Encoders:
     def _submit(self, block: Block) -> concurrent.futures.Future[bytes] | None:
         if self._pool is not None:
             try:
-                return self._pool.submit(_encode_in_worker, block.texts)
-            except BrokenProcessPool:
+                with shield_children():  # the pool starts its processes as it needs them
+                    return self._pool.submit(_encode_in_worker, block.texts)
+            except (BrokenProcessPool, OSError):  # the latter: no process could be started
                 self._continue_without_workers()
         return None
 

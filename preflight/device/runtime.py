@@ -12,6 +12,7 @@ import psutil
 import torch
 
 from preflight.core.errors import ExitCode, PreflightError
+from preflight.core.memory_lack import lacks_memory
 from preflight.device.host_memory import peak_resident_bytes
 from preflight.settings import SystemSettings
 
@@ -184,9 +185,4 @@ def describe_device(device: torch.device) -> str:
 
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether an error says that the device (on the CPU: the machine) has no memory left."""
-    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
-        return True
-    text = str(error)
-    return isinstance(error, RuntimeError) and (
-        "can't allocate memory" in text or "not enough memory" in text or "out of memory" in text
-    )
+    return isinstance(error, torch.OutOfMemoryError) or lacks_memory(error)

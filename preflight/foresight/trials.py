@@ -16,7 +16,6 @@ import multiprocessing
 import shutil
 import signal
 import statistics
-import time
 import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
@@ -32,7 +31,7 @@ from generate import SAMPLE_TOKENS, generate_text
 from preflight.checkpoints import format as checkpoint_format
 from preflight.core import storage
 from preflight.core.errors import ExitCode, PreflightError
-from preflight.core.processes import end_with_parent, start_shielded
+from preflight.core.processes import end_with_parent, shield_children
 from preflight.core.signals import StopFlag
 from preflight.corpus.shards import DataFolder
 from preflight.device.host_memory import release_freed_memory
@@ -45,7 +44,7 @@ from preflight.training.plan import TrainingPlan, build_plan
 from train_utils import BatchLoader, count_windows, iterate_windows
 from trainer import Trainer, build_trainer
 
-MAX_TRIAL_SECONDS = 1800.0
+MAX_TRIAL_SECONDS, LOOK_SECONDS = 1800.0, 0.1
 TIMED_STEPS, TIMED_SECONDS, SLOW_STEP_SECONDS = 5, 6.0, 4.0
 
 
@@ -360,7 +359,8 @@ def run_trial(spec: TrialSpec, hard_limit_bytes: int, stop: StopFlag) -> TrialRe
     size = spec.config.training.batch_size
     try:
         storage.make_own_folder(spec.folder)
-        start_shielded(process)
+        with shield_children():
+            process.start()
         sender.close()
         answer = _await_answer(receiver, process, hard_limit_bytes, stop)
     finally:
@@ -391,10 +391,10 @@ def _await_answer(
     receiver: Connection, process: BaseProcess, hard_limit_bytes: int, stop: StopFlag
 ) -> Any:
     """What the child sends; else its exit status, or "memory" when it holds too much."""
-    deadline = time.monotonic() + MAX_TRIAL_SECONDS
-    while time.monotonic() < deadline:
+    # Looks are counted, since a clock runs on while a person has stopped both (Ctrl-Z).
+    for _ in range(round(MAX_TRIAL_SECONDS / LOOK_SECONDS)):
         stop.leave_if_stopping("stopped: the search is not finished, and no report was written")
-        if receiver.poll(0.1):
+        if receiver.poll(LOOK_SECONDS):
             with contextlib.suppress(EOFError, ConnectionError):
                 return receiver.recv()
             process.join()

@@ -62,10 +62,11 @@ def run(config: RunConfig) -> int:
             ExitCode.FLAGS, "--test-batch-sizes and --target-batch-size: give one of them"
         )
     output_dir = Path(config.control.output_dir)
-    storage.check_writable(output_dir)
+    storage.make_folder(output_dir)
     with contextlib.ExitStack() as stack:
         stop = stack.enter_context(StopFlag())
         stack.enter_context(FolderLock(output_dir))
+        storage.check_writable(output_dir)  # under the lock: two probes would disturb each other
         remove_leftovers(output_dir)
         setup = RunSetup(config, stop, continues=False)
         model_config = setup.model_config

@@ -49,7 +49,7 @@ class Evaluator:
             self.saver.save()
         self.recorder.flush()
         began = time.monotonic()
-        with self.recorder.paused():
+        with self.recorder.paused("evaluation", self.plan.eval_every):
             result = self.evaluate()
             if result is None:
                 return

@@ -16,7 +16,11 @@ from preflight.device.runtime import Runtime
 from preflight.training.divergence import DivergenceGuard
 from preflight.training.plan import TrainingPlan
 from preflight.training.state import StepResult, TrainState
+from preflight.training.time_left import TimeLeft
 from preflight.training.trackers import Trackers
+
+# Without tqdm's own rate and time left, which count pauses as steps' time.
+_BAR_FORMAT = "{l_bar}{bar}| {n_fmt}/{total_fmt} [{elapsed}{postfix}]"
 
 
 class StepRecorder:
@@ -38,13 +42,14 @@ class StepRecorder:
         self._pending: deque[tuple[StepResult, int]] = deque()  # and the tokens of all steps
         self._lag = 1 if runtime.device.type == "cuda" else 0
         self._last_row = time.monotonic()
+        self._time_left = TimeLeft(plan.total_steps)
         self.bar = tqdm(
             total=plan.total_steps,
             initial=state.step,
             unit="step",
             dynamic_ncols=True,
             disable=not is_progress_shown(),
-            smoothing=0.1,
+            bar_format=_BAR_FORMAT,
         )
 
     def record(self, result: StepResult) -> None:
@@ -62,11 +67,13 @@ class StepRecorder:
         self._write(0)
 
     @contextlib.contextmanager
-    def paused(self) -> Iterator[None]:
-        """What happens within is not counted as a step's time."""
+    def paused(self, kind: str, every: int) -> Iterator[None]:
+        """What happens within, every so many steps, is not counted as a step's time."""
         began = time.monotonic()
         yield
-        self._last_row += time.monotonic() - began
+        seconds = time.monotonic() - began
+        self._last_row += seconds
+        self._time_left.add_pause(kind, every, seconds)
 
     def _write(self, keep: int) -> None:
         """Log all pending steps but the newest `keep`."""
@@ -75,6 +82,7 @@ class StepRecorder:
             loss, norm = float(result.loss), float(result.grad_norm)  # waits for the device
             now = time.monotonic()
             seconds, self._last_row = now - self._last_row, now
+            self._time_left.add_step(seconds)
             tokens_per_second = result.tokens / max(seconds, 1e-9)
             finite = math.isfinite(loss) and math.isfinite(norm)
             row = {
@@ -92,13 +100,13 @@ class StepRecorder:
             self.guard.check(result, finite, norm)
 
     def _show(self, result: StepResult, loss: float, tokens_per_second: float) -> None:
+        parts = [f"{tokens_per_second:,.0f} tokens/s"]
+        left = self._time_left.estimate(result.step)
+        if left is not None:
+            parts.append(f"ETA {format_seconds(left)}")
         if not self.bar.disable:
-            text = f"loss {loss:.3f}, {tokens_per_second:,.0f} tokens/s"
-            self.bar.set_postfix_str(text, refresh=False)
+            self.bar.set_postfix_str(", ".join([f"loss {loss:.3f}", *parts]), refresh=False)
         elif result.step % self.plan.log_every == 0 or result.step == 1:
-            left = (self.plan.total_steps - result.step) * result.tokens / tokens_per_second
-            log.info(
-                f"step {result.step:,}/{self.plan.total_steps:,}  loss {loss:.4f}  "
-                f"learning rate {result.learning_rate:.2e}  {tokens_per_second:,.0f} tokens/s  "
-                f"ETA {format_seconds(left)}"
-            )
+            parts.insert(0, f"learning rate {result.learning_rate:.2e}")
+            step = f"step {result.step:,}/{self.plan.total_steps:,}"
+            log.info("  ".join([step, f"loss {loss:.4f}", *parts]))

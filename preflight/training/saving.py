@@ -82,7 +82,7 @@ class CheckpointSaver:
             return
         self._check_place()
         began = time.monotonic()
-        with self.recorder.paused():
+        with self.recorder.paused("save", self.plan.checkpoint_every):
             self.stop.save_requested = False
             self.saved = save_checkpoint(self.output_dir, self.state.step, **self.snapshot())
             self.retire()

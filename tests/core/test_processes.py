@@ -1,4 +1,4 @@
-"""A child ends with its parent, and leaves Ctrl-C to it."""
+"""A child ends with its parent, and leaves its signals to it."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from preflight.core.processes import end_with_parent, start_shielded
+from preflight.core.processes import end_with_parent, shield_children
 
 # Not of conftest, which every child would import, and torch with it.
 ROOT = Path(__file__).parents[2]
@@ -70,24 +70,32 @@ def test_a_process_without_a_parent_is_left_alone() -> None:
     assert called == []
 
 
-def _report_mask(sender: Connection) -> None:
-    sender.send(signal.SIGINT in signal.pthread_sigmask(signal.SIG_BLOCK, []))
+SHIELDED = (signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
+
+
+def _answer(sender: Connection) -> None:
+    sender.send("started")
     time.sleep(60)
 
 
-def _start_two_shielded() -> None:
-    """Ctrl-C reaches neither the first child of a process nor the second."""
+def _signal_two_children() -> None:
+    """None of the signals ends the first child of a process or the second, at any moment."""
     for _ in range(2):
         receiver, sender = SPAWN.Pipe(duplex=False)
-        process = SPAWN.Process(target=_report_mask, args=(sender,))
-        start_shielded(process)
+        process = SPAWN.Process(target=_answer, args=(sender,))
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, [])
+        with shield_children():
+            process.start()
+        sender.close()
+        assert signal.pthread_sigmask(signal.SIG_BLOCK, []) == before == set()
         try:
-            assert signal.SIGINT not in signal.pthread_sigmask(signal.SIG_BLOCK, [])
-            assert receiver.poll(60)
-            assert receiver.recv() is True
             assert process.pid is not None
+            while not receiver.poll(0.002):  # from before its first line of Python on
+                for number in SHIELDED:
+                    os.kill(process.pid, number)
+            assert receiver.recv() == "started"
             os.kill(process.pid, signal.SIGINT)
-            process.join(0.5)
+            process.join(0.3)
             assert process.is_alive()
         finally:
             process.kill()
@@ -95,9 +103,28 @@ def _start_two_shielded() -> None:
 
 
 if __name__ == "__main__":  # a process that has started no child yet
-    _start_two_shielded()
+    _signal_two_children()
 
 
-def test_ctrl_c_does_not_reach_a_shielded_child() -> None:
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    subprocess.run([sys.executable, __file__], env=environment, check=True, timeout=120)
+def test_signals_do_not_reach_a_shielded_child() -> None:
+    done = subprocess.run(
+        [sys.executable, __file__],
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_the_parent_gets_what_came_while_a_child_started() -> None:
+    received: list[int] = []
+    before = signal.signal(signal.SIGUSR1, lambda number, frame: received.append(number))
+    try:
+        with shield_children():
+            signal.raise_signal(signal.SIGUSR1)
+            assert received == []
+        assert received == [signal.SIGUSR1]
+    finally:
+        signal.signal(signal.SIGUSR1, before)

@@ -35,7 +35,21 @@ def test_a_signal_is_recorded_and_the_old_handler_returns(
         assert (caught.value.code, caught.value.lines) == (code, ["saved", "continue with"])
     assert signal.getsignal(number) is before
     said = capfd.readouterr().err
-    assert said == "\npreflight: stopping after this step (press Ctrl-C again to stop at once)\n"
+    assert said == "\npreflight: stopping (press Ctrl-C again to stop at once)\n"
+
+
+@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1"])
+def test_an_ignored_signal_stays_ignored(name: str) -> None:
+    """As ``nohup`` sets SIGHUP, and a shell SIGINT for what it starts in the background."""
+    number = getattr(signal, name)
+    before = signal.signal(number, signal.SIG_IGN)
+    try:
+        with StopFlag() as flag:
+            os.kill(os.getpid(), number)
+            assert (flag.stopping, flag.save_requested) == (False, False)
+        assert signal.getsignal(number) == signal.SIG_IGN
+    finally:
+        signal.signal(number, before)
 
 
 def test_a_request_to_save_does_not_stop() -> None:
@@ -63,3 +77,31 @@ def test_without_stderr_the_message_does_not_reach_a_file(tmp_path: Path) -> Non
     )
     assert done.returncode == 130
     assert (tmp_path / "victim").read_bytes() == b""
+
+
+_INTERRUPTED = """
+import os, signal, sys
+from preflight.core.signals import leave_on_interrupt
+if sys.argv[1] == "ignored":
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+with leave_on_interrupt():
+    os.kill(os.getpid(), signal.SIGINT)
+assert signal.getsignal(signal.SIGINT) == signal.SIG_IGN
+print("went on")
+"""
+
+
+@pytest.mark.parametrize(("how", "code"), [("default", 130), ("ignored", 0)])
+def test_ctrl_c_while_libraries_load(how: str, code: int) -> None:
+    """Torch's own start-up aborts the process when Python's exception comes in its middle."""
+    done = subprocess.run(
+        [sys.executable, "-c", _INTERRUPTED, how],
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        check=False,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+    )
+    said = "" if how == "ignored" else "\npreflight: stopped\n"
+    assert (done.returncode, done.stderr) == (code, said)
+    assert done.stdout == ("went on\n" if how == "ignored" else "")

@@ -104,6 +104,14 @@ def run_limited(argv: list[str], limit_bytes: int) -> int:
     return main.main(argv)
 
 
+def run_closed(argv: list[str], numbers: list[int]) -> int:
+    """The whole command line without some of the standard streams, as after ``2>&-``."""
+    for number in numbers:
+        os.close(number)
+        setattr(sys, ("stdin", "stdout", "stderr")[number], None)
+    return main.main(argv)
+
+
 def run_cramped(argv: list[str]) -> int:
     """The whole command line with few open files, an odd umask, and neither home nor locale."""
     resource.setrlimit(resource.RLIMIT_NOFILE, (32, 32))
@@ -309,6 +317,7 @@ DRIVERS = {
     "preparation": run_preparation,
     "stopped": run_stopped,
     "limited": run_limited,
+    "closed": run_closed,
     "cramped": run_cramped,
     "small disk": run_on_small_disk,
     "read-only disk": run_on_read_only_disk,

@@ -2,13 +2,30 @@
 
 from __future__ import annotations
 
+import os
 import shutil
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
-from .harness import ForkServer, Point
+from preflight.corpus.builder import JOURNAL_NAME
+from preflight.corpus.shards import BUILDING_NAME
+
+from .harness import (
+    ROOT,
+    ForkServer,
+    Point,
+    find_temporaries,
+    hash_tree,
+    make_text,
+    wait_until,
+)
 from .scenarios import (
     Scenario,
     build_preparation,
@@ -81,3 +98,54 @@ def test_a_killed_run_leaves_no_lock(server: ForkServer, place: Path) -> None:
     assert (place / "out" / ".lock").exists()
     assert scenario.run()[0] == 0
     shutil.rmtree(place / "out")
+
+
+_PREPARE = """
+from preflight.core.log import configure_logging
+from preflight.corpus.build import prepare_data
+from preflight.settings import DataSettings
+from preflight.tokenization import load_tokenizer
+configure_logging("info")
+settings = DataSettings(text_file=("text.txt",), data_dir="data", shard_size=20_000)
+prepare_data(settings, load_tokenizer("gpt2"), 8, block_bytes=2**14, n_workers=2)
+"""
+
+
+def start_preparation(place: Path) -> subprocess.Popen[str]:
+    """With two worker processes."""
+    return subprocess.Popen(
+        [sys.executable, "-c", _PREPARE],
+        cwd=place,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def test_preparation_stopped_or_its_parent_killed_alone(place: Path) -> None:
+    """No worker stays, no lock stays, and the next run goes on; a stop changes nothing."""
+    (place / "text.txt").write_text(make_text(2_000_000))
+    for number in (signal.SIGSTOP, signal.SIGKILL):
+        parent = start_preparation(place)
+        journal = place / "data" / BUILDING_NAME / JOURNAL_NAME
+        wait_until(lambda path=journal: path.exists(), 30)
+        workers = psutil.Process(parent.pid).children()
+        assert len(workers) == 3  # and Python's own helper
+        os.kill(parent.pid, number)
+        if number == signal.SIGSTOP:
+            time.sleep(0.5)
+            assert parent.poll() is None
+            os.kill(parent.pid, signal.SIGCONT)
+            said = parent.communicate(timeout=60)[1]
+            assert parent.returncode == 0, said
+            expected = hash_tree(place / "data")
+            shutil.rmtree(place / "data")
+    assert parent.wait() == -signal.SIGKILL
+    _, alive = psutil.wait_procs(workers, timeout=20)
+    assert [p for p in alive if p.status() != psutil.STATUS_ZOMBIE] == []
+    again = start_preparation(place)
+    said = again.communicate(timeout=60)[1]
+    assert again.returncode == 0, said
+    assert "resuming at shard" in said
+    assert hash_tree(place / "data") == expected
+    assert not find_temporaries(place / "data")
