@@ -19,16 +19,65 @@ from preflight.checkpoints.store import find_newest
 from preflight.settings import build_options
 
 
-def test_help_lists_every_flag(preflight: CommandRunner) -> None:
-    shown = preflight("--help", "--train")
-    assert shown.returncode == 0
-    assert shown.stderr == ""
+def test_help_is_short_and_help_all_lists_every_flag(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("COLUMNS", "300")
+    monkeypatch.setattr(sys, "argv", ["main.py"])
+    assert main.main(["--help", "--train"]) == 0
+    said = capsys.readouterr()
+    short = said.out.splitlines()
+    assert said.err == ""
+    assert short[0] == "usage: python main.py MODE [flags]"
+    assert '  python main.py --generate --prompts "Once upon a time"' in short
+    assert len(short) < 45
+    assert all(f"  --{mode} " in said.out for mode in main.MODES.names())
+    assert main.main(["--help", "all"]) == 0
+    full = capsys.readouterr().out
+    assert full.startswith("usage: python main.py MODE [flags]\n\n")
+    assert "5 % of the run" in full
+    assert max(map(len, [*short, *full.splitlines()])) <= 100
     for option in build_options().values():
-        assert option.flag in shown.stdout
-    assert "5 % of the run" in shown.stdout
-    assert shown.stdout.startswith("usage: python main.py MODE [flags]")
-    assert '  python main.py --generate --prompts "Once' in shown.stdout
-    assert preflight("--version").stdout == f"preflight {__version__}\n"
+        assert f"  {option.flag}" in full
+    assert "--help all shows all" in said.out
+    assert main.main(["--version"]) == 0
+    assert capsys.readouterr().out == f"preflight {__version__}\n"
+
+
+@pytest.mark.parametrize(
+    ("topic", "shown", "left_out"),
+    [
+        ("search", "--target-batch-size", "--dropout"),
+        ("generate", "--temperature", "--learning-rate"),
+        ("train", "--learning-rate", "--temperature"),
+        ("--top-k", "--top-k", "--top-p"),
+    ],
+)
+def test_help_of_a_mode_a_group_or_a_flag(
+    topic: str, shown: str, left_out: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main.main([f"--help={topic}"]) == 0
+    said = capsys.readouterr().out
+    assert f"  {shown}" in said
+    assert left_out not in said
+
+
+def test_help_needs_neither_docstrings_nor_a_search_path(tmp_path: Path) -> None:
+    def run(*options: str, **environment: str) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, *options, str(ROOT / "main.py"), "--help", "all"]
+        return subprocess.run(
+            command,
+            cwd=tmp_path,
+            env=os.environ | {"PYTHONPATH": ""} | environment,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+
+    plain = run()
+    assert plain.returncode == 0, plain.stderr
+    stripped = run("-OO", PYTHONSAFEPATH="1")
+    assert (stripped.returncode, stripped.stdout) == (0, plain.stdout), stripped.stderr
 
 
 def test_help_imports_nothing_that_is_slow() -> None:
@@ -61,6 +110,8 @@ def test_the_installed_command_has_its_own_name(
     ("argv", "words"),
     [
         ([], "exactly one mode"),
+        ([], "see: python main.py --help"),
+        ([], "for example: python main.py --train --text-file my.txt"),
         (["--train", "--generate"], "exactly one mode"),
         (["--trian"], "did you mean --train"),
         (["--train", "--batchsize", "3"], "did you mean --batch-size"),
@@ -69,16 +120,36 @@ def test_the_installed_command_has_its_own_name(
         (["--train", "--config", "missing.json"], "missing.json"),
         (["--train", "stray"], "'stray' belongs to no flag"),
         (["--train", "--lear", "1"], "unknown flag '--lear'"),
+        (["train"], "did you mean --train?"),
+        (["Generate"], "did you mean: python main.py --generate"),
+        (["help"], "did you mean: python main.py --help"),
+        (["-train"], "did you mean: python main.py --train"),
+        (["\N{EN DASH}train", "a.txt"], "python main.py --train --text-file a.txt"),
+        (["my notes.txt"], "python main.py --train --text-file 'my notes.txt'"),
+        (["train", "--batch_size", "3"], "python main.py --train --batch-size 3"),
+        (["--train=yes"], "--train takes no value: write --train alone"),
+        (["--train", "--mixed-precision=no"], "write --mixed-precision or --no-mixed-precision"),
+        (["--train", "--measure", "off"], "write --measure or --no-measure"),
+        (["--train", "--output-dir", "my", "run"], "--output-dir 'my run'"),
+        (["--generate", "--stop", "---"], "is joined with =: --stop=---"),
+        (["--generate", "--stop", "a", "---"], "is joined with =: --stop=---"),
+        (["--help", "samplign"], "did you mean sampling?"),
     ],
 )
 def test_mistakes_end_with_two_and_make_no_file(
-    preflight: CommandRunner, tmp_path: Path, argv: list[str], words: str
+    argv: list[str],
+    words: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    result = preflight(*argv)
-    assert result.returncode == 2
-    assert words in result.stderr
-    assert len(result.stderr.splitlines()) <= 5
-    assert "Traceback" not in result.stderr
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["main.py"])
+    assert main.main(argv) == 2
+    said = capsys.readouterr()
+    assert words in said.err
+    assert said.out == ""
+    assert len(said.err.splitlines()) <= 5
     assert list(tmp_path.iterdir()) == []
 
 

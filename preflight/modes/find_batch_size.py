@@ -10,7 +10,6 @@ import contextlib
 import dataclasses
 import functools
 import json
-import shlex
 import sys
 from collections.abc import Callable
 from dataclasses import replace
@@ -20,6 +19,7 @@ from typing import Any
 import torch
 
 from preflight.core import storage
+from preflight.core.commands import format_command
 from preflight.core.errors import ExitCode, PreflightError
 from preflight.core.locks import FolderLock
 from preflight.core.log import log
@@ -335,20 +335,15 @@ class BatchSizeReport:
 
 def _build_train_command(config: RunConfig) -> str:
     """`--train` with the flags of this call, without those of the search and of the update."""
-    words = ["python", "main.py", "--train"]
+    words = ["--train"]
     for option in build_options().values():
-        value = getattr(getattr(config, option.group), option.name)
         if (
-            config.sources.get(option.name) != "the command line"
-            or option.group in ("search", "check", "generation", "sampling")
-            or option.name in ("batch_size", "gradient_accumulation_steps")
+            config.sources.get(option.name) == "the command line"
+            and option.group not in ("search", "check", "generation", "sampling")
+            and option.name not in ("batch_size", "gradient_accumulation_steps")
         ):
-            continue
-        if option.kind is bool:
-            words.append(option.flag if value else option.flag.replace("--", "--no-", 1))
-        else:
-            words += [option.flag, *map(str, value if option.many else [value])]
-    return shlex.join(words)
+            words += option.spell(config.get(option))
+    return format_command(*words)
 
 
 def explain_no_fit(trials: BatchTrials) -> PreflightError:

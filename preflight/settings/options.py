@@ -84,6 +84,15 @@ class Option:
         """How the option is spelled on the command line."""
         return "--" + self.name.replace("_", "-")
 
+    def spell(self, value: Any) -> list[str]:
+        """The words that set it to `value` on the command line."""
+        if self.kind is bool:
+            return [self.flag if value else self.flag.replace("--", "--no-", 1)]
+        items = [str(item) for item in (value if self.many else [value])]
+        if any(item.startswith("-") and item != "-" for item in items):
+            return [f"{self.flag}={item}" for item in items]  # else argparse takes them for flags
+        return [self.flag, *items]
+
     def read(self, raw: Any) -> Any:
         """Text from the command line or a JSON value, as the option's type.
 
