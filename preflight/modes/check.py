@@ -12,6 +12,7 @@ from pathlib import Path
 
 import torch
 
+from preflight.core.commands import format_command
 from preflight.core.errors import ExitCode
 from preflight.core.signals import StopFlag
 from preflight.core.storage import check_writable, write_json
@@ -219,7 +220,7 @@ def advise(found: Findings) -> None:
         if share < _ROOMY_SHARE:
             report.recommendations.append(
                 f"{share:.0%} of the memory is used: a larger --batch-size may be faster; "
-                "python main.py --get-optimal-bs finds it"
+                f"{format_command('--get-optimal-bs')} finds it"
             )
     if found.cost is not None and not found.cost.n_timed:
         report.recommendations.append(
@@ -229,6 +230,6 @@ def advise(found: Findings) -> None:
     report.recommendations.append(
         "fix the problems below, then run --check again"
         if report.problems
-        else "python main.py --validate-only with the same flags tries every part once; "
+        else f"{format_command('--validate-only')} with the same flags tries every part once; "
         "then --train"
     )

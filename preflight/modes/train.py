@@ -11,6 +11,7 @@ import torch
 
 from generate import SAMPLE_TOKENS, generate_text
 from preflight.checkpoints.store import find_best, remove_leftovers
+from preflight.core.commands import format_command
 from preflight.core.errors import ExitCode
 from preflight.core.locks import FolderLock
 from preflight.core.log import log
@@ -193,7 +194,8 @@ class TrainingRun:
         if best.val_loss is not None:
             log.info(f"best: {best.path} (step {best.step:,}, validation loss {best.val_loss:.4f})")
         log.info(f"loss curve: {self.output_dir / CURVE_NAME}")
-        log.info(f"generate text: python main.py --generate --output-dir {self.output_dir}")
+        command = format_command("--generate", "--output-dir", self.output_dir)
+        log.info(f"generate text: {command}")
         return ExitCode.DONE
 
 
