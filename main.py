@@ -66,7 +66,7 @@ def _merge_config_file(
     from preflight.core.strict_json import read_json
 
     try:
-        content = read_json(Path(path))
+        content = read_json(Path(path), by_hand=True)
     except (OSError, ValueError) as error:
         reason = error.strerror if isinstance(error, OSError) else error
         raise PreflightError(ExitCode.FLAGS, f"--config {path}: {reason}") from None
@@ -91,7 +91,8 @@ def _report_unused(mode: str, config: RunConfig) -> RunConfig:
     options = build_options()
     from_files: dict[str, list[str]] = {}
     for name, told in unused.items():
-        flag, source = options[name].flag, config.sources[name]
+        option, source = options[name], config.sources[name]
+        flag = option.spell(config.get(option))[0].split("=")[0]
         if source == "the command line":
             log.warning(f"{flag} {told}")
         else:  # a file of flags may serve several modes: one line will do
@@ -117,6 +118,9 @@ def run_mode(mode: str, config: RunConfig) -> int:
 def main(argv: list[str] | None = None) -> int:
     """Run the command line and return its exit code."""
     with replace_missing_streams():
+        for stream in (sys.stdout, sys.stderr):
+            if hasattr(stream, "reconfigure"):  # a narrow encoding must not end the program
+                stream.reconfigure(errors="backslashreplace")
         return _run_reporting_errors(sys.argv[1:] if argv is None else argv)
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 import main
-from conftest import ROOT, TINY_FLAGS, CommandRunner
+from conftest import ROOT, TINY_FLAGS
 from preflight import __version__
 from preflight.checkpoints.store import find_newest
 from preflight.settings import build_options
@@ -162,15 +162,53 @@ def test_mistakes_end_with_two_and_make_no_file(
         ("{", "Expecting"),
         ('{"dropout": NaN}', "NaN"),
         ('{"seed": 1, "seed": 2}', "twice"),
+        ('{"output_file": "a\\u0000.txt"}', "--output-file must not be empty or contain a NUL"),
+        ('{"output_dir": "\\ud800"}', "--output-dir must not contain half a surrogate pair"),
+        ('{"a\\nb\\u001b[31m": 1}', "unknown key 'a\\nb\\x1b[31m'"),
+        ('\ufeff{"batch_size": 0}', "--batch-size must be at least 1"),
     ],
 )
 def test_config_file_faults(
-    preflight: CommandRunner, tmp_path: Path, content: str, words: str
+    tmp_path: Path, content: str, words: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    (tmp_path / "run.json").write_text(content)
-    result = preflight("--train", "--config", "run.json")
-    assert result.returncode == 2
-    assert words in result.stderr
+    (tmp_path / "run.json").write_text(content, encoding="utf-8")
+    assert main.main(["--train", "--config", str(tmp_path / "run.json")]) == 2
+    said = capsys.readouterr().err
+    assert words in said
+    assert len(said.splitlines()) == 1
+
+
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le", "utf-16-be", "utf-32", "utf-32-be"])
+def test_a_config_file_that_is_not_utf_8(
+    tmp_path: Path, encoding: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "run.json"
+    path.write_text('{"batch_size": 4}', encoding=encoding)
+    assert main.main(["--train", "--config", str(path)]) == 2
+    assert "in UTF-16 or UTF-32, not UTF-8; PowerShell" in capsys.readouterr().err
+
+
+def test_arguments_with_line_breaks_and_bytes_that_are_no_text(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for argv in (
+        ["--train", "--text-file", "a\nb\x1b[31m"],
+        ["--train", "--text-file", "\udcff"],
+        ["--train", "--resume-from", "a\nb"],
+        ["--train", "--document-separator", "\udcff"],
+        ["--generate", "--checkpoint-path", "a\n\n\nb\udcff"],
+        ["a\nb"],
+        ["--\udcff\n"],
+        ["--help", "a\nb"],
+    ):
+        assert main.main(argv) in (2, 3, 5), argv
+        said = capsys.readouterr().err
+        assert all(line.startswith(("preflight: ", "warning: ")) for line in said.splitlines()), (
+            argv
+        )
+        assert "internal error" not in said
+        assert not {"\x1b", "\udcff"} & {*said}
 
 
 def test_flags_win_over_the_file() -> None:

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from preflight.settings.options import MAX_COUNT, setting
+from preflight.settings.options import MAX_COUNT, check_unicode, setting
 
 
 @dataclass(frozen=True)
@@ -24,4 +24,5 @@ class DataSettings:
         None,
         "text that separates documents within a file, such as '<|endoftext|>'",
         metavar="TEXT",
+        check=check_unicode,
     )

@@ -37,6 +37,19 @@ _FAULTS = {
 def _check_text(value: str) -> str:
     if not value or "\0" in value:
         raise ValueError("must not be empty or contain a NUL character")
+    try:
+        value.encode("utf-8", "surrogateescape")  # bytes of a file name that are not UTF-8 pass
+    except UnicodeEncodeError:
+        raise ValueError("must not contain half a surrogate pair") from None
+    return value
+
+
+def check_unicode(value: str) -> str:
+    """For `setting`: a text that can be part of a UTF-8 file."""
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        raise ValueError("must be UTF-8 text") from None
     return value
 
 
@@ -178,7 +191,7 @@ def _build_adapter(
             rules["allow_inf_nan"] = False
         declared = Annotated[kind, Field(strict=True, **rules)]
         if kind is str:
-            declared = Annotated[declared, AfterValidator(check)]
+            declared = Annotated[declared, AfterValidator(_check_text), AfterValidator(check)]
     return TypeAdapter(declared)
 
 

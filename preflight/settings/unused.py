@@ -62,33 +62,38 @@ IDLE_FLAGS = (
     ),
     IdleFlags(("document_separator",), "no --text-file is given", _has_no_text),
     IdleFlags(
-        ("beta2", "eps"), "--optimizer sgd has none", lambda c: c.training.optimizer == "sgd"
+        ("beta2", "eps"),
+        "--optimizer sgd has none",
+        lambda config: config.training.optimizer == "sgd",
     ),
     IdleFlags(
-        ("batch_size",), "--get-optimal-bs tries its own", lambda c: True, ("get-optimal-bs",)
+        ("batch_size",), "--get-optimal-bs tries its own", lambda config: True, ("get-optimal-bs",)
     ),
     IdleFlags(
-        ("device", "measure"),
+        ("device",), "the report is for a GPU that is not here", _is_for_absent_gpu, ("check",)
+    ),
+    IdleFlags(
+        ("measure",),
         "the report is for a GPU that is not here",
-        _is_for_absent_gpu,
+        lambda config: config.check.measure and _is_for_absent_gpu(config),
         ("check",),
     ),
     IdleFlags(
         ("price_per_hour",),
         "--gpu-memory alone implies no speed: name the card with --target-gpu",
-        lambda c: c.check.gpu_memory is not None and c.check.target_gpu is None,
+        lambda config: config.check.gpu_memory is not None and config.check.target_gpu is None,
         ("check",),
     ),
     IdleFlags(
         ("output_dir",),
         "--checkpoint-path names the checkpoint",
-        lambda c: c.generation.checkpoint_path is not None,
+        lambda config: config.generation.checkpoint_path is not None,
         ("generate",),
     ),
     IdleFlags(
         ("temperature", "top_k", "top_p", "seed"),
         "--no-do-sample always takes the most probable token",
-        lambda c: not c.sampling.do_sample,
+        lambda config: not config.sampling.do_sample,
         ("generate",),
     ),
 )
