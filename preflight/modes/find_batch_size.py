@@ -40,6 +40,7 @@ from preflight.foresight.memory import (
 )
 from preflight.foresight.trials import TrialResult, TrialSpec, run_trial
 from preflight.modes.setup import RunSetup
+from preflight.modes.start import check_machine
 from preflight.settings import MODEL_PRESETS, RunConfig, build_options
 from train_utils import count_windows
 
@@ -59,6 +60,7 @@ def run(config: RunConfig) -> int:
         raise PreflightError(
             ExitCode.FLAGS, "--test-batch-sizes and --target-batch-size: give one of them"
         )
+    check_machine(config.system)
     output_dir = Path(config.control.output_dir)
     storage.check_writable(output_dir)
     with contextlib.ExitStack() as stack:

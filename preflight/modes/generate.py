@@ -79,7 +79,7 @@ def run(config: RunConfig) -> int:
     interactive = is_interactive(config)
     check_output(config.generation.output_file)
     setup = RunSetup(config, StopFlag(), trains=False)
-    checkpoint, runtime = setup.checkpoint, setup.runtime
+    runtime, checkpoint = setup.runtime, setup.checkpoint
     try:
         model, tokenizer = setup.load_model()
         log.info(

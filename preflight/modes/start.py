@@ -1,0 +1,88 @@
+"""What a run would fail at later and can be known at its start, before any text is read."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+import os
+import shutil
+import sys
+from pathlib import Path
+
+from preflight.core.errors import ExitCode, PreflightError
+from preflight.core.locks import FolderLock
+from preflight.core.log import log
+from preflight.core.storage import check_access
+from preflight.core.units import format_bytes
+from preflight.corpus.metadata import METADATA_NAME
+from preflight.device.runtime import Runtime, build_runtime
+from preflight.foresight.fits import check_disk, check_memory
+from preflight.foresight.memory import estimate_checkpoint_bytes
+from preflight.modes.setup import RunSetup
+from preflight.settings import SystemSettings
+
+
+def check_machine(system: SystemSettings) -> Runtime:
+    """The device is there, and so is the compiler that `--compile-model` needs.
+
+    Returns:
+        Device and precision; whether to compile is the plan's to decide where no flag does.
+
+    Raises:
+        PreflightError: code FLAGS.
+    """
+    runtime = dataclasses.replace(build_runtime(system), compile_model=bool(system.compile_model))
+    if not runtime.compile_model:
+        return runtime
+    missing = ""
+    if runtime.device.type == "cuda" and importlib.util.find_spec("triton") is None:
+        missing = "Triton is not installed"
+    elif runtime.device.type == "cpu":
+        # torch compiles for the CPU with this C++ compiler (torch/_inductor/cpp_builder.py).
+        compiler = os.environ.get("CXX") or ("clang++" if sys.platform == "darwin" else "g++")
+        missing = "" if shutil.which(compiler) else f"there is no C++ compiler {compiler}"
+    if missing:
+        raise PreflightError(
+            ExitCode.FLAGS,
+            f"--compile-model on {runtime.device}: {missing}",
+            "install it, or leave out --compile-model",
+        )
+    return runtime
+
+
+def check_start(setup: RunSetup, runtime: Runtime) -> None:
+    """Everything that can refuse a run of `--train` and does not need the text.
+
+    Args:
+        setup: of the run; its output folder is locked and can be written to.
+        runtime: from `check_machine`.
+
+    Raises:
+        PreflightError: with the code of the first thing that stands in the way.
+    """
+    config, model_config = setup.config, setup.model_config
+    check_memory(
+        model_config,
+        config.training,
+        runtime,
+        gradient_checkpointing=config.system.gradient_checkpointing,
+        last_checkpoint=setup.origin.path if setup.origin else "none yet",
+    )
+    disk = check_disk(
+        setup.output_dir, model_config, config.training, config.control, config.training.max_steps
+    )
+    one = estimate_checkpoint_bytes(model_config, config.training)
+    if one > disk.free_bytes:
+        raise PreflightError(
+            ExitCode.STORAGE,
+            f"no room for a checkpoint in {setup.output_dir}: {format_bytes(one)} are needed, "
+            f"{format_bytes(disk.free_bytes)} are free",
+            "nothing was changed; free space, or choose another --output-dir",
+        )
+    if disk.fault:
+        log.warning("; ".join(disk.fault))
+    data_dir = Path(config.data.data_dir)
+    if not (data_dir / METADATA_NAME).exists():  # else it may serve as it is
+        check_access(data_dir)
+        if data_dir.is_dir():
+            FolderLock(data_dir).release()
