@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import importlib.util
 import os
 import shutil
@@ -12,8 +13,7 @@ from pathlib import Path
 from preflight.core.errors import ExitCode, PreflightError
 from preflight.core.locks import FolderLock
 from preflight.core.log import log
-from preflight.core.storage import check_access
-from preflight.core.units import format_bytes
+from preflight.core.storage import check_access, storage_error
 from preflight.corpus.metadata import METADATA_NAME
 from preflight.device.runtime import Runtime, build_runtime
 from preflight.foresight.fits import check_disk, check_memory
@@ -73,12 +73,8 @@ def check_start(setup: RunSetup, runtime: Runtime) -> None:
     )
     one = estimate_checkpoint_bytes(model_config, config.training)
     if one > disk.free_bytes:
-        raise PreflightError(
-            ExitCode.STORAGE,
-            f"no room for a checkpoint in {setup.output_dir}: {format_bytes(one)} are needed, "
-            f"{format_bytes(disk.free_bytes)} are free",
-            "nothing was changed; free space, or choose another --output-dir",
-        )
+        full = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        raise storage_error(setup.output_dir / "milestones", full, one)
     if disk.fault:
         log.warning("; ".join(disk.fault))
     data_dir = Path(config.data.data_dir)

@@ -80,7 +80,7 @@ def test_a_model_that_is_too_large(
 
 def test_a_disk_without_room(make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(fits, "free_bytes", lambda path: 10**6)
-    refuse(make_config(), ExitCode.STORAGE, "no room for a checkpoint", "--output-dir")
+    refuse(make_config(), ExitCode.STORAGE, "No space left on device", "milestones")
 
 
 def test_a_disk_with_room_for_some_checkpoints(
