@@ -293,6 +293,59 @@ def test_training_with_closed_streams_is_complete(
     assert "stdout is closed; use --output-file" in done.stderr
 
 
+def test_children_find_the_package_without_the_scripts_folder(tmp_path: Path) -> None:
+    """As tokenization and trials start them; the parent's search path is what they get."""
+    script = tmp_path / "start.py"
+    script.write_text(
+        "import multiprocessing, runpy, sys\n"
+        "if __name__ == '__main__':\n"
+        f"    runpy.run_path({str(ROOT / 'main.py')!r})\n"
+        "    from preflight.core.units import format_bytes\n"
+        "    context = multiprocessing.get_context('spawn')\n"
+        "    child = context.Process(target=format_bytes, args=(1,))\n"
+        "    child.start(); child.join(); sys.exit(child.exitcode)\n"
+    )
+    environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
+    done = subprocess.run(
+        [sys.executable, "-P", str(script)],
+        cwd=tmp_path,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+
+
+def test_another_locale_many_threads_and_a_private_umask(tmp_path: Path, tiny_text: Path) -> None:
+    """Turkish lower-cases I to a dotless i; a locale that is not installed changes nothing."""
+    names = {"OMP_NUM_THREADS": "64", "LC_ALL": "tr_TR.UTF-8", "LANG": "tr_TR.UTF-8"}
+    done = subprocess.run(
+        [
+            sys.executable,
+            str(ROOT / "main.py"),
+            "--train",
+            "--text-file",
+            str(tiny_text),
+            *TINY_FLAGS,
+            "--max-steps",
+            "1",
+            "--num-workers",
+            "1",
+        ],
+        cwd=tmp_path,
+        env=os.environ | names,
+        umask=0o077,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    newest = find_newest(tmp_path / "training_output")
+    assert newest is not None
+    assert {path.stat().st_mode & 0o077 for path in newest.path.iterdir()} == {0}
+
+
 def list_product_files() -> list[Path]:
     """The top level and the package, folders and all."""
     return [*ROOT.glob("*.py"), *(ROOT / "preflight").rglob("*.py")]
