@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import errno
 import importlib.util
 import os
@@ -15,59 +14,47 @@ from preflight.core.locks import FolderLock
 from preflight.core.log import log
 from preflight.core.storage import check_access, storage_error
 from preflight.corpus.metadata import METADATA_NAME
-from preflight.device.runtime import Runtime, build_runtime
-from preflight.foresight.fits import check_disk, check_memory
+from preflight.device.runtime import build_runtime
+from preflight.foresight.fits import check_disk
 from preflight.foresight.memory import estimate_checkpoint_bytes
 from preflight.modes.setup import RunSetup
 from preflight.settings import SystemSettings
 
 
-def check_machine(system: SystemSettings) -> Runtime:
+def check_machine(system: SystemSettings) -> None:
     """The device is there, and so is the compiler that `--compile-model` needs.
-
-    Returns:
-        Device and precision; whether to compile is the plan's to decide where no flag does.
 
     Raises:
         PreflightError: code FLAGS.
     """
-    runtime = dataclasses.replace(build_runtime(system), compile_model=bool(system.compile_model))
-    if not runtime.compile_model:
-        return runtime
+    device = build_runtime(system).device
+    if not system.compile_model:
+        return
     missing = ""
-    if runtime.device.type == "cuda" and importlib.util.find_spec("triton") is None:
+    if device.type == "cuda" and importlib.util.find_spec("triton") is None:
         missing = "Triton is not installed"
-    elif runtime.device.type == "cpu":
+    elif device.type == "cpu":
         # torch compiles for the CPU with this C++ compiler (torch/_inductor/cpp_builder.py).
         compiler = os.environ.get("CXX") or ("clang++" if sys.platform == "darwin" else "g++")
         missing = "" if shutil.which(compiler) else f"there is no C++ compiler {compiler}"
     if missing:
         raise PreflightError(
             ExitCode.FLAGS,
-            f"--compile-model on {runtime.device}: {missing}",
+            f"--compile-model on {device}: {missing}",
             "install it, or leave out --compile-model",
         )
-    return runtime
 
 
-def check_start(setup: RunSetup, runtime: Runtime) -> None:
+def check_start(setup: RunSetup) -> None:
     """Everything that can refuse a run of `--train` and does not need the text.
 
     Args:
         setup: of the run; its output folder is locked and can be written to.
-        runtime: from `check_machine`.
 
     Raises:
         PreflightError: with the code of the first thing that stands in the way.
     """
     config, model_config = setup.config, setup.model_config
-    check_memory(
-        model_config,
-        config.training,
-        runtime,
-        gradient_checkpointing=config.system.gradient_checkpointing,
-        last_checkpoint=setup.origin.path if setup.origin else "none yet",
-    )
     disk = check_disk(
         setup.output_dir, model_config, config.training, config.control, config.training.max_steps
     )

@@ -21,7 +21,7 @@ from preflight.core.storage import check_writable, make_folder
 from preflight.core.units import format_bytes, format_seconds
 from preflight.corpus.sources import find_sources
 from preflight.device.runtime import is_out_of_memory
-from preflight.foresight.fits import explain_out_of_memory
+from preflight.foresight.fits import check_memory, explain_out_of_memory
 from preflight.models.cost import count_parameters
 from preflight.modes.setup import RunSetup
 from preflight.modes.start import check_machine, check_start
@@ -43,7 +43,7 @@ def run(config: RunConfig) -> int:
         PreflightError: with the code of whatever stands in the way.
     """
     find_sources(config.data)  # a misspelt file is told before any folder is made
-    runtime = check_machine(config.system)
+    check_machine(config.system)
     output_dir = Path(config.control.output_dir)
     with StopFlag() as stop, contextlib.ExitStack() as stack:
         setup = RunSetup(config, stop, resumes=True)
@@ -53,7 +53,7 @@ def run(config: RunConfig) -> int:
         stack.enter_context(FolderLock(output_dir))
         check_writable(output_dir)  # under the lock: two probes at once would disturb each other
         remove_leftovers(output_dir)
-        check_start(setup, runtime)
+        check_start(setup)
         setup.data  # noqa: B018
         # Readers share the data folder; a preparation that would replace it is locked out.
         with FolderLock(Path(config.data.data_dir), shared=True):
@@ -69,6 +69,8 @@ class TrainingRun:
         self.state.eval_windows = self.plan.eval_windows
         self.runtime = setup.runtime
         self.trackers = Trackers(self.output_dir)
+        newest = setup.origin.path if setup.origin else "none yet"
+        check_memory(**self._memory_case(newest))
         self.trainer = setup.build_trainer()
         guard = DivergenceGuard(self.output_dir, fp16=self.runtime.needs_scaler)
         self.recorder = StepRecorder(self.plan, self.runtime, self.state, self.trackers, guard)

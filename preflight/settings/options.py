@@ -35,7 +35,14 @@ _FAULTS = {
 
 
 def _check_text(value: str) -> str:
-    if not value or "\0" in value:
+    if not value:
+        raise ValueError("must not be empty or contain a NUL character")
+    return value
+
+
+def _check_characters(value: str) -> str:
+    """For every text, whatever its own `check` is: the system can be asked for such a name."""
+    if "\0" in value:
         raise ValueError("must not be empty or contain a NUL character")
     try:
         value.encode("utf-8", "surrogateescape")  # bytes of a file name that are not UTF-8 pass
@@ -191,7 +198,7 @@ def _build_adapter(
             rules["allow_inf_nan"] = False
         declared = Annotated[kind, Field(strict=True, **rules)]
         if kind is str:
-            declared = Annotated[declared, AfterValidator(_check_text), AfterValidator(check)]
+            declared = Annotated[declared, AfterValidator(_check_characters), AfterValidator(check)]
     return TypeAdapter(declared)
 
 

@@ -11,7 +11,6 @@ from conftest import MakeConfig
 from preflight.core.errors import ExitCode, PreflightError
 from preflight.core.locks import FolderLock
 from preflight.corpus import build
-from preflight.device.runtime import build_runtime
 from preflight.foresight import fits
 from preflight.modes import find_batch_size, start, train
 from preflight.settings import SystemSettings
@@ -68,14 +67,7 @@ def test_compilation_without_a_compiler(
     monkeypatch.setenv("CXX", variable)
     monkeypatch.setenv("PATH", "/nothing")
     refuse(make_config(compile_model=True), ExitCode.FLAGS, "no C++ compiler", "--compile-model")
-    start.check_machine(SystemSettings(device="cpu", compile_model=False))
-
-
-def test_a_model_that_is_too_large(
-    make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(fits, "reachable_host_bytes", lambda: 10**6)
-    refuse(make_config(), ExitCode.OUT_OF_MEMORY, "out of memory", "last checkpoint")
+    start.check_machine(SystemSettings(device="cpu", compile_model=False))  # needs none
 
 
 def test_a_disk_without_room(make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -97,8 +89,3 @@ def test_a_data_folder_that_another_run_is_building(make_config: MakeConfig) -> 
     folder.mkdir()
     with FolderLock(folder):
         refuse(make_config(), ExitCode.LOCKED, "data is in use")
-
-
-def test_the_present_device_passes(make_config: MakeConfig) -> None:
-    runtime = start.check_machine(make_config().system)
-    assert runtime.device == build_runtime(make_config().system).device
