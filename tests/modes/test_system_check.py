@@ -303,6 +303,9 @@ def test_a_run_that_would_be_continued(make_config: MakeConfig) -> None:
     report = build_report(make_config(max_steps=12))
     rows = report.sections["training configuration"]
     assert "checkpoint-4, step 4" in rows["continues"]
+    flags = report.sections["system information"]["flags_set"]
+    assert "--learning-rate 0.001 (from the checkpoint)" in flags
+    assert "a caller" not in flags
     assert report.problems == []
     other = build_report(make_config(n_layers=3))
     assert "n_layers: checkpoint 2, flags 3" in problems_of(other)
