@@ -5,87 +5,23 @@ A mode is imported when it runs, so that `--help` and mistakes in flags answer w
 
 from __future__ import annotations
 
-import argparse
 import sys
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
-from preflight import __version__
+# With PYTHONSAFEPATH or -P Python leaves a script's folder out. Child processes get this list too.
+if str(Path(__file__).resolve().parent) not in sys.path:
+    sys.path.insert(0, str(Path(__file__).resolve().parent))
+
+from preflight.core.commands import format_command
 from preflight.core.errors import ExitCode, PreflightError
 from preflight.core.registry import suggest
 from preflight.core.signals import leave_on_interrupt
 from preflight.core.streams import print_error, replace_missing_streams, silence_stdout
-from preflight.settings import (
-    GROUPS,
-    MODEL_PRESETS,
-    Option,
-    RunConfig,
-    build_config,
-    build_options,
-)
-from preflight.settings.kinds import MODE_SUMMARIES, MODES
-
-EPILOG = """\
-examples:
-  %(prog)s --train --text-file my.txt
-  %(prog)s --generate --prompts "Once upon a time"
-exit codes: 0 done, 2 flags, 3 text or prompts, 4 data folder, 5 checkpoint, 6 storage, 7 locked,
-  8 out of memory, 9 diverged, 10 lost worker, 70 internal error, 130/143 stopped after saving"""
-
-
-def _find_prog() -> str:
-    """How this program was called: ``python main.py``, or the installed ``preflight``."""
-    return "python main.py" if Path(sys.argv[0]).name == "main.py" else "preflight"
-
-
-class _Parser(argparse.ArgumentParser):
-    """argparse that raises instead of exiting, so that every mistake is reported in one way."""
-
-    def error(self, message: str) -> NoReturn:
-        raise PreflightError(ExitCode.FLAGS, message, f"see: {self.prog} --help")
-
-
-def build_parser() -> argparse.ArgumentParser:
-    """The command line, generated from the modes and the settings classes."""
-    parser = _Parser(
-        prog=_find_prog(),
-        usage="%(prog)s MODE [flags]",
-        description="Train GPT language models on your own text, and generate text with them.",
-        epilog=EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
-    parser.add_argument("--version", action="version", version=f"preflight {__version__}")
-    modes = parser.add_argument_group("mode (exactly one)")
-    for mode in MODES.names():
-        modes.add_argument(f"--{mode}", action="store_true", help=MODE_SUMMARIES[mode])
-    groups = {
-        name: parser.add_argument_group(name, (cls.__doc__ or "").splitlines()[0])
-        for name, cls in GROUPS.items()
-    }
-    for option in build_options().values():
-        groups[option.group].add_argument(option.flag, **_argument_of(option))
-    return parser
-
-
-def _argument_of(option: Option) -> dict[str, Any]:
-    """argparse's view of an option. Values stay text: `build_config` checks them together."""
-    default = option.default
-    shown = "" if default in (None, (), "") else f" (default {default})"
-    if option.name == "model_size":
-        sizes = ", ".join(f"{n} {p.n_layers}L-{p.n_embeddings}H" for n, p in MODEL_PRESETS.items())
-        shown = f": {sizes}, or custom{shown}"
-    arguments: dict[str, Any] = {
-        "help": (option.metadata["help"] + shown).replace("%", "%%"),
-        "dest": option.name,
-        "default": argparse.SUPPRESS,
-    }
-    if option.kind is bool:
-        return arguments | {"action": argparse.BooleanOptionalAction}
-    choices = option.metadata["choices"]
-    metavar = "{" + ",".join(choices) + "}" if choices else option.metadata["metavar"]
-    arguments["metavar"] = metavar or {int: "N", float: "X", str: "NAME"}[option.kind]
-    return arguments | ({"nargs": "+", "action": "extend"} if option.many else {})
+from preflight.settings import RunConfig, build_config, build_options
+from preflight.settings.command_line import build_parser, explain_words
+from preflight.settings.kinds import MODES
+from preflight.settings.unused import drop_unused
 
 
 def parse_command_line(argv: list[str]) -> tuple[str, RunConfig]:
@@ -95,16 +31,13 @@ def parse_command_line(argv: list[str]) -> tuple[str, RunConfig]:
         PreflightError: code FLAGS, naming every mistake found.
         SystemExit: after ``--help`` or ``--version``.
     """
-    parser = build_parser()
-    parsed, rest = parser.parse_known_args(argv)
+    parsed, rest = build_parser(argv).parse_known_args(argv)
     given = vars(parsed)
+    given.pop("help")
     chosen = [mode for mode in MODES.names() if given.pop(mode.replace("-", "_"))]
-    faults = [_explain_unknown(word, parser) for word in rest if word.startswith("-")]
-    faults += [f"{word!r} belongs to no flag" for word in rest if not word.startswith("-")][:1]
-    if len(chosen) != 1:
-        names = ", ".join(f"--{mode}" for mode in MODES.names())
-        found = " and ".join(f"--{mode}" for mode in chosen) or "none"
-        faults.append(f"give exactly one mode of {names} (found {found})")
+    faults, is_clear = explain_words(rest, argv)
+    if len(chosen) != 1 and not is_clear:
+        faults += _explain_modes(chosen)
     sources = dict.fromkeys(given, "the command line")
     values = dict(given)
     try:
@@ -118,10 +51,13 @@ def parse_command_line(argv: list[str]) -> tuple[str, RunConfig]:
     return chosen[0], config
 
 
-def _explain_unknown(word: str, parser: argparse.ArgumentParser) -> str:
-    flag = word.split("=")[0]
-    known = [name for action in parser._actions for name in action.option_strings]
-    return f"unknown flag {flag[:60]!r}" + suggest(flag.replace("_", "-"), known)
+def _explain_modes(chosen: list[str]) -> list[str]:
+    names = ", ".join(f"--{mode}" for mode in MODES.names())
+    found = " and ".join(f"--{mode}" for mode in chosen) or "none"
+    told = [f"give exactly one mode of {names} (found {found})"]
+    if not chosen:
+        told.append(f"for example: {format_command('--train', '--text-file', 'my.txt')}")
+    return [*told, f"see: {format_command('--help')}"]
 
 
 def _merge_config_file(
@@ -131,7 +67,7 @@ def _merge_config_file(
     from preflight.core.strict_json import read_json
 
     try:
-        content = read_json(Path(path))
+        content = read_json(Path(path), by_hand=True)
     except (OSError, ValueError) as error:
         reason = error.strerror if isinstance(error, OSError) else error
         raise PreflightError(ExitCode.FLAGS, f"--config {path}: {reason}") from None
@@ -148,11 +84,31 @@ def _merge_config_file(
     return from_file | given, dict.fromkeys(from_file, path) | sources
 
 
+def _report_unused(mode: str, config: RunConfig) -> RunConfig:
+    """`config` without the flags that this call does not use, each of which is named."""
+    from preflight.core.log import log
+
+    used, unused = drop_unused(mode, config)
+    options = build_options()
+    from_files: dict[str, list[str]] = {}
+    for name, told in unused.items():
+        option, source = options[name], config.sources[name]
+        flag = option.spell(config.get(option))[0].split("=")[0]
+        if source == "the command line":
+            log.warning(f"{flag} {told}")
+        else:  # a file of flags may serve several modes: one line will do
+            from_files.setdefault(source, []).append(flag)
+    for source, flags in from_files.items():
+        log.info(f"not used of {source}: {', '.join(flags)}")
+    return used
+
+
 def run_mode(mode: str, config: RunConfig) -> int:
     """Run one mode; its module, and with it torch, is loaded here."""
     from preflight.core.log import configure_logging
 
     configure_logging(config.system.log_level)
+    config = _report_unused(mode, config)
     if mode == "train":
         from preflight.core.storage import check_access
 
@@ -165,6 +121,9 @@ def run_mode(mode: str, config: RunConfig) -> int:
 def main(argv: list[str] | None = None) -> int:
     """Run the command line and return its exit code."""
     with replace_missing_streams():
+        for stream in (sys.stdout, sys.stderr):
+            if hasattr(stream, "reconfigure"):  # a narrow encoding must not end the program
+                stream.reconfigure(errors="backslashreplace")
         return _run_reporting_errors(sys.argv[1:] if argv is None else argv)
 
 

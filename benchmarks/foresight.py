@@ -312,7 +312,7 @@ def print_table(rows: list[dict[str, Any]], goals: dict[str, float]) -> bool:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--smoke", action="store_true", help="a tiny shape, on the CPU")
     parser.add_argument("--seconds", type=float, default=None, help="length of each real run")
     parser.add_argument("--budget", type=float, default=570, help="seconds for all of it")

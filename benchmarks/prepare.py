@@ -183,7 +183,7 @@ def measure_loader(path: Path, seconds: float) -> dict[str, float]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--smoke", action="store_true", help="small and quick")
     parser.add_argument("--megabytes", type=int, default=300, help="size of the text")
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1)

@@ -22,7 +22,7 @@ from main import parse_command_line  # noqa: E402
 from preflight.core.errors import ExitCode  # noqa: E402
 from preflight.models.cost import count_parameters  # noqa: E402
 from preflight.settings import (  # noqa: E402
-    GROUPS,
+    GROUP_SUMMARIES,
     MODEL_PRESETS,
     ModelSettings,
     build_options,
@@ -60,11 +60,11 @@ def render_sizes() -> str:
 def render_flags() -> str:
     """All flags as Markdown tables, one a group."""
     lines = []
-    for group, settings in GROUPS.items():
+    for group, summary in GROUP_SUMMARIES.items():
         lines += [
             f"## {group.capitalize()}",
             "",
-            (settings.__doc__ or "").splitlines()[0].rstrip(".") + ".",
+            summary,
             "",
             "| flag | default | what it does |",
             "|---|---|---|",

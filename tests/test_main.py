@@ -13,22 +13,71 @@ from pathlib import Path
 import pytest
 
 import main
-from conftest import ROOT, TINY_FLAGS, CommandRunner
+from conftest import ROOT, TINY_FLAGS
 from preflight import __version__
 from preflight.checkpoints.store import find_newest
 from preflight.settings import build_options
 
 
-def test_help_lists_every_flag(preflight: CommandRunner) -> None:
-    shown = preflight("--help", "--train")
-    assert shown.returncode == 0
-    assert shown.stderr == ""
+def test_help_is_short_and_help_all_lists_every_flag(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("COLUMNS", "300")
+    monkeypatch.setattr(sys, "argv", ["main.py"])
+    assert main.main(["--help", "--train"]) == 0
+    said = capsys.readouterr()
+    short = said.out.splitlines()
+    assert said.err == ""
+    assert short[0] == "usage: python main.py MODE [flags]"
+    assert '  python main.py --generate --prompts "Once upon a time"' in short
+    assert len(short) < 45
+    assert all(f"  --{mode} " in said.out for mode in main.MODES.names())
+    assert main.main(["--help", "all"]) == 0
+    full = capsys.readouterr().out
+    assert full.startswith("usage: python main.py MODE [flags]\n\n")
+    assert "5 % of the run" in full
+    assert max(map(len, [*short, *full.splitlines()])) <= 100
     for option in build_options().values():
-        assert option.flag in shown.stdout
-    assert "5 % of the run" in shown.stdout
-    assert shown.stdout.startswith("usage: python main.py MODE [flags]")
-    assert '  python main.py --generate --prompts "Once' in shown.stdout
-    assert preflight("--version").stdout == f"preflight {__version__}\n"
+        assert f"  {option.flag}" in full
+    assert "--help all shows all" in said.out
+    assert main.main(["--version"]) == 0
+    assert capsys.readouterr().out == f"preflight {__version__}\n"
+
+
+@pytest.mark.parametrize(
+    ("topic", "shown", "left_out"),
+    [
+        ("search", "--target-batch-size", "--dropout"),
+        ("generate", "--temperature", "--learning-rate"),
+        ("train", "--learning-rate", "--temperature"),
+        ("--top-k", "--top-k", "--top-p"),
+    ],
+)
+def test_help_of_a_mode_a_group_or_a_flag(
+    topic: str, shown: str, left_out: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main.main([f"--help={topic}"]) == 0
+    said = capsys.readouterr().out
+    assert f"  {shown}" in said
+    assert left_out not in said
+
+
+def test_help_needs_neither_docstrings_nor_a_search_path(tmp_path: Path) -> None:
+    def run(*options: str, **environment: str) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, *options, str(ROOT / "main.py"), "--help", "all"]
+        return subprocess.run(
+            command,
+            cwd=tmp_path,
+            env=os.environ | {"PYTHONPATH": ""} | environment,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+
+    plain = run()
+    assert plain.returncode == 0, plain.stderr
+    stripped = run("-OO", PYTHONSAFEPATH="1")
+    assert (stripped.returncode, stripped.stdout) == (0, plain.stdout), stripped.stderr
 
 
 def test_help_imports_nothing_that_is_slow() -> None:
@@ -61,6 +110,8 @@ def test_the_installed_command_has_its_own_name(
     ("argv", "words"),
     [
         ([], "exactly one mode"),
+        ([], "see: python main.py --help"),
+        ([], "for example: python main.py --train --text-file my.txt"),
         (["--train", "--generate"], "exactly one mode"),
         (["--trian"], "did you mean --train"),
         (["--train", "--batchsize", "3"], "did you mean --batch-size"),
@@ -69,16 +120,36 @@ def test_the_installed_command_has_its_own_name(
         (["--train", "--config", "missing.json"], "missing.json"),
         (["--train", "stray"], "'stray' belongs to no flag"),
         (["--train", "--lear", "1"], "unknown flag '--lear'"),
+        (["train"], "did you mean --train?"),
+        (["Generate"], "did you mean: python main.py --generate"),
+        (["help"], "did you mean: python main.py --help"),
+        (["-train"], "did you mean: python main.py --train"),
+        (["\N{EN DASH}train", "a.txt"], "python main.py --train --text-file a.txt"),
+        (["my notes.txt"], "python main.py --train --text-file 'my notes.txt'"),
+        (["train", "--batch_size", "3"], "python main.py --train --batch-size 3"),
+        (["--train=yes"], "--train takes no value: write --train alone"),
+        (["--train", "--mixed-precision=no"], "write --mixed-precision or --no-mixed-precision"),
+        (["--train", "--measure", "off"], "write --measure or --no-measure"),
+        (["--train", "--output-dir", "my", "run"], "--output-dir 'my run'"),
+        (["--generate", "--stop", "---"], "is joined with =: --stop=---"),
+        (["--generate", "--stop", "a", "---"], "is joined with =: --stop=---"),
+        (["--help", "samplign"], "did you mean sampling?"),
     ],
 )
 def test_mistakes_end_with_two_and_make_no_file(
-    preflight: CommandRunner, tmp_path: Path, argv: list[str], words: str
+    argv: list[str],
+    words: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    result = preflight(*argv)
-    assert result.returncode == 2
-    assert words in result.stderr
-    assert len(result.stderr.splitlines()) <= 5
-    assert "Traceback" not in result.stderr
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["main.py"])
+    assert main.main(argv) == 2
+    said = capsys.readouterr()
+    assert words in said.err
+    assert said.out == ""
+    assert len(said.err.splitlines()) <= 5
     assert list(tmp_path.iterdir()) == []
 
 
@@ -91,15 +162,53 @@ def test_mistakes_end_with_two_and_make_no_file(
         ("{", "Expecting"),
         ('{"dropout": NaN}', "NaN"),
         ('{"seed": 1, "seed": 2}', "twice"),
+        ('{"output_file": "a\\u0000.txt"}', "--output-file must not be empty or contain a NUL"),
+        ('{"output_dir": "\\ud800"}', "--output-dir must not contain half a surrogate pair"),
+        ('{"a\\nb\\u001b[31m": 1}', "unknown key 'a\\nb\\x1b[31m'"),
+        ('\ufeff{"batch_size": 0}', "--batch-size must be at least 1"),
     ],
 )
 def test_config_file_faults(
-    preflight: CommandRunner, tmp_path: Path, content: str, words: str
+    tmp_path: Path, content: str, words: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    (tmp_path / "run.json").write_text(content)
-    result = preflight("--train", "--config", "run.json")
-    assert result.returncode == 2
-    assert words in result.stderr
+    (tmp_path / "run.json").write_text(content, encoding="utf-8")
+    assert main.main(["--train", "--config", str(tmp_path / "run.json")]) == 2
+    said = capsys.readouterr().err
+    assert words in said
+    assert len(said.splitlines()) == 1
+
+
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le", "utf-16-be", "utf-32", "utf-32-be"])
+def test_a_config_file_that_is_not_utf_8(
+    tmp_path: Path, encoding: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "run.json"
+    path.write_text('{"batch_size": 4}', encoding=encoding)
+    assert main.main(["--train", "--config", str(path)]) == 2
+    assert "in UTF-16 or UTF-32, not UTF-8; PowerShell" in capsys.readouterr().err
+
+
+def test_arguments_with_line_breaks_and_bytes_that_are_no_text(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for argv in (
+        ["--train", "--text-file", "a\nb\x1b[31m"],
+        ["--train", "--text-file", "\udcff"],
+        ["--train", "--resume-from", "a\nb"],
+        ["--train", "--document-separator", "\udcff"],
+        ["--generate", "--checkpoint-path", "a\n\n\nb\udcff"],
+        ["a\nb"],
+        ["--\udcff\n"],
+        ["--help", "a\nb"],
+    ):
+        assert main.main(argv) in (2, 3, 5), argv
+        said = capsys.readouterr().err
+        assert all(line.startswith(("preflight: ", "warning: ")) for line in said.splitlines()), (
+            argv
+        )
+        assert "internal error" not in said
+        assert not {"\x1b", "\udcff"} & {*said}
 
 
 def test_flags_win_over_the_file() -> None:
@@ -182,6 +291,59 @@ def test_training_with_closed_streams_is_complete(
     done = run_closing(">&-", "--generate", "--device", "cpu", folder=tmp_path)
     assert done.returncode == 6  # the completions would go nowhere
     assert "stdout is closed; use --output-file" in done.stderr
+
+
+def test_children_find_the_package_without_the_scripts_folder(tmp_path: Path) -> None:
+    """As tokenization and trials start them; the parent's search path is what they get."""
+    script = tmp_path / "start.py"
+    script.write_text(
+        "import multiprocessing, runpy, sys\n"
+        "if __name__ == '__main__':\n"
+        f"    runpy.run_path({str(ROOT / 'main.py')!r})\n"
+        "    from preflight.core.units import format_bytes\n"
+        "    context = multiprocessing.get_context('spawn')\n"
+        "    child = context.Process(target=format_bytes, args=(1,))\n"
+        "    child.start(); child.join(); sys.exit(child.exitcode)\n"
+    )
+    environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
+    done = subprocess.run(
+        [sys.executable, "-P", str(script)],
+        cwd=tmp_path,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+
+
+def test_another_locale_many_threads_and_a_private_umask(tmp_path: Path, tiny_text: Path) -> None:
+    """Turkish lower-cases I to a dotless i; a locale that is not installed changes nothing."""
+    names = {"OMP_NUM_THREADS": "64", "LC_ALL": "tr_TR.UTF-8", "LANG": "tr_TR.UTF-8"}
+    done = subprocess.run(
+        [
+            sys.executable,
+            str(ROOT / "main.py"),
+            "--train",
+            "--text-file",
+            str(tiny_text),
+            *TINY_FLAGS,
+            "--max-steps",
+            "1",
+            "--num-workers",
+            "1",
+        ],
+        cwd=tmp_path,
+        env=os.environ | names,
+        umask=0o077,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    newest = find_newest(tmp_path / "training_output")
+    assert newest is not None
+    assert {path.stat().st_mode & 0o077 for path in newest.path.iterdir()} == {0}
 
 
 def list_product_files() -> list[Path]:

@@ -46,6 +46,7 @@ from preflight.checkpoints.state import estimate_state_bytes, read_state
 from preflight.checkpoints.weights import Shapes, build_header, iterate_bytes, read_weights
 from preflight.checkpoints.writing import FolderWriter
 from preflight.core import storage, strict_json
+from preflight.core.commands import format_command
 from preflight.core.errors import ExitCode, PreflightError
 from preflight.core.schema import Schema
 from preflight.settings import ModelConfig, model_config_from_dict
@@ -224,7 +225,8 @@ def load_training_state(checkpoint: Checkpoint) -> dict[str, Any]:
         raise PreflightError(
             ExitCode.CHECKPOINT,
             f"{path} is missing: training cannot continue from weights only",
-            "weights are enough to generate: python main.py --generate --checkpoint-path FOLDER",
+            "weights are enough to generate: "
+            + format_command("--generate", "--checkpoint-path", checkpoint.path),
             "to continue training, name another checkpoint with --resume-from",
         )
     with checkpoint.open(STATE_NAME) as file:

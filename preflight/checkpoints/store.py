@@ -24,6 +24,7 @@ from preflight.checkpoints.manifest import (
     WEIGHTS_NAME,
 )
 from preflight.core import storage
+from preflight.core.commands import format_command
 from preflight.core.errors import ExitCode, PreflightError
 from preflight.core.log import log
 
@@ -95,7 +96,7 @@ def find_best(output_dir: Path) -> Checkpoint:
         raise PreflightError(
             ExitCode.CHECKPOINT,
             f"no checkpoint in {output_dir}",
-            "train first: python main.py --train, or name one with --checkpoint-path",
+            f"train first: {format_command('--train')}, or name one with --checkpoint-path",
         )
     return best
 
@@ -127,7 +128,8 @@ def open_checkpoint(path: str) -> Checkpoint:
             f"{path} is not a Preflight checkpoint: {describe_path(place, MANIFEST_NAME)}",
             f"expected a folder with {WEIGHTS_NAME}, {CONFIG_NAME} and {MANIFEST_NAME}, "
             "or one of these files",
-            "nothing was loaded from it; name such a folder, or train one: python main.py --train",
+            "nothing was loaded from it; name such a folder, or train one: "
+            + format_command("--train"),
         )
     checkpoint = read_checkpoint(folder)
     verify_checkpoint(checkpoint, needs_state=False)

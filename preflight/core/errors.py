@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import re
 from enum import IntEnum
+
+# What would break a line or control a terminal: C0, DEL, C1, line separators, marks that turn the
+# direction of text, and half-characters of file names that are not UTF-8.
+_UNPRINTABLE = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 
 
 class ExitCode(IntEnum):
@@ -36,6 +41,7 @@ class PreflightError(Exception):
 
     def __init__(self, code: ExitCode, *lines: str) -> None:
         self.code = code
+        lines = tuple(_UNPRINTABLE.sub(lambda m: repr(m[0])[1:-1], line) for line in lines)
         self.lines = list(lines[: self.MAX_LINES - 1])
         if len(lines) >= self.MAX_LINES:
             self.lines.append("; ".join(lines[self.MAX_LINES - 1 :]))

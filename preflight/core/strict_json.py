@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import json
 import math
 from pathlib import Path
@@ -12,8 +13,15 @@ from preflight.core.units import format_bytes
 MAX_JSON_BYTES = 16 * 2**20
 
 
-def read_json(path: Path) -> Any:
+_UTF_16_OR_32_MARKS = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE, codecs.BOM_UTF32_BE)
+
+
+def read_json(path: Path, *, by_hand: bool = False) -> Any:
     """Read a JSON file strictly.
+
+    Args:
+        path: the file.
+        by_hand: a person wrote it: it may begin with the mark that editors put before UTF-8.
 
     Raises:
         OSError: it cannot be read.
@@ -21,7 +29,8 @@ def read_json(path: Path) -> Any:
             holds a number that is not finite.
     """
     with open(path, "rb") as file:
-        return parse_json(file.read(MAX_JSON_BYTES + 1))
+        raw = file.read(MAX_JSON_BYTES + 1)
+    return parse_json(raw.removeprefix(codecs.BOM_UTF8) if by_hand else raw)
 
 
 def parse_json(raw: bytes) -> Any:
@@ -32,6 +41,11 @@ def parse_json(raw: bytes) -> Any:
     """
     if len(raw) > MAX_JSON_BYTES:
         raise ValueError(f"larger than {format_bytes(MAX_JSON_BYTES)}")
+    if raw.startswith(_UTF_16_OR_32_MARKS) or b"\0" in raw[:4]:
+        raise ValueError(
+            "in UTF-16 or UTF-32, not UTF-8; PowerShell writes UTF-8 with: "
+            "Set-Content -Encoding utf8"
+        )
     try:
         return json.loads(
             raw.decode("utf-8"),

@@ -8,15 +8,18 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 
+from preflight.core.commands import format_command
 from preflight.core.errors import ExitCode
+from preflight.core.log import log
 from preflight.core.signals import StopFlag
 from preflight.core.storage import check_writable, write_json
 from preflight.core.units import format_bytes
-from preflight.device.runtime import is_out_of_memory
+from preflight.device.runtime import MIN_STEPS_TO_COMPILE, is_out_of_memory
 from preflight.foresight.fits import find_bf16_fault, judge_fit
 from preflight.foresight.learnability import (
     Advice,
@@ -34,9 +37,11 @@ from preflight.foresight.run_time import (
 )
 from preflight.foresight.target import describe_absent, describe_present, is_absent
 from preflight.modes import check_sections as sections
+from preflight.modes.check_answers import answer_questions
 from preflight.modes.check_sections import Findings
-from preflight.modes.report import Problem, Report
+from preflight.modes.report import Problem, Report, is_in_colour
 from preflight.modes.setup import RunSetup
+from preflight.modes.start import check_machine
 from preflight.settings import RunConfig
 from train_utils import iterate_windows
 
@@ -53,7 +58,7 @@ def run(config: RunConfig) -> int:
     if config.check.json:
         sys.stdout.write(json.dumps(report.to_dict(), indent=2, allow_nan=False) + "\n")
     else:
-        sys.stdout.write(report.to_text())
+        sys.stdout.write(report.to_text(in_colour=is_in_colour(sys.stdout)))
     return int(ExitCode.CHECK_FAILED if report.problems else ExitCode.DONE)
 
 
@@ -66,35 +71,33 @@ def build_report(config: RunConfig) -> Report:
 
 
 def gather(found: Findings) -> None:
-    """Fill the report, section by section."""
-    report, setup = found.report, found.setup
-    with report.guard("system information"):
-        report.is_writable = False
-        check_writable(setup.output_dir)
-        report.is_writable = True
-    with report.guard("model"):
-        sections.describe_origin(found)
-    with report.guard("model"):
-        setup.tokenizer  # noqa: B018  # its error belongs to this section
-    with report.guard("model"):
-        found.find_model()
-    with report.guard("dataset"):
-        read_data(found)
-    with report.guard("training configuration"):
-        sections.describe_plan(found)
-    with report.guard("performance estimation"):
-        choose_target(found)
-    if found.model is not None and found.target is not None:
-        found.memory = estimate_memory(found.model, found.training, found.memory_options())
+    """Fill the report, step by step; what fails keeps no other step from its part."""
+    report = found.report
+    for section, step in QUICK_STEPS:
+        with report.guard(section):
+            step(found)
+    for problem in report.problems:
+        log.warning(problem.text)  # now, since a large text may take long to read
+    for section, step in STEPS:
+        with report.guard(section):
+            step(found)
+    with report.guard("recommendations"):
+        report.answers = answer_questions(found)
+
+
+def check_output(found: Findings) -> None:
+    """The output folder can be written to."""
+    check_writable(found.setup.output_dir)
+    found.report.is_writable = True
+
+
+def check_device(found: Findings) -> None:
+    """The device that the flags name is there, or known."""
+    config = found.config
+    if is_absent(config.check):
+        describe_absent(config.check, config.system, MIN_STEPS_TO_COMPILE)
     else:
-        report.sections["memory analysis"]["not_known"] = "needs the model and the device"
-    sections.describe_model(found)
-    with report.guard("performance estimation"):
-        time_run(found)
-    sections.describe_memory(found)
-    sections.describe_performance(found)
-    sections.describe_system(found)
-    advise(found)
+        check_machine(config.system)
 
 
 def read_data(found: Findings) -> None:
@@ -146,7 +149,7 @@ def time_run(found: Findings) -> None:
     elif target.card is None:
         rows["not_known"] = "a memory size alone implies no speed: name the card with --target-gpu"
         return
-    estimate = estimate_cost(
+    estimated = estimate_cost(
         model,
         training,
         dtype=target.dtype,
@@ -156,14 +159,22 @@ def time_run(found: Findings) -> None:
         gradient_checkpointing=found.config.system.gradient_checkpointing,
         window_tokens=found.window_tokens,
     )
-    measured = measure(found, estimate) if may_measure(found) else None
-    found.cost = measured or estimate
+    measured = measure(found, estimated) if may_measure(found) else None
+    found.cost = measured or estimated
     peak_flops = cpu_flops or target.card.rate_tflops(target.dtype_name) * 1e12  # type: ignore[union-attr]
-    sections.describe_rate(found, estimate, measured, peak_flops)
+    sections.describe_rate(found, estimated, measured, peak_flops)
     if found.plan is not None:
         found.run_time = estimate_run_time(
             found.cost, found.plan, found.config.control, found.setup.state.step
         )
+
+
+def estimate(found: Findings) -> None:
+    """Predict the memory, which needs no data."""
+    if found.model is not None and found.target is not None:
+        found.memory = estimate_memory(found.model, found.training, found.memory_options())
+    else:
+        found.report.sections["memory analysis"]["not_known"] = "needs the model and the device"
 
 
 def may_measure(found: Findings) -> bool:
@@ -220,7 +231,7 @@ def advise(found: Findings) -> None:
         if share < _ROOMY_SHARE:
             report.recommendations.append(
                 f"{share:.0%} of the memory is used: a larger --batch-size may be faster; "
-                "python main.py --get-optimal-bs finds it"
+                f"{format_command('--get-optimal-bs')} finds it"
             )
     if found.cost is not None and not found.cost.n_timed:
         report.recommendations.append(
@@ -230,6 +241,29 @@ def advise(found: Findings) -> None:
     report.recommendations.append(
         "fix the problems below, then run --check again"
         if report.problems
-        else "python main.py --validate-only with the same flags tries every part once; "
+        else f"{format_command('--validate-only')} with the same flags tries every part once; "
         "then --train"
     )
+
+
+Step = Callable[[Findings], object]
+# The section that says so when a step fails, and the step.
+QUICK_STEPS: tuple[tuple[str, Step], ...] = (
+    ("system information", check_output),
+    ("model", sections.describe_origin),
+    ("model", lambda found: found.setup.tokenizer),  # its error belongs to this section
+    ("model", Findings.find_model),
+    ("performance estimation", check_device),
+)
+STEPS: tuple[tuple[str, Step], ...] = (
+    ("dataset", read_data),
+    ("training configuration", sections.describe_plan),
+    ("performance estimation", choose_target),
+    ("memory analysis", estimate),
+    ("model", sections.describe_model),
+    ("performance estimation", time_run),
+    ("memory analysis", sections.describe_memory),
+    ("performance estimation", sections.describe_performance),
+    ("system information", sections.describe_system),
+    ("recommendations", advise),
+)

@@ -11,7 +11,6 @@ import dataclasses
 import functools
 import json
 import os
-import shlex
 import sys
 from collections.abc import Callable
 from dataclasses import replace
@@ -22,6 +21,7 @@ import torch
 
 from preflight.checkpoints.store import remove_leftovers
 from preflight.core import storage
+from preflight.core.commands import format_command
 from preflight.core.errors import ExitCode, PreflightError
 from preflight.core.locks import FolderLock
 from preflight.core.log import log
@@ -42,6 +42,7 @@ from preflight.foresight.memory import (
 )
 from preflight.foresight.trials import TrialResult, TrialSpec, run_trial
 from preflight.modes.setup import RunSetup
+from preflight.modes.start import check_machine
 from preflight.settings import MODEL_PRESETS, RunConfig, build_options
 from train_utils import count_windows
 
@@ -61,6 +62,7 @@ def run(config: RunConfig) -> int:
         raise PreflightError(
             ExitCode.FLAGS, "--test-batch-sizes and --target-batch-size: give one of them"
         )
+    check_machine(config.system)
     output_dir = Path(config.control.output_dir)
     storage.make_folder(output_dir)
     with contextlib.ExitStack() as stack:
@@ -338,20 +340,15 @@ class BatchSizeReport:
 
 def _build_train_command(config: RunConfig) -> str:
     """`--train` with the flags of this call, without those of the search and of the update."""
-    words = ["python", "main.py", "--train"]
+    words = ["--train"]
     for option in build_options().values():
-        value = getattr(getattr(config, option.group), option.name)
         if (
-            config.sources.get(option.name) != "the command line"
-            or option.group in ("search", "check", "generation", "sampling")
-            or option.name in ("batch_size", "gradient_accumulation_steps")
+            config.sources.get(option.name) == "the command line"
+            and option.group not in ("search", "check", "generation", "sampling")
+            and option.name not in ("batch_size", "gradient_accumulation_steps")
         ):
-            continue
-        if option.kind is bool:
-            words.append(option.flag if value else option.flag.replace("--", "--no-", 1))
-        else:
-            words += [option.flag, *map(str, value if option.many else [value])]
-    return shlex.join(words)
+            words += option.spell(config.get(option))
+    return format_command(*words)
 
 
 def explain_no_fit(trials: BatchTrials) -> PreflightError:

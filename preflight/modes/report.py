@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import contextlib
+import os
+import traceback
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TextIO
 
 from preflight.core.errors import ExitCode, PreflightError
+from preflight.core.log import log
 from preflight.core.units import format_bytes, format_seconds
+from preflight.device.runtime import is_out_of_memory
 from preflight.foresight.learnability import Advice
 
 FORMAT, VERSION = "preflight-check", 1
@@ -22,6 +26,26 @@ SECTIONS = (
     "warnings",
     "recommendations",
 )
+
+
+# Green, yellow and red of a terminal (ECMA-48, "select graphic rendition").
+_COLOURS = {"yes": 32, "tight": 33, "doubtful": 33, "unknown": 33, "no": 31}
+
+
+@dataclass(frozen=True)
+class Answer:
+    """A question, the verdict in a word or two, and what it stands on."""
+
+    question: str
+    verdict: str
+    text: str
+
+    def format(self, *, in_colour: bool) -> str:
+        """One line."""
+        verdict = self.verdict
+        if in_colour and verdict in _COLOURS:
+            verdict = f"\x1b[{_COLOURS[verdict]}m{verdict}\x1b[0m"
+        return f"{self.question:<20} {verdict}: {self.text}"
 
 
 @dataclass(frozen=True)
@@ -42,18 +66,19 @@ class Report:
     warnings: list[Advice] = field(default_factory=list)
     recommendations: list[str] = field(default_factory=list)
     problems: list[Problem] = field(default_factory=list)
-    is_writable: bool = True
+    answers: list[Answer] = field(default_factory=list)
+    is_writable: bool = False
 
     @contextlib.contextmanager
     def guard(self, section: str) -> Iterator[None]:
-        """Record a `PreflightError` as a problem and continue; signals still end the program."""
+        """Record an error as a problem and continue; signals still end the program."""
         try:
             yield
-        except PreflightError as error:
-            if error.code in (ExitCode.SIGINT, ExitCode.SIGTERM):
-                raise
-            self.problems.append(Problem(error.lines[0], "; ".join(error.lines[1:])))
-            self.sections[section].setdefault("not_known", error.lines[0])
+        except Exception as error:  # a broken section must not hide what the others find
+            problem = Problem(*describe_error(error))
+            if problem not in self.problems:
+                self.problems.append(problem)
+            self.sections.get(section, {}).setdefault("not_known", problem.text)
 
     def to_dict(self) -> dict[str, Any]:
         """The report as plain JSON types, in the order of `SECTIONS`."""
@@ -61,15 +86,18 @@ class Report:
             "format": FORMAT,
             "version": VERSION,
             "ok": not self.problems,
+            "answers": [vars(answer) for answer in self.answers],
             **{name.replace(" ", "_"): rows for name, rows in self.sections.items()},
             "warnings": [vars(advice) for advice in self.warnings],
             "recommendations": self.recommendations,
             "problems": [vars(problem) for problem in self.problems],
         }
 
-    def to_text(self) -> str:
-        """The report for people: the same rows, formatted by the unit in their key."""
-        lines = []
+    def to_text(self, *, in_colour: bool = False) -> str:
+        """The report for people: the answers, then all rows, formatted by the unit in their key."""
+        lines = ["", *(answer.format(in_colour=in_colour) for answer in self.answers)]
+        if self.problems:
+            lines.append(f"{'First of all':<20} {self.problems[0].text}")
         for name, rows in self.sections.items():
             lines += ["", name.capitalize()]
             lines += [
@@ -91,6 +119,30 @@ class Report:
         else:
             lines.append("All checks passed.")
         return "\n".join(lines[1:]) + "\n"
+
+
+def is_in_colour(stream: TextIO) -> bool:
+    """Whether colours are shown: on a terminal that has them, unless NO_COLOR (no-color.org)."""
+    plain = os.environ.get("NO_COLOR") or os.environ.get("TERM") == "dumb" or os.name == "nt"
+    return stream.isatty() and not plain
+
+
+def describe_error(error: Exception) -> tuple[str, str]:
+    """What a part of a report failed with, and what to do about it.
+
+    Raises:
+        PreflightError: it is a signal, which ends the program.
+    """
+    if isinstance(error, PreflightError):
+        if error.code in (ExitCode.SIGINT, ExitCode.SIGTERM):
+            raise error
+        return error.lines[0], "; ".join(error.lines[1:])
+    log.debug("".join(traceback.format_exception(error)))
+    fix = "this may be a fault of the installation: pip install -r requirements.txt"
+    if is_out_of_memory(error):
+        fix = "a smaller --model-size or --context-length, or --gradient-checkpointing"
+    text = (str(error).strip().splitlines() or [""])[0]
+    return f"{type(error).__name__}: {text[:200]}", fix
 
 
 def format_label(key: str) -> str:

@@ -19,6 +19,7 @@ from torch import Tensor
 from generate import build_empty_model, load_model
 from preflight.checkpoints.format import Checkpoint, load_weights
 from preflight.checkpoints.store import find_best, open_checkpoint
+from preflight.core.commands import join_words
 from preflight.core.errors import ExitCode, PreflightError
 from preflight.core.log import log
 from preflight.core.signals import StopFlag
@@ -386,7 +387,7 @@ def _restore_state(setup: RunSetup, origin: Checkpoint) -> TrainState:
             f"{setup.given.data.data_dir} is not the data that {origin.path} was trained on "
             f"(fingerprint {fingerprint[:12]}, now {setup.data.fingerprint[:12]})",
             "start anew with another --output-dir, or continue on the new data: "
-            f"--resume-from {origin.path}",
+            + join_words("--resume-from", origin.path),
         )
     log.info("the data is new to this checkpoint: training starts at its beginning")
     return dataclasses.replace(state, cursor=0, eval_windows=0, best_val_loss=None)

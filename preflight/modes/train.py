@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import time
 from pathlib import Path
@@ -11,6 +12,7 @@ import torch
 
 from generate import SAMPLE_TOKENS, generate_text
 from preflight.checkpoints.store import find_best, list_checkpoints, remove_leftovers
+from preflight.core.commands import format_command
 from preflight.core.errors import ExitCode
 from preflight.core.locks import FolderLock
 from preflight.core.log import log
@@ -23,6 +25,7 @@ from preflight.foresight.fits import explain_out_of_memory
 from preflight.foresight.learnability import find_short_text
 from preflight.models.cost import count_parameters
 from preflight.modes.setup import RunSetup
+from preflight.modes.start import check_machine, check_start
 from preflight.settings import RunConfig, SamplingConfig, describe_choices
 from preflight.training.curve import CURVE_NAME, LossCurve
 from preflight.training.divergence import DivergenceGuard
@@ -41,13 +44,18 @@ def run(config: RunConfig) -> int:
         PreflightError: with the code of whatever stands in the way.
     """
     find_sources(config.data)  # a misspelt file is told before any folder is made
+    check_machine(config.system)
     output_dir = Path(config.control.output_dir)
-    refuse_foreign_output(output_dir)
-    make_folder(output_dir)
-    with StopFlag() as stop, FolderLock(output_dir):
+    with StopFlag() as stop, contextlib.ExitStack() as stack:
+        setup = RunSetup(config, stop, resumes=True)
+        if config.control.resume_from:  # the newest checkpoint is asked for under the lock
+            setup.config  # noqa: B018
+        refuse_foreign_output(output_dir)
+        make_folder(output_dir)
+        stack.enter_context(FolderLock(output_dir))
         check_writable(output_dir)  # under the lock: two probes at once would disturb each other
         remove_leftovers(output_dir)
-        setup = RunSetup(config, stop, resumes=True)
+        check_start(setup)
         setup.check_before_data()
         setup.data  # noqa: B018
         # Readers share the data folder; a preparation that would replace it is locked out.
@@ -197,7 +205,8 @@ class TrainingRun:
         if best.val_loss is not None:
             log.info(f"best: {best.path} (step {best.step:,}, validation loss {best.val_loss:.4f})")
         log.info(f"loss curve: {self.output_dir / CURVE_NAME}")
-        log.info(f"generate text: python main.py --generate --output-dir {self.output_dir}")
+        command = format_command("--generate", "--output-dir", self.output_dir)
+        log.info(f"generate text: {command}")
         return ExitCode.DONE
 
 

@@ -13,9 +13,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
-from preflight.core.errors import ExitCode, PreflightError
+from preflight.core.errors import ExitCode
 from preflight.core.signals import StopFlag
-from preflight.device.runtime import is_out_of_memory
+from preflight.modes.report import describe_error
 from preflight.modes.setup import RunSetup
 from preflight.modes.validation_checks import (
     Fault,
@@ -33,7 +33,6 @@ from preflight.modes.validation_checks import (
     check_shards,
     check_tokenizer,
     check_update,
-    read_error,
 )
 from preflight.settings import RunConfig
 
@@ -119,15 +118,7 @@ def run_check(number: int, subject: Subject, before: list[Result]) -> Result:
         return Result(number, name, "not run", str(lacking))
     except Fault as fault:
         faults = fault.faults
-    except PreflightError as error:
-        if error.code in (ExitCode.SIGINT, ExitCode.SIGTERM):
-            raise
-        faults = (read_error(error),)
     except Exception as error:  # a broken part must not hide what the other checks find
-        fix = "this may be a fault of the installation: pip install -r requirements.txt"
-        if is_out_of_memory(error):
-            fix = "a smaller --model-size or --context-length, or --gradient-checkpointing"
-        text = (str(error).strip().splitlines() or [""])[0]
-        faults = ((f"{type(error).__name__}: {text[:200]}", fix),)
+        faults = (describe_error(error),)
     count = f"{len(faults)} fault{'s' * (len(faults) > 1)}"
     return Result(number, name, "failed", count, faults)

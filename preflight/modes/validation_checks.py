@@ -38,6 +38,7 @@ from preflight.foresight.fits import check_disk, find_bf16_fault
 from preflight.models.cost import count_parameters
 from preflight.models.loss import count_targets
 from preflight.models.protocol import LanguageModel
+from preflight.modes.report import describe_error
 from preflight.modes.setup import RunSetup
 from preflight.settings import ControlSettings, RunConfig, SamplingConfig
 from preflight.tokenization import Tokenizer
@@ -177,20 +178,13 @@ class Subject:
             return self.trainer.model(*self.batch) / count_targets(self.batch[1])
 
 
-def read_error(error: PreflightError) -> tuple[str, str]:
-    """What is wrong, and what to do about it."""
-    return error.lines[0], "; ".join(error.lines[1:])
-
-
 @contextlib.contextmanager
 def collected(faults: list[tuple[str, str]]) -> Iterator[None]:
     """A `PreflightError` joins `faults` instead of ending the check; signals still do."""
     try:
         yield
     except PreflightError as error:
-        if error.code in (ExitCode.SIGINT, ExitCode.SIGTERM):
-            raise
-        faults.append(read_error(error))
+        faults.append(describe_error(error))
 
 
 # ---- the checks ---------------------------------------------------------------------------------
@@ -285,8 +279,6 @@ def check_shards(subject: Subject) -> str:
     try:
         data = subject.data
     except PreflightError as error:
-        if error.code in (ExitCode.SIGINT, ExitCode.SIGTERM):
-            raise
         raise Fault(*_find_data_faults(subject, error)) from None
     return (
         f"{len(data.train.shards) + len(data.val.shards)} shards, "
@@ -296,7 +288,7 @@ def check_shards(subject: Subject) -> str:
 
 def _find_data_faults(subject: Subject, error: PreflightError) -> list[tuple[str, str]]:
     """Every fault of the data folder, where preparation stops at the first one."""
-    faults = [read_error(error)]
+    faults = [describe_error(error)]
     data_dir = Path(subject.config.data.data_dir)
     if subject.config.data.text_file:
         return faults  # the text or its preparation was at fault, not an older data folder

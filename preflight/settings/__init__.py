@@ -14,6 +14,7 @@ from preflight.settings.model import (
 )
 from preflight.settings.options import Option
 from preflight.settings.run import (
+    GROUP_SUMMARIES,
     GROUPS,
     RunConfig,
     build_config,
@@ -28,6 +29,7 @@ from preflight.settings.training import TrainingSettings
 __all__ = [
     "CUSTOM_SIZE_FIELDS",
     "GROUPS",
+    "GROUP_SUMMARIES",
     "MODEL_PRESETS",
     "OUTPUT_SUFFIXES",
     "CheckSettings",

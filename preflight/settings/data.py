@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from preflight.settings.options import MAX_COUNT, setting
+from preflight.settings.options import MAX_COUNT, check_unicode, setting
 
 
 @dataclass(frozen=True)
@@ -24,6 +24,7 @@ class DataSettings:
         None,
         "text that separates documents within a file, such as '<|endoftext|>'",
         metavar="TEXT",
+        check=check_unicode,
     )
     output_dir: str | None = None  # the value of --output-dir, no flag of this group
 

@@ -35,8 +35,28 @@ _FAULTS = {
 
 
 def _check_text(value: str) -> str:
-    if not value or "\0" in value:
+    if not value:
         raise ValueError("must not be empty or contain a NUL character")
+    return value
+
+
+def _check_characters(value: str) -> str:
+    """For every text, whatever its own `check` is: the system can be asked for such a name."""
+    if "\0" in value:
+        raise ValueError("must not be empty or contain a NUL character")
+    try:
+        value.encode("utf-8", "surrogateescape")  # bytes of a file name that are not UTF-8 pass
+    except UnicodeEncodeError:
+        raise ValueError("must not contain half a surrogate pair") from None
+    return value
+
+
+def check_unicode(value: str) -> str:
+    """For `setting`: a text that can be part of a UTF-8 file."""
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        raise ValueError("must be UTF-8 text") from None
     return value
 
 
@@ -83,6 +103,15 @@ class Option:
     def flag(self) -> str:
         """How the option is spelled on the command line."""
         return "--" + self.name.replace("_", "-")
+
+    def spell(self, value: Any) -> list[str]:
+        """The words that set it to `value` on the command line."""
+        if self.kind is bool:
+            return [self.flag if value else self.flag.replace("--", "--no-", 1)]
+        items = [str(item) for item in (value if self.many else [value])]
+        if any(item.startswith("-") and item != "-" for item in items):
+            return [f"{self.flag}={item}" for item in items]  # else argparse takes them for flags
+        return [self.flag, *items]
 
     def read(self, raw: Any) -> Any:
         """Text from the command line or a JSON value, as the option's type.
@@ -169,7 +198,7 @@ def _build_adapter(
             rules["allow_inf_nan"] = False
         declared = Annotated[kind, Field(strict=True, **rules)]
         if kind is str:
-            declared = Annotated[declared, AfterValidator(check)]
+            declared = Annotated[declared, AfterValidator(_check_characters), AfterValidator(check)]
     return TypeAdapter(declared)
 
 

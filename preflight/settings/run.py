@@ -5,6 +5,7 @@ import os
 from dataclasses import dataclass, field
 from typing import Any
 
+from preflight.core.commands import join_words
 from preflight.core.errors import ExitCode, PreflightError
 from preflight.settings.check import CheckSettings
 from preflight.settings.control import ControlSettings
@@ -39,6 +40,10 @@ class RunConfig:
         preset = MODEL_PRESETS.get(self.model.model_size, MODEL_PRESETS["micro"])
         return self.training.learning_rate or preset.learning_rate
 
+    def get(self, option: Option) -> Any:
+        """The value of a flag."""
+        return getattr(getattr(self, option.group), option.name)
+
     def resolve_training(self) -> TrainingSettings:
         """The training flags, with the preset's learning rate where none was given."""
         return dataclasses.replace(self.training, learning_rate=self.peak_learning_rate)
@@ -47,6 +52,18 @@ class RunConfig:
 # By the name of the group, in the order of `--help`.
 GROUPS: dict[str, Any] = {
     item.name: item.type for item in dataclasses.fields(RunConfig) if item.name != "sources"
+}
+# What `--help` says of each group. Docstrings would be gone under `python -OO`.
+GROUP_SUMMARIES = {
+    "model": "The model's architecture; unset values come from the preset or the tokenizer.",
+    "training": "Batch size, optimizer, learning rate and length of the run.",
+    "data": "The training text, and the token shards made from it.",
+    "control": "Checkpoints, evaluation, logging and resuming.",
+    "system": "Device, precision and compilation.",
+    "sampling": "How the next token is chosen, and when generation ends.",
+    "generation": "The checkpoint, the prompts, and where completions go.",
+    "check": "What the report of `--check` holds, and for which GPU.",
+    "search": "How `--get-optimal-bs` searches for a batch size.",
 }
 
 
@@ -120,11 +137,11 @@ def _find_conflicts(config: RunConfig) -> list[str]:
 
 
 def describe_choices(config: RunConfig) -> list[str]:
-    """One line for each non-default value: flag, value and where it came from."""
+    """One line for each non-default value: the flag as it is typed, and where it came from."""
     lines = []
     for option in build_options().values():
-        value = getattr(getattr(config, option.group), option.name)
+        value = config.get(option)
         if value != option.default:
             source = config.sources.get(option.name, "a caller")
-            lines.append(f"{option.flag} {value} (from {source})")
+            lines.append(f"{join_words(*option.spell(value))} (from {source})")
     return lines

@@ -80,7 +80,8 @@ def adopt_settings(config: RunConfig, origin: Checkpoint) -> RunConfig:
             log.info(f"changed since the checkpoint: {name} {before} -> {asked}")
     training = dataclasses.replace(config.training, **values)
     model = dataclasses.replace(config.model, tokenizer=origin.config["tokenizer"]["name"])
-    return dataclasses.replace(config, training=training, model=model)
+    sources = dict.fromkeys(values, "the checkpoint") | config.sources
+    return dataclasses.replace(config, training=training, model=model, sources=sources)
 
 
 def read_saved_settings(origin: Checkpoint) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import math
 import time
@@ -14,12 +15,21 @@ import torch
 
 from conftest import MakeConfig
 from preflight.core.strict_json import read_json
+from preflight.core.units import format_bytes, format_seconds
 from preflight.corpus.build import prepare_data
 from preflight.device.cards import find_card
 from preflight.foresight import fits
 from preflight.modes import check, train
 from preflight.modes.check import build_report
-from preflight.modes.report import SECTIONS, Report, compare, format_label, format_value
+from preflight.modes.report import (
+    SECTIONS,
+    Answer,
+    Report,
+    compare,
+    format_label,
+    format_value,
+    is_in_colour,
+)
 from preflight.tokenization import load_tokenizer
 
 
@@ -60,6 +70,103 @@ def test_sections_in_order_and_the_same_figures_as_json(
     assert printed["model"] == saved["model"]
     assert printed["dataset"] == saved["dataset"]
     assert printed["training_configuration"] == saved["training_configuration"]
+
+
+def read_answers(report: Report) -> list[str]:
+    """The lines before the first blank one."""
+    return report.to_text().split("\n\n")[0].splitlines()
+
+
+def test_three_answers_come_first(make_config: MakeConfig) -> None:
+    report = build_report(make_config(price_per_hour=3600.0))
+    fit, time_and_cost, learning = read_answers(report)
+    memory = report.sections["memory analysis"]
+    needed, available = (format_bytes(memory[f"{name}_bytes"]) for name in ("needed", "available"))
+    assert fit == f"Does it fit?         yes: {needed} needed, {available} available on cpu"
+    rows = report.sections["performance estimation"]
+    seconds = format_seconds(rows["total_seconds"])
+    assert time_and_cost.startswith(f"How long, how dear?  {seconds}: estimated; finished 20")
+    assert time_and_cost.endswith(f"cost {rows['cost']:,.2f} at 3600 per hour")
+    # 640 tokens for 1.6 million parameters, and a validation part of a few hundred tokens.
+    assert learning.startswith("Will it learn?       doubtful: 0.0016 tokens per parameter; ")
+    assert learning.endswith("see Warnings") or learning.endswith("under Warnings")
+    assert report.to_dict()["answers"][0]["verdict"] == "yes"
+    assert "--price-per-hour adds the cost" in read_answers(build_report(make_config()))[1]
+
+
+def test_the_answers_of_runs_that_cannot_be(
+    make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fit, how_long, _, first = read_answers(build_report(make_config(gpu_memory=0.3)))
+    assert fit.startswith("Does it fit?         no: ")
+    assert "unknown: a memory size alone implies no speed" in how_long
+    assert first.startswith("First of all         does not fit: ")
+    absent = read_answers(build_report(make_config(device="cuda:99")))
+    assert "unknown: --device cuda:99" in absent[0]
+    assert "unknown: --device cuda:99" in absent[1]
+    assert "doubtful" in absent[2]
+    no_text = read_answers(build_report(make_config(text_file=["missing.txt"])))
+    assert "yes: " in no_text[0]
+    assert "unknown: missing.txt" in no_text[1]
+    assert "unknown: missing.txt" in no_text[2]
+    monkeypatch.setattr(fits, "free_bytes", lambda path: 10)
+    assert "no: the disk lacks room" in read_answers(build_report(make_config()))[0]
+
+
+def test_a_run_without_a_warning_learns(
+    make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(check, "find_plan_warnings", lambda *args: [])
+    learning = read_answers(build_report(make_config()))[2]
+    assert learning == "Will it learn?       yes: 0.0 tokens per parameter, no warning"
+
+
+@pytest.mark.parametrize(
+    ("environment", "terminal", "coloured"),
+    [
+        ({"TERM": "xterm"}, True, True),
+        ({"TERM": "xterm", "NO_COLOR": ""}, True, True),
+        ({"TERM": "xterm", "NO_COLOR": "1"}, True, False),
+        ({"TERM": "dumb"}, True, False),
+        ({"TERM": "xterm"}, False, False),
+    ],
+)
+def test_colours_are_for_terminals_that_want_them(
+    monkeypatch: pytest.MonkeyPatch, environment: dict[str, str], terminal: bool, coloured: bool
+) -> None:
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    stream = io.StringIO()
+    monkeypatch.setattr(stream, "isatty", lambda: terminal, raising=False)
+    assert is_in_colour(stream) is coloured
+    report = Report(answers=[Answer("Does it fit?", "no", "why"), Answer("How long?", "3 s", "ok")])
+    text = report.to_text(in_colour=is_in_colour(stream))
+    assert ("\x1b[31mno\x1b[0m: why\n" in text) is coloured
+    assert "How long?            3 s: ok\n" in text
+
+
+@pytest.mark.parametrize("place", range(len(check.QUICK_STEPS + check.STEPS)))
+def test_a_step_that_fails_leaves_a_whole_report(
+    make_config: MakeConfig,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    place: int,
+) -> None:
+    def fail(found: Any) -> None:
+        raise KeyError("of this step")
+
+    steps = [*check.QUICK_STEPS, *check.STEPS]
+    steps[place] = (steps[place][0], fail)
+    n_quick = len(check.QUICK_STEPS)
+    monkeypatch.setattr(check, "QUICK_STEPS", tuple(steps[:n_quick]))
+    monkeypatch.setattr(check, "STEPS", tuple(steps[n_quick:]))
+    assert check.run(make_config()) == 1
+    said = capsys.readouterr()
+    assert "KeyError: 'of this step'" in said.out.split("1 problem in the way")[1]
+    assert all(f"{name.capitalize()}\n" in said.out for name in SECTIONS)
+    assert said.out.startswith("Does it fit?")
+    assert ("warning: KeyError" in said.err) == (place < n_quick)  # told before the text is read
 
 
 def test_only_the_data_folder_and_the_report_are_written(
@@ -194,6 +301,9 @@ def test_a_run_that_would_be_continued(make_config: MakeConfig) -> None:
     report = build_report(make_config(max_steps=12))
     rows = report.sections["training configuration"]
     assert "checkpoint-4, step 4" in rows["continues"]
+    flags = report.sections["system information"]["flags_set"]
+    assert "--learning-rate 0.001 (from the checkpoint)" in flags
+    assert "a caller" not in flags
     assert report.problems == []
     other = build_report(make_config(n_layers=3))
     assert "n_layers: checkpoint 2, flags 3" in problems_of(other)

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import pytest
 
 from preflight.core.registry import Registry
-from preflight.settings.options import check_fields, list_options, setting
+from preflight.settings.options import check_fields, check_unicode, list_options, setting
 
 FRUIT: Registry[str] = Registry("--fruit", {"apple": "no.such.module:APPLE"})
 
@@ -18,6 +18,7 @@ class Basket:
     weights: tuple[float, ...] = setting((), "each in kg", gt=0)
     fruit: str = setting("apple", "which", choices=FRUIT)
     label: str | None = setting(None, "what is on it")
+    word: str | None = setting(None, "said", check=check_unicode)
     is_full: bool | None = setting(None, "whether")
     internal: int = setting(1, ge=0)
     plain: int = 5
@@ -30,6 +31,7 @@ def test_fields_with_help_are_options() -> None:
         ("--weights", float, True),
         ("--fruit", str, False),
         ("--label", str, False),
+        ("--word", str, False),
         ("--is-full", bool, False),
     ]
 
@@ -70,6 +72,9 @@ def test_text_and_json_values_are_read(name: str, raw: object, value: object) ->
         ("fruit", 3, "--fruit takes text, got 3"),
         ("label", "", "--label must not be empty or contain a NUL character, got ''"),
         ("label", "a\0", "--label must not be empty or contain a NUL character, got 'a\\x00'"),
+        ("label", "\ud800", "--label must not contain half a surrogate pair, got '\\ud800'"),
+        ("word", "\udcff", "--word must be UTF-8 text, got '\\udcff'"),
+        ("word", "a\0", "--word must not be empty or contain a NUL character, got 'a\\x00'"),
         ("label", ["a"], "--label takes text, got ['a']"),
         ("is_full", "yes", "--is-full takes true or false, got 'yes'"),
         ("is_full", "true", "--is-full takes true or false, got 'true'"),

@@ -118,6 +118,12 @@ def test_choices_are_told_with_their_source() -> None:
         {"batch_size": 4, "max_steps": "9"},
         {"batch_size": "run.json", "max_steps": "the command line"},
     )
+    spelled = build_config({"prompts": ["a b", "-c"], "measure": False, "text_file": ["x y"]}, {})
+    assert describe_choices(spelled) == [
+        "--text-file 'x y' (from a caller)",
+        "'--prompts=a b' --prompts=-c (from a caller)",
+        "--no-measure (from a caller)",
+    ]
     assert describe_choices(config) == [
         "--batch-size 4 (from run.json)",
         "--max-steps 9 (from the command line)",

@@ -1,0 +1,134 @@
+"""Which flags a call does not use: those of other modes, and those that another flag makes idle."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from preflight.settings.options import Option
+from preflight.settings.run import RunConfig, build_options
+
+# What each mode uses: groups of flags, and single flags of other groups. A run's own flags apply to
+# every mode that foresees or tries that run. A mode without a row uses all.
+_OF_A_RUN = ("model", "training", "data", "control", "system")
+MODE_FLAGS: dict[str, tuple[str, ...]] = {
+    "check": (*_OF_A_RUN, "check"),
+    "validate-only": (*_OF_A_RUN, "json"),
+    "train": _OF_A_RUN,
+    "get-optimal-bs": (*_OF_A_RUN, "search", "json"),
+    "generate": (
+        *("model", "sampling", "generation"),
+        *("seed", "output_dir", "device", "mixed_precision", "log_level", "config"),
+    ),
+}
+
+
+def is_used(option: Option, mode: str) -> bool:
+    """Whether a mode uses the flag at all."""
+    row = MODE_FLAGS.get(mode)
+    return row is None or option.group in row or option.name in row
+
+
+@dataclass(frozen=True)
+class IdleFlags:
+    """Flags that say nothing in some calls, and why."""
+
+    names: tuple[str, ...]
+    why: str
+    applies: Callable[[RunConfig], bool]
+    modes: tuple[str, ...] = tuple(MODE_FLAGS)
+
+
+def _has_no_text(config: RunConfig) -> bool:
+    return not config.data.text_file
+
+
+def _reuses_data(config: RunConfig) -> bool:
+    """Whether the data folder is taken as it is: there is no text to make another from."""
+    return _has_no_text(config) and (Path(config.data.data_dir) / "metadata.json").exists()
+
+
+def _is_for_absent_gpu(config: RunConfig) -> bool:
+    return config.check.target_gpu is not None or config.check.gpu_memory is not None
+
+
+IDLE_FLAGS = (
+    IdleFlags(
+        ("shard_size", "val_split", "num_workers"),
+        "no --text-file is given, and the data folder is used as it is",
+        _reuses_data,
+    ),
+    IdleFlags(("document_separator",), "no --text-file is given", _has_no_text),
+    IdleFlags(
+        ("beta2", "eps"),
+        "--optimizer sgd has none",
+        lambda config: config.training.optimizer == "sgd",
+    ),
+    IdleFlags(
+        ("batch_size",), "--get-optimal-bs tries its own", lambda config: True, ("get-optimal-bs",)
+    ),
+    IdleFlags(
+        ("device",), "the report is for a GPU that is not here", _is_for_absent_gpu, ("check",)
+    ),
+    IdleFlags(
+        ("measure",),
+        "the report is for a GPU that is not here",
+        lambda config: config.check.measure and _is_for_absent_gpu(config),
+        ("check",),
+    ),
+    IdleFlags(
+        ("price_per_hour",),
+        "--gpu-memory alone implies no speed: name the card with --target-gpu",
+        lambda config: config.check.gpu_memory is not None and config.check.target_gpu is None,
+        ("check",),
+    ),
+    IdleFlags(
+        ("output_dir",),
+        "--checkpoint-path names the checkpoint",
+        lambda config: config.generation.checkpoint_path is not None,
+        ("generate",),
+    ),
+    IdleFlags(
+        ("temperature", "top_k", "top_p", "seed"),
+        "--no-do-sample always takes the most probable token",
+        lambda config: not config.sampling.do_sample,
+        ("generate",),
+    ),
+)
+
+
+def drop_unused(mode: str, config: RunConfig) -> tuple[RunConfig, dict[str, str]]:
+    """The configuration without the flags that this call does not use.
+
+    Returns:
+        The configuration, in which those flags have their defaults, so that nothing announces
+        them; and what is said of each flag that was given and is not used, by its name.
+    """
+    options = build_options()
+    of_other_modes = {
+        name: f"is not used by --{mode}"
+        for name, option in options.items()
+        if name in config.sources and not is_used(option, mode)
+    }
+    config = _reset(config, of_other_modes)
+    idle = {
+        name: f"is not used: {flags.why}"
+        for flags in IDLE_FLAGS
+        if mode in flags.modes and flags.applies(config)
+        for name in flags.names
+        if name in config.sources
+    }
+    return _reset(config, idle), of_other_modes | idle
+
+
+def _reset(config: RunConfig, names: dict[str, str]) -> RunConfig:
+    """The configuration with the defaults of these flags."""
+    options = build_options()
+    for name in names:
+        group = getattr(config, options[name].group)
+        changed = dataclasses.replace(group, **{name: options[name].default})
+        config = dataclasses.replace(config, **{options[name].group: changed})
+    sources = {name: source for name, source in config.sources.items() if name not in names}
+    return dataclasses.replace(config, sources=sources)
