@@ -204,9 +204,8 @@ def test_arguments_with_line_breaks_and_bytes_that_are_no_text(
     ):
         assert main.main(argv) in (2, 3, 5), argv
         said = capsys.readouterr().err
-        assert all(line.startswith(("preflight: ", "warning: ")) for line in said.splitlines()), (
-            argv
-        )
+        begins = ("preflight: ", "warning: ", "no prompt is given")
+        assert all(line.startswith(begins) for line in said.splitlines()), argv
         assert "internal error" not in said
         assert not {"\x1b", "\udcff"} & {*said}
 
@@ -353,6 +352,7 @@ def list_product_files() -> list[Path]:
 
 def test_no_construct_that_could_run_foreign_code_or_map_a_file_for_writing() -> None:
     banned_calls = {"eval", "exec", "__import__"}
+    unpicklers = {("pickle", name) for name in ("load", "loads", "Unpickler")}
     for path in list_product_files():
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             if isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
@@ -364,5 +364,9 @@ def test_no_construct_that_could_run_foreign_code_or_map_a_file_for_writing() ->
                 assert not bad, f"{path.name}: {node.arg}"
             if isinstance(node, (ast.Import, ast.ImportFrom)):
                 names = [a.name for a in node.names] + [getattr(node, "module", "") or ""]
-                assert not {"pickle", "marshal", "shelve"} & set(names), path.name
+                # The reader of checkpoint.pt names opcodes, and has an unpickler of its own.
+                may = {"pickle"} if path.name == "state.py" else set()
+                assert not ({"pickle", "marshal", "shelve"} - may) & set(names), path.name
+            if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
+                assert (node.value.id, node.attr) not in unpicklers, f"{path.name}:{node.lineno}"
         assert "memmap(" not in path.read_text(encoding="utf-8") or 'mode="r"' in path.read_text()
