@@ -79,3 +79,14 @@ def test_a_checkpoint_cannot_set_what_no_flag_can() -> None:
     train(resumed, 1)
     train(first, 1)
     assert weights_of(resumed) == weights_of(first)
+
+
+def test_of_a_gradient_scaler_only_what_it_learned_is_restored() -> None:
+    plan = build_plan(TrainingSettings(max_steps=9), ControlSettings(), 16, 1000, 20)
+    runtime = Runtime(torch.device("cpu"), torch.float16, False, ())
+    first, resumed = (build_trainer(MODEL, TrainingSettings(), plan, runtime) for _ in range(2))
+    forged = copy.deepcopy(first.state_dict())
+    expected = forged["scaler"] | {"scale": 1024.0, "_growth_tracker": 7}
+    forged["scaler"] |= {"scale": 1024.0, "_growth_tracker": 7, "growth_factor": -1.0}
+    resumed.load_state_dict(first.model.state_dict(), forged)
+    assert resumed.scaler.state_dict() == expected

@@ -27,6 +27,7 @@ from preflight.settings.kinds import OPTIMIZERS
 from preflight.training.optimizers import OptimizerSpec
 from preflight.training.plan import build_plan
 from preflight.training.saved_state import load_saved_state
+from preflight.training.state import TrainState
 from trainer import Trainer, build_trainer
 
 MODEL = ModelConfig(
@@ -390,3 +391,21 @@ def test_forged_weights_are_refused(tmp_path: Path, value: float) -> None:
     rewrite_manifest(folder)
     with refused(ExitCode.CHECKPOINT, r"norm\.bias"):
         load(folder, describe("sgd"))
+
+
+def test_many_small_layers_are_refused_at_once(tmp_path: Path) -> None:
+    """More than any flags describe, though the file is large enough."""
+    folder = save(tmp_path, describe("sgd"), 0)
+    safetensors.torch.save_file({"x": torch.zeros(10**6)}, folder / "model.safetensors")
+    shape = {"n_layers": 10**5, "n_embeddings": 1, "n_heads": 1, "ffn_hid_dim": 1}
+    rewrite_config(folder, "model", **shape)
+    began = time.monotonic()
+    with refused(ExitCode.CHECKPOINT, "--n-layers must be at most"):
+        load(folder, describe("sgd"))
+    assert time.monotonic() - began < 2
+
+
+def test_no_more_windows_are_evaluated_than_there_are() -> None:
+    state = TrainState(eval_windows=2**53)
+    plan = build_plan(describe("sgd"), ControlSettings(), MODEL.context_length, 1000, 20, state)
+    assert plan.eval_windows == 20
