@@ -112,7 +112,8 @@ def run(
     monkeypatch.chdir(tmp_path)
 
     def call(*flags: str, stdin: str = "") -> subprocess.CompletedProcess:
-        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(stdin.encode())))
+        pipe = io.TextIOWrapper(io.BytesIO(stdin.encode()), newline="\n")  # as Python opens it
+        monkeypatch.setattr(sys, "stdin", pipe)
         code = main.main(build_flags(output_dir, *flags))
         return subprocess.CompletedProcess(flags, code, *capfdbinary.readouterr())
 
