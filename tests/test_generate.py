@@ -494,6 +494,15 @@ def test_a_pipe_is_one_prompt(
     assert read_from(monkeypatch, stdin, "given", "") == ["given", ""]
 
 
+def test_a_spelled_line_end_in_a_prompt_is_told_of(
+    monkeypatch: pytest.MonkeyPatch, logged: list[str]
+) -> None:
+    assert read_from(monkeypatch, None, "a\nb") == ["a\nb"]
+    assert logged == []
+    assert read_from(monkeypatch, None, r"a\nb") == [r"a\nb"]
+    assert "read as two characters" in logged[0]
+
+
 @pytest.mark.parametrize("content", [b"\xff", b"a\0b", b"x" * 100])
 def test_a_pipe_that_is_no_prompt(monkeypatch: pytest.MonkeyPatch, content: bytes) -> None:
     monkeypatch.setattr(prompts, "MAX_PROMPTS_BYTES", 99)
