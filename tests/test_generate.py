@@ -112,7 +112,8 @@ def run(
     monkeypatch.chdir(tmp_path)
 
     def call(*flags: str, stdin: str = "") -> subprocess.CompletedProcess:
-        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(stdin.encode())))
+        pipe = io.TextIOWrapper(io.BytesIO(stdin.encode()), newline="\n")  # as Python opens it
+        monkeypatch.setattr(sys, "stdin", pipe)
         code = main.main(build_flags(output_dir, *flags))
         return subprocess.CompletedProcess(flags, code, *capfdbinary.readouterr())
 
@@ -491,6 +492,15 @@ def test_a_pipe_is_one_prompt(
     told = any("lines of stdin are one prompt" in line for line in logged)
     assert told == ("\n" in expected)
     assert read_from(monkeypatch, stdin, "given", "") == ["given", ""]
+
+
+def test_a_spelled_line_end_in_a_prompt_is_told_of(
+    monkeypatch: pytest.MonkeyPatch, logged: list[str]
+) -> None:
+    assert read_from(monkeypatch, None, "a\nb") == ["a\nb"]
+    assert logged == []
+    assert read_from(monkeypatch, None, r"a\nb") == [r"a\nb"]
+    assert "read as two characters" in logged[0]
 
 
 @pytest.mark.parametrize("content", [b"\xff", b"a\0b", b"x" * 100])

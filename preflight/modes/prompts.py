@@ -46,6 +46,8 @@ def read_prompts(config: RunConfig) -> list[str]:
     for number, prompt in enumerate(settings.prompts, 1):
         if not _is_unicode(prompt):
             raise PreflightError(ExitCode.TEXT, f"--prompts: number {number} is not UTF-8")
+    if any(r"\n" in prompt for prompt in settings.prompts):
+        log.info(r"--prompts: \n is read as two characters; a line end is written $'...\n' in bash")
     if settings.prompts or is_interactive(config):
         return list(settings.prompts)
     piped = _read_pipe()

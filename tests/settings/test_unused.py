@@ -87,6 +87,7 @@ def test_flags_of_the_text_without_a_text(tmp_path: Path, monkeypatch: pytest.Mo
     used, unused = drop_unused("train", build(flags))
     assert {*unused} == {*flags}
     assert used.data == build({}).data
+    assert drop_unused("train", build(flags | {"text_file": ["a"]}))[1] == {}
 
 
 def test_they_are_told_and_not_announced(
