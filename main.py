@@ -177,14 +177,17 @@ def _report_lack_of_memory(error: Exception) -> int:
 
 
 def _report_internal_error(error: Exception, output_dir: str) -> int:
-    """Write the traceback to ``crash.log`` in the output folder, or else in this one."""
+    """Write the traceback to a new ``crash.log`` in the output folder, or else in this one."""
     import traceback
 
     text = "".join(traceback.format_exception(error))
-    for folder in (Path(output_dir), Path.cwd()):
+    numbers = ("", *(f"-{n}" for n in range(2, 100)))
+    for path in (
+        place / f"crash{n}.log" for place in (Path(output_dir), Path.cwd()) for n in numbers
+    ):
         try:
-            path = folder / "crash.log"
-            path.write_text(text, encoding="utf-8")
+            with open(path, "x", encoding="utf-8") as file:  # never through a link, nor over a file
+                file.write(text)
         except OSError:
             continue
         print_error(f"internal error, {type(error).__name__}; details in {path}")

@@ -210,6 +210,25 @@ def test_arguments_with_line_breaks_and_bytes_that_are_no_text(
         assert not {"\x1b", "\udcff"} & {*said}
 
 
+def test_a_traceback_replaces_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine").write_text("a text")
+    (tmp_path / "crash.log").write_text("an older one")
+    (tmp_path / "crash-2.log").symlink_to("mine")
+
+    def fail(*unused: object) -> int:
+        raise LookupError("a bug")
+
+    monkeypatch.setattr(main, "run_mode", fail)
+    assert main.main(["--check"]) == 70
+    assert "details in" in capsys.readouterr().err
+    assert "a bug" in (tmp_path / "crash-3.log").read_text()
+    assert (tmp_path / "crash.log").read_text() == "an older one"
+    assert (tmp_path / "mine").read_text() == "a text"
+
+
 def test_flags_win_over_the_file() -> None:
     path = Path(__file__).with_name("_run.json")
     path.write_text(json.dumps({"batch-size": 4, "max_steps": 10}))

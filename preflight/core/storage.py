@@ -339,8 +339,34 @@ def verify_all(verify: Callable[[Item], Found], items: Iterable[Item]) -> list[F
         return list(pool.map(verify, items))
 
 
-def write_json(path: Path, content: Any) -> None:
-    """Publish `content` as readable JSON."""
+def has_format(path: Path, name: str) -> bool:
+    """Whether a JSON file begins with the key ``format`` and this value, as `write_json` writes it.
+
+    Raises:
+        OSError: it cannot be read.
+    """
+    expected = f'{{\n  "format": "{name}"'.encode()
+    with open_regular(path) as file:
+        return file.read(len(expected)) == expected
+
+
+def refuse_foreign_json(path: Path, name: str) -> None:
+    """Refuse to replace a file that is not JSON of the format called `name`.
+
+    Raises:
+        PreflightError: code STORAGE.
+    """
+    if refuse_other_kind(path) and not has_format(path, name):
+        raise foreign_error(path, "is another program's file")
+
+
+def write_json(path: Path, content: dict[str, Any]) -> None:
+    """Publish `content`, whose first key is ``format``, as readable JSON.
+
+    Raises:
+        PreflightError: code STORAGE, also when it would replace a file of another format.
+    """
+    refuse_foreign_json(path, content["format"])
     with publish_file(path) as file:
         file.write(json.dumps(content, indent=2, allow_nan=False).encode() + b"\n")
 

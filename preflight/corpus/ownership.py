@@ -8,7 +8,7 @@ import stat
 from pathlib import Path
 
 from preflight.core.errors import ExitCode, PreflightError
-from preflight.core.storage import TEMPORARY_PREFIX, open_regular, remove_tree
+from preflight.core.storage import TEMPORARY_PREFIX, has_format, remove_tree
 from preflight.corpus.metadata import FORMAT, METADATA_NAME, SPLITS, read_metadata
 from preflight.corpus.shards import BUILDING_NAME, SHARD_NAME
 
@@ -83,11 +83,9 @@ def _exists(path: Path, *, folder: bool = False) -> bool:
 
 
 def _begins_with(path: Path, form: str) -> bool:
-    """Whether a JSON file begins with the key ``format`` and this value, as we write it."""
-    expected = f'{{\n  "format": "{form}"'.encode()
+    """`has_format`, with a `PreflightError` (DATA) when the file cannot be read."""
     try:
-        with open_regular(path) as file:
-            return file.read(len(expected)) == expected
+        return has_format(path, form)
     except OSError as error:
         raise PreflightError(ExitCode.DATA, f"{path}: {error.strerror}") from None
 

@@ -47,6 +47,7 @@ from preflight.settings import MODEL_PRESETS, RunConfig, build_options
 from train_utils import count_windows
 
 REPORT_NAME = "batch_size_report.json"
+FORMAT = "preflight-batch-size"
 MAX_STEP_SECONDS = 20.0  # sizes whose micro-step would take longer are not tried
 FIRST_SIZE = 8  # on a CPU, to learn how long a step takes
 
@@ -69,6 +70,7 @@ def run(config: RunConfig) -> int:
         stop = stack.enter_context(StopFlag())
         stack.enter_context(FolderLock(output_dir))
         storage.check_writable(output_dir)  # under the lock: two probes would disturb each other
+        storage.refuse_foreign_json(output_dir / REPORT_NAME, FORMAT)
         remove_leftovers(output_dir)
         setup = RunSetup(config, stop, continues=False)
         model_config = setup.model_config
@@ -249,6 +251,7 @@ class BatchSizeReport:
         result = dataclasses.asdict(self.result)
         del result["trials"]
         return {
+            "format": FORMAT,
             "model": dataclasses.asdict(self.trials.spec.model_config),
             "device": self.device,
             "precision": self.precision,

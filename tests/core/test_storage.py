@@ -266,6 +266,20 @@ def test_nothing_is_written_or_deleted_through_a_link(
         assert text.read_bytes() == b"a text"
 
 
+def test_json_of_another_program_is_never_replaced(tmp_path: Path) -> None:
+    path = tmp_path / "check_report.json"
+    for content in ('{"format": "x"}', '{\n  "format": "pref"}', "", "a diary"):
+        path.write_text(content)
+        with pytest.raises(PreflightError, match="another program's file") as caught:
+            storage.write_json(path, {"format": "preflight"})
+        assert caught.value.code == ExitCode.STORAGE
+        assert path.read_text() == content
+    path.unlink()
+    for n in (1, 2):
+        storage.write_json(path, {"format": "preflight", "n": n})
+        assert json.loads(path.read_text()) == {"format": "preflight", "n": n}
+
+
 def test_probing_takes_no_name_that_is_there(tmp_path: Path) -> None:
     for name in (".probe", ".tmp-.probe"):
         (tmp_path / name).write_bytes(b"mine")
@@ -414,10 +428,10 @@ def test_json_round_trip(value: Any) -> None:
 
 
 def test_written_json_is_read_back(tmp_path: Path) -> None:
-    storage.write_json(tmp_path / "a", {"x": [1, 2.5, None, "\u20ac"]})
-    assert strict_json.read_json(tmp_path / "a") == {"x": [1, 2.5, None, "\u20ac"]}
+    storage.write_json(tmp_path / "a", {"format": "x", "x": [1, 2.5, None, "\u20ac"]})
+    assert strict_json.read_json(tmp_path / "a")["x"] == [1, 2.5, None, "\u20ac"]
     with pytest.raises(ValueError):
-        storage.write_json(tmp_path / "a", float("nan"))
+        storage.write_json(tmp_path / "a", {"format": "x", "x": float("nan")})
     assert names(tmp_path) == ["a"]
 
 
