@@ -18,6 +18,7 @@ import contextlib
 import errno
 import functools
 import hashlib
+import itertools
 import os
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -290,8 +291,10 @@ def _finish_folder(
 ) -> None:
     """Write the manifest, read every file back, and make room for `folder` to get its name."""
     manifest = build_manifest(step, losses, dict(writer.files))
+    aside = _name_foreign(folder)
     with contextlib.suppress(PreflightError):  # there is no checkpoint of this step yet
         old = read_manifest(folder)
+        aside = folder.with_name(_REPLACED_PREFIX + folder.name)
         if old.files[WEIGHTS_NAME] == manifest.files[WEIGHTS_NAME]:
             new = {name: loss for name, loss in manifest.losses.items() if loss is not None}
             known = manifest.losses | old.losses | new
@@ -299,8 +302,14 @@ def _finish_folder(
     writer.write(MANIFEST_NAME, render_manifest(manifest.model_dump()))
     writer.read_back()
     if os.path.lexists(folder):
-        os.rename(folder, folder.with_name(_REPLACED_PREFIX + folder.name))
+        os.rename(folder, aside)
         storage.fsync_folder(folder.parent)
+
+
+def _name_foreign(folder: Path) -> Path:
+    """A free name for what has a checkpoint's name and no manifest: it may be somebody else's."""
+    names = (folder.with_name(f"{folder.name}.unknown-{n}") for n in itertools.count(1))
+    return next(name for name in names if not os.path.lexists(name))
 
 
 def _prepare_parent(folder: Path, needed_bytes: int) -> None:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
 import re
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from preflight.checkpoints.damage import damage_error, describe_path
 from preflight.checkpoints.format import (
@@ -175,20 +177,47 @@ def _find(
 
 
 def _sort_by_loss(newest_first: list[Checkpoint]) -> list[Checkpoint]:
-    """By validation loss, lowest first. Of equal losses the newer is first; None is last."""
-    return sorted(newest_first, key=lambda c: math.inf if c.val_loss is None else c.val_loss)
+    """By validation loss, lowest first. Of equal losses the newer is first; None is last.
+
+    Losses on other data than that of the newest checkpoint count as None: they say nothing here.
+    """
+    data = {c.path: _find_fingerprint(c) for c in newest_first}
+
+    def rank(checkpoint: Checkpoint) -> float:
+        is_comparable = data[checkpoint.path] == data[newest_first[0].path]
+        loss = checkpoint.val_loss
+        return loss if loss is not None and is_comparable else math.inf
+
+    return sorted(newest_first, key=rank)
+
+
+def _find_fingerprint(checkpoint: Checkpoint) -> Any:
+    """Of the data that it was trained on, as its ``config.json`` has it; None where it has none."""
+    with contextlib.suppress(PreflightError):
+        data = checkpoint.config.get("data")
+        return data.get("fingerprint") if isinstance(data, dict) else None
+    return None
+
+
+def _find_bests(newest_first: list[Checkpoint]) -> list[Checkpoint]:
+    """The best checkpoint on each data folder that the run has seen."""
+    groups: dict[str, list[Checkpoint]] = {}
+    for checkpoint in newest_first:
+        groups.setdefault(str(_find_fingerprint(checkpoint)), []).append(checkpoint)
+    return [_sort_by_loss(group)[0] for group in groups.values()]
 
 
 def retire_checkpoints(output_dir: Path, keep: int, protect: Path | None = None) -> list[Path]:
     """Delete all but the newest `keep`, the best, and `protect`. Return the deleted folders.
 
-    Call it only after a save, which reads the new checkpoint back. Damaged folders are kept.
+    Where a run has changed its data, the best on each of them stays. Call it only after a save,
+    which reads the new checkpoint back. Damaged folders are kept.
 
     Raises:
         PreflightError: code STORAGE or CHECKPOINT, when a folder cannot be read or deleted.
     """
     found = list_checkpoints(output_dir)
-    kept = {c.path for c in found[: max(keep, 1)] + _sort_by_loss(found)[:1]} | {protect}
+    kept = {c.path for c in found[: max(keep, 1)] + _find_bests(found)} | {protect}
     retired = [c.path for c in reversed(found) if c.path not in kept]
     for folder in retired:  # oldest first: after a kill the newer ones are left
         try:

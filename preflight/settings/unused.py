@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 
 from preflight.settings.options import Option
 from preflight.settings.run import RunConfig, build_options
@@ -21,6 +21,7 @@ MODE_FLAGS: dict[str, tuple[str, ...]] = {
     "generate": (
         *("model", "sampling", "generation"),
         *("seed", "output_dir", "device", "mixed_precision", "log_level", "config"),
+        *("data_dir", "text_file"),  # no output may replace them
     ),
 }
 
@@ -47,7 +48,9 @@ def _has_no_text(config: RunConfig) -> bool:
 
 def _reuses_data(config: RunConfig) -> bool:
     """Whether the data folder is taken as it is: there is no text to make another from."""
-    return _has_no_text(config) and (Path(config.data.data_dir) / "metadata.json").exists()
+    return _has_no_text(config) and os.path.exists(
+        os.path.join(config.data.data_dir, "metadata.json")
+    )
 
 
 def _is_for_absent_gpu(config: RunConfig) -> bool:

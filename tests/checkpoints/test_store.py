@@ -10,11 +10,15 @@ from typing import Any
 import pytest
 
 from checkpoints.samples import (
+    CONFIG,
     load_all,
+    make_state,
+    make_weights,
     refused,
     rewrite_manifest,
     save,
 )
+from preflight.checkpoints import format as checkpoint_format
 from preflight.checkpoints import store
 from preflight.checkpoints.format import Checkpoint
 from preflight.checkpoints.manifest import REQUIRED_NAMES
@@ -178,3 +182,46 @@ def test_a_config_that_describes_no_model_is_damage(tmp_path: Path) -> None:
         found = find(tmp_path)
         assert found is not None
         assert found.step == 5
+
+
+def save_on(output_dir: Path, step: int, val_loss: float | None, data: str) -> None:
+    checkpoint_format.save_checkpoint(
+        output_dir,
+        step,
+        make_weights(step),
+        make_state(step),
+        CONFIG | {"data": {"fingerprint": data}},
+        {"val_loss": val_loss},
+    )
+
+
+def test_losses_on_other_data_are_not_compared(tmp_path: Path) -> None:
+    for step, loss, data in ((1, 1.0, "old"), (2, 1.5, "old"), (3, 3.0, "new"), (4, 4.0, "new")):
+        save_on(tmp_path, step, loss, data)
+    assert store.find_best(tmp_path).step == 3
+    save_on(tmp_path, 5, None, "new")
+    gone = store.retire_checkpoints(tmp_path, 1)
+    assert [path.name for path in gone] == ["checkpoint-2", "checkpoint-4"]  # the best of each stay
+    save_on(tmp_path, 6, None, "newest")
+    assert store.find_best(tmp_path).step == 6
+
+
+@pytest.mark.parametrize("kind", ["foreign", "damaged"])
+def test_a_folder_that_is_no_checkpoint_is_set_aside_not_replaced(
+    tmp_path: Path, kind: str
+) -> None:
+    folder = tmp_path / "milestones" / "checkpoint-5"
+    if kind == "damaged":
+        save(tmp_path, 5)
+        (folder / "manifest.json").write_text("cut")
+    else:
+        (folder / "thesis").mkdir(parents=True)
+        (folder / "thesis" / "chapter1.txt").write_text("a text")
+    before = sorted(path.name for path in folder.rglob("*"))
+    for _ in range(2):  # the second one replaces the first: that is ours
+        load_all(save(tmp_path, 5).path)
+        assert sorted(os.listdir(folder.parent)) == ["checkpoint-5", "checkpoint-5.unknown-1"]
+        aside = folder.with_name("checkpoint-5.unknown-1")
+        assert sorted(path.name for path in aside.rglob("*")) == before
+    store.remove_leftovers(tmp_path)
+    assert aside.is_dir()
