@@ -200,7 +200,7 @@ class RunSetup:
             "trained on it",
             "nothing was changed; leave out --text-file, or restore the text, to continue exactly",
             "to train a new model on the new text: another --data-dir and --output-dir",
-            f"to continue on the new text: --resume-from {origin.path}",
+            f"to continue on the new text: {join_words('--resume-from', origin.path)}",
         )
 
     @part
