@@ -158,7 +158,8 @@ def _report_disk_error(error: Exception) -> int:
     """Report a full or failing disk that no mode expected; 0 for other errors."""
     from preflight.core.storage import DISK_ERRNOS, storage_error
 
-    if not isinstance(error, OSError) or error.errno not in DISK_ERRNOS:
+    no_temporary = "No usable temporary directory" in str(error)  # tempfile's own, with ENOENT
+    if not isinstance(error, OSError) or (error.errno not in DISK_ERRNOS and not no_temporary):
         return 0
     silence_stdout()
     told = storage_error(Path(error.filename or "the output"), error)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import os
 import sys
 from collections.abc import Iterator
@@ -28,7 +29,35 @@ def replace_missing_streams() -> Iterator[None]:
                 null = stack.enter_context(open(os.devnull, "w", encoding="utf-8"))
                 stack.callback(setattr, sys, name, stream)
                 setattr(sys, name, null)
+        stack.enter_context(_buffer_stdout())
         yield
+
+
+@contextlib.contextmanager
+def _buffer_stdout() -> Iterator[None]:
+    """Put a buffer between stdout and its descriptor, where ``PYTHONUNBUFFERED`` took it away.
+
+    Without one, Python loses in silence what a full disk did not take of a text.
+    """
+    stream = sys.stdout
+    raw = getattr(stream, "buffer", None)
+    if not isinstance(raw, io.RawIOBase):
+        yield
+        return
+    buffer = io.BufferedWriter(raw)
+    buffered = io.TextIOWrapper(
+        buffer, encoding=stream.encoding, errors=stream.errors, line_buffering=True
+    )
+    sys.stdout = buffered
+    try:
+        yield
+    finally:
+        sys.stdout = stream
+        with contextlib.suppress(OSError, ValueError):  # what failed has been told
+            buffered.flush()
+        with contextlib.suppress(OSError, ValueError):
+            buffered.detach()
+            buffer.detach()
 
 
 def is_missing(stream: TextIO | None) -> bool:

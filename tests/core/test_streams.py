@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import os
 import subprocess
@@ -69,6 +70,39 @@ def test_streams_that_are_there_stay(capsys: pytest.CaptureFixture[str]) -> None
         assert not is_missing(sys.stdout)
     print_error("first", "second")
     assert capsys.readouterr().err == "preflight: first\npreflight: second\n"
+
+
+_LONG_TEXT = """
+import sys, resource
+from preflight.core.streams import replace_missing_streams, silence_stdout
+resource.setrlimit(resource.RLIMIT_FSIZE, (512, 512))
+with replace_missing_streams():
+    try:
+        sys.stdout.write("x" * int(sys.argv[1]))
+        sys.stdout.flush()
+    except OSError as error:
+        silence_stdout()
+        sys.exit(error.errno)
+print("after", flush=True)
+"""
+
+
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+@pytest.mark.parametrize(("size", "code"), [(100, 0), (1000, errno.EFBIG), (9000, errno.EFBIG)])
+def test_what_a_full_disk_does_not_take_is_told(
+    tmp_path: Path, unbuffered: str, size: int, code: int
+) -> None:
+    """The kernel takes a part first: unbuffered, Python forgets the rest."""
+    with open(tmp_path / "out", "wb") as file:
+        done = subprocess.run(
+            [sys.executable, "-c", _LONG_TEXT, str(size)],
+            env=os.environ | {"PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": unbuffered},
+            check=False,
+            stdout=file,
+        )
+    assert done.returncode == code
+    expected = b"x" * 100 + b"after\n" if size == 100 else b"x" * 512
+    assert (tmp_path / "out").read_bytes() == expected
 
 
 class Unread(io.StringIO):

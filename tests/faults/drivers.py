@@ -112,6 +112,13 @@ def run_closed(argv: list[str], numbers: list[int]) -> int:
     return main.main(argv)
 
 
+def run_ignoring(argv: list[str]) -> int:
+    """The whole command line with signals ignored from before its start, as after ``nohup``."""
+    for number in (signal.SIGHUP, signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)
+    return main.main(argv)
+
+
 def run_cramped(argv: list[str]) -> int:
     """The whole command line with few open files, an odd umask, and neither home nor locale."""
     resource.setrlimit(resource.RLIMIT_NOFILE, (32, 32))
@@ -193,8 +200,8 @@ def fail_at_step(step: int, error: BaseException) -> None:
     Trainer.train_step = failing  # type: ignore[method-assign]
 
 
-def end_reading_thread() -> None:
-    """The thread that reads the data ends in the middle, without a word."""
+def end_reading_thread(error: type[BaseException] = SystemExit) -> None:
+    """The thread that reads the data ends in the middle, by default without a word."""
     original = train_utils._ShardReader.read
     count = 0
 
@@ -202,7 +209,7 @@ def end_reading_thread() -> None:
         nonlocal count
         count += 1
         if threading.current_thread() is not threading.main_thread() and count > 2:
-            raise SystemExit
+            raise error
         return original(self, starts, length)
 
     train_utils._ShardReader.read = read  # type: ignore[method-assign]
@@ -304,6 +311,7 @@ BREAKS = {
     "locks": break_locks,
     "resuming": break_resuming,
     "reading thread": end_reading_thread,
+    "reading thread's memory": functools.partial(end_reading_thread, MemoryError),
     "shard": cut_shard_after_check,
     "clock": make_clock_jump,
     "gradients": make_gradients_infinite,
@@ -318,6 +326,7 @@ DRIVERS = {
     "stopped": run_stopped,
     "limited": run_limited,
     "closed": run_closed,
+    "ignoring": run_ignoring,
     "cramped": run_cramped,
     "small disk": run_on_small_disk,
     "read-only disk": run_on_read_only_disk,

@@ -49,6 +49,7 @@ def build_flags(place: Path, steps: int = 12) -> list[str]:
     ("fault", "code", "words"),
     [
         ("reading thread", 10, "the thread that reads the data"),
+        ("reading thread's memory", 8, "out of memory"),
         ("gradients", 9, "last good checkpoint"),
         ("device memory", 8, "out of memory"),
         ("host memory", 8, "out of memory"),

@@ -20,10 +20,12 @@ from .harness import (
     TRAIN_FLAGS,
     ForkServer,
     Process,
+    find_message_faults,
     find_temporaries,
     hash_tree,
     make_text,
     read_rows,
+    read_status,
     wait_until,
 )
 
@@ -154,6 +156,33 @@ def test_saved_on_request_and_going_on(
     assert process.wait(STEP_AND_TEN_SECONDS) == 143
     steps = [row["step"] for row in read_rows(place / "out") if row["event"] == "step"]
     assert steps == list(range(1, check_saved(place / "out") + 1))
+
+
+def test_ignored_signals_stay_ignored(server: ForkServer, place: Path, flags: list[str]) -> None:
+    """As under nohup, or in the background of a script."""
+    flags = ["40" if flag == "1000000" else flag for flag in flags]
+    process = server.start("ignoring", flags, cwd=place)
+    wait_until(lambda: "\nstep 1/" in process.said(), 30)
+    for number in (*CODES, signal.SIGUSR1):
+        os.kill(process.pid, number)
+    assert process.wait() == 0, process.said()
+    assert check_saved(place / "out") == 40
+
+
+def test_a_stopped_run_keeps_its_lock(server: ForkServer, place: Path, flags: list[str]) -> None:
+    """Ctrl-Z, another start meanwhile, and on again."""
+    process = begin(server, place, flags, step=3)
+    os.kill(process.pid, signal.SIGSTOP)
+    wait_until(lambda: read_status(process.pid, "State") == "T", 10)
+    code, said = server.run("main", flags, cwd=place)
+    assert code == 7
+    assert find_message_faults(said, f"pid {process.pid}") == ""
+    n_told = process.said().count("\nstep ")
+    os.kill(process.pid, signal.SIGCONT)
+    wait_until(lambda: process.said().count("\nstep ") > n_told + 2, 30)
+    os.kill(process.pid, signal.SIGTERM)
+    assert process.wait(STEP_AND_TEN_SECONDS) == 143
+    check_saved(place / "out")
 
 
 def test_reader_of_the_messages_leaves(server: ForkServer, place: Path, flags: list[str]) -> None:
