@@ -5,6 +5,7 @@ A mode is imported when it runs, so that `--help` and mistakes in flags answer w
 
 from __future__ import annotations
 
+import contextlib
 import sys
 from pathlib import Path
 from typing import Any
@@ -123,7 +124,8 @@ def main(argv: list[str] | None = None) -> int:
     with replace_missing_streams():
         for stream in (sys.stdout, sys.stderr):
             if hasattr(stream, "reconfigure"):  # a narrow encoding must not end the program
-                stream.reconfigure(errors="backslashreplace")
+                with contextlib.suppress(OSError):  # it stays as it is
+                    stream.reconfigure(errors="backslashreplace")
         return _run_reporting_errors(sys.argv[1:] if argv is None else argv)
 
 

@@ -240,12 +240,16 @@ def test_failure_in_the_thread_reaches_the_caller(
     data: DataFolder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def fail(*args: Any) -> None:
-        raise MemoryError("no more")
+        raise error
 
     monkeypatch.setattr(train_utils._ShardReader, "read", fail)
-    with pytest.raises(PreflightError, match="MemoryError: no more") as caught:
+    error: BaseException = LookupError("no more")
+    with pytest.raises(PreflightError, match="LookupError: no more") as caught:
         take_rows(data, 1)
     assert caught.value.code == ExitCode.WORKER_LOST
+    error = MemoryError()  # which has an exit code of its own
+    with pytest.raises(MemoryError):
+        take_rows(data, 1)
 
 
 def test_dead_thread_is_noticed_within_seconds(

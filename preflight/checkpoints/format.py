@@ -49,6 +49,7 @@ from preflight.checkpoints.writing import FolderWriter
 from preflight.core import storage, strict_json
 from preflight.core.commands import format_command
 from preflight.core.errors import ExitCode, PreflightError
+from preflight.core.log import log
 from preflight.core.schema import Schema
 from preflight.settings import ModelConfig, model_config_from_dict
 
@@ -269,6 +270,7 @@ def save_checkpoint(
     folder = output_dir / MILESTONES_NAME / f"checkpoint-{step}"
     _prepare_parent(folder, needed_bytes)
     try:
+        _set_aside(folder)
         with storage.publish_folder(folder, needed_bytes) as temporary:
             writer = FolderWriter(temporary)
             if tokenizer is not None:
@@ -291,10 +293,8 @@ def _finish_folder(
 ) -> None:
     """Write the manifest, read every file back, and make room for `folder` to get its name."""
     manifest = build_manifest(step, losses, dict(writer.files))
-    aside = _name_foreign(folder)
     with contextlib.suppress(PreflightError):  # there is no checkpoint of this step yet
         old = read_manifest(folder)
-        aside = folder.with_name(_REPLACED_PREFIX + folder.name)
         if old.files[WEIGHTS_NAME] == manifest.files[WEIGHTS_NAME]:
             new = {name: loss for name, loss in manifest.losses.items() if loss is not None}
             known = manifest.losses | old.losses | new
@@ -302,14 +302,21 @@ def _finish_folder(
     writer.write(MANIFEST_NAME, render_manifest(manifest.model_dump()))
     writer.read_back()
     if os.path.lexists(folder):
-        os.rename(folder, aside)
+        os.rename(folder, folder.with_name(_REPLACED_PREFIX + folder.name))
         storage.fsync_folder(folder.parent)
 
 
-def _name_foreign(folder: Path) -> Path:
-    """A free name for what has a checkpoint's name and no manifest: it may be somebody else's."""
-    names = (folder.with_name(f"{folder.name}.unknown-{n}") for n in itertools.count(1))
-    return next(name for name in names if not os.path.lexists(name))
+def _set_aside(folder: Path) -> None:
+    """Rename what has a checkpoint's name and no manifest: it may be somebody else's."""
+    if not os.path.lexists(folder):
+        return
+    try:
+        read_manifest(folder)
+    except PreflightError:
+        names = (folder.with_name(f"{folder.name}.unknown-{n}") for n in itertools.count(1))
+        free = next(name for name in names if not os.path.lexists(name))
+        log.warning(f"{folder} is no checkpoint; it is kept as {free.name}")
+        os.rename(folder, free)
 
 
 def _prepare_parent(folder: Path, needed_bytes: int) -> None:

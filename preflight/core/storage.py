@@ -18,7 +18,6 @@ import os
 import re
 import shutil
 import stat
-import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -30,7 +29,7 @@ from preflight.core.units import format_bytes
 Item = TypeVar("Item")
 Found = TypeVar("Found")
 TEMPORARY_PREFIX = ".tmp-"
-PROBE_NAME = "probe"
+PROBE_NAME, _PROBE = "probe", b"probe"
 _BLOCK_BYTES = 4 * 2**20
 # Raised only by a failing or full disk, never by a bug of this program.
 DISK_ERRNOS = {errno.ENOSPC, errno.EIO, errno.EDQUOT, errno.EFBIG, errno.EROFS}
@@ -385,23 +384,39 @@ def check_access(folder: Path) -> None:
 def check_writable(folder: Path) -> None:
     """Write, fsync, rename and delete a small file in `folder`, which is made if missing.
 
+    The caller holds the folder's lock, since two probes at once would disturb each other.
+
     Raises:
         PreflightError: code STORAGE.
     """
     make_folder(folder)
-    probe: Path | None = None
+    probe = folder / f"{TEMPORARY_PREFIX}{PROBE_NAME}"
+    renamed = probe.with_name(f"{probe.name}-renamed")
+    for path in (probe, renamed):
+        _remove_probe(path)
     try:
-        descriptor, name = tempfile.mkstemp(prefix=f"{TEMPORARY_PREFIX}{PROBE_NAME}-", dir=folder)
-        probe = Path(name)
-        with open(descriptor, "wb") as file:
-            file.write(b"probe")
+        with open(probe, "xb") as file:
+            file.write(_PROBE)
             file.flush()
             os.fsync(file.fileno())
-        probe = probe.rename(f"{name}-renamed")
+        os.rename(probe, renamed)
         fsync_folder(folder)
+        renamed.unlink()
     except OSError as error:
-        raise storage_error(probe or folder / PROBE_NAME, error) from error
-    finally:
-        if probe is not None:
+        for path in (probe, renamed):
             with contextlib.suppress(OSError):
-                probe.unlink()
+                path.unlink()
+        raise storage_error(probe, error) from error
+
+
+def _remove_probe(path: Path) -> None:
+    """Delete what a probe that was killed left; refuse anything else: PreflightError (STORAGE)."""
+    if refuse_other_kind(path):
+        try:
+            with open_regular(path) as file:
+                content = file.read(len(_PROBE) + 1)
+        except OSError as error:
+            raise storage_error(path, error) from error
+        if content not in (b"", _PROBE):
+            raise foreign_error(path, "is another program's file")
+        _remove_scratch(path)

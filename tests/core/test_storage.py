@@ -231,6 +231,8 @@ def _publish_and_retire(path: Path) -> None:
         (_publish_folder, ".tmp-a"),
         (_publish_and_retire, ".tmp-retired-a"),
         (storage.make_own_folder, "a"),
+        (lambda path: storage.check_writable(path.parent), ".tmp-probe"),
+        (lambda path: storage.check_writable(path.parent), ".tmp-probe-renamed"),
         (lambda path: locks.FolderLock(path.parent), ".lock"),
         (lambda path: locks.FolderLock(path.parent, shared=True), ".lock"),
     ],
@@ -280,12 +282,16 @@ def test_json_of_another_program_is_never_replaced(tmp_path: Path) -> None:
         assert json.loads(path.read_text()) == {"format": "preflight", "n": n}
 
 
-def test_probing_takes_no_name_that_is_there(tmp_path: Path) -> None:
-    for name in (".probe", ".tmp-.probe"):
-        (tmp_path / name).write_bytes(b"mine")
-    storage.check_writable(tmp_path)
-    assert names(tmp_path) == [".probe", ".tmp-.probe"]
-    assert (tmp_path / ".probe").read_bytes() == b"mine"
+@pytest.mark.parametrize("name", [".tmp-probe", ".tmp-probe-renamed"])
+def test_probing_takes_no_name_that_is_somebody_elses(tmp_path: Path, name: str) -> None:
+    for content in (b"", b"probe"):  # of a probe that was killed
+        (tmp_path / name).write_bytes(content)
+        storage.check_writable(tmp_path)
+        assert names(tmp_path) == []
+    (tmp_path / name).write_bytes(b"probe of mine")
+    with pytest.raises(PreflightError, match="another program's file"):
+        storage.check_writable(tmp_path)
+    assert (tmp_path / name).read_bytes() == b"probe of mine"
 
 
 def test_lock_file_of_another_program_is_kept(tmp_path: Path) -> None:

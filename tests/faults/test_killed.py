@@ -14,7 +14,6 @@ from typing import Any
 import psutil
 import pytest
 
-from preflight.corpus.builder import JOURNAL_NAME
 from preflight.corpus.shards import BUILDING_NAME
 
 from .harness import (
@@ -107,7 +106,7 @@ from preflight.settings import DataSettings
 from preflight.tokenization import load_tokenizer
 configure_logging("info")
 settings = DataSettings(text_file=("text.txt",), data_dir="data", shard_size=20_000)
-prepare_data(settings, load_tokenizer("gpt2"), 8, block_bytes=2**14, n_workers=2)
+prepare_data(settings, load_tokenizer("gpt2"), block_bytes=2**14, n_workers=2)
 """
 
 
@@ -127,8 +126,8 @@ def test_preparation_stopped_or_its_parent_killed_alone(place: Path) -> None:
     (place / "text.txt").write_text(make_text(2_000_000))
     for number in (signal.SIGSTOP, signal.SIGKILL):
         parent = start_preparation(place)
-        journal = place / "data" / BUILDING_NAME / JOURNAL_NAME
-        wait_until(lambda path=journal: path.exists(), 30)
+        building = place / "data" / BUILDING_NAME
+        wait_until(lambda path=building: list(path.rglob("shard_*.npy")), 30)
         workers = psutil.Process(parent.pid).children()
         assert len(workers) == 3  # and Python's own helper
         os.kill(parent.pid, number)

@@ -37,7 +37,7 @@ def test_the_tables_name_modes_groups_and_flags_that_exist() -> None:
             "learning_rate",
         ),
         ("generate", {"compile_model": False, "n_layers": 2, "device": "cpu"}, "compile_model"),
-        ("generate", {"text_file": ["a"], "json": True}, "text_file json"),
+        ("generate", {"text_file": ["a"], "json": True}, "json"),
         ("generate", {"checkpoint_path": "c", "output_dir": "o"}, "output_dir"),
         ("generate", {"do_sample": False, "top_k": 5, "stop": ["a"]}, "top_k"),
         (
