@@ -21,13 +21,14 @@ from preflight.core.errors import ExitCode, PreflightError
 from preflight.core.log import log_once
 from preflight.decoding.assembling import TextAssembler
 from preflight.decoding.choosing import choose_tokens, is_greedy
+from preflight.models.base import TokenModel
+from preflight.models.building import build_model
 from preflight.models.kv_cache import KVCache
 from preflight.models.protocol import LanguageModel
 from preflight.models.single_row import SingleRowDecoder, one_torch_thread
 from preflight.settings import SamplingConfig
 from preflight.tokenization import Tokenizer, load_saved_tokenizer
 from preflight.training.resume import check_model, check_tokenizer
-from transformer_model import DecoderOnlyTransformer
 
 SAMPLE_TOKENS = 48  # of the text that a run generates at each evaluation
 # Tokens that go through the model at once in a prefill; bounds the memory of activations.
@@ -49,7 +50,7 @@ OnStep = Callable[[list[tuple[int, Generation]], int], None]
 
 def load_model(
     checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype
-) -> tuple[DecoderOnlyTransformer, Tokenizer]:
+) -> tuple[TokenModel, Tokenizer]:
     """The model of a checkpoint, ready to generate, and its tokenizer.
 
     Raises:
@@ -66,7 +67,7 @@ def load_model(
     return model.to(device=device, dtype=dtype).eval().requires_grad_(False), tokenizer
 
 
-def build_empty_model(checkpoint: Checkpoint) -> DecoderOnlyTransformer:
+def build_empty_model(checkpoint: Checkpoint) -> TokenModel:
     """The checkpoint's model on the meta device: shapes alone, for weights that come from a file.
 
     Raises:
@@ -74,7 +75,7 @@ def build_empty_model(checkpoint: Checkpoint) -> DecoderOnlyTransformer:
     """
     check_model(checkpoint)
     with torch.device("meta"):
-        return DecoderOnlyTransformer(checkpoint.model_config)
+        return build_model(checkpoint.model_config)
 
 
 def generate_text(
@@ -217,8 +218,7 @@ class _Decoder:
             _list_ids_without_text(tokenizer), dtype=torch.long, device=self._device
         )
         with torch.inference_mode():
-            self._cache = KVCache(
-                model.config,
+            self._cache = model.build_cache(
                 len(self.rows),
                 self._device,
                 dtype,

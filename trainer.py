@@ -16,6 +16,7 @@ from preflight.core.errors import ExitCode, PreflightError
 from preflight.core.log import log
 from preflight.core.signals import StopFlag
 from preflight.device.runtime import Runtime, is_out_of_memory
+from preflight.models.building import build_model
 from preflight.models.loss import count_targets
 from preflight.models.protocol import LanguageModel
 from preflight.settings import ModelConfig, TrainingSettings
@@ -28,7 +29,6 @@ from preflight.training.saving import CheckpointSaver
 from preflight.training.schedules import learning_rate_at
 from preflight.training.state import Evaluation, StepResult, TrainState
 from train_utils import BatchLoader
-from transformer_model import DecoderOnlyTransformer
 
 
 def build_trainer(
@@ -42,7 +42,7 @@ def build_trainer(
     """A trainer of a new model: initialised from the seed, with the optimizer of the flags."""
     torch.manual_seed(training.seed)
     with runtime.device:
-        model = DecoderOnlyTransformer(model_config, gradient_checkpointing=gradient_checkpointing)
+        model = build_model(model_config, gradient_checkpointing=gradient_checkpointing)
     optimizer = build_optimizer(model, training, plan.peak_learning_rate)
     skips_on_device = OPTIMIZERS.load(training.optimizer).skips_on_device
     return Trainer(model, optimizer, plan, runtime, skips_on_device=skips_on_device)

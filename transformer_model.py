@@ -1,73 +1,75 @@
-"""`DecoderOnlyTransformer`: GPT-2's architecture, its loss and its decoding with a cache.
+"""`DecoderOnlyTransformer`: GPT-2's architecture and its successors', from one `ModelConfig`.
 
-Shapes: B sequences, T tokens in each, C hidden size, H heads, D = C / H size of a head,
-V vocabulary, N = B * T rows of the loss.
+Which norm, which positions, which feed-forward part and how many heads of keys and values a model
+has is decided when it is built. Shapes: B sequences, T tokens in each, C hidden size, H heads,
+K heads of keys and values, D = C / H size of a head, V vocabulary.
 
-Source: Radford et al. 2019, "Language Models are Unsupervised Multitask Learners", section 2.3:
-learned positions, layer normalisation before each sublayer, GELU, tied embeddings.
+Sources: Radford et al. 2019, "Language Models are Unsupervised Multitask Learners", section 2.3:
+learned positions, layer normalisation before each sublayer, GELU, tied embeddings. Touvron et al.
+2023 (arXiv:2302.13971), section 2.2: rotary positions, RMSNorm, SwiGLU.
 """
 
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from preflight.models.base import ResidualLinear, TokenModel, initialise
 from preflight.models.kv_cache import CacheStep, DecodeStep, KVCache, PrefillStep
-from preflight.models.loss import linear_cross_entropy
-from preflight.models.protocol import ParameterGroup
+from preflight.models.mlp import MLP
+from preflight.models.norms import build_norm
+from preflight.models.positions import LearnedPositions
 from preflight.models.single_row import SingleRowDecoder
 from preflight.settings import ModelConfig
-from preflight.settings.kinds import ACTIVATIONS
-
-
-class ResidualLinear(nn.Linear):
-    """A linear layer whose result is added to the residual stream; initialised smaller."""
+from preflight.settings.kinds import FEED_FORWARDS, POSITIONS
 
 
 class Attention(nn.Module):
-    """Causal self-attention over all heads at once."""
+    """Causal self-attention over all heads at once; a key's head may serve several queries' heads
+    (Ainslie et al. 2023, arXiv:2305.13245).
+    """
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        self.n_heads = config.n_heads
+        self.heads = [config.n_heads, config.kv_heads, config.kv_heads]
+        self.is_grouped = config.kv_heads < config.n_heads
         self.dropout = config.dropout
-        self.qkv_proj = nn.Linear(config.n_embeddings, 3 * config.n_embeddings)
-        self.o_proj = ResidualLinear(config.n_embeddings, config.n_embeddings)
+        width = sum(self.heads) * config.head_dim
+        self.qkv_proj = nn.Linear(config.n_embeddings, width, config.bias)
+        self.q_norm = build_norm(config, config.head_dim) if config.qk_norm else nn.Identity()
+        self.k_norm = build_norm(config, config.head_dim) if config.qk_norm else nn.Identity()
+        self.rotate = POSITIONS.load(config.positions).rotate
+        self.o_proj = ResidualLinear(config.n_embeddings, config.n_embeddings, config.bias)
 
-    def forward(self, x: Tensor, layer: int, step: CacheStep | None) -> Tensor:
+    def forward(self, x: Tensor, layer: int, step: CacheStep | None, angles: Any) -> Tensor:
         """(B T C) -> (B T C); with a cache step, over the cached tokens as well."""
         B, T, C = x.shape
-        heads = self.qkv_proj(x).view(B, T, 3, self.n_heads, C // self.n_heads)  # B T 3 H D
+        heads = self.qkv_proj(x).view(B, T, sum(self.heads), -1)  # B T H+2K D
+        # Split before the transposition, so that the gradient is assembled in one piece.
+        q, k, v = heads.split(self.heads, dim=2)
+        q, k, v = self.rotate(self.q_norm(q), self.k_norm(k), v, angles)
+        q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # B H T D, B K T D
         if step is None:
-            # Split before the transposition, so that the gradient is assembled in one piece.
-            q, k, v = (part.transpose(1, 2) for part in heads.unbind(2))  # B H T D
             dropout = self.dropout if self.training else 0.0
-            mixed = F.scaled_dot_product_attention(q, k, v, is_causal=True, dropout_p=dropout)
-        else:
-            heads = heads.permute(2, 0, 3, 1, 4)  # 3 B H T D
-            k, v = step.append(layer, heads[1:])
             mixed = F.scaled_dot_product_attention(
-                heads[0], k, v, attn_mask=step.mask, is_causal=step.is_causal
+                q, k, v, is_causal=True, dropout_p=dropout, enable_gqa=self.is_grouped
+            )
+        else:
+            k, v = step.append(layer, k, v)
+            mixed = F.scaled_dot_product_attention(
+                q,
+                k,
+                v,
+                attn_mask=step.mask,
+                is_causal=step.is_causal,
+                enable_gqa=self.is_grouped,
             )
         return self.o_proj(mixed.transpose(1, 2).reshape(B, T, C))  # B H T D -> B T C
-
-
-class MLP(nn.Module):
-    """Two linear layers with an activation between them, applied to each token."""
-
-    def __init__(self, config: ModelConfig) -> None:
-        super().__init__()
-        self.up_proj = nn.Linear(config.n_embeddings, config.ffn_hid_dim)
-        self.activation = ACTIVATIONS.load(config.activation)
-        self.down_proj = ResidualLinear(config.ffn_hid_dim, config.n_embeddings)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(B T C) -> (B T C)."""
-        return self.down_proj(self.activation(self.up_proj(x)))
 
 
 class Block(nn.Module):
@@ -75,20 +77,22 @@ class Block(nn.Module):
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        self.input_layernorm = nn.LayerNorm(config.n_embeddings)
+        self.input_layernorm = build_norm(config, config.n_embeddings)
         self.self_attn = Attention(config)
-        self.post_attention_layernorm = nn.LayerNorm(config.n_embeddings)
-        self.mlp = MLP(config)
+        self.post_attention_layernorm = build_norm(config, config.n_embeddings)
+        self.mlp = FEED_FORWARDS.load(config.feed_forward)(config)
         self.dropout = nn.Dropout(config.dropout)
 
-    def forward(self, x: Tensor, layer: int, step: CacheStep | None = None) -> Tensor:
+    def forward(
+        self, x: Tensor, layer: int, step: CacheStep | None = None, angles: Any = None
+    ) -> Tensor:
         """(B T C) -> (B T C)."""
-        x = x + self.dropout(self.self_attn(self.input_layernorm(x), layer, step))
+        x = x + self.dropout(self.self_attn(self.input_layernorm(x), layer, step, angles))
         return x + self.dropout(self.mlp(self.post_attention_layernorm(x)))
 
 
-class DecoderOnlyTransformer(nn.Module):
-    """A GPT: tokens in, logits or the loss out. It is a `LanguageModel`.
+class DecoderOnlyTransformer(TokenModel):
+    """Tokens in, logits or the loss out. It is a `LanguageModel`.
 
     Args:
         config: the architecture.
@@ -97,14 +101,13 @@ class DecoderOnlyTransformer(nn.Module):
     """
 
     def __init__(self, config: ModelConfig, *, gradient_checkpointing: bool = False) -> None:
-        super().__init__()
-        self.config = config
+        super().__init__(config)
         self.gradient_checkpointing = gradient_checkpointing
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.n_embeddings)
-        self.embed_positions = nn.Embedding(config.context_length, config.n_embeddings)
+        self.embed_positions = POSITIONS.load(config.positions)(config)
         self.dropout = nn.Dropout(config.dropout)
         self.layers = nn.ModuleList(Block(config) for _ in range(config.n_layers))
-        self.norm = nn.LayerNorm(config.n_embeddings)
+        self.norm = build_norm(config, config.n_embeddings)
+        self.build_head()
         self._initialise()
 
     def _initialise(self) -> None:
@@ -112,22 +115,8 @@ class DecoderOnlyTransformer(nn.Module):
         down by the square root of their number, so that the stream's variance stays near one.
         """
         residual_std = 0.02 / math.sqrt(2 * self.config.n_layers)
-        for module in self.modules():  # layer norms are made with ones and zeros
-            if isinstance(module, (nn.Linear, nn.Embedding)):
-                is_residual = isinstance(module, ResidualLinear)
-                nn.init.normal_(module.weight, std=residual_std if is_residual else 0.02)
-            if isinstance(module, nn.Linear):
-                nn.init.zeros_(module.bias)
-
-    def parameter_groups(self) -> list[ParameterGroup]:
-        """The trainable parameters by kind, each in the order of the model."""
-        tables = {id(m.weight) for m in self.modules() if isinstance(m, nn.Embedding)}
-        trainable = [p for p in self.parameters() if p.requires_grad]
-        return [
-            ParameterGroup("matrix", [p for p in trainable if p.dim() > 1 and id(p) not in tables]),
-            ParameterGroup("embedding", [p for p in trainable if id(p) in tables]),
-            ParameterGroup("scalar", [p for p in trainable if p.dim() < 2]),
-        ]
+        for module in self.modules():  # norms are made with ones and zeros
+            initialise(module, residual_std if isinstance(module, ResidualLinear) else 0.02)
 
     def forward(self, tokens: Tensor, targets: Tensor | None = None) -> Tensor:
         """Logits (B T V), or the summed cross-entropy (scalar, fp32) when `targets` are given.
@@ -139,26 +128,22 @@ class DecoderOnlyTransformer(nn.Module):
         Raises:
             ValueError: T is longer than the context.
         """
-        T = tokens.shape[1]
-        if self.config.context_length < T:
-            raise ValueError(
-                f"{T} tokens are longer than the context of {self.config.context_length}"
-            )
-        positions = torch.arange(T, device=tokens.device)
-        x = self.dropout(self.embed_tokens(tokens) + self.embed_positions(positions))  # B T C
+        self.check_length(tokens)
+        positions = torch.arange(tokens.shape[1], device=tokens.device)
+        angles = self.embed_positions.compute_angles(positions)
+        x = self.dropout(self.embed_positions.embed(self.embed_tokens(tokens), positions))  # B T C
         for layer, block in enumerate(self.layers):
             if self.gradient_checkpointing and torch.is_grad_enabled():
                 # Without dropout there is no randomness to replay.
+                keep_rng = self.config.dropout > 0
                 x = checkpoint(
-                    block, x, layer, use_reentrant=False, preserve_rng_state=self.config.dropout > 0
+                    *(block, x, layer, None, angles),
+                    use_reentrant=False,
+                    preserve_rng_state=keep_rng,
                 )
             else:
-                x = block(x, layer)
-        x = self.norm(x)
-        weight = self.embed_tokens.weight
-        if targets is None:
-            return F.linear(x, weight)  # B T V
-        return linear_cross_entropy(x.flatten(0, 1), weight, targets.flatten())
+                x = block(x, layer, None, angles)
+        return self.compute_output(self.norm(x), targets)
 
     def prefill(self, tokens: Tensor, cache: KVCache, rows: list[int], lengths: list[int]) -> None:
         """Put the keys and values of tokens into rows of `cache`, in place of what they held.
@@ -176,10 +161,11 @@ class DecoderOnlyTransformer(nn.Module):
         T = tokens.shape[1]
         cache.check_capacity(T)
         positions = torch.arange(T, device=tokens.device)
-        x = self.embed_tokens(tokens) + self.embed_positions(positions)  # B T C
+        angles = self.embed_positions.compute_angles(positions)
+        x = self.embed_positions.embed(self.embed_tokens(tokens), positions)  # B T C
         step = PrefillStep(cache, rows, T)
         for layer, block in enumerate(self.layers if T else ()):
-            x = block(x, layer, step)
+            x = block(x, layer, step, angles)
         for row, length in zip(rows, lengths, strict=True):
             cache.lengths[row] = length
 
@@ -195,18 +181,19 @@ class DecoderOnlyTransformer(nn.Module):
         """
         cache.check_capacity(max(cache.lengths) + 1)
         step = DecodeStep(cache, tokens.device)
-        x = self.embed_tokens(tokens) + self.embed_positions(step.positions)  # B C
-        x = x[:, None]  # B 1 C
+        positions = step.positions[:, None]  # B 1
+        angles = self.embed_positions.compute_angles(positions)
+        x = self.embed_positions.embed(self.embed_tokens(tokens[:, None]), positions)  # B 1 C
         for layer, block in enumerate(self.layers):
-            x = block(x, layer, step)
+            x = block(x, layer, step, angles)
         cache.lengths = [length + 1 for length in cache.lengths]
-        return F.linear(self.norm(x[:, 0]), self.embed_tokens.weight)  # B V
+        return self.compute_logits(self.norm(x[:, 0]))  # B V
 
     def single_row_decoder(self, cache: KVCache) -> SingleRowDecoder | None:
         """What decodes the one row of `cache` faster than `decode`; ``None`` where nothing does.
 
         That is numpy, for weights in fp32 on the CPU that are not being trained, and for a model
-        made of nothing but the modules that it knows.
+        made of nothing but the modules that it knows, which are GPT-2's.
         """
         weight = self.embed_tokens.weight
         is_supported = (
@@ -214,11 +201,18 @@ class DecoderOnlyTransformer(nn.Module):
             and weight.device.type == cache.layers[0].device.type == "cpu"
             and weight.dtype == cache.layers[0].dtype == torch.float32
             and not any(p.requires_grad for p in self.parameters())
-            and all(type(module) in _SINGLE_ROW_MODULES for module in self.modules())
+            and self._has_parts_of_gpt2()
         )
         if not is_supported:
             return None
-        return SingleRowDecoder(self.config, dict(self.named_parameters()), self.norm.eps, cache)
+        return SingleRowDecoder(
+            self.config, dict(self.named_parameters()), self.config.norm_eps, cache
+        )
+
+    def _has_parts_of_gpt2(self) -> bool:
+        """Whether nothing is changed that `SingleRowDecoder` would have to compute otherwise."""
+        changed = set(self.config.list_changed_parts()) - {"model_family", "norm_eps"}
+        return not changed and all(type(module) in _SINGLE_ROW_MODULES for module in self.modules())
 
 
 # What `SingleRowDecoder` computes; nothing derived from these, which may compute something else.
@@ -231,6 +225,8 @@ _SINGLE_ROW_MODULES = {
     nn.Linear,
     nn.LayerNorm,
     nn.Embedding,
+    LearnedPositions,
+    nn.Identity,
     nn.Dropout,
     nn.ModuleList,
 }

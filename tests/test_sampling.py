@@ -398,6 +398,7 @@ class PlainModel(nn.Module):
     def __init__(self, inner: DecoderOnlyTransformer) -> None:
         super().__init__()
         self.inner, self.config = inner, inner.config
+        self.build_cache = inner.build_cache
         self.prefill, self.decode = inner.prefill, inner.decode
         self.parameter_groups = inner.parameter_groups
 

@@ -14,7 +14,7 @@ import torch
 from preflight.device.runtime import Runtime
 from preflight.foresight.memory_trace import Peaks, TraceCase, extend_peaks, trace_peaks
 from preflight.models import loss as losses
-from preflight.models.cost import count_parameters
+from preflight.models.cost import count_parameters, count_tensors
 from preflight.settings import ModelConfig, TrainingSettings
 from preflight.settings.kinds import OPTIMIZERS
 
@@ -180,8 +180,7 @@ def _summarise(peaks: Peaks, case: TraceCase, workspace: int) -> MemoryEstimate:
 def estimate_checkpoint_bytes(model_config: ModelConfig, training: TrainingSettings) -> int:
     """Disk space of one checkpoint: weights and optimizer state in fp32, and their headers."""
     copies = OPTIMIZERS.load(training.optimizer).state_copies(training)
-    n_tensors = 4 + 12 * model_config.n_layers
-    headers = 120 * n_tensors * (1 + 3 * copies)  # names, shapes and alignment
+    headers = 120 * count_tensors(model_config) * (1 + 3 * copies)  # names, shapes and alignment
     return round(4 * count_parameters(model_config) * (1 + copies) + headers)
 
 

@@ -18,7 +18,7 @@ from torch import Tensor, fx
 from torch.utils._pytree import tree_leaves
 
 from preflight.device.runtime import Runtime
-from transformer_model import DecoderOnlyTransformer
+from preflight.models.base import TokenModel
 
 _aten = torch.ops.aten
 _VIEWS = {
@@ -151,7 +151,7 @@ def _count_bytes(node: fx.Node, *, several: bool = False) -> int:
 
 
 def capture_graphs(
-    model: DecoderOnlyTransformer, runtime: Runtime, batch: tuple[Tensor, Tensor]
+    model: TokenModel, runtime: Runtime, batch: tuple[Tensor, Tensor]
 ) -> tuple[fx.GraphModule, fx.GraphModule]:
     """Forward and backward graph of one loss, as torch.compile's own backend would receive them.
 

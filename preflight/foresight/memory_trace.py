@@ -28,11 +28,12 @@ from preflight.decoding.choosing import choose_tokens
 from preflight.device.runtime import Runtime
 from preflight.foresight.memory_compiled import capture_graphs, trace_compiled_step
 from preflight.models import loss as losses
-from preflight.models.kv_cache import KVCache
+from preflight.models.base import TokenModel
+from preflight.models.building import build_model
 from preflight.settings import ControlSettings, ModelConfig, SamplingConfig, TrainingSettings
 from preflight.training.plan import build_plan
 from trainer import build_trainer
-from transformer_model import Attention, DecoderOnlyTransformer
+from transformer_model import Attention
 
 ITEMS = (
     "weights",
@@ -304,7 +305,7 @@ def trace_whole(case: TraceCase) -> Peaks:
             config, training, plan, runtime, gradient_checkpointing=case.gradient_checkpointing
         )
         model, optimizer = trainer.model, trainer.optimizer
-        assert isinstance(model, DecoderOnlyTransformer)
+        assert isinstance(model, TokenModel)
         if case.device_type != "cpu":
             _use_cuda_dropout(model)
         log.label(list(model.parameters()), "weights")
@@ -345,7 +346,7 @@ def _replace_step(peaks: Peaks, case: TraceCase) -> Peaks:
         torch.random.fork_rng(devices=[]),
         FakeTensorMode(allow_non_fake_inputs=True),
     ):
-        model = DecoderOnlyTransformer(config, gradient_checkpointing=case.gradient_checkpointing)
+        model = build_model(config, gradient_checkpointing=case.gradient_checkpointing)
         if case.device_type != "cpu":
             _use_cuda_dropout(model)
         graphs = capture_graphs(model, runtime, _build_batch(*case.batch_shape))
@@ -380,7 +381,7 @@ class _StepWatcher:
     the backward pass has left that block and enters the one before.
     """
 
-    def __init__(self, log: AllocationLog, model: DecoderOnlyTransformer) -> None:
+    def __init__(self, log: AllocationLog, model: TokenModel) -> None:
         self.log, self.model = log, model
         self._in_forward = False  # of training; not of an evaluation, nor of a recomputation
         self._forward_began = self._loss_began = 0
@@ -438,13 +439,13 @@ class _StepWatcher:
         self.log.label(gradients, "gradients")
 
 
-def generate_longest(model: DecoderOnlyTransformer, case: TraceCase) -> None:
+def generate_longest(model: TokenModel, case: TraceCase) -> None:
     """Prefill windows as long as the context, then decode one more token in every row."""
     rows, context = case.generation_batch_size, case.model_config.context_length
     n_prefilled = max(1, min(rows, PREFILL_TOKENS // context))
     model.eval()
     with torch.no_grad():
-        cache = KVCache(case.model_config, rows, torch.device("cpu"), case.dtype)
+        cache = model.build_cache(rows, torch.device("cpu"), case.dtype)
         windows = torch.zeros((n_prefilled, context - 1), dtype=torch.long)
         model.prefill(windows, cache, list(range(n_prefilled)), [context - 1] * n_prefilled)
         del windows

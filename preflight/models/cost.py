@@ -1,28 +1,62 @@
-"""Parameters and floating-point operations of a model, by closed formulas."""
+"""Parameters and floating-point operations of a model."""
 
 from __future__ import annotations
 
+import dataclasses
+import functools
+
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from preflight.models.building import build_model
 from preflight.settings import ModelConfig
 
 
 def count_parameters(config: ModelConfig) -> int:
-    """Parameters of the model, the tied embedding counted once."""
+    """Parameters of the model by a closed formula, a tied embedding counted once.
+
+    Nothing is built, so that a configuration can be refused before it is.
+    """
     C, hidden = config.n_embeddings, config.ffn_hid_dim
-    norms = 4 * C
-    attention = 3 * C * C + 3 * C + C * C + C
-    feed_forward = 2 * C * hidden + hidden + C
-    embeddings = (config.vocab_size + config.context_length) * C
-    return embeddings + config.n_layers * (norms + attention + feed_forward) + 2 * C
+    qkv = (config.n_heads + 2 * config.kv_heads) * config.head_dim
+    up = hidden if config.feed_forward == "mlp" else 2 * hidden
+    weights = C * qkv + C * C + C * up + hidden * C
+    biases = (qkv + C + up + C) if config.bias else 0
+    per_channel = 2 if config.bias and config.norm == "layer" else 1
+    norms = per_channel * (2 * C + (2 * config.head_dim if config.qk_norm else 0))
+    tables = config.vocab_size * (1 if config.tied else 2)
+    tables += config.context_length if config.positions == "learned" else 0
+    return tables * C + config.n_layers * (weights + biases + norms) + per_channel * C
+
+
+def count_tensors(config: ModelConfig) -> int:
+    """Tensors in a checkpoint's file of weights."""
+    with torch.device("meta"):
+        one = build_model(dataclasses.replace(config, n_layers=1))
+        two = build_model(dataclasses.replace(config, n_layers=2))
+    first, second = (len(list(model.parameters())) for model in (one, two))
+    return first + (config.n_layers - 1) * (second - first)
 
 
 def estimate_flops_per_token(config: ModelConfig, *, training: bool = True) -> int:
-    """Floating-point operations per token at full context; 6N + 12 L C T in training.
+    """Floating-point operations of the matmuls per token at full context.
 
-    N counts the weights that take part in products (the tied embedding once, as the head;
-    positions, norms and biases not). Source: Chowdhery et al. 2022 (PaLM), appendix B. The
-    attention term counts the whole square, as that paper does; a causal kernel does half of it.
+    Counted by torch as a model without data runs; a backward pass does two matmuls for each of the
+    forward pass. Attention counts the whole square of the context, as PaLM's formula does
+    (Chowdhery et al. 2022, appendix B); a causal kernel does half of it.
     """
-    C = config.n_embeddings
-    weights = config.vocab_size * C + config.n_layers * (4 * C * C + 2 * C * config.ffn_hid_dim)
-    attention = 2 * config.n_layers * C * config.context_length
-    return (6 if training else 2) * (weights + attention)
+    return (3 if training else 1) * _count_forward_flops(config) // config.context_length
+
+
+@functools.lru_cache(maxsize=64)
+def _count_forward_flops(config: ModelConfig) -> int:
+    """Of one sequence as long as the context. Layers are alike: two depths give a line."""
+    counts = []
+    for n_layers in (1, 2):
+        with torch.device("meta"):
+            model = build_model(dataclasses.replace(config, n_layers=n_layers, dropout=0.0))
+            tokens = torch.zeros((1, config.context_length), dtype=torch.long)
+        with FlopCounterMode(display=False) as counter, torch.no_grad():
+            model(tokens)
+        counts.append(counter.get_total_flops())
+    return counts[0] + (config.n_layers - 1) * (counts[1] - counts[0])

@@ -1,6 +1,7 @@
 """The cache of keys and values, and how the two kinds of generation step use it.
 
-Shapes: B sequences, T tokens in each, H heads, D size of a head, S capacity of the cache.
+Shapes: B sequences, T tokens in each, K heads of keys and values, D size of a head, S capacity of
+the cache.
 """
 
 from __future__ import annotations
@@ -36,10 +37,9 @@ class KVCache:
         capacity: int | None = None,
     ) -> None:
         self.capacity = min(capacity or config.context_length, config.context_length)
-        head_dim = config.n_embeddings // config.n_heads
-        shape = (2, batch_size, config.n_heads, self.capacity, head_dim)
+        shape = (2, batch_size, config.kv_heads, self.capacity, config.head_dim)
         # Zeros, not uninitialised memory: a masked value is multiplied by zero, and 0 * NaN is NaN.
-        self.layers = [  # 2 B H S D each: keys and values in one tensor, so that a step writes once
+        self.layers = [  # 2 B K S D each: keys and values in one tensor
             torch.zeros(shape, device=device, dtype=dtype) for _ in range(config.n_layers)
         ]
         self.lengths = [0] * batch_size
@@ -61,8 +61,8 @@ class CacheStep(Protocol):
     mask: Tensor | None
     is_causal: bool
 
-    def append(self, layer: int, keys_values: Tensor) -> Tensor:
-        """Write the new keys and values (2 B H T D); return all that the new tokens attend to."""
+    def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Write the new keys and values (B K T D); return all that the new tokens attend to."""
         ...
 
 
@@ -78,10 +78,11 @@ class PrefillStep:
         all_rows = list(range(len(cache.lengths)))
         self.rows: slice | list[int] = slice(None) if rows == all_rows else rows
 
-    def append(self, layer: int, keys_values: Tensor) -> Tensor:
-        """Write the new keys and values (2 B H T D); return them."""
-        self.layers[layer][:, self.rows, :, : self.n_tokens] = keys_values
-        return keys_values
+    def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Write the new keys and values (B K T D); return them."""
+        for index, new in enumerate((k, v)):
+            self.layers[layer][index, self.rows, :, : self.n_tokens] = new
+        return k, v
 
 
 class DecodeStep:
@@ -101,12 +102,13 @@ class DecodeStep:
         slots = torch.arange(self.used, device=device)
         self.mask = (slots <= self.positions[:, None])[:, None, None]  # B 1 1 used
 
-    def append(self, layer: int, keys_values: Tensor) -> Tensor:
-        """Write the new keys and values (2 B H 1 D); return all of them (2 B H used D)."""
+    def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Write the new keys and values (B K 1 D); return all of them (B K used D)."""
         cached = self.layers[layer]
-        if self.mask is None:
-            cached[:, :, :, self.used - 1 : self.used] = keys_values
-        else:
-            # Two index tensors around a slice put what they index first: B 2 H D.
-            cached[:, self.rows, :, self.positions] = keys_values[:, :, :, 0].transpose(0, 1)
-        return cached[:, :, :, : self.used]
+        for index, new in enumerate((k, v)):
+            if self.mask is None:
+                cached[index, :, :, self.used - 1 : self.used] = new
+            else:
+                # Two index tensors around a slice put what they index first: B K D.
+                cached[index][self.rows, :, self.positions] = new[:, :, 0]
+        return cached[0, :, :, : self.used], cached[1, :, :, : self.used]

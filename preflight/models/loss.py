@@ -50,13 +50,21 @@ def count_targets(targets: Tensor) -> Tensor:
     return (targets != NO_TARGET).sum()
 
 
-def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+def cap_logits(logits: Tensor, softcap: float) -> Tensor:
+    """softcap * tanh(logits / softcap) (Gemma 2, arXiv:2408.00118, section 2)."""
+    return softcap * torch.tanh(logits / softcap)
+
+
+def linear_cross_entropy(
+    hidden: Tensor, weight: Tensor, targets: Tensor, softcap: float | None = None
+) -> Tensor:
     """Summed cross-entropy of ``hidden @ weight.T`` against `targets`, never holding all logits.
 
     Args:
         hidden: rows (N C), of which logits are made a few at a time.
-        weight: the tied embedding (V C).
+        weight: the output head (V C).
         targets: ids (N,). A row whose target is -100 adds nothing to the loss or the gradients.
+        softcap: of `cap_logits`, which the logits go through.
 
     Returns:
         A scalar in fp32. Its gradients are computed in the same pass, while the logits are at
@@ -70,12 +78,15 @@ def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor) -> Ten
         if padding:
             weight = F.pad(weight, (0, 0, 0, padding))
         if torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad):
-            return _LinearCrossEntropy.apply(hidden, weight, targets, padding)
+            return _LinearCrossEntropy.apply(hidden, weight, targets, padding, softcap)
         total = hidden.new_zeros((), dtype=torch.float32)
         buffer = _make_logits_buffer(hidden, weight)
         for rows in split_loss_rows(hidden):
             ids, masked = _split_mask(targets[rows])
-            total += _score_rows(hidden[rows], weight, ids, masked, padding, buffer)[0]
+            logits = _compute_logits(hidden[rows], weight, buffer)
+            if softcap is not None:
+                logits = logits.div_(softcap).tanh_().mul_(softcap)
+            total += _score_rows(logits, ids, masked, padding, buffer)[0]
         return total
 
 
@@ -102,28 +113,25 @@ def _make_logits_buffer(hidden: Tensor, weight: Tensor) -> Tensor | None:
     return hidden.new_empty(len(weight) * min(rows, len(hidden)))
 
 
+def _compute_logits(hidden: Tensor, weight: Tensor, buffer: Tensor | None) -> Tensor:
+    """Logits (R V) of rows (R C), in columns where there is a buffer for them."""
+    if buffer is None:
+        return hidden @ weight.T
+    columns = buffer[: len(weight) * len(hidden)].view(len(weight), len(hidden))  # V R
+    return torch.mm(weight, hidden.T, out=columns).T
+
+
 def _score_rows(
-    hidden: Tensor,
-    weight: Tensor,
-    ids: Tensor,
-    masked: Tensor,
-    padding: int,
-    buffer: Tensor | None,
+    logits: Tensor, ids: Tensor, masked: Tensor, padding: int, buffer: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """One chunk's summed cross-entropy (scalar) and its softmax (R V), both in fp32.
 
     Args:
-        hidden: rows (R C).
-        weight: the tied embedding (V C), its last `padding` ids without meaning.
+        logits: of `_compute_logits` (R V), the last `padding` ids without meaning; overwritten.
         ids: the targets (R 1).
         masked: rows (R 1) that have no target; their softmax is computed like any other's.
         buffer: of `_make_logits_buffer`; the softmax returned lies there.
     """
-    if buffer is None:
-        logits = hidden @ weight.T
-    else:
-        columns = buffer[: len(weight) * len(hidden)].view(len(weight), len(hidden))  # V R
-        logits = torch.mm(weight, hidden.T, out=columns).T
     if padding:
         logits[:, -padding:] = -math.inf
     if buffer is None:
@@ -142,7 +150,14 @@ class _LinearCrossEntropy(torch.autograd.Function):
     """Loss and gradients of `linear_cross_entropy`, chunk by chunk."""
 
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, padding: int) -> Tensor:
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        targets: Tensor,
+        padding: int,
+        softcap: float | None,
+    ) -> Tensor:
         total = hidden.new_zeros((), dtype=torch.float32)
         grad_hidden = torch.empty_like(hidden)
         # Summed over chunks in fp32: in bf16 the later chunks would be rounded away.
@@ -150,11 +165,17 @@ class _LinearCrossEntropy(torch.autograd.Function):
         buffer = _make_logits_buffer(hidden, weight)
         for rows in split_loss_rows(hidden):
             ids, masked = _split_mask(targets[rows])
-            loss, grad = _score_rows(hidden[rows], weight, ids, masked, padding, buffer)
+            logits = _compute_logits(hidden[rows], weight, buffer)
+            if softcap is not None:
+                tanh = logits.div_(softcap).tanh_()
+                logits = tanh * softcap
+            loss, grad = _score_rows(logits, ids, masked, padding, buffer)
             total += loss
             # d loss / d logits = softmax - one-hot. What the loss is divided by comes in with the
             # backward pass, as a gradient scaler's factor does: in fp16 it would underflow here.
             grad.scatter_add_(1, ids, grad.new_full((), -1.0).expand(ids.shape))
+            if softcap is not None:  # d cap_logits(x) / d x = 1 - tanh(x / softcap)^2
+                grad.mul_(tanh.square_().neg_().add_(1))
             grad = grad.to(hidden.dtype)
             # A masked row's gradient is dropped from what is C wide, on either side of the
             # matmuls: zeroing it in `grad` would be one more pass over R V.
@@ -169,7 +190,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
         return total
 
     @staticmethod
-    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, Tensor, None, None]:
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
         grad_hidden, grad_weight = ctx.saved_tensors
         # In place: the embedding's gradient is the largest tensor there is.
-        return grad_hidden.mul_(grad_outputs[0]), grad_weight.mul_(grad_outputs[0]), None, None
+        factor = grad_outputs[0]
+        return grad_hidden.mul_(factor), grad_weight.mul_(factor), None, None, None

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol, runtime_checkable
 
+import torch
 from torch import Tensor, nn
 
 from preflight.models.kv_cache import KVCache
@@ -38,6 +39,12 @@ class LanguageModel(Protocol):
 
     def forward(self, tokens: Tensor, targets: Tensor | None = None) -> Tensor:
         """Logits (B T V), or the sum of the losses over the targets that are not -100."""
+        ...
+
+    def build_cache(
+        self, batch_size: int, device: torch.device, dtype: torch.dtype, capacity: int | None = None
+    ) -> KVCache:
+        """An empty cache; a row holds `capacity` tokens, at most (and by default) the context."""
         ...
 
     def prefill(self, tokens: Tensor, cache: KVCache, rows: list[int], lengths: list[int]) -> None:

@@ -30,12 +30,12 @@ from preflight.core.storage import TEMPORARY_PREFIX, publish_file
 from preflight.core.streams import is_missing
 from preflight.corpus.metadata import METADATA_NAME, SPLITS
 from preflight.device.runtime import is_out_of_memory
+from preflight.models.base import TokenModel
 from preflight.modes.prompts import is_interactive, read_prompts
 from preflight.modes.setup import RunSetup
 from preflight.settings import RunConfig, SamplingConfig, build_config
 from preflight.tokenization import Tokenizer
 from preflight.training.metrics import METRICS_NAME
-from transformer_model import DecoderOnlyTransformer
 
 try:
     import readline  # line editing and history for input()
@@ -219,7 +219,7 @@ def _list_inputs(config: RunConfig) -> Iterator[tuple[str, str | int]]:
 
 
 def _write_completions(
-    model: DecoderOnlyTransformer, tokenizer: Tokenizer, prompts: list[str], config: RunConfig
+    model: TokenModel, tokenizer: Tokenizer, prompts: list[str], config: RunConfig
 ) -> int:
     """Complete all prompts in batches. Completions are printed in order, as soon as they can be."""
     settings = config.generation
@@ -291,9 +291,7 @@ def _save_completions(
 class Session:
     """The interactive prompt. Commands change the sampling; every completion streams."""
 
-    def __init__(
-        self, model: DecoderOnlyTransformer, tokenizer: Tokenizer, sampling: SamplingConfig
-    ) -> None:
+    def __init__(self, model: TokenModel, tokenizer: Tokenizer, sampling: SamplingConfig) -> None:
         self.model, self.tokenizer, self.sampling = model, tokenizer, sampling
         self._n_completions = 0  # since the seed was set: a prompt given twice has two completions
 

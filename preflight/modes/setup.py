@@ -27,6 +27,7 @@ from preflight.corpus.build import prepare_data
 from preflight.corpus.shards import DataFolder
 from preflight.device.runtime import MIN_STEPS_TO_COMPILE, Runtime, build_runtime
 from preflight.foresight.fits import check_memory
+from preflight.models.base import TokenModel
 from preflight.settings import ModelConfig, RunConfig, TrainingSettings
 from preflight.tokenization import Tokenizer, load_saved_tokenizer, load_tokenizer
 from preflight.training.changes import describe_changes, describe_runtime, describe_schedule
@@ -43,7 +44,6 @@ from preflight.training.saved_state import load_saved_state
 from preflight.training.state import TrainState
 from train_utils import BatchLoader, choose_window, count_windows, iterate_windows
 from trainer import Trainer, build_trainer
-from transformer_model import DecoderOnlyTransformer
 
 T = TypeVar("T")
 _BATCH = ("batch_size", "gradient_accumulation_steps")  # sequences of an update, multiplied
@@ -316,7 +316,7 @@ class RunSetup:
         path = self.given.generation.checkpoint_path
         return open_checkpoint(path) if path else find_best(self.output_dir)
 
-    def load_model(self) -> tuple[DecoderOnlyTransformer, Tokenizer]:
+    def load_model(self) -> tuple[TokenModel, Tokenizer]:
         """The model of `checkpoint`, ready to generate, and its tokenizer.
 
         Raises:

@@ -26,7 +26,12 @@ from preflight.foresight.learnability import find_short_text
 from preflight.models.cost import count_parameters
 from preflight.modes.setup import RunSetup
 from preflight.modes.start import check_machine, check_start
-from preflight.settings import RunConfig, SamplingConfig, describe_choices
+from preflight.settings import (
+    RunConfig,
+    SamplingConfig,
+    describe_choices,
+    model_config_to_dict,
+)
 from preflight.training.curve import CURVE_NAME, LossCurve
 from preflight.training.divergence import DivergenceGuard
 from preflight.training.evaluating import Evaluator
@@ -214,7 +219,7 @@ def describe_run(setup: RunSetup) -> dict[str, Any]:
     """What ``config.json`` says: enough to generate and to resume without any flag."""
     data = setup.data
     return {
-        "model": dataclasses.asdict(setup.model_config),
+        "model": model_config_to_dict(setup.model_config),
         "tokenizer": setup.tokenizer.describe(),
         "training": dataclasses.asdict(setup.config.training),
         "data": {

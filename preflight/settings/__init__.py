@@ -6,11 +6,14 @@ from preflight.settings.data import DataSettings
 from preflight.settings.generation import OUTPUT_SUFFIXES, GenerationSettings
 from preflight.settings.model import (
     CUSTOM_SIZE_FIELDS,
+    MODEL_FAMILIES,
     MODEL_PRESETS,
+    PART_NAMES,
     ModelConfig,
     ModelPreset,
     ModelSettings,
     model_config_from_dict,
+    model_config_to_dict,
 )
 from preflight.settings.options import Option
 from preflight.settings.run import (
@@ -30,8 +33,10 @@ __all__ = [
     "CUSTOM_SIZE_FIELDS",
     "GROUPS",
     "GROUP_SUMMARIES",
+    "MODEL_FAMILIES",
     "MODEL_PRESETS",
     "OUTPUT_SUFFIXES",
+    "PART_NAMES",
     "CheckSettings",
     "ControlSettings",
     "DataSettings",
@@ -49,4 +54,5 @@ __all__ = [
     "build_options",
     "describe_choices",
     "model_config_from_dict",
+    "model_config_to_dict",
 ]

@@ -12,7 +12,41 @@ ACTIVATIONS: Registry[Any] = Registry(
         "gelu": "torch.nn.functional:gelu",
         "gelu_tanh": "preflight.models.activations:gelu_tanh",
         "relu": "torch.nn.functional:relu",
+        "relu_squared": "preflight.models.activations:relu_squared",
         "silu": "torch.nn.functional:silu",
+        "tanh": "torch:tanh",
+    },
+)
+# A LanguageModel: a class built from (ModelConfig, gradient_checkpointing=...). The parts that a
+# family prefers are in MODEL_FAMILIES (settings/model.py).
+_TRANSFORMER = "transformer_model:DecoderOnlyTransformer"
+MODELS: Registry[Any] = Registry(
+    "--model-family",
+    {
+        "gpt2": _TRANSFORMER,
+        "llama": _TRANSFORMER,
+        "modern": _TRANSFORMER,
+    },
+)
+# Parts of the transformer. A norm is built from (size, eps=..., bias=...), the others from
+# (ModelConfig).
+NORMS: Registry[Any] = Registry(
+    "--norm", {"layer": "torch.nn:LayerNorm", "rms": "preflight.models.norms:RMSNorm"}
+)
+POSITIONS: Registry[Any] = Registry(
+    "--positions",
+    {
+        "learned": "preflight.models.positions:LearnedPositions",
+        "rope": "preflight.models.positions:RotaryPositions",
+    },
+)
+FEED_FORWARDS: Registry[Any] = Registry(
+    "--feed-forward",
+    {
+        "mlp": "preflight.models.mlp:MLP",
+        "swiglu": "preflight.models.mlp:SwiGLU",
+        "geglu": "preflight.models.mlp:GeGLU",
+        "reglu": "preflight.models.mlp:ReGLU",
     },
 )
 # An OptimizerSpec: how it is built, its state's size, and whether it skips an update by itself.

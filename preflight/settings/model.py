@@ -3,7 +3,7 @@
 from dataclasses import MISSING, dataclass, fields
 from typing import Any
 
-from preflight.settings.kinds import ACTIVATIONS
+from preflight.settings.kinds import ACTIVATIONS, FEED_FORWARDS, MODELS, NORMS, POSITIONS
 from preflight.settings.options import MAX_COUNT, check_fields, setting
 
 
@@ -33,6 +33,32 @@ MODEL_PRESETS = {
 CUSTOM_SIZE_FIELDS = ("n_layers", "n_heads", "n_embeddings", "context_length")
 
 
+# The parts that each family of `MODELS` prefers; all others are GPT-2's. A flag overrides them.
+MODEL_FAMILIES: dict[str, dict[str, Any]] = {
+    "gpt2": {},
+    # Touvron et al. 2023 (arXiv:2302.13971), section 2.2.
+    "llama": {
+        "norm": "rms",
+        "positions": "rope",
+        "feed_forward": "swiglu",
+        "bias": False,
+        "tied": False,
+    },
+    # A squared ReLU keeps as little as GELU does and computes less than a gate (So et al. 2021,
+    # arXiv:2109.08668); norms of queries and keys allow large learning rates (Henry et al. 2020,
+    # arXiv:2010.04245). To be replaced by what is measured best.
+    "modern": {
+        "norm": "rms",
+        "positions": "rope",
+        "activation": "relu_squared",
+        "bias": False,
+        "qk_norm": True,
+    },
+}
+ROPE_SCALINGS = ("none", "linear", "ntk")
+GATED_MULTIPLE = 64  # gated hidden sizes are multiples of it, as Llama's are
+
+
 @dataclass(frozen=True)
 class ModelConfig:
     """A model's architecture, complete: what a checkpoint's ``config.json`` holds.
@@ -49,18 +75,83 @@ class ModelConfig:
     ffn_hid_dim: int = setting(ge=1)
     activation: str = setting("gelu_tanh", choices=ACTIVATIONS)
     dropout: float = setting(0.0, ge=0, lt=1)
+    # The defaults of what follows are GPT-2: older checkpoints do not name them.
+    model_family: str = setting("gpt2", choices=MODELS)
+    n_kv_heads: int | None = setting(None, ge=1)
+    norm: str = setting("layer", choices=NORMS)
+    norm_eps: float = setting(1e-5, gt=0, lt=1)
+    qk_norm: bool = setting(False)
+    positions: str = setting("learned", choices=POSITIONS)
+    rope_theta: float = setting(10_000.0, gt=1)
+    rope_scaling: str = setting("none", choices=ROPE_SCALINGS)
+    rope_factor: float = setting(1.0, ge=1)
+    feed_forward: str = setting("mlp", choices=FEED_FORWARDS)
+    bias: bool = setting(True)
+    tied: bool = setting(True)
+    logit_softcap: float | None = setting(None, gt=0)
 
     def __post_init__(self) -> None:
         check_fields(self)
-        if self.n_embeddings % self.n_heads:
-            raise ValueError(
-                f"n_heads {self.n_heads} does not divide n_embeddings {self.n_embeddings}"
-            )
+        faults = _find_part_faults(self)
+        if faults:
+            raise ValueError("; ".join(faults))
 
     @property
     def label(self) -> str:
         """The shape in one word: layers, hidden size, attention heads, as in ``12L-768H-12A``."""
         return f"{self.n_layers}L-{self.n_embeddings}H-{self.n_heads}A"
+
+    @property
+    def kv_heads(self) -> int:
+        """Heads of keys and values: as many as of queries, unless these share them."""
+        return self.n_kv_heads or self.n_heads
+
+    @property
+    def head_dim(self) -> int:
+        """Channels of a head."""
+        return self.n_embeddings // self.n_heads
+
+    def list_changed_parts(self) -> dict[str, Any]:
+        """The parts that are not GPT-2's, by name."""
+        return {
+            item.name: getattr(self, item.name)
+            for item in fields(self)[_N_FIRST_FIELDS:]
+            if getattr(self, item.name) != item.default
+        }
+
+
+_N_FIRST_FIELDS = 8  # that every checkpoint names
+PART_NAMES = tuple(item.name for item in fields(ModelConfig)[_N_FIRST_FIELDS:])
+
+
+def _find_part_faults(config: ModelConfig) -> list[str]:
+    """Parts that do not fit together, each message beginning with the name of a field."""
+    faults = []
+    if config.n_embeddings % config.n_heads:
+        faults.append(
+            f"n_heads {config.n_heads} does not divide n_embeddings {config.n_embeddings}"
+        )
+    if config.n_heads % config.kv_heads:
+        faults.append(f"n_kv_heads {config.n_kv_heads} does not divide n_heads {config.n_heads}")
+    changed = config.list_changed_parts()
+    rope = [name for name in changed if name.startswith("rope_")]
+    if config.positions != "rope":
+        faults += [f"{name} {changed[name]} needs positions rope" for name in rope]
+    elif not faults and config.head_dim % 2:
+        faults.append(f"positions rope needs heads of an even size, not {config.head_dim}")
+    elif (config.rope_scaling == "none") != (config.rope_factor == 1):
+        faults.append("rope_factor above 1 and rope_scaling linear or ntk need each other")
+    elif config.rope_scaling == "ntk" and config.head_dim == 2:
+        faults.append("rope_scaling ntk needs heads of a size above 2")
+    if config.feed_forward != "mlp" and config.activation != "gelu_tanh":
+        faults.append(f"activation {config.activation} needs feed_forward mlp")
+    return faults
+
+
+def model_config_to_dict(config: ModelConfig) -> dict[str, Any]:
+    """What ``config.json`` holds: parts that are GPT-2's are left out, as older versions did."""
+    first = {item.name: getattr(config, item.name) for item in fields(config)[:_N_FIRST_FIELDS]}
+    return first | config.list_changed_parts()
 
 
 def model_config_from_dict(values: Any) -> ModelConfig:
@@ -104,25 +195,85 @@ class ModelSettings:
         ge=1,
         le=262_144,
     )
-    activation: str = setting(
-        "gelu_tanh", "feed-forward activation function; GPT-2 uses gelu_tanh", choices=ACTIVATIONS
+    model_family: str = setting(
+        "gpt2", "where the parts come from that the flags below leave unset", choices=MODELS
+    )
+    activation: str | None = setting(
+        None,
+        "feed-forward activation function; unset: the family's (gpt2: gelu_tanh)",
+        choices=ACTIVATIONS,
     )
     dropout: float = setting(0.0, "dropout probability in training", ge=0, lt=1)
+    n_kv_heads: int | None = setting(
+        None,
+        "heads of keys and values, shared by groups of attention heads; unset: as many as heads",
+        ge=1,
+        le=1024,
+    )
+    norm: str | None = setting(
+        None, "layer or root-mean-square norm; unset: the family's", choices=NORMS
+    )
+    norm_eps: float | None = setting(
+        None, "added to the variance in a norm; unset: 1e-5", gt=0, lt=1
+    )
+    qk_norm: bool | None = setting(
+        None, "normalise queries and keys in each head; unset: the family's"
+    )
+    positions: str | None = setting(
+        None, "a table of positions, or rotary positions; unset: the family's", choices=POSITIONS
+    )
+    rope_theta: float | None = setting(
+        None, "base of the rotary frequencies; unset: 10,000", gt=1, le=1e12
+    )
+    rope_scaling: str | None = setting(
+        None,
+        "how rotary positions are stretched to longer contexts: positions divided by the factor "
+        "(linear), or a larger theta (ntk)",
+        choices=ROPE_SCALINGS,
+    )
+    rope_factor: float | None = setting(
+        None, "how many times longer the context is made by --rope-scaling", ge=1, le=1e6
+    )
+    feed_forward: str | None = setting(
+        None,
+        "two layers, or a gate (SiLU, GELU or ReLU) beside the first; unset: the family's",
+        choices=FEED_FORWARDS,
+    )
+    bias: bool | None = setting(None, "biases in linear layers and norms; unset: the family's")
+    tied: bool | None = setting(None, "the output head is the table of tokens; unset: the family's")
+    logit_softcap: float | None = setting(
+        None, "bound of the logits, by cap * tanh(logits / cap); unset: none", gt=0, le=1e6
+    )
 
     def resolve(self, vocab_size: int) -> ModelConfig:
         """The model to build, with `vocab_size` ids unless the flags ask for more."""
         preset = MODEL_PRESETS.get(self.model_size)
-        shape = {
+        shape: dict[str, Any] = {
             name: getattr(self, name) or (getattr(preset, name) if preset else 0)
             for name in CUSTOM_SIZE_FIELDS
         }
+        parts = self._choose_parts()
         # Another hidden size without a feed-forward size keeps GPT-2's ratio of four.
         keeps_preset = preset is not None and self.n_embeddings is None
         ffn = preset.ffn_hid_dim if preset and keeps_preset else 4 * shape["n_embeddings"]
+        if parts["feed_forward"] != "mlp":
+            # Three matrices in the place of two: two thirds of it are as many parameters.
+            ffn = -(-(2 * ffn // 3) // GATED_MULTIPLE) * GATED_MULTIPLE
         return ModelConfig(
             vocab_size=self.vocab_size or vocab_size,
             ffn_hid_dim=self.ffn_hid_dim or ffn,
-            activation=self.activation,
             dropout=self.dropout,
             **shape,
+            **parts,
         )
+
+    def _choose_parts(self) -> dict[str, Any]:
+        """Each part: the flag's, else the family's, else GPT-2's."""
+        defaults = {f.name: f.default for f in fields(ModelConfig) if f.default is not MISSING}
+        given = {name: getattr(self, name) for name in ("activation", *PART_NAMES)}
+        given = {name: value for name, value in given.items() if value is not None}
+        family = MODEL_FAMILIES.get(self.model_family, {})
+        parts = {name: defaults[name] for name in ("activation", *PART_NAMES)} | family | given
+        if parts["feed_forward"] != "mlp" and self.activation is None:
+            parts["activation"] = defaults["activation"]  # the gate has its own
+        return parts

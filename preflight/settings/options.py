@@ -147,6 +147,8 @@ def check_fields(instance: Any) -> None:
     """
     faults = []
     for item in fields(instance):
+        if getattr(instance, item.name) is item.default is None:
+            continue
         try:
             kind, _ = _split_type(item.type)
             _check_value(item.name, kind, _resolve_choices(item), getattr(instance, item.name))

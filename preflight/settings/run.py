@@ -107,7 +107,7 @@ def build_config(given: dict[str, Any], sources: dict[str, str]) -> RunConfig:
 
 
 def _find_model_faults(model: ModelSettings, given: set[str]) -> list[str]:
-    """A custom size that is not complete, or heads that do not divide the hidden size."""
+    """A custom size that is not complete, or parts that do not fit together."""
     unset = [name for name in CUSTOM_SIZE_FIELDS if getattr(model, name) is None]
     if model.model_size == "custom" and unset:
         # One that was given is unset here only when its value is at fault, which is reported.
@@ -116,7 +116,7 @@ def _find_model_faults(model: ModelSettings, given: set[str]) -> list[str]:
     try:
         model.resolve(vocab_size=2)
     except ValueError as error:
-        return [f"--n-heads: {error}; choose a divisor of --n-embeddings"]
+        return [f"--{fault.replace('_', '-')}" for fault in str(error).split("; ")]
     return []
 
 

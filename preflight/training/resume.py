@@ -13,7 +13,14 @@ from preflight.checkpoints.manifest import CONFIG_NAME, WEIGHTS_NAME
 from preflight.core.errors import ExitCode, PreflightError
 from preflight.core.log import log
 from preflight.models.cost import count_parameters
-from preflight.settings import ModelConfig, RunConfig, TrainingSettings, build_config
+from preflight.settings import (
+    CUSTOM_SIZE_FIELDS,
+    PART_NAMES,
+    ModelConfig,
+    RunConfig,
+    TrainingSettings,
+    build_config,
+)
 from preflight.tokenization import Tokenizer
 
 LENGTH_FLAGS = {"max_steps", "num_epochs"}  # giving one of them replaces both
@@ -173,11 +180,18 @@ def check_model_flags(config: RunConfig, origin: Checkpoint) -> None:
         PreflightError: code CHECKPOINT, with both values of each flag.
     """
     saved = origin.model_config
-    asked = config.model.resolve(config.model.vocab_size or saved.vocab_size)
     names = {f.name for f in dataclasses.fields(ModelConfig)} - {"dropout"}
     given = names & set(config.sources)
+    # What no flag says is as it was; a family that is another one brings its own parts.
+    parts = ("activation", *PART_NAMES)
+    if config.model.model_family != saved.model_family and "model_family" in given:
+        given |= set(parts)
+    kept = {name: getattr(saved, name) for name in parts if name not in given}
+    asked = dataclasses.replace(config.model, **kept).resolve(
+        config.model.vocab_size or saved.vocab_size
+    )
     if "model_size" in config.sources:
-        given |= names - {"vocab_size", "activation"}
+        given |= {"ffn_hid_dim", *CUSTOM_SIZE_FIELDS}
     different = [
         f"{name}: checkpoint {getattr(saved, name)}, flags {getattr(asked, name)}"
         for name in sorted(given)

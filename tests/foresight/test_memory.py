@@ -64,6 +64,16 @@ SMALL = ModelConfig(1000, 64, 64, 4, 3, 256)
 DEEP = ModelConfig(500, 32, 48, 3, 9, 192)  # beyond the depths that are traced
 WIDE = ModelConfig(777, 48, 128, 8, 5, 512)
 NANO = ModelSettings("nano").resolve(50257)
+
+
+def of_family(family: str, **flags: Any) -> ModelConfig:
+    shape: dict[str, Any] = {"n_layers": 3, "n_embeddings": 64, "n_heads": 4, "context_length": 64}
+    return ModelSettings("custom", **(shape | flags), model_family=family).resolve(1000)
+
+
+GEGLU = of_family("gpt2", feed_forward="geglu", bias=False, tied=False, logit_softcap=15.0)
+ROPE = {"positions": "rope", "qk_norm": True, "rope_scaling": "ntk", "rope_factor": 2.0}
+MODERN_ALL = of_family("modern", n_kv_heads=1, logit_softcap=15.0, dropout=0.1)
 CASES = [
     Case("small", SMALL, settings(4)),
     Case("small, batch 1", SMALL, settings(1)),
@@ -83,6 +93,18 @@ CASES = [
     # Most of its memory is the batches of the update, which are held together.
     Case("tiny, accumulation 64", ModelConfig(100, 64, 16, 2, 1, 32), settings(8, 64)),
     Case("nano", NANO, settings(8)),
+    Case("llama", of_family("llama"), settings(4)),
+    Case("llama, bf16", of_family("llama"), settings(4), BF16),
+    Case(
+        "llama, 2 KV heads, checkpointing",
+        of_family("llama", n_kv_heads=2, n_layers=6),
+        settings(4),
+        gradient_checkpointing=True,
+    ),
+    Case("modern, accumulation 2", of_family("modern", n_layers=6), settings(4, 2)),
+    Case("modern, all", MODERN_ALL, settings(3, 2, "sgd"), BF16, True),
+    Case("geglu, softcap", GEGLU, settings(20)),
+    Case("rope, bf16", of_family("gpt2", **ROPE), settings(6), BF16),
 ]
 
 
@@ -224,12 +246,13 @@ def test_batch_curve_agrees_with_single_estimates(device_type: str, checkpointin
         assert curve(batch).needed_bytes == pytest.approx(single.needed_bytes, rel=1e-3)
 
 
-def test_generation_and_resume() -> None:
-    case = Case("generation", SMALL, settings(2))
+@pytest.mark.parametrize("model", [SMALL, of_family("llama", n_kv_heads=2)])
+def test_generation_and_resume(model: ModelConfig) -> None:
+    case = Case("generation", model, settings(2))
     options = replace(case.options, generation_batch_size=5)
     estimate = estimate_memory(case.model, case.training, options)
     _, trainer, held = measure_steps(case)
-    fake = TraceCase(SMALL, case.training, FP32, "cpu", False, False, 5, SMALL.context_length)
+    fake = TraceCase(model, case.training, FP32, "cpu", False, False, 5, model.context_length)
     peak, _ = measure_allocations(lambda: generate_longest(trainer.model, fake))
     assert estimate.phases["generation"] == pytest.approx(held + peak, rel=0.01)
     weights = {n: t.detach().clone() for n, t in trainer.model.state_dict().items()}
@@ -248,9 +271,10 @@ def test_generation_and_resume() -> None:
     assert estimate.phases["resume"] == pytest.approx(peak, rel=0.01)
 
 
+@pytest.mark.parametrize("model", [WIDE, of_family("modern", tied=False)], ids=["gpt2", "modern"])
 @pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
-def test_checkpoint_size(tmp_path: Path, optimizer: str) -> None:
-    case = Case("disk", WIDE, settings(1, 1, optimizer))
+def test_checkpoint_size(tmp_path: Path, optimizer: str, model: ModelConfig) -> None:
+    case = Case("disk", model, settings(1, 1, optimizer))
     trainer = build_trainer(case)
     trainer.train_step(0, build_batches(case, 1))
     saved = save_checkpoint(
@@ -258,11 +282,11 @@ def test_checkpoint_size(tmp_path: Path, optimizer: str) -> None:
         1,
         trainer.model.state_dict(),
         {"trainer": trainer.state_dict()},
-        {"model": dataclasses.asdict(WIDE)},
+        {"model": dataclasses.asdict(model)},
         {"val_loss": None},
     )
     size = sum(path.stat().st_size for path in saved.path.iterdir())
-    assert estimate_checkpoint_bytes(WIDE, case.training) == pytest.approx(size, rel=0.01)
+    assert estimate_checkpoint_bytes(model, case.training) == pytest.approx(size, rel=0.01)
 
 
 def test_items_and_phases_add_up() -> None:

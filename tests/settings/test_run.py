@@ -65,7 +65,7 @@ def test_every_field_is_an_option_with_help_and_a_valid_default() -> None:
         ({"text_file": ["a", 3]}, "--text-file takes text"),
         ({"optimizer": "adanw"}, "--optimizer 'adanw' is unknown (did you mean adamw?)"),
         ({"scheduler": "cosin"}, "(did you mean cosine?): choose one of cosine, linear"),
-        ({"activation": "swish"}, "choose one of gelu, gelu_tanh, relu, silu"),
+        ({"activation": "swish"}, "choose one of gelu, gelu_tanh, relu, relu_squared, silu, tanh"),
         ({"log_level": "info "}, "(did you mean info?)"),
         ({"output_dir": __file__}, "there is a file of that name, not a folder"),
         ({"output_file": "a.txt", "interactive": True}, "contradict each other"),

@@ -1,0 +1,109 @@
+"""What every language model here has: a table of tokens, an output head, and their initialisation.
+
+Shapes: B sequences, T tokens in each, C hidden size, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from preflight.models.kv_cache import KVCache
+from preflight.models.loss import cap_logits, linear_cross_entropy
+from preflight.models.protocol import ParameterGroup
+from preflight.settings import ModelConfig
+
+
+class ResidualLinear(nn.Linear):
+    """A linear layer whose result is added to the residual stream; initialised smaller."""
+
+
+class TokenModel(nn.Module):
+    """Base of the models: `embed_tokens`, `lm_head` where it is not tied, loss and logits.
+
+    A subclass builds its parts, among them `layers` and `norm`, then calls `build_head` and
+    initialises them. It is a `LanguageModel` with `forward`, `prefill` and `decode` of its own.
+    The memory estimate watches `layers`, which are alike, and `norm`, after which the loss begins.
+    """
+
+    layers: nn.ModuleList
+    norm: nn.Module
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.n_embeddings)
+        self._cap: Callable[[Tensor], Tensor] = _keep
+        if config.logit_softcap is not None:
+            self._cap = functools.partial(cap_logits, softcap=config.logit_softcap)
+
+    def build_head(self) -> None:
+        """The output head: the table of tokens, or a matrix (V C) of its own."""
+        if not self.config.tied:
+            config = self.config
+            self.lm_head = nn.Linear(config.n_embeddings, config.vocab_size, bias=False)
+
+    @property
+    def head_weight(self) -> Tensor:
+        """The weight (V C) that turns a hidden vector into logits."""
+        return (self.embed_tokens if self.config.tied else self.lm_head).weight
+
+    def compute_output(self, x: Tensor, targets: Tensor | None) -> Tensor:
+        """Logits (B T V) of hidden vectors (B T C), or the summed loss against `targets`."""
+        if targets is None:
+            return self.compute_logits(x)
+        softcap = self.config.logit_softcap
+        return linear_cross_entropy(x.flatten(0, 1), self.head_weight, targets.flatten(), softcap)
+
+    def compute_logits(self, x: Tensor) -> Tensor:
+        """Logits (... V) of hidden vectors (... C)."""
+        return self._cap(F.linear(x, self.head_weight))
+
+    def build_cache(
+        self, batch_size: int, device: torch.device, dtype: torch.dtype, capacity: int | None = None
+    ) -> KVCache:
+        """An empty cache of `batch_size` rows for `prefill` and `decode`."""
+        return KVCache(self.config, batch_size, device, dtype, capacity)
+
+    def prefill(self, tokens: Tensor, cache: KVCache, rows: list[int], lengths: list[int]) -> None:
+        """As in `LanguageModel`."""
+        raise NotImplementedError
+
+    def decode(self, tokens: Tensor, cache: KVCache) -> Tensor:
+        """As in `LanguageModel`."""
+        raise NotImplementedError
+
+    def check_length(self, tokens: Tensor) -> None:
+        """Raise `ValueError` where sequences (B T) are longer than the context."""
+        n_tokens = tokens.shape[1]
+        if self.config.context_length < n_tokens:
+            raise ValueError(
+                f"{n_tokens} tokens are longer than the context of {self.config.context_length}"
+            )
+
+    def parameter_groups(self) -> list[ParameterGroup]:
+        """The trainable parameters by kind, each in the order of the model."""
+        tables = {id(m.weight) for m in self.modules() if isinstance(m, nn.Embedding)}
+        tables.add(id(self.head_weight))
+        trainable = [p for p in self.parameters() if p.requires_grad]
+        return [
+            ParameterGroup("matrix", [p for p in trainable if p.dim() > 1 and id(p) not in tables]),
+            ParameterGroup("embedding", [p for p in trainable if id(p) in tables]),
+            ParameterGroup("scalar", [p for p in trainable if p.dim() < 2]),
+        ]
+
+
+def _keep(logits: Tensor) -> Tensor:
+    return logits
+
+
+def initialise(module: nn.Module, std: float) -> None:
+    """Weights of a linear layer or a table from N(0, std), and biases of zero."""
+    if isinstance(module, (nn.Linear, nn.Embedding)):
+        nn.init.normal_(module.weight, std=std)
+    if isinstance(module, nn.Linear) and module.bias is not None:
+        nn.init.zeros_(module.bias)
