@@ -22,6 +22,7 @@ OPTIMIZERS: Registry[Any] = Registry(
         "adamw": "preflight.training.optimizers:ADAMW",
         "adam": "preflight.training.optimizers:ADAM",
         "sgd": "preflight.training.optimizers:SGD",
+        "muon": "preflight.training.optimizers:MUON",
     },
 )
 # (step, plan) -> learning rate.
