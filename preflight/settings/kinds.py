@@ -32,6 +32,7 @@ SCHEDULES: Registry[Any] = Registry(
         "cosine": "preflight.training.schedules:cosine",
         "linear": "preflight.training.schedules:linear",
         "onecycle": "preflight.training.schedules:onecycle",
+        "wsd": "preflight.training.schedules:warmup_stable_decay",
         "none": "preflight.training.schedules:constant",
     },
 )
