@@ -60,9 +60,13 @@ SOURCES: Registry[Any] = Registry(
         "builtin": "preflight.corpus.sources.builtin:find",
     },
 )
-# (output_dir) -> Tracker. A run logs to all of them.
+# (output_dir) -> Tracker. A run logs to all of them, but to one whose name is a flag only with it.
 TRACKERS: Registry[Any] = Registry(
-    "tracker", {"metrics.jsonl": "preflight.training.metrics:open_metrics"}
+    "tracker",
+    {
+        "metrics.jsonl": "preflight.training.metrics:open_metrics",
+        "tensorboard": "preflight.training.tensorboard:TensorBoardLog",
+    },
 )
 # (config) -> exit code, by the flag that chooses the mode.
 MODES: Registry[Any] = Registry(
