@@ -27,7 +27,7 @@ from preflight.training.plan import TrainingPlan
 from preflight.training.recording import StepRecorder
 from preflight.training.saving import CheckpointSaver
 from preflight.training.schedules import learning_rate_at
-from preflight.training.state import Evaluation, StepResult, TrainState
+from preflight.training.state import Evaluation, StepResult, TrainState, convert_to_bits_per_byte
 from train_utils import BatchLoader
 
 
@@ -111,13 +111,13 @@ class Trainer:
         evaluator: Evaluator,
         stop: StopFlag,
     ) -> None:
-        """Train to the end of the plan, or until a signal comes.
+        """Train to the end of the plan, or until a signal or the end of the patience.
 
         What was earned is saved before anything else can fail: step, log, save, evaluate, sample.
         """
         saver.retire()  # for a run cut between a save and the deletion of older checkpoints
         evaluator.evaluate_if_due()  # for a run cut between a save and its evaluation
-        while state.step < self.plan.total_steps and not stop.stopping:
+        while self._goes_on(state) and not stop.stopping:
             batches = (loader.next_batch() for _ in range(self.plan.accumulation_steps))
             result = self.train_step(state.step, batches)
             state.advance(result, loader.cursor)
@@ -126,6 +126,11 @@ class Trainer:
             evaluator.evaluate_if_due()
         recorder.flush()
         saver.save()
+
+    def _goes_on(self, state: TrainState) -> bool:
+        patience = self.plan.patience
+        is_patient = patience is None or state.stale_evaluations < patience
+        return is_patient and state.step < self.plan.total_steps
 
     def _compute_loss(self, inputs: Tensor, targets: Tensor) -> Tensor:
         try:
@@ -182,7 +187,7 @@ class Trainer:
             total += float(mean) * int(count)
             n_targets += int(count)
         loss = total / n_targets if n_targets else math.nan
-        return Evaluation(loss, loss / math.log(2) * tokens_per_byte)
+        return Evaluation(loss, convert_to_bits_per_byte(loss, tokens_per_byte))
 
     def state_dict(self) -> dict[str, Any]:
         """Optimizer, scaler and random state: all of a step's memory besides the weights."""

@@ -121,7 +121,7 @@ def rows(monkeypatch: pytest.MonkeyPatch) -> None:
     """A row for each fake, and nothing left of it afterwards."""
     added: list[tuple[Any, str, Any]] = [
         (ACTIVATIONS, "softsign", "torch.nn.functional:softsign"),
-        (OPTIMIZERS, "sign", OptimizerSpec(build_sign_descent, lambda _: 0)),
+        (OPTIMIZERS, "sign", OptimizerSpec(build_sign_descent, lambda *_: 0)),
         (SCHEDULES, "halve", halve),
         (TOKENIZERS, "fake pairs", PairTokenizer),
         (SOURCES, "nowhere", find_nowhere),

@@ -37,6 +37,7 @@ def read_constraints() -> dict[str, str]:
     return found
 
 
+EXTRAS = sorted((ROOT / "requirements").iterdir())
 NAMED = read_requirements("requirements.txt") + read_requirements("requirements-dev.txt")
 
 
@@ -60,7 +61,8 @@ def test_what_the_requirements_bring_along_has_a_tested_version_too() -> None:
 
 def test_everything_imported_is_a_named_requirement() -> None:
     distributions = metadata.packages_distributions()
-    named = {canonicalize_name(r.name) for r in read_requirements("requirements.txt")}
+    files = ["requirements.txt", *(f"requirements/{p.name}" for p in EXTRAS)]
+    named = {canonicalize_name(r.name) for file in files for r in read_requirements(file)}
     named.add("setuptools")
     sources = [*ROOT.glob("*.py"), *(ROOT / "preflight").rglob("*.py")]
     text = "".join(path.read_text(encoding="utf-8") for path in sources)
@@ -110,4 +112,7 @@ def test_the_wheel_holds_the_product_and_nothing_else(tmp_path: Path) -> None:
     assert "preflight = main:main" in scripts
     needed = set(re.findall(r"^Requires-Dist: ([\w-]+)(?!.*extra)", about, re.MULTILINE))
     assert needed == {r.name for r in read_requirements("requirements.txt")}
-    assert re.findall(r"^Provides-Extra: (.*)$", about, re.MULTILINE) == ["dev"]
+    assert re.findall(r"^Provides-Extra: (.*)$", about, re.MULTILINE) == [
+        "dev",
+        *(path.stem for path in EXTRAS),
+    ]

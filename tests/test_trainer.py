@@ -13,10 +13,7 @@ from torch import Tensor
 
 import trainer as trainer_module
 from preflight.device.runtime import Runtime, build_runtime
-from preflight.models.protocol import ParameterGroup
 from preflight.settings import ControlSettings, ModelConfig, SystemSettings, TrainingSettings
-from preflight.settings.kinds import OPTIMIZERS
-from preflight.training.optimizers import OptimizerSpec
 from preflight.training.plan import build_plan
 from preflight.training.state import TrainState
 from trainer import Trainer
@@ -134,26 +131,11 @@ def test_gradient_norm_is_clipped_and_reported_before_clipping() -> None:
     assert float(moved.norm()) == pytest.approx(0.1 * 1e-2, rel=1e-3)
 
 
-def build_muon(
-    groups: list[ParameterGroup], training: TrainingSettings, learning_rate: float
-) -> torch.optim.Optimizer:
-    matrices = [p for group in groups if group.kind == "matrix" for p in group.parameters]
-    return torch.optim.Muon(matrices, lr=learning_rate)
-
-
-@pytest.fixture
-def muon(monkeypatch: pytest.MonkeyPatch) -> None:
-    """An optimizer that knows nothing of `found_inf`, among those that can be chosen."""
-    monkeypatch.setattr(OPTIMIZERS, "_targets", dict(OPTIMIZERS._targets))
-    OPTIMIZERS.register("muon", OptimizerSpec(build_muon, lambda _: 1))
-
-
 def copy_state(trainer: Trainer) -> list[Tensor]:
     states = trainer.optimizer.state.values()
     return [v.clone() for s in states for v in s.values() if isinstance(v, Tensor)]
 
 
-@pytest.mark.usefixtures("muon")
 @pytest.mark.parametrize("name", ["adamw", "adam", "sgd", "muon"])
 @pytest.mark.parametrize("place", ["loss", "gradient"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=["fp32", "scaled fp16"])
@@ -166,7 +148,6 @@ def test_what_is_not_finite_never_reaches_the_weights(
     start = weights_of(trainer)
     trainer.train_step(0, batches[:1])
     before, state = weights_of(trainer), copy_state(trainer)
-    # Muon trains the matrices alone.
     trained = next(p for g in trainer.optimizer.param_groups for p in g["params"])
     index = next(i for i, p in enumerate(trainer.model.parameters()) if p is trained)
     assert not torch.equal(start[index], before[index])
@@ -190,7 +171,6 @@ def test_what_is_not_finite_never_reaches_the_weights(
         assert not torch.equal(before[index], weights_of(trainer)[index])
 
 
-@pytest.mark.usefixtures("muon")
 def test_one_bad_step_destroys_every_matrix_where_nobody_asks() -> None:
     """Why the question is there: the same step with the weights left to the optimizer."""
     trainer = build_trainer(optimizer="muon")

@@ -6,7 +6,7 @@ import contextlib
 import math
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
@@ -207,7 +207,7 @@ def _find_bests(newest_first: list[Checkpoint]) -> list[Checkpoint]:
     return [_sort_by_loss(group)[0] for group in groups.values()]
 
 
-def retire_checkpoints(output_dir: Path, keep: int, protect: Path | None = None) -> list[Path]:
+def retire_checkpoints(output_dir: Path, keep: int, protect: Collection[Path] = ()) -> list[Path]:
     """Delete all but the newest `keep`, the best, and `protect`. Return the deleted folders.
 
     Where a run has changed its data, the best on each of them stays. Call it only after a save,
@@ -217,7 +217,7 @@ def retire_checkpoints(output_dir: Path, keep: int, protect: Path | None = None)
         PreflightError: code STORAGE or CHECKPOINT, when a folder cannot be read or deleted.
     """
     found = list_checkpoints(output_dir)
-    kept = {c.path for c in found[: max(keep, 1)] + _find_bests(found)} | {protect}
+    kept = {c.path for c in found[: max(keep, 1)] + _find_bests(found)} | set(protect)
     retired = [c.path for c in reversed(found) if c.path not in kept]
     for folder in retired:  # oldest first: after a kill the newer ones are left
         try:

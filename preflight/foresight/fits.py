@@ -255,8 +255,12 @@ def estimate_disk_bytes(
     control: ControlSettings,
     total_steps: int | None = None,
 ) -> int:
-    """Disk space of the checkpoints: the newest, the best, and the one that is being written."""
-    count = min(control.max_checkpoints + 2, total_steps or control.max_checkpoints + 2)
+    """Disk space of the checkpoints: the newest, the best, and the one that is being written.
+
+    And the one from which a run with `wsd` can be made longer.
+    """
+    count = control.max_checkpoints + (3 if training.scheduler == "wsd" else 2)
+    count = min(count, total_steps or count)
     return count * estimate_checkpoint_bytes(model_config, training)
 
 

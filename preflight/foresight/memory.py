@@ -6,6 +6,7 @@ and the disk must have. Whether that fits, and what would help, is in `fits`.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
@@ -14,9 +15,11 @@ import torch
 from preflight.device.runtime import Runtime
 from preflight.foresight.memory_trace import Peaks, TraceCase, extend_peaks, trace_peaks
 from preflight.models import loss as losses
-from preflight.models.cost import count_parameters, count_tensors
+from preflight.models.cost import count_parameters
+from preflight.models.protocol import ParameterKind
 from preflight.settings import ModelConfig, TrainingSettings
 from preflight.settings.kinds import OPTIMIZERS
+from transformer_model import DecoderOnlyTransformer
 
 MIB = 2**20
 PHASES = ("training step", "optimizer step", "evaluation", "generation", "resume")
@@ -179,9 +182,21 @@ def _summarise(peaks: Peaks, case: TraceCase, workspace: int) -> MemoryEstimate:
 
 def estimate_checkpoint_bytes(model_config: ModelConfig, training: TrainingSettings) -> int:
     """Disk space of one checkpoint: weights and optimizer state in fp32, and their headers."""
-    copies = OPTIMIZERS.load(training.optimizer).state_copies(training)
-    headers = 120 * count_tensors(model_config) * (1 + 3 * copies)  # names, shapes and alignment
-    return round(4 * count_parameters(model_config) * (1 + copies) + headers)
+    copies = OPTIMIZERS.load(training.optimizer).state_copies
+    total = 0.0
+    for kind, n_tensors, n_parameters in _count_by_kind(model_config):
+        held = copies(training, kind)
+        headers = 120 * n_tensors * (1 + 3 * held)  # names, shapes and alignment
+        total += 4 * n_parameters * (1 + held) + headers
+    return round(total)
+
+
+@functools.lru_cache(maxsize=64)
+def _count_by_kind(model_config: ModelConfig) -> list[tuple[ParameterKind, int, int]]:
+    """The kinds of parameters, with the tensors and the numbers of each."""
+    with torch.device("meta"):
+        groups = DecoderOnlyTransformer(model_config).parameter_groups()
+    return [(g.kind, len(g.parameters), sum(p.numel() for p in g.parameters)) for g in groups]
 
 
 def estimate_least_bytes(model_config: ModelConfig, training: TrainingSettings) -> int:

@@ -31,6 +31,7 @@ from preflight.models import loss as losses
 from preflight.models.base import TokenModel
 from preflight.models.building import build_model
 from preflight.settings import ControlSettings, ModelConfig, SamplingConfig, TrainingSettings
+from preflight.training import muon
 from preflight.training.plan import build_plan
 from trainer import build_trainer
 from transformer_model import Attention
@@ -213,12 +214,25 @@ def _pretend(device_type: str) -> Iterator[AllocationLog]:
     kernels = contextlib.nullcontext() if device_type == "cpu" else _CudaSoftmax()
     with (
         _loss_of(device_type, whole=False),
+        _muon_of(device_type),
         torch.random.fork_rng(devices=[]),
         FakeTensorMode(),
         kernels,
         log,
     ):
         yield log
+
+
+@contextlib.contextmanager
+def _muon_of(device_type: str) -> Iterator[None]:
+    """Muon's iteration in what that device computes it in: a card has bf16."""
+    own = muon.choose_dtype
+    if device_type != "cpu":
+        muon.choose_dtype = lambda device: torch.bfloat16
+    try:
+        yield
+    finally:
+        muon.choose_dtype = own
 
 
 @contextlib.contextmanager

@@ -15,6 +15,8 @@ from torch import Tensor, nn
 from preflight.models.kv_cache import KVCache
 from preflight.settings import ModelConfig
 
+ParameterKind = Literal["matrix", "embedding", "scalar"]
+
 
 @dataclass(frozen=True)
 class ParameterGroup:
@@ -26,7 +28,7 @@ class ParameterGroup:
         parameters: in the order of the model.
     """
 
-    kind: Literal["matrix", "embedding", "scalar"]
+    kind: ParameterKind
     parameters: list[nn.Parameter]
 
 

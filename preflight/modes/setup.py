@@ -390,7 +390,9 @@ def _restore_state(setup: RunSetup, origin: Checkpoint) -> TrainState:
             + join_words("--resume-from", origin.path),
         )
     log.info("the data is new to this checkpoint: training starts at its beginning")
-    return dataclasses.replace(state, cursor=0, eval_windows=0, best_val_loss=None)
+    return dataclasses.replace(
+        state, cursor=0, eval_windows=0, best_val_loss=None, stale_evaluations=0
+    )
 
 
 def _check_tokens_per_step(setup: RunSetup, before: int, now: int) -> None:

@@ -38,8 +38,8 @@ from preflight.training.evaluating import Evaluator
 from preflight.training.metrics import METRICS_NAME, read_metrics, refuse_foreign_log
 from preflight.training.recording import StepRecorder
 from preflight.training.saving import CheckpointSaver
-from preflight.training.state import Evaluation
-from preflight.training.trackers import Trackers
+from preflight.training.state import Evaluation, convert_to_bits_per_byte
+from preflight.training.trackers import Trackers, load_trackers
 
 
 def run(config: RunConfig) -> int:
@@ -50,6 +50,7 @@ def run(config: RunConfig) -> int:
     """
     find_sources(config.data)  # a misspelt file is told before any folder is made
     check_machine(config.system)
+    load_trackers(config.control)  # a missing library is told before any folder is made
     output_dir = Path(config.control.output_dir)
     with StopFlag() as stop, contextlib.ExitStack() as stack:
         setup = RunSetup(config, stop, resumes=True)
@@ -89,11 +90,19 @@ class TrainingRun:
         self.config, self.plan, self.state = setup.config, setup.plan, setup.state
         self.state.eval_windows = self.plan.eval_windows
         self.runtime = setup.runtime
-        self.trackers = Trackers(self.output_dir)
+        self.trackers = Trackers(self.output_dir, self.config.control)
         setup.check_memory(self.runtime, self.plan.window_tokens)
         self.trainer = setup.build_trainer()
         guard = DivergenceGuard(self.output_dir, fp16=self.runtime.needs_scaler)
-        self.recorder = StepRecorder(self.plan, self.runtime, self.state, self.trackers, guard)
+        train = setup.data.train
+        self.recorder = StepRecorder(
+            self.plan,
+            self.runtime,
+            self.state,
+            self.trackers,
+            guard,
+            tokens_per_byte=train.n_tokens / max(1, train.n_bytes),
+        )
         self.saver = CheckpointSaver(
             self.output_dir,
             self.plan,
@@ -208,7 +217,12 @@ class TrainingRun:
             f"peak memory {format_bytes(self.runtime.peak_memory_bytes())}"
         )
         if best.val_loss is not None:
-            log.info(f"best: {best.path} (step {best.step:,}, validation loss {best.val_loss:.4f})")
+            val = self.setup.data.val
+            bits = convert_to_bits_per_byte(best.val_loss, val.n_tokens / val.n_bytes)
+            log.info(
+                f"best: {best.path} (step {best.step:,}, validation loss {best.val_loss:.4f}, "
+                f"{bits:.3f} bits per byte)"
+            )
         log.info(f"loss curve: {self.output_dir / CURVE_NAME}")
         command = format_command("--generate", "--output-dir", self.output_dir)
         log.info(f"generate text: {command}")

@@ -21,11 +21,20 @@ class ControlSettings:
     eval_every: int | None = setting(
         None, "steps between evaluations; unset: at every checkpoint", ge=1, le=MAX_COUNT
     )
+    early_stopping_patience: int | None = setting(
+        None,
+        "stop after so many evaluations in a row without a lower validation loss; unset: never",
+        ge=1,
+        le=MAX_COUNT,
+    )
     log_every: int | None = setting(
         None,
         "steps between log lines where there is no progress bar; unset: 1 % of the run",
         ge=1,
         le=MAX_COUNT,
+    )
+    tensorboard: bool = setting(
+        False, "write TensorBoard's event files too, into tensorboard/ of --output-dir"
     )
     max_checkpoints: int = setting(
         3, "newest checkpoints to keep, in addition to the best", ge=2, le=1_000_000

@@ -56,6 +56,7 @@ OPTIMIZERS: Registry[Any] = Registry(
         "adamw": "preflight.training.optimizers:ADAMW",
         "adam": "preflight.training.optimizers:ADAM",
         "sgd": "preflight.training.optimizers:SGD",
+        "muon": "preflight.training.optimizers:MUON",
     },
 )
 # (step, plan) -> learning rate.
@@ -65,6 +66,7 @@ SCHEDULES: Registry[Any] = Registry(
         "cosine": "preflight.training.schedules:cosine",
         "linear": "preflight.training.schedules:linear",
         "onecycle": "preflight.training.schedules:onecycle",
+        "wsd": "preflight.training.schedules:warmup_stable_decay",
         "none": "preflight.training.schedules:constant",
     },
 )
@@ -92,9 +94,13 @@ SOURCES: Registry[Any] = Registry(
         "builtin": "preflight.corpus.sources.builtin:find",
     },
 )
-# (output_dir) -> Tracker. A run logs to all of them.
+# (output_dir) -> Tracker. A run logs to all of them, but to one whose name is a flag only with it.
 TRACKERS: Registry[Any] = Registry(
-    "tracker", {"metrics.jsonl": "preflight.training.metrics:open_metrics"}
+    "tracker",
+    {
+        "metrics.jsonl": "preflight.training.metrics:open_metrics",
+        "tensorboard": "preflight.training.tensorboard:TensorBoardLog",
+    },
 )
 # (config) -> exit code, by the flag that chooses the mode.
 MODES: Registry[Any] = Registry(

@@ -20,7 +20,7 @@ class TrainingSettings:
     weight_decay: float = setting(
         0.1, "weight decay of the weight matrices (not biases, norms, embeddings)", ge=0, le=1e3
     )
-    beta1: float = setting(0.9, "Adam's beta1; the momentum of sgd", ge=0, lt=1)
+    beta1: float = setting(0.9, "Adam's beta1; the momentum of sgd; muon's own is 0.95", ge=0, lt=1)
     beta2: float = setting(0.95, "Adam's beta2", ge=0, lt=1)
     eps: float = setting(1e-8, "Adam's epsilon", gt=0, le=1)
     max_grad_norm: float = setting(
@@ -41,7 +41,11 @@ class TrainingSettings:
     num_epochs: float | None = setting(
         None, "epochs to train; unset, and no --max-steps: 3", gt=0, le=1e6
     )
-    optimizer: str = setting("adamw", "optimizer", choices=OPTIMIZERS)
+    optimizer: str = setting(
+        "adamw",
+        "optimizer; muon: for the weight matrices, with adamw for the rest",
+        choices=OPTIMIZERS,
+    )
     scheduler: str = setting("cosine", "learning rate schedule after warm-up", choices=SCHEDULES)
     seed: int = setting(
         42, "random seed of initialization, data order, dropout and sampling", ge=0, le=2**63 - 1

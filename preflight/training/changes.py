@@ -9,7 +9,7 @@ import torch
 
 from preflight.device.runtime import Runtime
 from preflight.training.plan import TrainingPlan
-from preflight.training.schedules import learning_rate_at
+from preflight.training.schedules import find_extension_step, learning_rate_at
 
 
 def describe_runtime(runtime: Runtime, *, gradient_checkpointing: bool) -> dict[str, Any]:
@@ -47,6 +47,12 @@ def describe_schedule(step: int, before: TrainingPlan, now: TrainingPlan) -> str
         f"changed since the checkpoint: the learning rate was {last:.2e} in step {step:,} and is "
         f"{following:.2e} in the next; {now.scheduler} ends at step {now.total_steps:,}"
     )
-    if following > last:
-        text += f" (to keep it low: --scheduler none --warmup-steps 0 --learning-rate {last:.2e})"
-    return text
+    if following <= last:
+        return text
+    extension_step = find_extension_step(before)
+    if extension_step is not None and step > extension_step:
+        return (
+            f"{text} (without this jump the run is made longer from step {extension_step:,} or "
+            "before: --resume-from that checkpoint, with another --output-dir)"
+        )
+    return f"{text} (to keep it low: --scheduler none --warmup-steps 0 --learning-rate {last:.2e})"

@@ -1,4 +1,4 @@
-"""The loss curve: training and validation loss over the tokens trained on."""
+"""The loss curve: training and validation loss over the tokens trained on, in nats and in bits."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from preflight.core.storage import publish_file
+from preflight.training.smoothing import MovingAverage
 from preflight.training.trackers import Row
 
 CURVE_NAME = "loss_curve.png"
@@ -57,6 +58,7 @@ class LossCurve:
         """`rows`: those that are there already."""
         self._steps, self._evaluations = _Series(), _Series()
         self._best: tuple[float, float] | None = None
+        self._bits_per_nat: float | None = None  # bits per byte for each nat per token
         for row in rows:
             self.log(row)
 
@@ -73,6 +75,9 @@ class LossCurve:
             self._steps.add(*figures)
             return
         tokens, loss = figures
+        bits = row.get("bits_per_byte")
+        if _is_figure(bits) and bits and loss:
+            self._bits_per_nat = bits / loss
         self._evaluations.add(tokens, loss)
         if self._best is None or loss < self._best[1]:
             self._best = tokens, loss
@@ -85,7 +90,8 @@ class LossCurve:
         """
         columns = self._steps.columns()
         if columns:
-            _draw(path, title, columns, self._evaluations.columns(), self._best)
+            evaluations = self._evaluations.columns()
+            _draw(path, title, columns, evaluations, self._best, self._bits_per_nat)
 
 
 def _is_figure(value: object) -> bool:
@@ -102,6 +108,7 @@ def _draw(
     steps: list[list[float]],
     evaluations: list[list[float]],
     best: tuple[float, float] | None,
+    bits_per_nat: float | None,
 ) -> None:
     os.environ["MPLBACKEND"] = "agg"  # an unknown backend in the environment would end the run
     # Imported here: matplotlib takes half a second, which the first step need not wait for.
@@ -118,7 +125,8 @@ def _draw(
         places, values = evaluations
         top.plot(places, values, "o-", color="#c8501e", markersize=4, label="validation")
         top.annotate(
-            f"best {best[1]:.3f}\nperplexity {math.exp(min(best[1], 50)):,.1f}",
+            f"best {best[1]:.3f}\nperplexity {math.exp(min(best[1], 50)):,.1f}"
+            + ("" if bits_per_nat is None else f"\n{best[1] * bits_per_nat:.3f} bits per byte"),
             best,
             xytext=(0, 28),
             textcoords="offset points",
@@ -128,6 +136,9 @@ def _draw(
             arrowprops={"arrowstyle": "-", "lw": 0.7},
         )
     top.set_ylabel("loss (nats per token)")
+    if bits_per_nat is not None:
+        scale = (lambda nats: nats * bits_per_nat, lambda bits: bits / bits_per_nat)
+        top.secondary_yaxis("right", functions=scale).set_ylabel("bits per byte")
     top.set_title(title, loc="left", fontsize=11)
     top.legend(frameon=False)
     top.grid(alpha=0.25)
@@ -143,14 +154,8 @@ def _draw(
 
 def _smooth(values: list[float]) -> list[float]:
     """Exponential moving average over a fiftieth of the run, with bias correction."""
-    keep = 1 - 1 / max(2, len(values) / 50)
-    total = weight = 0.0
-    result = []
-    for value in values:
-        total = keep * total + value
-        weight = keep * weight + 1
-        result.append(total / weight)
-    return result
+    average = MovingAverage(1 - 1 / max(2, len(values) / 50))
+    return [average.add(value) for value in values]
 
 
 def _format_count(value: float) -> str:

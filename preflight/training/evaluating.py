@@ -64,7 +64,10 @@ class Evaluator:
         state = self.state
         is_best = state.best_val_loss is None or result.loss < state.best_val_loss
         state.best_val_loss = result.loss if is_best else state.best_val_loss
+        state.stale_evaluations = 0 if is_best else state.stale_evaluations + 1
         state.evaluated_step = state.step
+        if is_best and self.plan.patience:
+            self.saver.save()  # the best model is what the run is stopped for
         self.saver.record_validation(result.loss)
         self.recorder.trackers.log(
             {
@@ -82,6 +85,11 @@ class Evaluator:
             f"{result.perplexity:,.1f}, {result.bits_per_byte:.3f} bits per byte"
             + (" (best so far)" if is_best else "")
         )
+        if state.stale_evaluations == self.plan.patience:
+            log.info(
+                f"stopping early: {self.plan.patience} evaluations without a validation loss "
+                f"below {state.best_val_loss:.4f}"
+            )
 
     def _sample(self) -> None:
         """Generate a little text, so that a person sees what the model has learned."""

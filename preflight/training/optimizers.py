@@ -8,10 +8,12 @@ from functools import partial
 from typing import Any
 
 import torch
+from torch import nn
 
-from preflight.models.protocol import LanguageModel, ParameterGroup
+from preflight.models.protocol import LanguageModel, ParameterGroup, ParameterKind
 from preflight.settings import TrainingSettings
 from preflight.settings.kinds import OPTIMIZERS
+from preflight.training.muon import Muon
 
 
 @dataclass(frozen=True)
@@ -20,14 +22,15 @@ class OptimizerSpec:
 
     Attributes:
         build: from the model's parameters, the settings and the learning rate.
-        state_copies: fp32 copies of the trained parameters that the optimizer's state takes.
+        state_copies: fp32 copies of the parameters of one kind (see `ParameterGroup`) that the
+            optimizer's state takes.
         skips_on_device: whether its step reads ``found_inf``, as torch's fused ones do, and then
             leaves weights and state alone. Of any other optimizer the trainer asks the device
             before each step whether loss and gradients are finite, and waits for the answer.
     """
 
     build: Callable[[list[ParameterGroup], TrainingSettings, float], torch.optim.Optimizer]
-    state_copies: Callable[[TrainingSettings], float]
+    state_copies: Callable[[TrainingSettings, ParameterKind], float]
     skips_on_device: bool = False
 
 
@@ -39,15 +42,23 @@ def build_optimizer(
     return spec.build(model.parameter_groups(), training, learning_rate)
 
 
-def _split_by_decay(groups: list[ParameterGroup], weight_decay: float) -> list[dict[str, Any]]:
-    """Two groups for torch: weight matrices decay; embeddings, norms and biases do not.
+def _split_matrices(
+    groups: list[ParameterGroup],
+) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
+    """The weight matrices, and the rest.
 
     A checkpoint keeps the state by a parameter's index, so the order of the two must not change.
     """
-    decaying = [p for group in groups if group.kind == "matrix" for p in group.parameters]
+    matrices = [p for group in groups if group.kind == "matrix" for p in group.parameters]
     others = [p for group in groups if group.kind != "matrix" for p in group.parameters]
+    return matrices, others
+
+
+def _split_by_decay(groups: list[ParameterGroup], weight_decay: float) -> list[dict[str, Any]]:
+    """Two groups for torch: weight matrices decay; embeddings, norms and biases do not."""
+    matrices, others = _split_matrices(groups)
     return [
-        {"params": decaying, "weight_decay": weight_decay},
+        {"params": matrices, "weight_decay": weight_decay},
         {"params": others, "weight_decay": 0.0},
     ]
 
@@ -75,7 +86,23 @@ def _build_sgd(
     return torch.optim.SGD(split, lr=learning_rate, momentum=training.beta1, fused=True)
 
 
-ADAMW = OptimizerSpec(partial(_build_adam, torch.optim.AdamW), lambda _: 2, skips_on_device=True)
-ADAM = OptimizerSpec(partial(_build_adam, torch.optim.Adam), lambda _: 2, skips_on_device=True)
-# One copy: the momentum, which `--beta1 0` turns off.
-SGD = OptimizerSpec(_build_sgd, lambda training: 1 if training.beta1 else 0, skips_on_device=True)
+def _build_muon(
+    groups: list[ParameterGroup], training: TrainingSettings, learning_rate: float
+) -> torch.optim.Optimizer:
+    return Muon(
+        *_split_matrices(groups),
+        learning_rate=learning_rate,
+        weight_decay=training.weight_decay,
+        betas=(training.beta1, training.beta2),
+        eps=training.eps,
+    )
+
+
+def _count_sgd_copies(training: TrainingSettings, kind: ParameterKind) -> float:
+    return 1 if training.beta1 else 0  # the momentum, which `--beta1 0` turns off
+
+
+ADAMW = OptimizerSpec(partial(_build_adam, torch.optim.AdamW), lambda *_: 2, skips_on_device=True)
+ADAM = OptimizerSpec(partial(_build_adam, torch.optim.Adam), lambda *_: 2, skips_on_device=True)
+SGD = OptimizerSpec(_build_sgd, _count_sgd_copies, skips_on_device=True)
+MUON = OptimizerSpec(_build_muon, lambda _, kind: 1 if kind == "matrix" else 2)

@@ -19,7 +19,8 @@ class TrainingPlan:
 
     A step is one update of the weights, from `accumulation_steps` micro-batches. A sample is one
     window of `window_tokens`: the context length, or less where the text is shorter. Evaluations
-    read `eval_windows` of the validation part.
+    read `eval_windows` of the validation part; after `patience` of them in a row without a lower
+    loss the run stops.
     """
 
     total_steps: int
@@ -29,6 +30,7 @@ class TrainingPlan:
     eval_every: int
     log_every: int
     eval_windows: int
+    patience: int | None
     samples_per_step: int
     tokens_per_step: int
     window_tokens: int
@@ -80,6 +82,7 @@ def build_plan(
         eval_every=eval_every,
         log_every=control.log_every or max(1, total // 100),
         eval_windows=eval_windows,
+        patience=control.early_stopping_patience,
         samples_per_step=samples,
         tokens_per_step=samples * window_tokens,
         window_tokens=window_tokens,

@@ -15,18 +15,24 @@ from preflight.core.units import format_seconds
 from preflight.device.runtime import Runtime
 from preflight.training.divergence import DivergenceGuard
 from preflight.training.plan import TrainingPlan
-from preflight.training.state import StepResult, TrainState
+from preflight.training.smoothing import MovingAverage
+from preflight.training.state import StepResult, TrainState, convert_to_bits_per_byte
 from preflight.training.time_left import TimeLeft
 from preflight.training.trackers import Trackers
 
 # Without tqdm's own rate and time left, which count pauses as steps' time.
 _BAR_FORMAT = "{l_bar}{bar}| {n_fmt}/{total_fmt} [{elapsed}{postfix}]"
 
+_BAR_SMOOTHING = 0.98  # of the loss in the bar: an average over some fifty steps
+
 
 class StepRecorder:
     """Reads finished steps from the device and tells of them.
 
     On CUDA a step's figures are read while the next step runs, so that nothing waits for them.
+
+    Args:
+        tokens_per_byte: of the text that is trained on, for bits per byte.
     """
 
     def __init__(
@@ -36,9 +42,11 @@ class StepRecorder:
         state: TrainState,
         trackers: Trackers,
         guard: DivergenceGuard,
+        tokens_per_byte: float,
     ) -> None:
         self.plan, self.runtime, self.state = plan, runtime, state
-        self.trackers, self.guard = trackers, guard
+        self.trackers, self.guard, self.tokens_per_byte = trackers, guard, tokens_per_byte
+        self._smoothed = MovingAverage(_BAR_SMOOTHING)
         self._pending: deque[tuple[StepResult, int]] = deque()  # and the tokens of all steps
         self._lag = 1 if runtime.device.type == "cuda" else 0
         self._last_row = time.monotonic()
@@ -89,6 +97,7 @@ class StepRecorder:
                 "event": "step",
                 "step": result.step,
                 "loss": loss,
+                "bits_per_byte": convert_to_bits_per_byte(loss, self.tokens_per_byte),
                 "learning_rate": result.learning_rate,
                 "grad_norm": norm,
                 "tokens": tokens,
@@ -104,9 +113,11 @@ class StepRecorder:
         left = self._time_left.estimate(result.step)
         if left is not None:
             parts.append(f"ETA {format_seconds(left)}")
+        smoothed = self._smoothed.add(loss)
         if not self.bar.disable:
-            self.bar.set_postfix_str(", ".join([f"loss {loss:.3f}", *parts]), refresh=False)
+            self.bar.set_postfix_str(", ".join([f"loss {smoothed:.3f}", *parts]), refresh=False)
         elif result.step % self.plan.log_every == 0 or result.step == 1:
             parts.insert(0, f"learning rate {result.learning_rate:.2e}")
             step = f"step {result.step:,}/{self.plan.total_steps:,}"
-            log.info("  ".join([step, f"loss {loss:.4f}", *parts]))
+            bits = convert_to_bits_per_byte(loss, self.tokens_per_byte)
+            log.info("  ".join([step, f"loss {loss:.4f}", f"{bits:.3f} bits per byte", *parts]))

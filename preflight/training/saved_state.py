@@ -51,6 +51,7 @@ class _Progress(Schema):
     best_val_loss: Loss | None = None
     evaluated_step: Step = 0
     eval_windows: Step = 0
+    stale_evaluations: Step = 0
 
     @model_validator(mode="after")
     def _check_order(self) -> _Progress:

@@ -22,6 +22,7 @@ from preflight.core.signals import StopFlag
 from preflight.settings import ControlSettings
 from preflight.training.plan import TrainingPlan
 from preflight.training.recording import StepRecorder
+from preflight.training.schedules import find_extension_step
 from preflight.training.state import TrainState
 
 
@@ -53,6 +54,7 @@ class CheckpointSaver:
         self._saved_step = state.step if origin is not None else -1
         self._last_save = time.monotonic()
         self._place = output_dir.stat()
+        self._extension_step = find_extension_step(plan)
 
     @property
     def newest_path(self) -> Path | None:
@@ -61,12 +63,16 @@ class CheckpointSaver:
         return newest.path if newest else None
 
     def save_if_due(self) -> None:
-        """Save at the plan's interval, after the minutes of the flags, or on SIGUSR1."""
+        """Save at the plan's interval, after the minutes of the flags, or on SIGUSR1.
+
+        Also where the learning rate begins to fall, if the run can be made longer from there.
+        """
         minutes = (time.monotonic() - self._last_save) / 60
         due = (
             self.state.step % self.plan.checkpoint_every == 0
             or minutes >= self.control.checkpoint_minutes
             or self.stop.save_requested
+            or self.state.step == self._extension_step
         )
         if due and self.state.step < self.plan.total_steps:
             self.save()
@@ -90,10 +96,14 @@ class CheckpointSaver:
         log.debug(f"step {self.state.step:,}: saved in {self._last_save - began:.2f} s")
 
     def retire(self) -> None:
-        """Delete the checkpoints that are neither among the newest nor the best."""
+        """Delete the checkpoints that are neither among the newest nor the best.
+
+        The one that the run can be made longer from stays as well.
+        """
         if self.saved is not None:
             keep = self.control.max_checkpoints
-            retire_checkpoints(self.output_dir, keep, protect=self.saved.path)
+            start = self.output_dir / MILESTONES_NAME / f"checkpoint-{self._extension_step}"
+            retire_checkpoints(self.output_dir, keep, protect=(self.saved.path, start))
 
     def record_validation(self, loss: float) -> None:
         """Give the checkpoint of this step, if there is one, its validation loss."""

@@ -14,6 +14,9 @@ COSINE_FLOOR = 0.1  # share of the peak at the end (Brown et al. 2020, appendix 
 # One-cycle's start and end as shares of the peak: torch's OneCycleLR (Smith & Topin 2017).
 ONECYCLE_START, ONECYCLE_END = 1 / 25, 1 / 25e4
 
+# Hägele et al. 2024: from a fifth of the run on, a longer decay gains no more (figure 5).
+WSD_DECAY_SHARE = 0.2
+
 
 def learning_rate_at(step: int, plan: TrainingPlan) -> float:
     """The learning rate of update `step`, counted from 0, by the plan's schedule."""
@@ -50,6 +53,33 @@ def onecycle(step: int, plan: TrainingPlan) -> float:
         return _anneal(peak * ONECYCLE_START, peak, step / top)
     share = (step - top) / max(1, plan.total_steps - 1 - top)
     return _anneal(peak, peak * ONECYCLE_END, share)
+
+
+def warmup_stable_decay(step: int, plan: TrainingPlan) -> float:
+    """Linear warm-up, the peak, and over the last fifth of the run a fall to zero by 1 - sqrt.
+
+    Until the fall the length of the run plays no part: a run that stands there can be made longer.
+    Source: Hägele et al. 2024, arXiv:2405.18392, eq. 2.
+    """
+    start = find_decay_start(plan)
+    if step < max(start, plan.warmup_steps):
+        return constant(step, plan)
+    share = (step - start) / max(1, plan.total_steps - start)
+    return plan.peak_learning_rate * (1 - math.sqrt(min(1.0, share)))
+
+
+def find_decay_start(plan: TrainingPlan) -> int:
+    """The step after which `warmup_stable_decay` falls."""
+    return plan.total_steps - math.ceil(WSD_DECAY_SHARE * plan.total_steps)
+
+
+def find_extension_step(plan: TrainingPlan) -> int | None:
+    """The last step from which a run can be made longer without a jump of its learning rate.
+
+    ``None`` for a schedule that depends on the length from its start on, or not at all.
+    """
+    is_wsd = SCHEDULES.load(plan.scheduler) is warmup_stable_decay
+    return find_decay_start(plan) if is_wsd else None
 
 
 def _warm_up(step: int, plan: TrainingPlan) -> float:

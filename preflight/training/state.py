@@ -14,7 +14,8 @@ from torch import Tensor
 class TrainState:
     """Where a run stands; saved and restored as a whole.
 
-    `cursor` is the number of training samples handed out since the first step.
+    `cursor` is the number of training samples handed out since the first step. `stale_evaluations`
+    is the number of evaluations since the one of `best_val_loss`.
     """
 
     step: int = 0
@@ -23,6 +24,7 @@ class TrainState:
     best_val_loss: float | None = None
     evaluated_step: int = 0
     eval_windows: int = 0
+    stale_evaluations: int = 0
 
     @classmethod
     def restore(cls, saved: Mapping[str, Any]) -> TrainState:
@@ -33,6 +35,11 @@ class TrainState:
         """Count one more update, made from the samples before `cursor`."""
         self.step, self.cursor = result.step, cursor
         self.tokens += result.tokens
+
+
+def convert_to_bits_per_byte(loss: float, tokens_per_byte: float) -> float:
+    """A loss in nats per token as bits per byte of text, which any two tokenizers share."""
+    return loss / math.log(2) * tokens_per_byte
 
 
 @dataclass(frozen=True)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Protocol
 
+from preflight.settings import ControlSettings
 from preflight.settings.kinds import TRACKERS
 
 Row = dict[str, Any]
@@ -20,11 +22,20 @@ class Tracker(Protocol):
         """One row of plain JSON types. It must not end the run when it cannot be kept."""
 
 
-class Trackers:
-    """Every registered tracker, as one."""
+def load_trackers(control: ControlSettings) -> list[Callable[[Path], Tracker]]:
+    """What builds the trackers of a run; one whose name is a flag needs that flag.
 
-    def __init__(self, output_dir: Path) -> None:
-        self._all: list[Tracker] = [TRACKERS.load(name)(output_dir) for name in TRACKERS.names()]
+    Raises:
+        PreflightError: code FLAGS, when a library that a flag needs is missing.
+    """
+    return [TRACKERS.load(name) for name in TRACKERS.names() if getattr(control, name, True)]
+
+
+class Trackers:
+    """The trackers of a run, as one."""
+
+    def __init__(self, output_dir: Path, control: ControlSettings) -> None:
+        self._all = [build(output_dir) for build in load_trackers(control)]
 
     def add(self, tracker: Tracker) -> None:
         """One more, for this run."""

@@ -66,7 +66,7 @@ def test_rotation_keeps_newest_and_best(tmp_path: Path) -> None:
         f"checkpoint-{step}" for step in (2, 4, 5, 9)
     ]
     kept = save(tmp_path, 3)  # older than what is there, as after --resume-from
-    assert store.retire_checkpoints(tmp_path, 1, protect=kept.path) == [
+    assert store.retire_checkpoints(tmp_path, 1, protect=[kept.path]) == [
         tmp_path / "milestones" / "checkpoint-4"
     ]
     store.retire_checkpoints(tmp_path, 0)

@@ -84,6 +84,9 @@ CASES = [
     Case("small, sgd", SMALL, settings(4, 2, "sgd")),
     Case("small, dropout", replace(SMALL, dropout=0.1), settings(4)),
     Case("small, all", replace(SMALL, dropout=0.1), settings(3, 2, "sgd"), BF16, True),
+    Case("small, muon", SMALL, settings(4, 1, "muon")),
+    Case("deep, muon, batch 1", DEEP, settings(1, 1, "muon")),  # the optimizer step is the peak
+    Case("wide, muon, batch 1", WIDE, settings(1, 2, "muon")),
     Case("deep", DEEP, settings(6)),
     Case("deep, bf16, accumulation 2", DEEP, settings(6, 2), BF16),
     Case("deep, checkpointing", DEEP, settings(6), gradient_checkpointing=True),
@@ -272,7 +275,7 @@ def test_generation_and_resume(model: ModelConfig) -> None:
 
 
 @pytest.mark.parametrize("model", [WIDE, of_family("modern", tied=False)], ids=["gpt2", "modern"])
-@pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
+@pytest.mark.parametrize("optimizer", ["adamw", "sgd", "muon"])
 def test_checkpoint_size(tmp_path: Path, optimizer: str, model: ModelConfig) -> None:
     case = Case("disk", model, settings(1, 1, optimizer))
     trainer = build_trainer(case)

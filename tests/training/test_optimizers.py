@@ -59,10 +59,12 @@ def test_only_weight_matrices_decay() -> None:
 def test_the_state_is_as_large_as_the_spec_says(name: str, beta1: float) -> None:
     trainer = build_trainer(optimizer=name, beta1=beta1)
     trainer.train_step(0, draw_batches(1))
-    states = trainer.optimizer.state.values()
-    held = sum(v.numel() for s in states for v in s.values() if v is not None and v.dim())
-    copies = OPTIMIZERS.load(name).state_copies(TrainingSettings(optimizer=name, beta1=beta1))
-    assert held == copies * sum(p.numel() for p in trainer.model.parameters())
+    copies, state = OPTIMIZERS.load(name).state_copies, trainer.optimizer.state
+    training = TrainingSettings(optimizer=name, beta1=beta1)
+    for group in trainer.model.parameter_groups():
+        states = [state[p] for p in group.parameters]
+        held = sum(v.numel() for s in states for v in s.values() if v is not None and v.dim())
+        assert held == copies(training, group.kind) * sum(p.numel() for p in group.parameters)
 
 
 def test_the_order_of_the_parameters_is_kept() -> None:

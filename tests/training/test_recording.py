@@ -50,7 +50,8 @@ def build_recorder(tmp_path: Path, device: str, state: TrainState | None = None)
     runtime = SimpleNamespace(device=torch.device(device), peak_memory_bytes=lambda: 7)
     guard = DivergenceGuard(tmp_path, fp16=False)
     state = state or TrainState()
-    return StepRecorder(plan, cast(Runtime, runtime), state, Trackers(tmp_path), guard)
+    trackers = Trackers(tmp_path, ControlSettings())
+    return StepRecorder(plan, cast(Runtime, runtime), state, trackers, guard, 0.25)
 
 
 def result(step: int, loss: float = 2.0) -> StepResult:
@@ -107,10 +108,30 @@ def test_ten_skipped_steps_in_a_row_end_the_run(tmp_path: Path, kept: ListTracke
 
 
 def test_every_tracker_hears_of_everything(tmp_path: Path, kept: ListTracker) -> None:
-    trackers: Any = Trackers(tmp_path)
+    trackers: Any = Trackers(tmp_path, ControlSettings())
     trackers.log({"event": "step", "step": 1, "loss": 1.0})
     trackers.log({"event": "step", "step": 2, "loss": 1.0})
     trackers.resume(1)
     assert kept.resumed == 1
     assert len(kept.rows) == 2
     assert (tmp_path / "metrics.jsonl").read_text().count("\n") == 1
+
+
+def test_the_bar_smooths_and_leaves_out_what_is_not_finite(tmp_path: Path) -> None:
+    recorder = build_recorder(tmp_path, "cpu")
+    shown: list[str] = []
+    recorder.bar = SimpleNamespace(disable=False, update=lambda: None)  # type: ignore[assignment]
+    recorder.bar.set_postfix_str = lambda text, refresh: shown.append(text)
+    for step, loss in enumerate((4.0, 2.0, math.nan, 3.0), 1):
+        recorder.record(result(step, loss))
+    expected = [4.0, (0.98 * 4 + 2) / 1.98]
+    expected += [expected[1], (0.98**2 * 4 + 0.98 * 2 + 3) / (0.98**2 + 1.98)]
+    assert [text.split(",")[0] for text in shown] == [f"loss {value:.3f}" for value in expected]
+
+
+def test_step_lines_and_rows_tell_bits_per_byte(
+    tmp_path: Path, kept: ListTracker, capsys: pytest.CaptureFixture[str]
+) -> None:
+    build_recorder(tmp_path, "cpu").record(result(1, loss=4 * math.log(2)))
+    assert kept.rows[0]["bits_per_byte"] == pytest.approx(1.0)  # 4 bits a token of 4 bytes
+    assert "loss 2.7726  1.000 bits per byte" in capsys.readouterr().err

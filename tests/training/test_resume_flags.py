@@ -47,7 +47,7 @@ def weights_of(trainer: Trainer) -> bytes:
     return torch.cat([p.detach().flatten() for p in trainer.model.parameters()]).numpy().tobytes()
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", "adam", "sgd"])
+@pytest.mark.parametrize("optimizer", ["adamw", "adam", "sgd", "muon"])
 def test_changed_hyperparameters_are_used(optimizer: str) -> None:
     """What is told as changed shows in the weights; unchanged flags change nothing."""
     first = build(optimizer)

@@ -69,6 +69,7 @@ def save(output_dir: Path, training: TrainingSettings, step: int = STEPS) -> Pat
                 "best_val_loss": 4.5,
                 "evaluated_step": min(step, 2),
                 "eval_windows": 8,
+                "stale_evaluations": 1,
             },
             "trainer": trainer.state_dict(),
             "data_fingerprint": "0" * 64,
@@ -144,6 +145,7 @@ FORGERIES: dict[str, Callable[[State], None]] = {
     "fewer tokens than steps": put("state/tokens", 2),
     "tokens as a tensor": put("state/tokens", torch.tensor(192)),
     "evaluated in the future": put("state/evaluated_step", STEPS + 1),
+    "stale evaluations negative": put("state/stale_evaluations", -1),
     "windows negative": put("state/eval_windows", -1),
     "loss as a text": put("state/best_val_loss", "4.5"),
     "loss inf": put("state/best_val_loss", float("inf")),
@@ -236,7 +238,14 @@ def test_what_a_newer_version_may_add_is_accepted(folder: Path, honest: State, k
 
 @pytest.mark.parametrize(
     ("optimizer", "changes"),
-    [("adamw", {}), ("adam", {}), ("sgd", {}), ("sgd", {"beta1": 0.0}), ("adafactor", {})],
+    [
+        ("adamw", {}),
+        ("adam", {}),
+        ("sgd", {}),
+        ("sgd", {"beta1": 0.0}),
+        ("muon", {}),
+        ("adafactor", {}),
+    ],
 )
 @pytest.mark.parametrize("step", [0, STEPS])
 def test_the_state_of_each_optimizer_is_known(
@@ -250,19 +259,40 @@ def test_the_state_of_each_optimizer_is_known(
         return torch.optim.Adafactor([p for g in groups for p in g.parameters], lr=1e-3)
 
     monkeypatch.setattr(OPTIMIZERS, "_targets", dict(OPTIMIZERS._targets))
-    OPTIMIZERS.register("adafactor", OptimizerSpec(build_adafactor, lambda _: 1))
+    OPTIMIZERS.register("adafactor", OptimizerSpec(build_adafactor, lambda *_: 1))
     training = describe(optimizer, **changes)
     folder = save(tmp_path, training, step)
     expected = torch.load(folder / "checkpoint.pt", weights_only=True)
     assert same(load(folder, training), expected)
 
 
-@pytest.mark.parametrize("saved", ["adamw", "sgd"])
-def test_another_optimizer_is_refused(tmp_path: Path, saved: str) -> None:
+@pytest.mark.parametrize(
+    ("saved", "other"), [("adamw", "sgd"), ("sgd", "adamw"), ("muon", "adamw"), ("adamw", "muon")]
+)
+def test_another_optimizer_is_refused(tmp_path: Path, saved: str, other: str) -> None:
     folder = save(tmp_path, describe(saved))
-    other = {"adamw": "sgd", "sgd": "adamw"}[saved]
     with refused(ExitCode.CHECKPOINT, "exp_avg"):
         load(folder, describe(other))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        put("trainer/optimizer/state/0", lambda s: s | {"exp_avg": s["momentum_buffer"].clone()}),
+        put("trainer/optimizer/state/0/momentum_buffer", lambda t: t.t().contiguous()),
+        put("trainer/optimizer/state/0/momentum_buffer", lambda t: t * float("nan")),
+        put("trainer/optimizer/state/8/exp_avg_sq", lambda t: -1 - t),
+        put("trainer/optimizer/state/8/step", torch.tensor(4.0)),
+        put("trainer/optimizer/state/0", lambda s: {}),
+    ],
+)
+def test_forged_states_of_muon_are_refused(tmp_path: Path, change: Callable[[State], None]) -> None:
+    folder = save(tmp_path, describe("muon"))
+    forged = torch.load(folder / "checkpoint.pt", weights_only=True)
+    change(forged)
+    forge(folder, forged)
+    with refused(ExitCode.CHECKPOINT, r"checkpoint\.pt"):
+        load(folder, describe("muon"))
 
 
 # ---- one change anywhere ------------------------------------------------------------------------

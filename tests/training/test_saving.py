@@ -18,7 +18,7 @@ from preflight.training.saving import CheckpointSaver
 from preflight.training.state import TrainState
 
 
-def build_saver(output_dir: Path, state: TrainState) -> CheckpointSaver:
+def build_saver(output_dir: Path, state: TrainState, scheduler: str = "none") -> CheckpointSaver:
     def snapshot() -> dict[str, Any]:
         return {
             "weights": make_weights(state.step),
@@ -33,7 +33,7 @@ def build_saver(output_dir: Path, state: TrainState) -> CheckpointSaver:
         guard=SimpleNamespace(skipped_in_a_row=0),
     )
     stop: Any = SimpleNamespace(save_requested=False)
-    plan: Any = SimpleNamespace(checkpoint_every=1, total_steps=99)
+    plan: Any = SimpleNamespace(checkpoint_every=1, total_steps=99, scheduler=scheduler)
     control = ControlSettings(max_checkpoints=2)
     return CheckpointSaver(output_dir, plan, control, state, recorder, stop, None, snapshot)
 
@@ -84,3 +84,15 @@ def test_rotation_goes_on_where_someone_else_deletes(
         saver.save()
     assert "checkpoint-1 was deleted by someone else" in capsys.readouterr().err
     assert [c.step for c in listed(tmp_path)] == [5, 4, 3]
+
+
+def test_where_a_wsd_run_can_be_made_longer_is_kept(tmp_path: Path) -> None:
+    state = TrainState()
+    saver = build_saver(tmp_path, state, "wsd")
+    saver.plan.checkpoint_every = 50  # type: ignore[misc]
+    for state.step in range(1, 100):
+        saver.save_if_due()
+    assert [c.step for c in store.list_checkpoints(tmp_path)] == [79, 50]
+    for state.step in (90, 95, 99):
+        saver.save()
+    assert [c.step for c in store.list_checkpoints(tmp_path)] == [99, 95, 79]

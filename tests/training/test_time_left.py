@@ -39,7 +39,12 @@ def run_with_clock(
     runtime = SimpleNamespace(device=torch.device("cpu"), peak_memory_bytes=lambda: 7)
     guard = DivergenceGuard(tmp_path, fp16=False)
     recorder = StepRecorder(
-        plan, cast(Runtime, runtime), TrainState(step=first), Trackers(tmp_path), guard
+        plan,
+        cast(Runtime, runtime),
+        TrainState(step=first),
+        Trackers(tmp_path, control),
+        guard,
+        0.25,
     )
     estimate = TimeLeft.estimate
 
