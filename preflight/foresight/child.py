@@ -25,6 +25,7 @@ from preflight.core import storage
 from preflight.core.errors import ExitCode, PreflightError
 from preflight.core.processes import end_with_parent, shield_children
 from preflight.core.signals import StopFlag
+from preflight.device.runtime import is_out_of_memory
 
 MAX_SILENT_SECONDS, LOOK_SECONDS = 1800.0, 0.1
 Report = Callable[[Any], None]
@@ -33,7 +34,7 @@ Work = Callable[[Report], Any]  # a function of a module, or a partial of one
 
 @dataclass(frozen=True)
 class LackOfMemory:
-    """The answer of a child that was killed because it needed too much memory."""
+    """The answer of a child that needed too much memory."""
 
     reason: str
 
@@ -68,8 +69,12 @@ def serve(work: Work, folder: Path, answer: Connection) -> None:
         answer.send(("answer", work(lambda message: answer.send(("message", message)))))
     except PreflightError as error:
         answer.send(("error", (error.code, error.lines)))
-    except Exception:
-        answer.send(("crash", traceback.format_exc()))
+    except Exception as error:
+        cause = error.__cause__ or error  # the device's own words, where a compiler wrapped them
+        if is_out_of_memory(error) or is_out_of_memory(cause):
+            answer.send(("answer", LackOfMemory(str(cause).strip()[:120] or "no reason given")))
+        else:
+            answer.send(("crash", traceback.format_exc()))
 
 
 def _remove_folder(folder: Path) -> None:
