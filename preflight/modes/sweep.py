@@ -147,6 +147,8 @@ class Sweep:
     def _restore(self) -> None:
         """Take over rows of an earlier call whose training would be the same."""
         for saved in _read_rows(self.path):
+            if saved.get("failure", "").startswith("out of memory"):
+                continue  # there may be more of it now
             for row in self.rows:
                 if row.result is None and saved.get("trained") == _as_json(row.spec):
                     row.restore(saved)
