@@ -35,7 +35,9 @@ def parse_command_line(argv: list[str]) -> tuple[str, RunConfig]:
     parsed, rest = build_parser(argv).parse_known_args(argv)
     given = vars(parsed)
     given.pop("help")
-    chosen = [mode for mode in MODES.names() if given.pop(mode.replace("-", "_"))]
+    chosen = [mode for mode in MODES.names() if mode.replace("-", "_") in given]
+    # A mode that takes values is a flag too, and stays.
+    given = {name: value for name, value in given.items() if name in build_options()}
     faults, is_clear = explain_words(rest, argv)
     if len(chosen) != 1 and not is_clear:
         faults += _explain_modes(chosen)

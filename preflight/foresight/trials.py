@@ -1,8 +1,7 @@
 """One trial: every phase of a run at one batch size, measured in a process of its own.
 
 The phases are real training steps, an evaluation, a sample, a checkpoint that is read back, and a
-resume. When the process ends, all its memory is free, so that one trial never disturbs the next.
-If the system kills a process that needs too much, it kills the trial alone.
+resume.
 """
 
 from __future__ import annotations
@@ -12,30 +11,21 @@ import dataclasses
 import functools
 import gc
 import itertools
-import multiprocessing
-import shutil
-import signal
 import statistics
-import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
-from multiprocessing.connection import Connection
-from multiprocessing.process import BaseProcess
 from pathlib import Path
-from typing import Any
 
 import psutil
 import torch
 
 from generate import SAMPLE_TOKENS, generate_text
 from preflight.checkpoints import format as checkpoint_format
-from preflight.core import storage
-from preflight.core.errors import ExitCode, PreflightError
-from preflight.core.processes import end_with_parent, shield_children
 from preflight.core.signals import StopFlag
 from preflight.corpus.shards import DataFolder
 from preflight.device.host_memory import release_freed_memory
 from preflight.device.runtime import Runtime, build_runtime, is_out_of_memory
+from preflight.foresight.child import ChildRules, LackOfMemory, Report, run_in_child
 from preflight.foresight.timing import Batch, choose_lag, iterate_step_seconds
 from preflight.settings import ControlSettings, ModelConfig, RunConfig, SamplingConfig
 from preflight.tokenization import Tokenizer, load_tokenizer
@@ -44,7 +34,6 @@ from preflight.training.plan import TrainingPlan, build_plan
 from train_utils import BatchLoader, count_windows, iterate_windows
 from trainer import Trainer, build_trainer
 
-MAX_TRIAL_SECONDS, LOOK_SECONDS = 1800.0, 0.1
 TIMED_STEPS, TIMED_SECONDS, SLOW_STEP_SECONDS = 5, 6.0, 4.0
 
 
@@ -323,102 +312,32 @@ def _list_validation(spec: TrialSpec, runtime: Runtime) -> Iterator[Batch]:
     )
 
 
-def run_in_child(spec: TrialSpec, answer: Connection) -> None:
-    """What the child does: measure, answer, end."""
-    end_with_parent(functools.partial(_remove_folder, spec.folder), int(ExitCode.WORKER_LOST))
-    with contextlib.suppress(OSError):  # Linux: out of memory, the system kills us, not the parent
-        Path("/proc/self/oom_score_adj").write_text("1000", encoding="ascii")
-    try:
-        answer.send(measure(spec))
-    except PreflightError as error:
-        answer.send((error.code, error.lines))
-    except Exception:
-        answer.send(traceback.format_exc())
-
-
-def _remove_folder(folder: Path) -> None:
-    for _ in range(3):  # the main thread may be writing there
-        shutil.rmtree(folder, ignore_errors=True)
-
-
 def run_trial(spec: TrialSpec, hard_limit_bytes: int, stop: StopFlag) -> TrialResult:
     """Measure in a new process; when this returns, the process and its files are gone.
 
     Args:
         spec: what to measure.
-        hard_limit_bytes: resident memory at which the child is killed, before the machine swaps.
+        hard_limit_bytes: as in `ChildRules`.
         stop: after a signal the child is killed.
 
     Raises:
-        PreflightError: what the child raised; code WORKER_LOST, when it ended without an answer;
-            code SIGINT or SIGTERM after a signal.
+        PreflightError: as `run_in_child`.
     """
-    context = multiprocessing.get_context("spawn")
-    receiver, sender = context.Pipe(duplex=False)
-    process = context.Process(target=run_in_child, args=(spec, sender))
     size = spec.config.training.batch_size
-    try:
-        storage.make_own_folder(spec.folder)
-        with shield_children():
-            process.start()
-        sender.close()
-        answer = _await_answer(receiver, process, hard_limit_bytes, stop)
-    finally:
-        _kill(process)
-        receiver.close()
-        storage.remove_tree(spec.folder)
-    if isinstance(answer, TrialResult):
-        return answer
-    if isinstance(answer, tuple):
-        raise PreflightError(answer[0], *answer[1])
-    if answer in ("memory", -signal.SIGKILL, -signal.SIGABRT):
-        why = (
-            "it held all the memory that was available"
-            if answer == "memory"
-            else f"killed by the system (signal {-int(answer)})"
-        )
-        return TrialResult(size, failure=f"out of memory: {why}")
-    if isinstance(answer, int):
-        raise PreflightError(
-            ExitCode.WORKER_LOST,
-            f"the trial of batch size {size} ended without a result (exit status {answer})",
-            "run the same command again",
-        )
-    raise RuntimeError(f"the trial of batch size {size} failed:\n{answer}")
-
-
-def _await_answer(
-    receiver: Connection, process: BaseProcess, hard_limit_bytes: int, stop: StopFlag
-) -> Any:
-    """What the child sends; else its exit status, or "memory" when it holds too much."""
-    # Looks are counted, since a clock runs on while a person has stopped both (Ctrl-Z).
-    for _ in range(round(MAX_TRIAL_SECONDS / LOOK_SECONDS)):
-        stop.leave_if_stopping("stopped: the search is not finished, and no report was written")
-        if receiver.poll(LOOK_SECONDS):
-            with contextlib.suppress(EOFError, ConnectionError):
-                return receiver.recv()
-            process.join()
-            return process.exitcode
-        with contextlib.suppress(psutil.Error):
-            if psutil.Process(process.pid).memory_info().rss > hard_limit_bytes:
-                return "memory"
-    raise PreflightError(
-        ExitCode.WORKER_LOST,
-        f"a trial gave no result in {MAX_TRIAL_SECONDS / 60:.0f} minutes",
+    rules = ChildRules(
+        f"the trial of batch size {size}",
+        spec.folder,
+        hard_limit_bytes,
+        stop,
+        ("stopped: the search is not finished, and no report was written",),
         "try a few small sizes: --test-batch-sizes 1 2 4",
     )
+    answer = run_in_child(functools.partial(_measure, spec), rules)
+    if isinstance(answer, LackOfMemory):
+        return TrialResult(size, failure=f"out of memory: {answer.reason}")
+    assert isinstance(answer, TrialResult)
+    return answer
 
 
-def _kill(process: BaseProcess) -> None:
-    """Kill a child and the processes that it started (a compiler's workers), and wait for it."""
-    if process.pid is None:
-        return
-    family: list[psutil.Process] = []
-    with contextlib.suppress(psutil.Error):
-        family = psutil.Process(process.pid).children(recursive=True)
-    process.kill()
-    process.join()
-    for member in family:
-        with contextlib.suppress(psutil.Error):
-            member.kill()
-    process.close()
+def _measure(spec: TrialSpec, report: Report) -> TrialResult:
+    return measure(spec)

@@ -21,7 +21,6 @@ import torch
 
 from preflight.checkpoints.store import remove_leftovers
 from preflight.core import storage
-from preflight.core.commands import format_command
 from preflight.core.errors import ExitCode, PreflightError
 from preflight.core.locks import FolderLock
 from preflight.core.log import log
@@ -43,7 +42,8 @@ from preflight.foresight.memory import (
 from preflight.foresight.trials import TrialResult, TrialSpec, run_trial
 from preflight.modes.setup import RunSetup
 from preflight.modes.start import check_machine
-from preflight.settings import MODEL_PRESETS, RunConfig, build_options
+from preflight.modes.trying import format_train_command
+from preflight.settings import MODEL_PRESETS, RunConfig
 from train_utils import count_windows
 
 REPORT_NAME = "batch_size_report.json"
@@ -318,7 +318,10 @@ class BatchSizeReport:
             ]
         if result.accumulation:
             lines.append(self._describe_update(result.chosen, result.accumulation))
-        return [*lines, "", "continue with:", f"  {_build_train_command(self.config)} {self.flags}"]
+        command = format_train_command(
+            self.config, *self.flags.split(), without=("batch_size", "gradient_accumulation_steps")
+        )
+        return [*lines, "", "continue with:", f"  {command}"]
 
     def _explain_bound(self) -> str:
         """Why there is no larger size."""
@@ -339,19 +342,6 @@ class BatchSizeReport:
         if tokens != asked:
             line += f", the nearest to {asked:,}, which is no multiple of the context"
         return line
-
-
-def _build_train_command(config: RunConfig) -> str:
-    """`--train` with the flags of this call, without those of the search and of the update."""
-    words = ["--train"]
-    for option in build_options().values():
-        if (
-            config.sources.get(option.name) == "the command line"
-            and option.group not in ("search", "check", "generation", "sampling")
-            and option.name not in ("batch_size", "gradient_accumulation_steps")
-        ):
-            words += option.spell(config.get(option))
-    return format_command(*words)
 
 
 def explain_no_fit(trials: BatchTrials) -> PreflightError:

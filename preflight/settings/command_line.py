@@ -107,11 +107,15 @@ def build_parser(argv: Iterable[str] = (), topic: str = "all") -> argparse.Argum
     )
     parser.add_argument("--version", action="version", version=f"preflight {__version__}")
     modes = parser.add_argument_group("mode (exactly one)")
+    options = build_options()
     for mode in MODES.names():
-        modes.add_argument(f"--{mode}", action="store_true", help=MODE_SUMMARIES[mode])
+        takes: dict[str, Any] = {"action": "store_true", "default": argparse.SUPPRESS}
+        if mode in options:  # a mode that takes values is a flag too
+            takes = _argument_of(options[mode])
+        modes.add_argument(f"--{mode}", **takes | {"help": MODE_SUMMARIES[mode]})
     groups: dict[str, Any] = {}
-    for option in build_options().values():
-        if _is_about(option, topic):
+    for option in options.values():
+        if option.name not in MODES.names() and _is_about(option, topic):
             if option.group not in groups:
                 groups[option.group] = parser.add_argument_group(
                     option.group, GROUP_SUMMARIES[option.group]

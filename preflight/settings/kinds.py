@@ -110,6 +110,9 @@ MODES: Registry[Any] = Registry(
         "validate-only": "preflight.modes.validate:run",
         "train": "preflight.modes.train:run",
         "get-optimal-bs": "preflight.modes.find_batch_size:run",
+        "find-lr": "preflight.modes.find_lr:run",
+        "sweep": "preflight.modes.sweep:run",
+        "forecast": "preflight.modes.forecast:run",
         "generate": "preflight.modes.generate:run",
     },
 )
@@ -118,5 +121,8 @@ MODE_SUMMARIES = {
     "validate-only": "run every part of a run once, as numbered checks",
     "train": "prepare the data where needed, then train",
     "get-optimal-bs": "find the largest batch size that fits, and the fastest",
+    "find-lr": "find a good learning rate by a range test",
+    "sweep": "compare values of a flag by short trainings: --sweep learning_rate=1e-3,2e-3",
+    "forecast": "predict the bits per byte that a run will reach, from three short trainings",
     "generate": "generate text from a checkpoint",
 }

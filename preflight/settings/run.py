@@ -17,6 +17,7 @@ from preflight.settings.sampling import SamplingConfig
 from preflight.settings.search import SearchSettings
 from preflight.settings.system import SystemSettings
 from preflight.settings.training import TrainingSettings
+from preflight.settings.trials import TrialSettings
 
 
 @dataclass(frozen=True)
@@ -32,6 +33,7 @@ class RunConfig:
     generation: GenerationSettings = field(default_factory=GenerationSettings)
     check: CheckSettings = field(default_factory=CheckSettings)
     search: SearchSettings = field(default_factory=SearchSettings)
+    trials: TrialSettings = field(default_factory=TrialSettings)
     sources: dict[str, str] = field(default_factory=dict)
 
     @property
@@ -64,6 +66,7 @@ GROUP_SUMMARIES = {
     "generation": "The checkpoint, the prompts, and where completions go.",
     "check": "What the report of `--check` holds, and for which GPU.",
     "search": "How `--get-optimal-bs` searches for a batch size.",
+    "trials": "How `--find-lr` and `--sweep` try a run before it starts.",
 }
 
 
@@ -133,6 +136,8 @@ def _find_conflicts(config: RunConfig) -> list[str]:
         faults.append("--output-file and --interactive contradict each other: drop one")
     if generation.prompts and generation.prompts_file:
         faults.append("--prompts and --prompts-file: give one of them")
+    if config.trials.find_lr_min >= config.trials.find_lr_max:
+        faults.append("--find-lr-min must be less than --find-lr-max")
     return faults
 
 

@@ -18,6 +18,9 @@ MODE_FLAGS: dict[str, tuple[str, ...]] = {
     "validate-only": (*_OF_A_RUN, "json"),
     "train": _OF_A_RUN,
     "get-optimal-bs": (*_OF_A_RUN, "search", "json"),
+    "find-lr": (*_OF_A_RUN, "find_lr_steps", "find_lr_min", "find_lr_max", "json"),
+    "sweep": (*_OF_A_RUN, "sweep", "sweep_steps", "json"),
+    "forecast": (*_OF_A_RUN, "json", "price_per_hour"),
     "generate": (
         *("model", "sampling", "generation"),
         *("seed", "output_dir", "device", "mixed_precision", "log_level", "config"),
@@ -71,6 +74,18 @@ IDLE_FLAGS = (
     ),
     IdleFlags(
         ("batch_size",), "--get-optimal-bs tries its own", lambda config: True, ("get-optimal-bs",)
+    ),
+    IdleFlags(
+        ("learning_rate", "scheduler", "warmup_steps"),
+        "--find-lr sets the learning rate of each step",
+        lambda config: True,
+        ("find-lr",),
+    ),
+    IdleFlags(
+        ("resume_from", "auto_resume", "allow_batch_change"),
+        "trials begin with a new model",
+        lambda config: True,
+        ("find-lr", "sweep", "forecast"),
     ),
     IdleFlags(
         ("device",), "the report is for a GPU that is not here", _is_for_absent_gpu, ("check",)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -12,7 +13,7 @@ from preflight.core import storage
 from preflight.core.errors import ExitCode, PreflightError
 from preflight.core.locks import FolderLock
 from preflight.core.signals import StopFlag
-from preflight.foresight import trials
+from preflight.foresight import child
 from preflight.modes import find_batch_size
 
 
@@ -27,8 +28,8 @@ class Receiver:
         self.n_looks += 1
         return self.n_looks == 3
 
-    def recv(self) -> str:
-        return "answer"
+    def recv(self) -> tuple[str, str]:
+        return "answer", "done"
 
 
 @pytest.mark.parametrize("longest", [1800.0, 0.2])
@@ -38,14 +39,17 @@ def test_a_stop_of_hours_is_no_silence_of_the_trial(
     """Ctrl-Z stops the search and its trial; both go on later. A trial that hangs is given up."""
     clock = [0.0]
     monkeypatch.setattr("time.monotonic", lambda: clock[0])
-    monkeypatch.setattr(trials, "MAX_TRIAL_SECONDS", longest)
+    monkeypatch.setattr(child, "MAX_SILENT_SECONDS", longest)
     process = multiprocessing.current_process()
 
-    def wait() -> str:
-        return trials._await_answer(Receiver(clock), process, 2**60, StopFlag())  # type: ignore
+    rules = child.ChildRules("the trial", Path("unused"), 2**60, StopFlag(), ())
+
+    def wait() -> tuple[str, str]:
+        receiver: Any = Receiver(clock)
+        return child.await_answer(receiver, process, rules, lambda message: None)
 
     if longest > 1:
-        assert wait() == "answer"
+        assert wait() == ("answer", "done")
         return
     with pytest.raises(PreflightError) as caught:
         wait()

@@ -26,7 +26,7 @@ from preflight.core.errors import ExitCode, PreflightError
 from preflight.core.processes import end_with_parent
 from preflight.core.signals import StopFlag
 from preflight.device.runtime import build_runtime
-from preflight.foresight import trials
+from preflight.foresight import child, trials
 from preflight.foresight.batch_search import MAX_SIZE, SearchResult, search, split_sequences
 from preflight.foresight.trials import TrialResult, TrialSpec, run_trial
 from preflight.modes import find_batch_size
@@ -361,16 +361,16 @@ def test_killed_and_greedy_children_do_not_fit(
     with StopFlag() as stop:
         greedy = run_trial(spec, 50_000_000, stop)  # less than an interpreter with torch takes
         assert "all the memory that was available" in greedy.failure
-        monkeypatch.setattr(trials, "run_in_child", _die)
+        monkeypatch.setattr(trials, "_measure", _die)
         killed = run_trial(spec, GIB * 64, stop)
         assert "signal 9" in killed.failure
         assert killed.steps == greedy.steps == 0
         assert not killed.fits(2**60)
-        monkeypatch.setattr(trials, "run_in_child", _answer_with_error)
+        monkeypatch.setattr(trials, "_measure", _answer_with_error)
         with pytest.raises(PreflightError) as caught:
             run_trial(spec, GIB * 64, stop)
         assert caught.value.code == ExitCode.STORAGE
-        monkeypatch.setattr(trials, "run_in_child", _leave)
+        monkeypatch.setattr(trials, "_measure", _leave)
         with pytest.raises(PreflightError) as caught:
             run_trial(spec, GIB * 64, stop)
         assert caught.value.code == ExitCode.WORKER_LOST
@@ -382,26 +382,26 @@ def test_killed_and_greedy_children_do_not_fit(
     assert not spec.folder.exists()
 
 
-def _die(spec: TrialSpec, answer: Any) -> None:
+def _die(spec: TrialSpec, report: Any) -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-def _leave(spec: TrialSpec, answer: Any) -> None:
+def _leave(spec: TrialSpec, report: Any) -> None:
     os._exit(3)
 
 
-def _answer_with_error(spec: TrialSpec, answer: Any) -> None:
-    answer.send((ExitCode.STORAGE, ["cannot write"]))
+def _answer_with_error(spec: TrialSpec, report: Any) -> None:
+    raise PreflightError(ExitCode.STORAGE, "cannot write")
 
 
-def _sleep_in_folder(spec: TrialSpec, answer: Any) -> None:
-    end_with_parent(functools.partial(trials._remove_folder, spec.folder))
+def _sleep_in_folder(spec: TrialSpec, report: Any) -> None:
+    end_with_parent(functools.partial(child._remove_folder, spec.folder))
     (spec.folder / "started").touch()
     time.sleep(PATIENCE_SECONDS)
 
 
 if __name__ == "__main__":  # the parent of the test below
-    trials.run_in_child = _sleep_in_folder
+    trials._measure = _sleep_in_folder
     with StopFlag() as flag:
         run_trial(build_spec(Path(sys.argv[1])), GIB * 64, flag)
 

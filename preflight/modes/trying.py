@@ -1,0 +1,145 @@
+"""What the modes share that try a run before it starts: locks, data, progress, the command."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from tqdm import tqdm
+
+from preflight.checkpoints.store import remove_leftovers
+from preflight.core import storage
+from preflight.core.commands import format_command
+from preflight.core.locks import FolderLock
+from preflight.core.log import is_progress_shown, log
+from preflight.core.signals import StopFlag
+from preflight.core.units import format_seconds
+from preflight.corpus.sources import find_sources
+from preflight.device.host_memory import available_host_bytes
+from preflight.foresight.child import ChildRules
+from preflight.foresight.short_training import TrainingSpec
+from preflight.modes.setup import RunSetup
+from preflight.modes.start import check_machine
+from preflight.settings import RunConfig, build_options
+from preflight.training.time_left import TimeLeft
+
+_OF_A_RUN = ("model", "training", "data", "control", "system")
+_KNOWN_AFTER = 4  # steps; then their time is told
+
+
+@dataclass(frozen=True)
+class Workshop:
+    """Where trials run: the run's parts, and its output folder, which is locked."""
+
+    setup: RunSetup
+    output_dir: Path
+
+    def build_rules(self, name: str, *stopped: str) -> ChildRules:
+        """For a child called `name`; `stopped` is told when a signal ends it."""
+        folder = self.output_dir / f"{storage.TEMPORARY_PREFIX}trial"
+        return ChildRules(name, folder, available_host_bytes(), self.setup.stop, stopped)
+
+    def build_spec(self, n_steps: int) -> TrainingSpec:
+        """A short training with the run's own flags, evaluated as the run is at its end."""
+        setup = self.setup
+        return TrainingSpec(
+            setup.config,
+            setup.model_config,
+            setup.data,
+            n_steps,
+            setup.plan.total_steps,
+            setup.plan.eval_windows,
+        )
+
+
+@contextlib.contextmanager
+def open_workshop(config: RunConfig, report_name: str, report_format: str) -> Iterator[Workshop]:
+    """Lock the folders and prepare the data; the run's own checkpoints and log are not touched.
+
+    Raises:
+        PreflightError: with the code of whatever keeps a run from starting.
+    """
+    find_sources(config.data)  # a misspelt file is told before any folder is made
+    check_machine(config.system)
+    output_dir = Path(config.control.output_dir)
+    storage.make_folder(output_dir)
+    with contextlib.ExitStack() as stack:
+        stop = stack.enter_context(StopFlag())
+        stack.enter_context(FolderLock(output_dir))
+        storage.check_writable(output_dir)  # under the lock: two probes would disturb each other
+        storage.refuse_foreign_json(output_dir / report_name, report_format)
+        remove_leftovers(output_dir)
+        setup = RunSetup(config, stop, continues=False)
+        setup.check_before_data()
+        setup.data  # noqa: B018
+        stack.enter_context(FolderLock(Path(config.data.data_dir), shared=True))
+        setup.check_memory(setup.runtime, setup.plan.window_tokens)
+        yield Workshop(setup, output_dir)
+
+
+class Progress:
+    """A bar over the steps of all trials on a terminal, else lines; and the time they take."""
+
+    def __init__(self, total_steps: int, what: str) -> None:
+        self.total_steps, self.what = total_steps, what
+        self._done = 0
+        self._left = TimeLeft(total_steps)
+        self._told = False
+        self._last = time.monotonic()
+        self._bar = tqdm(
+            total=total_steps,
+            unit="step",
+            desc=what,
+            dynamic_ncols=True,
+            disable=not is_progress_shown(),
+            bar_format="{l_bar}{bar}| {n_fmt}/{total_fmt} [{elapsed}{postfix}]",
+        )
+
+    def __enter__(self) -> Progress:
+        return self
+
+    def __exit__(self, *unused: object) -> None:
+        self._bar.close()
+
+    def record(self, message: tuple[int, float]) -> None:
+        """One more step, as a trial reports it: its number, and its loss."""
+        now = time.monotonic()
+        if message[0] > 1:  # a trial's first step holds the start of its process
+            self._left.add_step(now - self._last)
+        self._last = now
+        self._done += 1
+        self._bar.update()
+        left = self._left.estimate(self._done)
+        if left is None:
+            return
+        if self._done >= _KNOWN_AFTER and not self._told:
+            self._told = True
+            log.info(f"{self.what}: about {format_seconds(left)} from here")
+        if not self._bar.disable:
+            self._bar.set_postfix_str(f"loss {message[1]:.3f}, ETA {format_seconds(left)}")
+        elif self._done % max(1, self.total_steps // 10) == 0:
+            log.info(
+                f"{self.what}: step {self._done:,}/{self.total_steps:,}, loss {message[1]:.4f}, "
+                f"ETA {format_seconds(left)}"
+            )
+
+    def skip(self, n_steps: int) -> None:
+        """Steps that are not needed: of a trial that ended early."""
+        self._done += n_steps
+        self._bar.update(n_steps)
+
+
+def format_train_command(config: RunConfig, *flags: str, without: tuple[str, ...] = ()) -> str:
+    """`--train` with the run's flags of this call but those in `without`, and then `flags`."""
+    words = ["--train"]
+    for option in build_options().values():
+        if (
+            config.sources.get(option.name) == "the command line"
+            and option.group in _OF_A_RUN
+            and option.name not in without
+        ):
+            words += option.spell(config.get(option))
+    return format_command(*words, *flags)
