@@ -14,7 +14,7 @@ from preflight.core.errors import ExitCode, PreflightError
 from preflight.core.log import log
 from preflight.models.cost import count_parameters
 from preflight.settings import ModelConfig, RunConfig, TrainingSettings, build_config
-from preflight.tokenization import Tokenizer
+from preflight.tokenization import Tokenizer, is_choice
 
 LENGTH_FLAGS = {"max_steps", "num_epochs"}  # giving one of them replaces both
 
@@ -184,7 +184,8 @@ def check_model_flags(config: RunConfig, origin: Checkpoint) -> None:
         if getattr(asked, name) != getattr(saved, name)
     ]
     tokenizer = origin.config["tokenizer"]["name"]
-    if "tokenizer" in config.sources and config.model.tokenizer != tokenizer:
+    facts = origin.config["tokenizer"]
+    if "tokenizer" in config.sources and not is_choice(config.model.tokenizer, facts):
         different.append(f"tokenizer: checkpoint {tokenizer}, flags {config.model.tokenizer}")
     if different:
         raise PreflightError(
