@@ -363,7 +363,9 @@ class RunSetup:
             del self.__dict__["_parts"]["checkpoint"]  # a run has just deleted it: look again
             return self.load_model()
         check_model_flags(self.given, self.checkpoint)
-        return loaded
+        model, tokenizer = loaded
+        replaces = self.given.generation.replace_unknown
+        return model, tokenizer.replacing_unknown() if replaces else tokenizer
 
     def build_trainer(self) -> Trainer:
         """A trainer at the run's state: of a new model, or of the origin's."""

@@ -244,7 +244,7 @@ def check_tokenizer(subject: Subject) -> str:
     tokenizer = subject.tokenizer
     text, where = _read_own_text(subject)
     ids = tokenizer.encode(text).tolist()
-    again = tokenizer.decode_bytes(ids).decode("utf-8", errors="replace")
+    again = tokenizer.decode(ids)
     if again != text or max(ids, default=0) >= tokenizer.vocab_size:
         at = next(
             (i for i, (a, b) in enumerate(zip(text, again, strict=False)) if a != b),

@@ -53,7 +53,13 @@ TOKENIZERS: Registry[Any] = Registry(
     },
 )
 # Kinds of tokenizers that ``--tokenizer`` names by a file, by the end of the file's name.
-TOKENIZER_FILES: Registry[Any] = Registry("--tokenizer", {})
+TOKENIZER_FILES: Registry[Any] = Registry(
+    "--tokenizer",
+    {
+        ".json": "preflight.tokenization.huggingface:HuggingFaceTokenizer",
+        ".model": "preflight.tokenization.sentencepiece_model:SentencePieceTokenizer",
+    },
+)
 # (a value of the flag, or None; settings) -> list[Source], or None if it is not for this kind.
 # The last row is asked first; text files take what no other kind takes.
 SOURCES: Registry[Any] = Registry(

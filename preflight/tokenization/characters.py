@@ -99,18 +99,21 @@ class CharTokenizer(Tokenizer):
             raise self._unknown_error({chr(code) for code in codes[ids == _UNKNOWN]})
         return ids
 
-    def replace_unknown(self, text: str) -> str:
-        """`text` with "?" for each unknown character, or where "?" is unknown, a space.
+    def replacing_unknown(self) -> CharTokenizer:
+        """The same table; unknown characters become U+FFFD, "?" or a space: the first it holds.
 
         Raises:
-            PreflightError: code TEXT, when the table holds neither.
+            PreflightError: code TEXT, when the table holds none of them.
         """
-        known = set(self.characters)
-        unknown = set(text) - known
-        stand_in = next((c for c in "\ufffd? " if c in known), None)
-        if unknown and stand_in is None:
-            raise self._unknown_error(unknown)
-        return text.translate({ord(c): stand_in for c in unknown})
+        stand_in = next((c for c in "\ufffd? " if c in self.characters), None)
+        if stand_in is None:
+            raise PreflightError(
+                ExitCode.TEXT,
+                "--replace-unknown: the char tokenizer knows no '?' and no space to put in place",
+            )
+        replacing = CharTokenizer(self.characters)
+        replacing._ids[replacing._ids == _UNKNOWN] = self.characters.index(stand_in)
+        return replacing
 
     def _unknown_error(self, unknown: set[str]) -> PreflightError:
         named = ", ".join(f"{c!r} (U+{ord(c):04X})" for c in sorted(unknown)[:3])

@@ -114,6 +114,13 @@ class Tokenizer(Protocol):
         """
         yield self.encode(text)
 
+    def replacing_unknown(self) -> Tokenizer:
+        """The same tokenizer, which replaces characters that it has no ids for in what it encodes.
+
+        Itself where it has ids for every text.
+        """
+        return self
+
     @property
     def id_dtype(self) -> np.dtype:
         """The type of ids in shards: uint16 holds ids up to 65,535."""

@@ -17,6 +17,7 @@ from tokenization.hostile_texts import (
     build_dense_ranks,
     build_tokenizer,
 )
+from tokenization.library_files import LIBRARY_FILES, LOSSLESS, build_kind
 
 from preflight.core.errors import PreflightError
 from preflight.corpus import blocks
@@ -68,6 +69,27 @@ def test_cutting_never_changes_the_ids(name: str, dense: bool, text: str, block_
     tokenizer = build_tokenizer(name, dense)
     expected = tokenizer.encoding.encode_ordinary(text)
     assert cut_and_encode(text, tokenizer, block_bytes) == expected
+
+
+@pytest.mark.parametrize("kind", ["byte", "char", "bpe", *LIBRARY_FILES])
+@given(text=TEXTS, block_bytes=st.integers(16, 200))
+@example(text="x" * 70 + " " * 90 + "\n" * 40 + "y", block_bytes=64)
+@example(text="12345 1234 a1b2" * 9 + "\n\n" * 40 + "'ll", block_bytes=64)
+@settings(max_examples=50)
+def test_every_kind_gives_the_ids_of_one_piece(kind: str, text: str, block_bytes: int) -> None:
+    tokenizer = build_kind(kind)
+    if kind == "char":
+        tokenizer = TokenizerRecipe("char").make(PlainText(text or " "))
+    whole = tokenizer.encode(text).tolist()
+    assert cut_and_encode(text, tokenizer, block_bytes) == whole
+    assert tokenizer.end_of_text_id not in whole
+    if kind in LOSSLESS:
+        assert tokenizer.decode(whole) == text
+
+
+def test_where_a_safe_cut_is_known() -> None:
+    cut = {kind for kind in ("bpe", "byte", *LIBRARY_FILES) if build_kind(kind).last_cut("a b c")}
+    assert cut == {"bpe", "byte", "gpt2.json", "llama3.json", "qwen2.json", "digits.json"}
 
 
 @given(text=TEXTS, block_bytes=st.integers(16, 200))

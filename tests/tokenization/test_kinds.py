@@ -79,10 +79,12 @@ def test_characters_are_sorted_and_unknown_ones_are_named() -> None:
         assert caught.value.code == ExitCode.TEXT
         assert named in str(caught.value)
         assert "6 characters" in str(caught.value)
-    assert tokenizer.replace_unknown("bed?") == "b d "
-    assert make("char", "a?").replace_unknown("abc") == "a??"
-    with pytest.raises(PreflightError, match="'b'"):
-        make("char", "a").replace_unknown("ab")
+    replacing = tokenizer.replacing_unknown()
+    assert replacing.decode(replacing.encode("bed? \U0001f600").tolist()) == "b d   "
+    assert make("char", "a?").replacing_unknown().encode("abc").tolist() == [1, 0, 0]
+    with pytest.raises(PreflightError, match="no space"):
+        make("char", "a").replacing_unknown()
+    assert make("byte").replacing_unknown() is make("byte")
     assert tokenizer.encode("").tolist() == []
 
 
