@@ -42,6 +42,8 @@ TINY_FLAGS = [
     "--device",
     "cpu",
     "--no-mixed-precision",
+    "--tokenizer",
+    "gpt2",
 ]
 WORDS = [
     "the",
@@ -86,6 +88,7 @@ TINY = {
     "mixed_precision": False,
     "max_steps": 20,
     "num_workers": 1,
+    "tokenizer": "gpt2",
     "measure": False,
 }
 MakeConfig = Callable[..., RunConfig]

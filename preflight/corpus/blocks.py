@@ -36,9 +36,16 @@ LastCut = Callable[[str], int]  # `Tokenizer.last_cut`
 
 
 def read_blocks(
-    parts: list[Part], first: int, offset: int, block_bytes: int, last_cut: LastCut
+    parts: list[Part],
+    first: int,
+    offset: int,
+    block_bytes: int,
+    last_cut: LastCut,
+    max_run_bytes: int = MAX_RUN_BYTES,
 ) -> Iterator[Block]:
     """Blocks of about `block_bytes`, from the given offset in part number `first` on.
+
+    Text without a place to cut is held whole up to `max_run_bytes`.
 
     Raises:
         PreflightError: code TEXT when a source has changed or cannot be cut.
@@ -46,7 +53,9 @@ def read_blocks(
     texts: list[tuple[bytes, bool]] = []
     size, place = 0, (first, offset)
     for number, begin, stream in _open_parts(parts, first, offset):
-        for at, data, n_bytes, ends in _cut_document(stream, begin, block_bytes, last_cut):
+        for at, data, n_bytes, ends in _cut_document(
+            stream, begin, block_bytes, last_cut, max_run_bytes
+        ):
             if not texts or isinstance(data, str) or size + n_bytes > block_bytes:
                 if texts:
                     yield Block(*place, texts, size)
@@ -105,7 +114,7 @@ class _ByteStream:
 
 
 def _cut_document(
-    stream: _ByteStream, begin: int, block_bytes: int, last_cut: LastCut
+    stream: _ByteStream, begin: int, block_bytes: int, last_cut: LastCut, max_run_bytes: int
 ) -> Iterator[tuple[int, bytes | str, int, bool]]:
     """(offset, text, its bytes, whether it is the last) for each piece of a document.
 
@@ -125,12 +134,15 @@ def _cut_document(
         while cut == 0 and stream.left:
             seen = len(buffer)
             stream.read_into(buffer, block_bytes)
-            if len(buffer) > MAX_RUN_BYTES:
+            if len(buffer) > max_run_bytes:
                 raise text_error(
                     stream.source.label,
-                    f"more than {format_bytes(MAX_RUN_BYTES)} without a place to cut, from byte "
+                    f"more than {format_bytes(max_run_bytes)} without a place to cut, from byte "
                     f"{at:,} on",
-                    "break the text into lines",
+                    "break the text into lines"
+                    if max_run_bytes == MAX_RUN_BYTES
+                    else "this tokenizer encodes documents whole: --document-separator shares the "
+                    "text out, and --tokenizer bpe needs no places",
                 )
             cut = _find_cut(buffer, max(seen - CUT_CONTEXT_BYTES, 0), last_cut)
         cut = cut or len(buffer)

@@ -19,12 +19,19 @@ from preflight.core.storage import fsync_folder, make_folder, make_own_folder, r
 from preflight.core.strict_json import read_json
 from preflight.corpus.blocks import BLOCK_BYTES
 from preflight.corpus.builder import Builder, Job, build_plan, write_journal
-from preflight.corpus.metadata import METADATA_NAME, SPLITS, Metadata, read_metadata
+from preflight.corpus.metadata import (
+    METADATA_NAME,
+    SPLITS,
+    TOKENIZER_NAME,
+    Metadata,
+    read_metadata,
+)
 from preflight.corpus.ownership import JOURNAL_NAME, refuse_foreign, remove_build
 from preflight.corpus.shards import (
     BUILDING_NAME,
     DataFolder,
     check_long_enough,
+    find_tokenizer_change,
     load_data_folder,
 )
 from preflight.corpus.sources import (
@@ -35,8 +42,9 @@ from preflight.corpus.sources import (
     scan_sources,
 )
 from preflight.corpus.sources.builtin import SAMPLE_NAME
+from preflight.corpus.training_text import ScannedText
 from preflight.settings import DataSettings
-from preflight.tokenization import Tokenizer
+from preflight.tokenization import TokenizerChoice, TokenizerRecipe
 
 # Called with the reason before a complete data folder is replaced, and again with the new one
 # before it takes the old one's place. It raises PreflightError to keep the old one.
@@ -45,7 +53,7 @@ MayReplace = Callable[[str, DataFolder | None], None]
 
 def prepare_data(
     settings: DataSettings,
-    tokenizer: Tokenizer,
+    tokenizer: TokenizerChoice,
     stop: StopFlag | None = None,
     *,
     may_replace: MayReplace | None = None,
@@ -55,16 +63,16 @@ def prepare_data(
     """Make, reuse or rebuild the data folder, and return it verified.
 
     The log says what is done and why. Without text and with an empty folder the built-in sample
-    is prepared. `may_replace` raises when a complete folder must stay as it is. `block_bytes` and
-    `n_workers` (unset: from the settings and the size of the text) change the speed only, never
-    the ids.
+    is prepared. A tokenizer that is a recipe is made from the text, unless the folder holds one
+    that the recipe accepts. `may_replace` raises when a complete folder must stay as it is.
+    `block_bytes` and `n_workers` (unset: from the settings and the size of the text) change the
+    speed only, never the ids.
 
     Raises:
-        PreflightError: TEXT for input text; FLAGS for a terminal as text; DATA for a folder that
-            cannot be used and cannot be rebuilt; STORAGE; LOCKED when another run uses the folder;
-            SIGINT or SIGTERM when `stop` says so.
+        PreflightError: TEXT for input text; FLAGS for a terminal as text, and for a vocabulary that
+            cannot be made; DATA for a folder that cannot be used and cannot be rebuilt; STORAGE;
+            LOCKED when another run uses the folder; SIGINT or SIGTERM when `stop` says so.
     """
-    job = Job(settings, tokenizer, stop, block_bytes, n_workers)
     data_dir = Path(settings.data_dir)
     sources = find_sources(settings)
     # A killed run may leave a build behind; only with the text we can tell whether it is needed.
@@ -84,18 +92,35 @@ def prepare_data(
     refuse_foreign(data_dir)  # before the lock writes a file there
     make_folder(data_dir)
     with FolderLock(data_dir):
-        return _prepare_locked(job, data_dir, sources, scanned, may_replace)
+        complete = _find_or_ask(settings, tokenizer, sources, scanned, stop, may_replace)
+        if isinstance(complete, DataFolder):
+            return complete
+        scanned, reason = complete
+        made, asked = tokenizer, None
+        if isinstance(made, TokenizerRecipe):
+            made = made.make(ScannedText(scanned, settings.val_split, stop))
+            asked = tokenizer.vocab_size or made.vocab_size
+        job = Job(settings, made, stop, block_bytes, n_workers, asked)
+        Builder(building, job, build_plan(scanned, job)).build()
+        if reason and may_replace is not None:
+            _ask(may_replace, building, reason, load_data_folder(building, made))
+        _finish_swap(data_dir)
+        return load_data_folder(data_dir, made)
 
 
-def _prepare_locked(
-    job: Job,
-    data_dir: Path,
+def _find_or_ask(
+    settings: DataSettings,
+    tokenizer: TokenizerChoice,
     sources: list[Source],
     scanned: list[ScannedSource] | None,
+    stop: StopFlag | None,
     may_replace: MayReplace | None,
-) -> DataFolder:
-    """Build the data folder, unless a build that was cut, or another run, has done so."""
-    settings, tokenizer = job.settings, job.tokenizer
+) -> DataFolder | tuple[list[ScannedSource], str]:
+    """The data folder, where a build that was cut, or another run, has completed it.
+
+    Else the scanned sources, and why they replace a complete data folder, if there is one.
+    """
+    data_dir = Path(settings.data_dir)
     building = data_dir / BUILDING_NAME
     refuse_foreign(data_dir)
     _finish_swap(data_dir)
@@ -107,7 +132,7 @@ def _prepare_locked(
     make_own_folder(building)
     if not os.listdir(building):
         write_journal(building)  # from here on it is provably ours
-    scanned = scanned or scan_sources(sources, job.stop)
+    scanned = scanned or scan_sources(sources, stop)
     reason = ""
     if is_complete:
         found = _load_if_same(data_dir, scanned, settings, tokenizer)
@@ -118,11 +143,7 @@ def _prepare_locked(
         if may_replace is not None and isinstance(found, str):
             _ask(may_replace, building, reason, None)
         log.info(f"rebuilding {data_dir} because {reason}")
-    Builder(building, job, build_plan(scanned, job)).build()
-    if is_complete and may_replace is not None:
-        _ask(may_replace, building, reason, load_data_folder(building, tokenizer))
-    _finish_swap(data_dir)
-    return load_data_folder(data_dir, tokenizer)
+    return scanned, reason
 
 
 def _ask(may_replace: MayReplace, building: Path, reason: str, built: DataFolder | None) -> None:
@@ -145,7 +166,10 @@ def _reuse(data: DataFolder) -> DataFolder:
 
 
 def _load_if_same(
-    data_dir: Path, scanned: list[ScannedSource], settings: DataSettings, tokenizer: Tokenizer
+    data_dir: Path,
+    scanned: list[ScannedSource],
+    settings: DataSettings,
+    tokenizer: TokenizerChoice,
 ) -> DataFolder | str | PreflightError:
     """The data folder when it is what these settings make of the text.
 
@@ -163,11 +187,11 @@ def _find_change(
     metadata: Metadata,
     scanned: list[ScannedSource],
     settings: DataSettings,
-    tokenizer: Tokenizer,
+    tokenizer: TokenizerChoice,
 ) -> str:
-    before = metadata.tokenizer
-    if before.fingerprint != tokenizer.fingerprint:
-        return f"the tokenizer changed from {before.name} to {tokenizer.name}"
+    changed = find_tokenizer_change(metadata, tokenizer)
+    if changed:
+        return changed
     described = describe_sources(scanned)
     known = [entry.model_dump(include={"name", "size", "sha256"}) for entry in metadata.sources]
     if described != known:
@@ -189,10 +213,10 @@ def _finish_swap(data_dir: Path) -> None:
     if os.path.lexists(building / METADATA_NAME):
         remove_tree(data_dir / METADATA_NAME)  # from here to the last rename: unfinished
         fsync_folder(data_dir)
-        for split in SPLITS:
-            if os.path.lexists(building / split):
-                remove_tree(data_dir / split)
-                os.rename(building / split, data_dir / split)
+        for name in (*SPLITS, TOKENIZER_NAME):
+            if os.path.lexists(building / name):
+                remove_tree(data_dir / name)
+                os.rename(building / name, data_dir / name)
         fsync_folder(data_dir)
         for path in building.iterdir():  # before the last rename, so that nothing is left behind
             if path.name != METADATA_NAME:

@@ -19,9 +19,14 @@ from preflight.core.log import is_progress_shown, log
 from preflight.core.signals import StopFlag
 from preflight.core.storage import (
     free_bytes,
+    fsync_file,
+    fsync_folder,
+    hash_file,
     make_own_folder,
     publish_file,
+    refuse_other_kind,
     remove_tree,
+    storage_error,
     verify_all,
     write_json,
 )
@@ -32,7 +37,9 @@ from preflight.corpus.metadata import (
     FORMAT,
     METADATA_NAME,
     SPLITS,
+    TOKENIZER_NAME,
     VERSION,
+    FileEntry,
     ShardEntry,
     SplitEntry,
     render_metadata,
@@ -60,7 +67,7 @@ class Job:
     """What was asked for.
 
     ``block_bytes`` and ``n_workers`` (unset: from the settings and the size of the text) change
-    the speed only.
+    the speed only. ``asked_vocab_size``: of a tokenizer that was made from the text.
     """
 
     settings: DataSettings
@@ -68,6 +75,7 @@ class Job:
     stop: StopFlag | None
     block_bytes: int
     n_workers: int | None
+    asked_vocab_size: int | None = None
 
 
 @dataclass(frozen=True)
@@ -161,6 +169,7 @@ class Builder:
         self._building, self._job, self._plan = building, job, plan
         self._settings, self._tokenizer = job.settings, job.tokenizer
         self._shards: dict[str, list[ShardEntry]] = {split: [] for split in SPLITS}
+        self._files: list[FileEntry] = []
         self._position: list[Any] = [SPLITS[0], 0, 0, 0]  # split, part, offset, ids to skip
 
     def build(self) -> None:
@@ -170,7 +179,12 @@ class Builder:
         self._check_space(total)
         for split in SPLITS:
             make_own_folder(self._building / split)
-        encoders = Encoders(self._tokenizer, _choose_workers(self._plan, self._job))
+        self._save_tokenizer()
+        encoders = Encoders(
+            self._tokenizer,
+            _choose_workers(self._plan, self._job),
+            self._building / TOKENIZER_NAME,
+        )
         progress = _Progress(total, self._count_done_bytes())
         try:
             for split in SPLITS:
@@ -191,6 +205,25 @@ class Builder:
         content = render_metadata(metadata)
         with publish_file(self._building / METADATA_NAME, len(content)) as file:
             file.write(content)
+
+    def _save_tokenizer(self) -> None:
+        """Write the tokenizer's files, from which workers and later runs load it."""
+        folder = self._building / TOKENIZER_NAME
+        if refuse_other_kind(folder, folder=True):  # of a build that was cut
+            remove_tree(folder)
+        make_own_folder(folder)
+        try:
+            for path in self._tokenizer.save(folder):
+                fsync_file(path)
+                entry = FileEntry(
+                    name=f"{TOKENIZER_NAME}/{path.name}",
+                    n_bytes=path.stat().st_size,
+                    sha256=hash_file(path),
+                )
+                self._files.append(entry)
+            fsync_folder(folder)
+        except OSError as error:
+            raise storage_error(folder, error) from error
 
     def _resume(self) -> None:
         """Take over the shards that an interrupted build of the same plan finished.
@@ -253,7 +286,15 @@ class Builder:
         follower = "train" if split == "val" else "end"
         consumed, writer = 0, None
         bound = self._plan.count_bytes(split) + len(parts)
-        blocks = read_blocks(parts, number, offset, self._job.block_bytes, self._tokenizer.last_cut)
+        tokenizer = self._tokenizer
+        blocks = read_blocks(
+            parts,
+            number,
+            offset,
+            self._job.block_bytes,
+            tokenizer.last_cut,
+            tokenizer.max_unit_bytes,
+        )
         try:
             for block, ids, is_last in encoders.encode(blocks):
                 passed = min(skip, len(ids))
@@ -306,10 +347,13 @@ class Builder:
             }
             for split in SPLITS
         }
+        facts = tokenizer.describe() | {"end_of_text_id": tokenizer.end_of_text_id}
+        if self._job.asked_vocab_size is not None:
+            facts["asked_vocab_size"] = self._job.asked_vocab_size
         return {
             "format": FORMAT,
             "version": VERSION,
-            "tokenizer": tokenizer.describe() | {"end_of_text_id": tokenizer.end_of_text_id},
+            "tokenizer": facts,
             "dtype": tokenizer.id_dtype.name,
             "shard_size": settings.shard_size,
             "document_separator": settings.document_separator,
@@ -317,4 +361,5 @@ class Builder:
             "sources": describe_sources(plan.scanned),
             "train": parts["train"],
             "val": parts["val"],
+            "files": [entry.model_dump() for entry in self._files],
         }

@@ -22,6 +22,7 @@ FORMAT = "preflight-shards"
 VERSION = 2
 SPLITS = ("val", "train")  # in the order of building; each split's ids are one stream
 METADATA_NAME = "metadata.json"
+TOKENIZER_NAME = "tokenizer"  # the folder of the tokenizer's files, beside the splits
 
 Count = Annotated[int, Field(ge=0, lt=2**63)]
 Sha256 = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
@@ -37,12 +38,18 @@ def _check_inside(name: str) -> str:
 
 
 class TokenizerEntry(Schema):
-    """The tokenizer that made the ids."""
+    """The tokenizer that made the ids.
+
+    ``kind`` is missing in folders without its files. ``asked_vocab_size``, for one made from the
+    text: the ids that it was to have.
+    """
 
     name: str
     fingerprint: str
     vocab_size: Count
     end_of_text_id: Count
+    kind: str | None = None
+    asked_vocab_size: Count | None = None
 
 
 class ShardEntry(Schema):

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import stat
 from pathlib import Path
 
 from preflight.core.errors import ExitCode, PreflightError
 from preflight.core.storage import TEMPORARY_PREFIX, has_format, remove_tree
-from preflight.corpus.metadata import FORMAT, METADATA_NAME, SPLITS, read_metadata
+from preflight.corpus.metadata import FORMAT, METADATA_NAME, SPLITS, TOKENIZER_NAME, read_metadata
 from preflight.corpus.shards import BUILDING_NAME, SHARD_NAME
 
 JOURNAL_NAME = "journal.json"
 BUILD_FORMAT = "preflight-build"
+_TOKENIZER_FILE = re.compile(r"tokenizer[\w.-]*")  # what every kind calls its files
 
 
 def refuse_foreign(data_dir: Path) -> None:
@@ -34,18 +36,18 @@ def refuse_foreign(data_dir: Path) -> None:
     # A build that is complete may have been moved in part.
     is_ours = is_ours or os.path.lexists(building / METADATA_NAME)
     listed = _list_files(data_dir)
-    for split in SPLITS:
-        folder = data_dir / split
+    for inner in (*SPLITS, TOKENIZER_NAME):
+        folder, usual = data_dir / inner, _TOKENIZER_FILE if inner == TOKENIZER_NAME else SHARD_NAME
         for name in sorted(os.listdir(folder)) if _exists(folder, folder=True) else ():
-            is_known = f"{split}/{name}" in listed if listed else SHARD_NAME.fullmatch(name)
+            is_known = f"{inner}/{name}" in listed if listed else usual.fullmatch(name)
             if not is_ours or not is_known or not _exists(folder / name):
                 raise _foreign_error(folder / name)
 
 
 def _check_building(building: Path) -> None:
     """PreflightError (DATA) unless the folder of a build is empty, or a file in it proves it."""
-    for split in SPLITS:
-        _exists(building / split, folder=True)
+    for inner in (*SPLITS, TOKENIZER_NAME):
+        _exists(building / inner, folder=True)
     names = set(os.listdir(building)) - {TEMPORARY_PREFIX + JOURNAL_NAME}
     proofs = ((JOURNAL_NAME, BUILD_FORMAT), (METADATA_NAME, FORMAT))
     if names and not any(n in names and _begins_with(building / n, form) for n, form in proofs):

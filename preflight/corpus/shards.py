@@ -21,6 +21,7 @@ from preflight.core.errors import ExitCode, PreflightError
 from preflight.core.storage import hash_file, open_regular, publish_file, verify_all
 from preflight.corpus.metadata import (
     METADATA_NAME,
+    TOKENIZER_NAME,
     FileEntry,
     Metadata,
     ShardEntry,
@@ -28,7 +29,13 @@ from preflight.corpus.metadata import (
     damaged_error,
     read_metadata,
 )
-from preflight.tokenization import Tokenizer
+from preflight.tokenization import (
+    Tokenizer,
+    TokenizerChoice,
+    TokenizerRecipe,
+    load_saved_tokenizer,
+    load_tokenizer,
+)
 
 BUILDING_NAME = ".building"  # a folder within, for a build that is not complete yet
 SHARD_NAME = re.compile(r"shard_\d{5,}\.npy")
@@ -70,23 +77,75 @@ class DataFolder:
     vocab_size: int
     dtype: np.dtype
 
+    def load_tokenizer(self) -> Tokenizer:
+        """The tokenizer that made the ids: see `load_data_tokenizer`."""
+        return load_data_tokenizer(self.path, self.metadata)
 
-def load_data_folder(data_dir: Path, tokenizer: Tokenizer) -> DataFolder:
+
+def load_data_tokenizer(data_dir: Path, metadata: Metadata) -> Tokenizer:
+    """The tokenizer of a data folder, from its files; of an older folder, by its name.
+
+    Raises:
+        PreflightError: code DATA, when its files are damaged or it is unknown here.
+    """
+    facts, files = metadata.tokenizer, [f for f in metadata.files if _is_tokenizer(f)]
+    verify_all(partial(_verify_file, data_dir), files)
+    try:
+        if files or facts.kind == "bytes":
+            return load_saved_tokenizer(data_dir / TOKENIZER_NAME, facts.model_dump())
+        tokenizer = load_tokenizer(facts.name)
+    except PreflightError as error:
+        raise damaged_error(data_dir / TOKENIZER_NAME, error.lines[0]) from None
+    if tokenizer.fingerprint != facts.fingerprint:
+        raise _mismatch_error(data_dir, metadata, tokenizer)
+    return tokenizer
+
+
+def _is_tokenizer(entry: FileEntry) -> bool:
+    return entry.name.startswith(f"{TOKENIZER_NAME}/")
+
+
+def find_tokenizer_change(metadata: Metadata, wanted: TokenizerChoice) -> str:
+    """How the tokenizer of a data folder differs from the one wanted; empty if it does not."""
+    before = metadata.tokenizer
+    if isinstance(wanted, TokenizerRecipe):
+        asked = f" of {wanted.vocab_size:,} ids" if wanted.vocab_size else ""
+        is_same, now = wanted.accepts(before.model_dump()), f"{wanted.name}{asked}"
+    else:
+        is_same, now = before.fingerprint == wanted.fingerprint, wanted.name
+        if before.name == now:
+            now = f"another {now}"
+    return "" if is_same else f"the tokenizer changed from {before.name} to {now}"
+
+
+def _mismatch_error(data_dir: Path, metadata: Metadata, wanted: TokenizerChoice) -> PreflightError:
+    found = metadata.tokenizer
+    if isinstance(wanted, TokenizerRecipe):
+        asked = f"{wanted.name} with {wanted.vocab_size or 0:,} ids".removesuffix(" with 0 ids")
+    else:
+        asked = f"{wanted.name} ({wanted.fingerprint[:12]})"
+    return PreflightError(
+        ExitCode.DATA,
+        f"{data_dir} was made with tokenizer {found.name} ({found.fingerprint[:12]}, "
+        f"{found.vocab_size:,} ids), not {asked}",
+        f"use --tokenizer {found.name}, or give --text-file to rebuild it",
+    )
+
+
+def load_data_folder(data_dir: Path, wanted: TokenizerChoice) -> DataFolder:
     """Verify every byte of a data folder and return it.
 
     Raises:
         PreflightError: code DATA for anything missing, damaged, extra, or made with another
-            tokenizer; it names the file, what was expected and what was found.
+            tokenizer than the one `wanted`; it names the file, what was expected and what was
+            found.
     """
     metadata = read_metadata(data_dir)
-    found = metadata.tokenizer
-    if found.fingerprint != tokenizer.fingerprint:
-        raise PreflightError(
-            ExitCode.DATA,
-            f"{data_dir} was made with tokenizer {found.name} ({found.fingerprint[:12]}), "
-            f"not {tokenizer.name} ({tokenizer.fingerprint[:12]})",
-            f"use --tokenizer {found.name}, or give --text-file to rebuild it",
-        )
+    if find_tokenizer_change(metadata, wanted):
+        raise _mismatch_error(data_dir, metadata, wanted)
+    tokenizer = wanted
+    if isinstance(tokenizer, TokenizerRecipe):
+        tokenizer = load_data_tokenizer(data_dir, metadata)
     digest = hashlib.sha256(tokenizer.fingerprint.encode())
     listed = {entry.name for entry in metadata.files}
     splits = {}

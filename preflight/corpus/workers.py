@@ -11,25 +11,26 @@ import sys
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures.process import BrokenProcessPool
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 
-from preflight.core.errors import PreflightError
 from preflight.core.log import log
 from preflight.core.processes import end_with_parent, shield_children
 from preflight.corpus.blocks import Block
-from preflight.tokenization import Tokenizer, load_tokenizer
+from preflight.tokenization import Tokenizer
 
 _worker_tokenizer: Tokenizer | None = None
 _blocks_done = 0
 
 
-def _start_worker(kind: type[Tokenizer], name: str) -> None:
+def _start_worker(kind: type[Tokenizer], folder: Path, facts: dict[str, Any]) -> None:
     """Set a worker process up: it ends with its parent."""
     global _worker_tokenizer
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # where `shield_children` has no effect
     end_with_parent()
-    _worker_tokenizer = kind.load(name)
+    _worker_tokenizer = kind.load_saved(folder, facts)
 
 
 def _encode_in_worker(texts: list[tuple[bytes, bool]]) -> bytes:
@@ -54,35 +55,33 @@ def _encode_texts(texts: list[tuple[bytes, bool]], tokenizer: Tokenizer) -> np.n
     return np.concatenate(pieces)
 
 
-def _is_loaded_alike_elsewhere(tokenizer: Tokenizer) -> bool:
-    """Whether another process can import the tokenizer's class and load the same one by name."""
-    kind = type(tokenizer)
+def _is_importable(kind: type[Tokenizer]) -> bool:
+    """Whether another process can import the tokenizer's class."""
     module = sys.modules.get(kind.__module__)
-    if kind.__module__ == "__main__" or getattr(module, kind.__qualname__, None) is not kind:
-        return False
-    try:
-        found = load_tokenizer(tokenizer.name)
-    except PreflightError:
-        return False
-    return type(found) is kind and found.fingerprint == tokenizer.fingerprint
+    return kind.__module__ != "__main__" and getattr(module, kind.__qualname__, None) is kind
 
 
 class Encoders:
     """Blocks to ids, in order: in worker processes, or in this process for small texts."""
 
-    def __init__(self, tokenizer: Tokenizer, n_workers: int) -> None:
+    def __init__(self, tokenizer: Tokenizer, n_workers: int, folder: Path) -> None:
+        """`folder`: where `tokenizer.save` has written its files."""
         self._tokenizer = tokenizer
         self._n_workers = n_workers
         self._pool: concurrent.futures.ProcessPoolExecutor | None = None
-        if n_workers and _is_loaded_alike_elsewhere(tokenizer):
-            # By name: half a megabyte of vocabulary would not go into the pipe at once, and Python
-            # waits forever for a worker that dies before it has read all.
+        kind, facts = type(tokenizer), tokenizer.describe()
+        # A worker reads what later runs will read: it has to be the same tokenizer.
+        if n_workers and kind.load_saved(folder, facts).fingerprint != tokenizer.fingerprint:
+            raise ValueError(f"{folder}: the saved tokenizer is not {tokenizer.name}")
+        if n_workers and _is_importable(kind):
+            # From files: half a megabyte of vocabulary would not go into the pipe at once, and
+            # Python waits forever for a worker that dies before it has read all.
             try:
                 self._pool = concurrent.futures.ProcessPoolExecutor(
                     n_workers,
                     multiprocessing.get_context("spawn"),
                     _start_worker,
-                    (type(tokenizer), tokenizer.name),
+                    (kind, folder, facts),
                 )
             except (OSError, ImportError) as error:  # no semaphores: /dev/shm is full or missing
                 log.info(f"no worker processes ({error}); /dev/shm may be full or missing")

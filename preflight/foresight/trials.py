@@ -165,7 +165,8 @@ def measure(spec: TrialSpec) -> TrialResult:
         PreflightError: any trouble but a lack of memory, which is a result.
     """
     runtime, plan, training = spec.runtime(), spec.plan(), spec.config.training
-    tokenizer = load_tokenizer(spec.config.model.tokenizer)
+    # Without data, that of bytes will do: ids above its own are only never generated.
+    tokenizer = spec.data.load_tokenizer() if spec.data else load_tokenizer("byte")
     if runtime.device.type != "cuda":
         _load_libraries(spec, runtime)
     meter = _Meter(runtime)

@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 
 from preflight.core.commands import format_command
-from preflight.core.errors import ExitCode
+from preflight.core.errors import ExitCode, PreflightError
 from preflight.core.log import log
 from preflight.core.signals import StopFlag
 from preflight.core.storage import check_writable, write_json
@@ -103,10 +103,12 @@ def check_device(found: Findings) -> None:
 def read_data(found: Findings) -> None:
     """Prepare and verify the data, and look at what is in it."""
     rows = found.report.sections["dataset"]
-    if found.model is None:
+    setup = found.setup
+    try:
+        setup.tokenizer_choice  # noqa: B018
+    except PreflightError:
         rows["not_known"] = "needs the tokenizer"
         return
-    setup = found.setup
     data, tokenizer = setup.data, setup.tokenizer
     setup.stop.leave_if_stopping("stopped; the data folder is complete")
     found.data = data
@@ -251,12 +253,13 @@ Step = Callable[[Findings], object]
 QUICK_STEPS: tuple[tuple[str, Step], ...] = (
     ("system information", check_output),
     ("model", sections.describe_origin),
-    ("model", lambda found: found.setup.tokenizer),  # its error belongs to this section
+    ("model", lambda found: found.setup.tokenizer_choice),  # its error belongs to this section
     ("model", Findings.find_model),
     ("performance estimation", check_device),
 )
 STEPS: tuple[tuple[str, Step], ...] = (
     ("dataset", read_data),
+    ("model", Findings.find_made_model),
     ("training configuration", sections.describe_plan),
     ("performance estimation", choose_target),
     ("memory analysis", estimate),

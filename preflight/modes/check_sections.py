@@ -27,6 +27,7 @@ from preflight.models.cost import count_parameters, estimate_flops_per_token
 from preflight.modes.report import Problem, Report, compare
 from preflight.modes.setup import RunSetup
 from preflight.settings import ModelConfig, RunConfig, TrainingSettings, describe_choices
+from preflight.tokenization import TokenizerRecipe
 from preflight.training.plan import TrainingPlan
 
 _TIMED_PHASES = ("training step", "optimizer step", "evaluation")
@@ -73,11 +74,18 @@ class Findings:
         return self.plan.window_tokens if self.plan else self.model.context_length
 
     def find_model(self) -> None:
+        """The architecture, unless its vocabulary is made from the text: see `find_made_model`."""
+        if not isinstance(self.setup.tokenizer_choice, TokenizerRecipe):
+            self.find_made_model()
+
+    def find_made_model(self) -> None:
         """The architecture; where it is refused, the one with the tokenizer's own vocabulary.
 
         Raises:
             PreflightError: it is refused.
         """
+        if self.model is not None:
+            return
         try:
             self.model = self.setup.known_model_config
         except PreflightError:

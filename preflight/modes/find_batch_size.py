@@ -92,7 +92,7 @@ def _find_data(setup: RunSetup, stack: contextlib.ExitStack) -> tuple[DataFolder
         return None, f"random tokens ({folder} holds no prepared data)"
     stack.enter_context(FolderLock(folder, shared=True))
     try:
-        data = load_data_folder(folder, setup.tokenizer)
+        data = load_data_folder(folder, setup.tokenizer_choice)
     except PreflightError as error:
         return None, f"random tokens ({error.lines[0]})"
     if min(data.train.n_tokens, data.val.n_tokens) <= setup.context_length:

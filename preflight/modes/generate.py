@@ -343,6 +343,11 @@ class Session:
         except KeyboardInterrupt:
             _show("\n")
             log.info("stopped")
+        except PreflightError as error:
+            if error.code != ExitCode.TEXT:  # a character that the tokenizer does not know
+                raise
+            _show("\n")
+            log.info("\n".join(error.lines))
         _log_rate(1, sum(steps), time.perf_counter() - began)
 
     def command(self, line: str) -> None:

@@ -29,7 +29,13 @@ from preflight.device.runtime import MIN_STEPS_TO_COMPILE, Runtime, build_runtim
 from preflight.foresight.fits import check_memory
 from preflight.models.base import TokenModel
 from preflight.settings import ModelConfig, RunConfig, TrainingSettings
-from preflight.tokenization import Tokenizer, load_saved_tokenizer, load_tokenizer
+from preflight.tokenization import (
+    Tokenizer,
+    TokenizerChoice,
+    TokenizerRecipe,
+    choose_tokenizer,
+    load_saved_tokenizer,
+)
 from preflight.training.changes import describe_changes, describe_runtime, describe_schedule
 from preflight.training.plan import TrainingPlan, build_plan
 from preflight.training.resume import (
@@ -144,18 +150,31 @@ class RunSetup:
         return None
 
     @part
-    def tokenizer(self) -> Tokenizer:
-        """The tokenizer of the flags, or the one inside the origin."""
+    def tokenizer_choice(self) -> TokenizerChoice:
+        """The tokenizer inside the origin, or that of the flags, which may need the text first."""
         if self.known_origin is not None:
             return load_saved_tokenizer(
                 self.known_origin.path, self.known_origin.config["tokenizer"]
             )
-        return load_tokenizer(self.known_config.model.tokenizer)
+        return choose_tokenizer(self.known_config.model)
+
+    @part
+    def tokenizer(self) -> Tokenizer:
+        """The run's tokenizer; one that is made from the text comes with the data."""
+        choice = self.tokenizer_choice
+        return self.data.load_tokenizer() if isinstance(choice, TokenizerRecipe) else choice
 
     @part
     def model_config(self) -> ModelConfig:
         """The architecture: the origin's, or that of the flags."""
         return resolve_model(self.known_config, self.tokenizer, self.known_origin)
+
+    @property
+    def least_model_config(self) -> ModelConfig:
+        """`model_config`; before the data is made, with the fewest ids that it can have."""
+        if isinstance(self.tokenizer_choice, TokenizerRecipe):
+            return self.known_config.model.resolve(self.tokenizer_choice.least_vocab_size)
+        return self.model_config
 
     @property
     def known_model_config(self) -> ModelConfig:
@@ -168,8 +187,8 @@ class RunSetup:
     @part
     def context_length(self) -> int:
         """Tokens of a window, known even where the rest of the model is refused."""
-        with contextlib.suppress(PreflightError):
-            return self.model_config.context_length
+        if self.known_origin is not None:
+            return self.known_origin.model_config.context_length
         own = dataclasses.replace(self.known_config.model, vocab_size=None)
         return own.resolve(vocab_size=2).context_length
 
@@ -177,7 +196,10 @@ class RunSetup:
     def data(self) -> DataFolder:
         """The data folder, prepared where it is not yet, and verified."""
         return prepare_data(
-            self.known_config.data, self.tokenizer, self.stop, may_replace=self._check_replacement
+            self.known_config.data,
+            self.tokenizer_choice,
+            self.stop,
+            may_replace=self._check_replacement,
         )
 
     def _check_replacement(self, reason: str, built: DataFolder | None) -> None:
@@ -187,7 +209,8 @@ class RunSetup:
         """
         if built is not None and self.resumes:
             window = choose_window(built.train.n_tokens, self.context_length)
-            self.check_memory(build_runtime(self.given.system), window)
+            model = resolve_model(self.known_config, built.load_tokenizer(), self.known_origin)
+            self.check_memory(build_runtime(self.given.system), window, model)
         origin, flags = self.known_origin, self.given
         if origin is None or flags.control.resume_from:
             return
@@ -265,14 +288,24 @@ class RunSetup:
         schedule = describe_schedule(self.state.step, self._build_plan(before), self.plan)
         return [*lines, *([schedule] if schedule else [])]
 
-    def check_memory(self, runtime: Runtime, window_tokens: int) -> None:
+    def check_memory(
+        self, runtime: Runtime, window_tokens: int, model: ModelConfig | None = None
+    ) -> None:
         """Refuse a run that cannot fit: see `fits.check_memory`."""
-        check_memory(**self.describe_memory(runtime, window_tokens))
+        check_memory(**self.describe_memory(runtime, window_tokens, model))
 
-    def describe_memory(self, runtime: Runtime, window_tokens: int) -> dict[str, Any]:
-        """What the functions of `fits` need to know of the run."""
+    def describe_memory(
+        self, runtime: Runtime, window_tokens: int, model: ModelConfig | None = None
+    ) -> dict[str, Any]:
+        """What the functions of `fits` need to know of the run.
+
+        Args:
+            runtime: of the run.
+            window_tokens: tokens of a training window.
+            model: the architecture, where the data is not made yet.
+        """
         return {
-            "model_config": self.model_config,
+            "model_config": model or self.model_config,
             "training": self.config.training,
             "runtime": runtime,
             "gradient_checkpointing": self.config.system.gradient_checkpointing,
@@ -283,7 +316,7 @@ class RunSetup:
     def check_before_data(self) -> None:
         """Raise whatever can refuse the run before its data is made or replaced."""
         origin, training = self.origin, self.config.training
-        self.model_config  # noqa: B018
+        self.least_model_config  # noqa: B018
         if origin is not None:
             self.saved  # noqa: B018
             before = origin.config.get("training") or {}
@@ -330,7 +363,9 @@ class RunSetup:
             del self.__dict__["_parts"]["checkpoint"]  # a run has just deleted it: look again
             return self.load_model()
         check_model_flags(self.given, self.checkpoint)
-        return loaded
+        model, tokenizer = loaded
+        replaces = self.given.generation.replace_unknown
+        return model, tokenizer.replacing_unknown() if replaces else tokenizer
 
     def build_trainer(self) -> Trainer:
         """A trainer at the run's state: of a new model, or of the origin's."""

@@ -55,7 +55,7 @@ def check_start(setup: RunSetup) -> None:
     Raises:
         PreflightError: with the code of the first thing that stands in the way.
     """
-    config, model_config = setup.config, setup.model_config
+    config, model_config = setup.config, setup.least_model_config
     disk = check_disk(
         setup.output_dir, model_config, config.training, config.control, config.training.max_steps
     )

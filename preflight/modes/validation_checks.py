@@ -41,7 +41,7 @@ from preflight.models.protocol import LanguageModel
 from preflight.modes.report import describe_error
 from preflight.modes.setup import RunSetup
 from preflight.settings import ControlSettings, RunConfig, SamplingConfig
-from preflight.tokenization import Tokenizer
+from preflight.tokenization import Tokenizer, TokenizerRecipe
 from preflight.training.plan import build_plan
 from train_utils import BatchLoader, choose_window
 from trainer import Trainer, build_trainer
@@ -97,8 +97,9 @@ class Subject:
 
     @property
     def tokenizer(self) -> Tokenizer:
-        """The run's tokenizer."""
-        return self._need("tokenizer", 1)
+        """The run's tokenizer; the data answers for one that is made from the text."""
+        choice = self._need("tokenizer_choice", 1)
+        return self._need("tokenizer", 4 if isinstance(choice, TokenizerRecipe) else 1)
 
     @property
     def data(self) -> DataFolder:
@@ -107,7 +108,7 @@ class Subject:
         Raises:
             PreflightError: it cannot be had.
         """
-        self.tokenizer  # noqa: B018  # without one, the data is not at fault
+        self._need("tokenizer_choice", 1)  # without one, the data is not at fault
         data = self.setup.data
         self.setup.stop.leave_if_stopping("stopped; the data folder is complete")
         return data
@@ -194,7 +195,7 @@ def check_configuration(subject: Subject) -> str:
     """Tokenizer, device, the run to continue, and an architecture that suits them."""
     setup = subject.setup
     faults: list[tuple[str, str]] = []
-    for name in ("origin", "adopted", "tokenizer", "runtime", "model_config"):
+    for name in ("origin", "adopted", "tokenizer_choice", "runtime", "least_model_config"):
         with collected(faults):
             getattr(setup, name)
     with contextlib.suppress(PreflightError):
@@ -202,7 +203,7 @@ def check_configuration(subject: Subject) -> str:
         subject.warnings += ["; ".join(fault)] if fault else []
     if faults:
         raise Fault(*dict.fromkeys(faults))  # a part that fails takes those that need it with it
-    model, runtime = setup.model_config, setup.runtime
+    model, runtime = setup.least_model_config, setup.runtime
     return (
         f"{model.label}, {count_parameters(model):,} parameters, "
         f"{runtime.device}, {str(runtime.dtype).removeprefix('torch.')}"
@@ -222,7 +223,7 @@ def check_folders(subject: Subject) -> str:
         except PreflightError as error:
             faults.append((error.lines[0], f"choose another {flag}, or fix this one"))
     try:
-        model_config = subject.setup.model_config
+        model_config = subject.setup.least_model_config
     except PreflightError:  # told by the first check
         if faults:
             raise Fault(*faults) from None
@@ -243,7 +244,7 @@ def check_tokenizer(subject: Subject) -> str:
     tokenizer = subject.tokenizer
     text, where = _read_own_text(subject)
     ids = tokenizer.encode(text).tolist()
-    again = tokenizer.decode_bytes(ids).decode("utf-8", errors="replace")
+    again = tokenizer.decode(ids)
     if again != text or max(ids, default=0) >= tokenizer.vocab_size:
         at = next(
             (i for i, (a, b) in enumerate(zip(text, again, strict=False)) if a != b),

@@ -54,6 +54,9 @@ class GenerationSettings:
         check=_check_output_file,
     )
     overwrite: bool = setting(False, "replace an --output-file that exists already")
+    replace_unknown: bool = setting(
+        False, "replace characters of a prompt that a char tokenizer does not know; else refuse it"
+    )
     interactive: bool | None = setting(
         None,
         "read prompts from the keyboard; unset: on a terminal, without --output-file, with up "

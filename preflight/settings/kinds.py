@@ -70,7 +70,8 @@ SCHEDULES: Registry[Any] = Registry(
         "none": "preflight.training.schedules:constant",
     },
 )
-# A kind of tokenizer: a class with `load(name)` and `load_saved(folder, facts)`.
+# A kind of tokenizer: a class with `load(name)` or `train(text, vocab_size)`, and with
+# `load_saved(folder, facts)`.
 _TIKTOKEN = "preflight.tokenization.tiktoken_bpe:TiktokenTokenizer"
 TOKENIZERS: Registry[Any] = Registry(
     "--tokenizer",
@@ -82,6 +83,17 @@ TOKENIZERS: Registry[Any] = Registry(
         "cl100k_base": _TIKTOKEN,
         "o200k_base": _TIKTOKEN,
         "o200k_harmony": _TIKTOKEN,
+        "bpe": "preflight.tokenization.own_bpe:OwnBpeTokenizer",
+        "char": "preflight.tokenization.characters:CharTokenizer",
+        "byte": "preflight.tokenization.raw_bytes:ByteTokenizer",
+    },
+)
+# Kinds of tokenizers that ``--tokenizer`` names by a file, by the end of the file's name.
+TOKENIZER_FILES: Registry[Any] = Registry(
+    "--tokenizer",
+    {
+        ".json": "preflight.tokenization.huggingface:HuggingFaceTokenizer",
+        ".model": "preflight.tokenization.sentencepiece_model:SentencePieceTokenizer",
     },
 )
 # (a value of the flag, or None; settings) -> list[Source], or None if it is not for this kind.

@@ -179,9 +179,17 @@ class ModelSettings:
         "preset to start from; the flags below override it",
         choices=(*MODEL_PRESETS, "custom"),
     )
-    tokenizer: str = setting("gpt2", "gpt2 (included), or another tiktoken encoding by name")
+    tokenizer: str = setting(
+        "auto",
+        "auto: bpe for a text below 50 MiB, else gpt2; bpe and char are made from the text; byte, "
+        "gpt2 (included) or another tiktoken encoding by name; a Hugging Face tokenizer.json or a "
+        "SentencePiece .model by its path",
+    )
     vocab_size: int | None = setting(
-        None, "vocabulary size of the model; unset: the tokenizer's", ge=2, le=MAX_COUNT
+        None,
+        "vocabulary size of the model; unset: the tokenizer's. With bpe, the size to train",
+        ge=2,
+        le=MAX_COUNT,
     )
     context_length: int | None = setting(None, "context length in tokens", ge=2, le=1_048_576)
     n_embeddings: int | None = setting(None, "hidden size (d_model)", ge=1, le=65_536)

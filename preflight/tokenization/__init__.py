@@ -1,6 +1,21 @@
-"""Text to token ids and back. `load_tokenizer` finds a kind of tokenizer by name."""
+"""Text to token ids and back. `choose_tokenizer` says what a value of ``--tokenizer`` means."""
 
+from preflight.tokenization.choosing import (
+    TokenizerChoice,
+    TokenizerRecipe,
+    choose_tokenizer,
+    is_choice,
+)
 from preflight.tokenization.loading import load_saved_tokenizer, load_tokenizer
-from preflight.tokenization.protocol import Tokenizer
+from preflight.tokenization.protocol import Tokenizer, TrainingText
 
-__all__ = ["Tokenizer", "load_saved_tokenizer", "load_tokenizer"]
+__all__ = [
+    "Tokenizer",
+    "TokenizerChoice",
+    "TokenizerRecipe",
+    "TrainingText",
+    "choose_tokenizer",
+    "is_choice",
+    "load_saved_tokenizer",
+    "load_tokenizer",
+]

@@ -10,6 +10,16 @@ from typing import Any, ClassVar, Protocol, Self
 import numpy as np
 
 
+class TrainingText(Protocol):
+    """The text that a tokenizer is made from, shared out into its parts ``train`` and ``val``."""
+
+    def count_bytes(self, *splits: str) -> int:
+        """Bytes of UTF-8 in these parts."""
+
+    def read(self, *splits: str) -> Iterator[str]:
+        """These parts in pieces of at most 1 MiB, the same ones every time."""
+
+
 class Tokenizer(Protocol):
     """Text to token ids and back.
 
@@ -20,9 +30,13 @@ class Tokenizer(Protocol):
         name: the tokenizer's own name, as in ``--tokenizer``.
         vocab_size: every id is below it; not every number below it need be an id.
         end_of_text_id: comes after each document.
+        is_trained: it is made from the text by `train`; otherwise its name says all, for `load`.
+        max_unit_bytes: a document without a place to cut is held in memory up to this size.
     """
 
     kind: ClassVar[str]
+    is_trained: ClassVar[bool] = False
+    max_unit_bytes: ClassVar[int] = 208 * 2**20
     name: str
     vocab_size: int
     end_of_text_id: int
@@ -35,6 +49,19 @@ class Tokenizer(Protocol):
         Raises:
             PreflightError: code FLAGS, when it cannot be loaded.
         """
+
+    @classmethod
+    def train(cls, text: TrainingText, vocab_size: int | None) -> Self:
+        """Make the tokenizer from the text; the same text gives the same tokenizer.
+
+        Args:
+            text: read as often as needed.
+            vocab_size: ids to aim for; unset: chosen by the size of the text.
+
+        Raises:
+            PreflightError: code FLAGS, for a size that this kind cannot have.
+        """
+        raise NotImplementedError(f"tokenizers of kind {cls.kind} are not trained")
 
     @classmethod
     @abstractmethod
@@ -86,6 +113,13 @@ class Tokenizer(Protocol):
         bounded memory overrides this.
         """
         yield self.encode(text)
+
+    def replacing_unknown(self) -> Tokenizer:
+        """The same tokenizer, which replaces characters that it has no ids for in what it encodes.
+
+        Itself where it has ids for every text.
+        """
+        return self
 
     @property
     def id_dtype(self) -> np.dtype:

@@ -24,7 +24,7 @@ SEAM_TOKENS = 8  # at a window's end, merged again with what follows
 GPT2_PATTERN = (  # of p50k too
     r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"
 )
-_CL100K_PATTERN = (
+CL100K_PATTERN = (
     r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}++|\p{N}{1,3}+| ?[^\s\p{L}\p{N}]++[\r\n]*+"
     r"|\s++$|\s*[\r\n]|\s+(?!\S)|\s"
 )
@@ -35,7 +35,7 @@ _O200K_PATTERN = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
     r"|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
-PROVEN_PATTERNS = frozenset({GPT2_PATTERN, _CL100K_PATTERN, _O200K_PATTERN})
+PROVEN_PATTERNS = frozenset({GPT2_PATTERN, CL100K_PATTERN, _O200K_PATTERN})
 
 # Places where each of these patterns ends one piece and begins the next, whatever the text further
 # left or right; so encoding both sides apart changes nothing. Only characters whose class is beyond

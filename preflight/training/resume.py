@@ -21,7 +21,7 @@ from preflight.settings import (
     TrainingSettings,
     build_config,
 )
-from preflight.tokenization import Tokenizer
+from preflight.tokenization import Tokenizer, is_choice
 
 LENGTH_FLAGS = {"max_steps", "num_epochs"}  # giving one of them replaces both
 
@@ -198,7 +198,8 @@ def check_model_flags(config: RunConfig, origin: Checkpoint) -> None:
         if getattr(asked, name) != getattr(saved, name)
     ]
     tokenizer = origin.config["tokenizer"]["name"]
-    if "tokenizer" in config.sources and config.model.tokenizer != tokenizer:
+    facts = origin.config["tokenizer"]
+    if "tokenizer" in config.sources and not is_choice(config.model.tokenizer, facts):
         different.append(f"tokenizer: checkpoint {tokenizer}, flags {config.model.tokenizer}")
     if different:
         raise PreflightError(

@@ -9,7 +9,7 @@ import pytest
 import tiktoken
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from tokenization.fakes import PairTokenizer
+from tokenization.fakes import PairTokenizer, PlainText
 from tokenization.hostile_texts import (
     GPT2,
     PATTERNS,
@@ -17,12 +17,14 @@ from tokenization.hostile_texts import (
     build_dense_ranks,
     build_tokenizer,
 )
+from tokenization.library_files import LIBRARY_FILES, LOSSLESS, build_kind
 
+from preflight.core.errors import PreflightError
 from preflight.corpus import blocks
 from preflight.corpus.sources.text import TextFile
 from preflight.corpus.workers import Encoders
-from preflight.settings.kinds import TOKENIZERS
-from preflight.tokenization import Tokenizer, load_tokenizer
+from preflight.tokenization import Tokenizer, TokenizerRecipe, load_tokenizer
+from preflight.tokenization.characters import CharTokenizer
 from preflight.tokenization.tiktoken_bpe import TiktokenTokenizer
 from preflight.tokenization.tiktoken_cutting import encode_long
 
@@ -42,7 +44,7 @@ def cut_and_encode(text: str, tokenizer: Tokenizer, block_bytes: int) -> list[in
     ids: list[int] = []
     at = 0
     for begin, piece, n_bytes, is_last in blocks._cut_document(
-        stream, 0, block_bytes, tokenizer.last_cut
+        stream, 0, block_bytes, tokenizer.last_cut, tokenizer.max_unit_bytes
     ):
         assert begin == at
         at += n_bytes
@@ -69,6 +71,27 @@ def test_cutting_never_changes_the_ids(name: str, dense: bool, text: str, block_
     assert cut_and_encode(text, tokenizer, block_bytes) == expected
 
 
+@pytest.mark.parametrize("kind", ["byte", "char", "bpe", *LIBRARY_FILES])
+@given(text=TEXTS, block_bytes=st.integers(16, 200))
+@example(text="x" * 70 + " " * 90 + "\n" * 40 + "y", block_bytes=64)
+@example(text="12345 1234 a1b2" * 9 + "\n\n" * 40 + "'ll", block_bytes=64)
+@settings(max_examples=50)
+def test_every_kind_gives_the_ids_of_one_piece(kind: str, text: str, block_bytes: int) -> None:
+    tokenizer = build_kind(kind)
+    if kind == "char":
+        tokenizer = TokenizerRecipe("char").make(PlainText(text or " "))
+    whole = tokenizer.encode(text).tolist()
+    assert cut_and_encode(text, tokenizer, block_bytes) == whole
+    assert tokenizer.end_of_text_id not in whole
+    if kind in LOSSLESS:
+        assert tokenizer.decode(whole) == text
+
+
+def test_where_a_safe_cut_is_known() -> None:
+    cut = {kind for kind in ("bpe", "byte", *LIBRARY_FILES) if build_kind(kind).last_cut("a b c")}
+    assert cut == {"bpe", "byte", "gpt2.json", "llama3.json", "qwen2.json", "digits.json"}
+
+
 @given(text=TEXTS, block_bytes=st.integers(16, 200))
 @settings(max_examples=50)
 def test_without_a_place_to_cut_documents_are_encoded_whole(text: str, block_bytes: int) -> None:
@@ -87,46 +110,53 @@ def test_without_a_place_to_cut_documents_are_encoded_whole(text: str, block_byt
     assert np.concatenate(parts).tolist() == unproven.encoding.encode_ordinary(text)
 
 
-def test_tokenizers_that_a_worker_cannot_load_stay_in_this_process() -> None:
-    class Local(PairTokenizer):
-        """No other process can import it."""
-
-    namesake = TiktokenTokenizer(
-        tiktoken.Encoding(
-            "gpt2",  # but with another vocabulary
-            pat_str=r"(?s).",
-            mergeable_ranks=build_dense_ranks(),
-            special_tokens={"<|endoftext|>": 50256},
-        )
-    )
-    unknown = build_tokenizer("cl100k_base")
-    for tokenizer in (Local("pairs"), PairTokenizer("pairs"), unknown, namesake):
-        encoders = Encoders(tokenizer, 1)
-        assert encoders._pool is None
-        blocks_ = [blocks.Block(0, 0, [(b"some words", True)], 10)]
-        [(_, ids, _)] = encoders.encode(iter(blocks_))
-        assert ids.tolist() == [*tokenizer.encode("some words"), tokenizer.end_of_text_id]
-
-
-def test_workers_load_a_kind_that_only_this_process_has_registered(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setattr(TOKENIZERS, "_targets", TOKENIZERS._targets | {"two": PairTokenizer})
-    tokenizer = load_tokenizer("two")
-    encoders = Encoders(tokenizer, 1)
+def encode_in_worker(tokenizer: Tokenizer, folder: Path) -> tuple[list[int], bool]:
+    """The ids of two words, and whether a worker made them."""
+    tokenizer.save(folder)
+    encoders = Encoders(tokenizer, 1, folder)
     try:
-        assert encoders._pool is not None
+        had_pool = encoders._pool is not None
         blocks_ = [blocks.Block(0, 0, [(b"some words", True)], 10)]
         [(_, ids, _)] = encoders.encode(iter(blocks_))
-        assert encoders._pool is not None, "the worker was lost"
+        assert had_pool == (encoders._pool is not None), "the worker was lost"
     finally:
         encoders.close()
     assert ids.tolist() == [*tokenizer.encode("some words"), tokenizer.end_of_text_id]
+    return ids.tolist(), had_pool
 
 
-def test_workers_are_light() -> None:
+def test_a_tokenizer_that_a_worker_cannot_import_stays_in_this_process(tmp_path: Path) -> None:
+    class Local(PairTokenizer):
+        """No other process can import it."""
+
+    assert not encode_in_worker(Local("pairs"), tmp_path)[1]
+
+
+@pytest.mark.parametrize("kind", ["registered here", "without a row", "char", "byte", "bpe"])
+def test_workers_load_what_this_process_has_saved(kind: str, tmp_path: Path) -> None:
+    tokenizer: Tokenizer = {
+        "registered here": lambda: PairTokenizer("two"),
+        "without a row": lambda: build_tokenizer("cl100k_base", dense=True),
+        "byte": lambda: load_tokenizer("byte"),
+    }.get(kind, lambda: TokenizerRecipe(kind, None).make(PlainText("some words, some more")))()
+    assert encode_in_worker(tokenizer, tmp_path)[1]
+
+
+def test_saved_files_that_give_another_tokenizer_are_not_worked_with(tmp_path: Path) -> None:
+    one, other = (CharTokenizer(text) for text in (" demorsw", " demorstw"))
+    other.save(tmp_path)
+    with pytest.raises(PreflightError, match="another tokenizer"):
+        Encoders(one, 1, tmp_path)
+    PairTokenizer("two").save(tmp_path)
+    (tmp_path / "tokenizer_pairs.txt").write_text("three")
+    with pytest.raises(ValueError, match="not two"):
+        Encoders(PairTokenizer("two"), 1, tmp_path)
+
+
+def test_workers_are_light(tmp_path: Path) -> None:
     """A worker starts in a fraction of a second, since it imports no torch."""
-    encoders = Encoders(GPT2, 1)
+    GPT2.save(tmp_path)
+    encoders = Encoders(GPT2, 1, tmp_path)
     try:
         assert encoders._pool is not None
         loaded = encoders._pool.submit(eval, "sorted(__import__('sys').modules)").result()

@@ -452,7 +452,9 @@ def test_pipe_is_copied_first(tmp_path: Path) -> None:
     data = prepare_data(DataSettings(text_file=(str(pipe),), data_dir=str(tmp_path / "d")), GPT2)
     writer.join()
     assert data.metadata.sources[0].size == len(GOOD)
-    assert sorted(p.name for p in data.path.iterdir()) == [".lock", "metadata.json", "train", "val"]
+    assert sorted(p.name for p in data.path.iterdir()) == [
+        *(".lock", "metadata.json", "tokenizer", "train", "val")
+    ]
 
 
 def test_standard_input(preflight: CommandRunner, tmp_path: Path) -> None:

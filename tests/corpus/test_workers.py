@@ -8,6 +8,7 @@ import multiprocessing.synchronize
 import os
 import signal
 import time
+from pathlib import Path
 from typing import NoReturn
 
 import pytest
@@ -20,8 +21,17 @@ from preflight.tokenization import load_tokenizer
 GPT2 = load_tokenizer("gpt2")
 
 
-def test_a_worker_is_shielded_while_it_starts(capfd: pytest.CaptureFixture[str]) -> None:
-    encoders = Encoders(GPT2, 1)
+@pytest.fixture
+def saved(tmp_path: Path) -> Path:
+    """A folder with the files of GPT2."""
+    GPT2.save(tmp_path)
+    return tmp_path
+
+
+def test_a_worker_is_shielded_while_it_starts(
+    saved: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    encoders = Encoders(GPT2, 1, saved)
     try:
         future = encoders._submit(Block(0, 0, [(b"one two", True)], 7, False))
         assert future is not None
@@ -44,7 +54,7 @@ def encode(encoders: Encoders) -> list[int]:
 
 @pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "No space"), ImportError("no sem_open")])
 def test_without_semaphores_this_process_does_the_work(
-    error: Exception, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    error: Exception, saved: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Each is one file in /dev/shm, which may be full, or not be there."""
 
@@ -54,19 +64,19 @@ def test_without_semaphores_this_process_does_the_work(
     monkeypatch.setattr(multiprocessing.synchronize.SemLock, "__init__", fail)
     monkeypatch.setattr(workers.log, "propagate", True)
     with caplog.at_level("INFO", logger="preflight"):
-        encoders = Encoders(GPT2, 2)
-    assert encode(encoders) == encode(Encoders(GPT2, 0))
+        encoders = Encoders(GPT2, 2, saved)
+    assert encode(encoders) == encode(Encoders(GPT2, 0, saved))
     assert "/dev/shm" in caplog.text
     encoders.close()
 
 
-def test_a_worker_that_cannot_be_started(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_worker_that_cannot_be_started(saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As with a limit of processes."""
-    encoders = Encoders(GPT2, 2)
+    encoders = Encoders(GPT2, 2, saved)
 
     def fail(self: object) -> NoReturn:
         raise BlockingIOError(errno.EAGAIN, "Resource temporarily unavailable")
 
     monkeypatch.setattr(multiprocessing.context.SpawnProcess, "start", fail)
-    assert encode(encoders) == encode(Encoders(GPT2, 0))
+    assert encode(encoders) == encode(Encoders(GPT2, 0, saved))
     encoders.close()

@@ -28,7 +28,6 @@ import torch
 import torch._dynamo  # an optimizer loads it at its first use: once here, not in every case
 from matplotlib.figure import Figure
 
-import generate
 import main
 import train_utils
 from preflight.core import locks, storage
@@ -60,8 +59,7 @@ def lighten() -> None:
     """Make a forked process cheap; the calls on the disk stay those of the product."""
     torch.set_num_threads(1)
     tokenizer = build_byte_tokenizer()
-    for module in (setup, generate):
-        module.load_tokenizer = lambda name: tokenizer  # type: ignore[attr-defined]
+    setup.choose_tokenizer = lambda settings: tokenizer
     train_utils._POLL_SECONDS = 0.01  # else closing a loader waits half a second
     train_utils._CHUNK_TOKENS = 4096  # so that reading ahead does not pass all epoch ends at once
     Figure.savefig = lambda self, file, **options: file.write(b"\x89PNG")  # type: ignore

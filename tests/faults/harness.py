@@ -63,6 +63,8 @@ TRAIN_FLAGS = [
     "--device",
     "cpu",
     "--no-mixed-precision",
+    "--tokenizer",
+    "gpt2",
     "--num-workers",
     "1",
     "--text-file",
@@ -70,6 +72,8 @@ TRAIN_FLAGS = [
 ]
 PREPARE_FLAGS = [
     "--train",
+    "--tokenizer",
+    "gpt2",
     "--text-file",
     "text.txt",
     "--shard-size",

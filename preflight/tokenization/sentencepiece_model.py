@@ -1,0 +1,46 @@
+"""A SentencePiece ``.model``, run by the library `sentencepiece`."""
+
+from __future__ import annotations
+
+from preflight.tokenization.tokenizer_files import FileTokenizer
+
+_SPACE = "\u2581"  # stands for a space in a piece
+
+
+class SentencePieceTokenizer(FileTokenizer):
+    """The library's ids, without those that begin and end a text.
+
+    No place is known where a text may be cut: the model also puts a space before its beginning.
+    """
+
+    kind = "sentencepiece"
+    saved_name = "tokenizer.model"
+    library = "sentencepiece"
+    max_unit_bytes = 8 * 2**20  # the library needs about 40 bytes for each byte of a text
+
+    def _open(self, content: bytes) -> dict[str, int]:
+        library = self._import_library()
+        try:
+            self._library = library.SentencePieceProcessor(model_proto=content)
+            size = self._library.get_piece_size()
+        except (RuntimeError, TypeError) as error:
+            raise ValueError(str(error)) from None
+        pieces = {self._library.id_to_piece(i): i for i in range(size)}
+        if len(pieces) != size or not size:
+            raise ValueError("it has no pieces, or one of them twice")
+        self._ids = pieces
+        return pieces
+
+    def _is_text(self, piece: str) -> bool:
+        token, library = self._ids[piece], self._library
+        return not (
+            library.is_control(token) or library.is_unknown(token) or library.is_unused(token)
+        )
+
+    def _spell(self, piece: str) -> bytes:
+        if self._library.is_byte(self._ids[piece]):  # <0x0A>
+            return bytes([int(piece[3:5], 16)])
+        return piece.replace(_SPACE, " ").encode()
+
+    def _encode(self, text: str) -> list[int]:
+        return self._library.encode(text)
