@@ -17,7 +17,7 @@ from preflight.core.commands import format_command
 from preflight.core.errors import ExitCode, PreflightError
 from preflight.core.log import log
 from preflight.core.signals import StopFlag
-from preflight.core.storage import check_writable, write_json
+from preflight.core.storage import check_writable, foreign_error, refuse_other_kind, write_json
 from preflight.core.units import format_bytes
 from preflight.device.runtime import MIN_STEPS_TO_COMPILE, is_out_of_memory
 from preflight.foresight.fits import find_bf16_fault, judge_fit
@@ -43,6 +43,7 @@ from preflight.modes.report import Problem, Report, is_in_colour
 from preflight.modes.setup import RunSetup
 from preflight.modes.start import check_machine
 from preflight.settings import RunConfig
+from preflight.training.schedule_picture import SCHEDULE_NAME, draw_schedule
 from train_utils import iterate_windows
 
 REPORT_NAME = "check_report.json"
@@ -50,8 +51,15 @@ _ROOMY_SHARE = 0.4  # of the memory in use, below which a larger batch is worth 
 
 
 def run(config: RunConfig) -> int:
-    """Print the report, write it to the output folder, and return 0, or 1 with problems."""
-    report = build_report(config)
+    """Print the report, write it and a picture of the schedule to the output folder.
+
+    Returns:
+        0, or 1 with problems.
+    """
+    found = find_all(config)
+    report = found.report
+    with report.guard("training configuration"):
+        draw_plan(found)
     with report.guard("system information"):
         if report.is_writable:
             write_json(Path(config.control.output_dir) / REPORT_NAME, report.to_dict())
@@ -64,10 +72,15 @@ def run(config: RunConfig) -> int:
 
 def build_report(config: RunConfig) -> Report:
     """Gather everything that can be known; the data folder may be built, nothing else is kept."""
+    return find_all(config).report
+
+
+def find_all(config: RunConfig) -> Findings:
+    """The report, and what it was made from."""
     with StopFlag() as stop:
         found = Findings(RunSetup(config, stop), Report())
         gather(found)
-    return found.report
+    return found
 
 
 def gather(found: Findings) -> None:
@@ -137,6 +150,18 @@ def choose_target(found: Findings) -> None:
     rows["precision"] = found.target.dtype_name
     rows["compilation"] = found.target.compile_model
     rows["gradient_checkpointing"] = config.system.gradient_checkpointing
+
+
+def draw_plan(found: Findings) -> None:
+    """A picture of the learning rate, in the output folder."""
+    if found.plan is None or not found.report.is_writable:
+        return
+    folder = found.setup.output_dir
+    path = folder / SCHEDULE_NAME
+    if refuse_other_kind(path) and not (folder / REPORT_NAME).exists():
+        raise foreign_error(path, "is another program's file")
+    draw_schedule(path, found.plan)
+    found.report.sections["training configuration"]["schedule_picture"] = str(path)
 
 
 def time_run(found: Findings) -> None:

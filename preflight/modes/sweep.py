@@ -9,7 +9,6 @@ import dataclasses
 import json
 import os
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +16,9 @@ from preflight.core import storage
 from preflight.core.commands import join_words
 from preflight.core.errors import ExitCode, PreflightError
 from preflight.core.log import log
-from preflight.core.strict_json import read_json
 from preflight.foresight.short_training import (
     TrainingResult,
     TrainingSpec,
-    describe_training,
     try_training,
 )
 from preflight.foresight.sweep import (
@@ -32,7 +29,15 @@ from preflight.foresight.sweep import (
     parse_sweep,
     spell_values,
 )
-from preflight.modes.trying import Progress, Workshop, format_train_command, open_workshop
+from preflight.modes.trying import (
+    Progress,
+    Workshop,
+    describe_result,
+    find_result,
+    format_train_command,
+    open_workshop,
+    read_report,
+)
 from preflight.settings import RunConfig, build_options
 from preflight.training.resume import resolve_model
 
@@ -60,17 +65,8 @@ class Row:
         return {
             "values": self.values,
             "flags": self.name,
-            "trained": describe_training(self.spec),
-            **dataclasses.asdict(self.result),
-            "losses": list(self.result.losses),
-            "tokens_per_second": self.result.tokens_per_second,
+            **describe_result(self.spec, self.result),
         }
-
-    def restore(self, saved: dict[str, Any]) -> None:
-        """Take the result of a row of an earlier call."""
-        names = {field.name for field in dataclasses.fields(TrainingResult)}
-        known = {name: saved[name] for name in names}
-        self.result = TrainingResult(**known | {"losses": tuple(known["losses"])})
 
 
 def run(config: RunConfig) -> int:
@@ -146,12 +142,9 @@ class Sweep:
 
     def _restore(self) -> None:
         """Take over rows of an earlier call whose training would be the same."""
-        for saved in _read_rows(self.path):
-            if saved.get("failure", "").startswith("out of memory"):
-                continue  # there may be more of it now
-            for row in self.rows:
-                if row.result is None and saved.get("trained") == _as_json(row.spec):
-                    row.restore(saved)
+        saved = read_report(self.path).get("rows", [])
+        for row in self.rows:
+            row.result = find_result(saved, row.spec)
 
     @property
     def best(self) -> Row | None:
@@ -200,23 +193,6 @@ def _judge(result: TrainingResult) -> str:
     if result.bits_per_byte is None:
         return result.failure
     return f"validation loss {result.val_loss:.4f}, {result.bits_per_byte:.4f} bits per byte"
-
-
-def _as_json(spec: TrainingSpec) -> Any:
-    """As it is read back: tuples are lists."""
-    return json.loads(json.dumps(describe_training(spec)))
-
-
-def _read_rows(path: Path) -> Iterator[dict[str, Any]]:
-    """The rows of an earlier report; none where it is damaged: then they are run again."""
-    try:
-        rows = read_json(path)["rows"]
-    except FileNotFoundError:
-        return
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        log.warning(f"{path} cannot be read ({error}): every training runs again")
-        return
-    yield from rows
 
 
 def _format_table(rows: list[Row], best: Row | None) -> list[str]:

@@ -24,6 +24,7 @@ from preflight.device.runtime import is_out_of_memory
 from preflight.foresight.fits import explain_out_of_memory
 from preflight.foresight.learnability import find_short_text
 from preflight.models.cost import count_parameters
+from preflight.modes.forecast import compare_with_forecast
 from preflight.modes.setup import RunSetup
 from preflight.modes.start import check_machine, check_start
 from preflight.settings import (
@@ -223,6 +224,9 @@ class TrainingRun:
                 f"best: {best.path} (step {best.step:,}, validation loss {best.val_loss:.4f}, "
                 f"{bits:.3f} bits per byte)"
             )
+        compared = compare_with_forecast(self.setup)
+        if compared:
+            log.info(compared)
         log.info(f"loss curve: {self.output_dir / CURVE_NAME}")
         command = format_command("--generate", "--output-dir", self.output_dir)
         log.info(f"generate text: {command}")

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
+import json
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from tqdm import tqdm
 
@@ -16,11 +19,12 @@ from preflight.core.commands import format_command
 from preflight.core.locks import FolderLock
 from preflight.core.log import is_progress_shown, log
 from preflight.core.signals import StopFlag
+from preflight.core.strict_json import read_json
 from preflight.core.units import format_seconds
 from preflight.corpus.sources import find_sources
 from preflight.device.host_memory import available_host_bytes
 from preflight.foresight.child import ChildRules
-from preflight.foresight.short_training import TrainingSpec
+from preflight.foresight.short_training import TrainingResult, TrainingSpec, describe_training
 from preflight.modes.setup import RunSetup
 from preflight.modes.start import check_machine
 from preflight.settings import RunConfig, build_options
@@ -130,6 +134,46 @@ class Progress:
         """Steps that are not needed: of a trial that ended early."""
         self._done += n_steps
         self._bar.update(n_steps)
+
+
+def describe_result(spec: TrainingSpec, result: TrainingResult) -> dict[str, Any]:
+    """A short training in a report, from which `find_result` takes it again."""
+    return {
+        "trained": describe_training(spec),
+        **dataclasses.asdict(result),
+        "losses": list(result.losses),
+        "tokens_per_second": result.tokens_per_second,
+    }
+
+
+def find_result(saved: Any, spec: TrainingSpec) -> TrainingResult | None:
+    """The result of a training that an earlier call has done; not of one that lacked memory.
+
+    Args:
+        saved: rows of a report, which a person may have changed.
+        spec: the training.
+    """
+    wanted = json.loads(json.dumps(describe_training(spec)))  # as it is read back
+    names = {field.name for field in dataclasses.fields(TrainingResult)}
+    rows = [row for row in saved if isinstance(row, dict)] if isinstance(saved, list) else []
+    for row in rows:
+        is_whole = row.get("trained") == wanted and names <= {*row}
+        if is_whole and not str(row["failure"]).startswith("out of memory"):
+            known = {name: row[name] for name in names}
+            return TrainingResult(**known | {"losses": tuple(known["losses"])})
+    return None
+
+
+def read_report(path: Path) -> dict[str, Any]:
+    """The report of an earlier call; an empty one where there is none, or none that is whole."""
+    if not path.is_file():
+        return {}
+    try:
+        content = read_json(path)
+    except (OSError, ValueError) as error:
+        log.warning(f"{path} cannot be read ({error}): what it held is done again")
+        return {}
+    return content if isinstance(content, dict) else {}
 
 
 def format_train_command(config: RunConfig, *flags: str, without: tuple[str, ...] = ()) -> str:

@@ -171,15 +171,16 @@ def test_a_step_that_fails_leaves_a_whole_report(
     assert ("warning: KeyError" in said.err) == (place < n_quick)  # told before the text is read
 
 
-def test_only_the_data_folder_and_the_report_are_written(
+def test_only_the_data_folder_the_report_and_a_picture_are_written(
     make_config: MakeConfig, tmp_path: Path
 ) -> None:
     before = list_tree(tmp_path)
     assert check.run(make_config(measure=True)) == 0
     new = {name for name in list_tree(tmp_path) if name not in before}
     assert {name.split("/")[0] for name in new} == {"data", "training_output"}
-    assert [n for n in new if n.startswith("training_output")] == [
-        "training_output/check_report.json"
+    assert sorted(n for n in new if n.startswith("training_output")) == [
+        "training_output/check_report.json",
+        "training_output/schedule.png",
     ]
     before = list_tree(tmp_path)
     check.run(make_config())
