@@ -29,7 +29,7 @@ LEAST_FIRST_STEPS = 50  # of the shortest training, unless that were over a 16th
 LEAST_RUN_STEPS = 64
 # How usual a value is: the exponent (log-normal), the floor as a share of the last loss
 # (half-normal), and how far a training's loss lies from the law, as a share of it (normal). Chosen
-# so that the interval held about nine in ten of 21 small runs, of four models on two texts.
+# so that the interval held nine in ten of 21 forecasts, which share the runs of five tiny models.
 _USUAL_EXPONENT, _EXPONENT_SPREAD, _FLOOR_SPREAD, _NOISE_SHARE = 0.2, 0.6, 0.25, 0.018
 _TAIL = 0.05  # of the predictions, left out of the interval on each side
 _COUNTED_TOKENS = 20_000_000

@@ -63,7 +63,7 @@ def run(config: RunConfig) -> int:
             raise PreflightError(
                 ExitCode.FLAGS,
                 f"a run of {total:,} steps is too short for a forecast",
-                f"--max-steps {LEAST_RUN_STEPS} or more; or train: it is done within a minute",
+                f"--max-steps {LEAST_RUN_STEPS} or more",
             )
         trained = _train(workshop, choose_lengths(total))
         content = _build_report(workshop, trained)

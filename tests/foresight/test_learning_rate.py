@@ -68,5 +68,6 @@ def test_a_loss_that_is_not_finite_ends_the_descent() -> None:
     points = [(rate, 5 - i / 10) for i, rate in enumerate(list_rates(30))]
     found = analyse_range([*points, (20.0, math.inf)], 0.9)
     assert found.diverged
+    assert has_diverged([5.0, math.nan], 0.9)
     assert len(found.points) == 30
     assert found.minimum == pytest.approx(found.smoothed[-1][0])
