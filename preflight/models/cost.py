@@ -18,6 +18,10 @@ def count_parameters(config: ModelConfig) -> int:
     Nothing is built, so that a configuration can be refused before it is.
     """
     C, hidden = config.n_embeddings, config.ffn_hid_dim
+    if config.model_family == "mlp":
+        inputs = config.context_length * C + (config.n_layers - 1) * hidden
+        biases = (config.n_layers * hidden + C) if config.bias else 0
+        return (inputs + C) * hidden + biases + config.vocab_size * C * (1 if config.tied else 2)
     qkv = (config.n_heads + 2 * config.kv_heads) * config.head_dim
     up = hidden if config.feed_forward == "mlp" else 2 * hidden
     weights = C * qkv + C * C + C * up + hidden * C

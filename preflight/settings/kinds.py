@@ -26,6 +26,7 @@ MODELS: Registry[Any] = Registry(
         "gpt2": _TRANSFORMER,
         "llama": _TRANSFORMER,
         "modern": _TRANSFORMER,
+        "mlp": "preflight.models.ngram_mlp:NgramMLP",
     },
 )
 # Parts of the transformer. A norm is built from (size, eps=..., bias=...), the others from

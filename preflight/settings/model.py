@@ -54,7 +54,10 @@ MODEL_FAMILIES: dict[str, dict[str, Any]] = {
         "bias": False,
         "qk_norm": True,
     },
+    # Bengio et al. 2003: the last n tokens, one or more hidden layers, and no attention.
+    "mlp": {"context_length": 16, "n_heads": 1, "activation": "tanh"},
 }
+_PARTS_OF_MLP = {"model_family", "bias", "tied", "logit_softcap"}
 ROPE_SCALINGS = ("none", "linear", "ntk")
 GATED_MULTIPLE = 64  # gated hidden sizes are multiples of it, as Llama's are
 
@@ -98,8 +101,14 @@ class ModelConfig:
 
     @property
     def label(self) -> str:
-        """The shape in one word: layers, hidden size, attention heads, as in ``12L-768H-12A``."""
-        return f"{self.n_layers}L-{self.n_embeddings}H-{self.n_heads}A"
+        """The shape in one word: layers, hidden size, attention heads, as in ``12L-768H-12A``.
+
+        Of families other than GPT-2, the name and the feed-forward size follow.
+        """
+        shape = f"{self.n_layers}L-{self.n_embeddings}H-{self.n_heads}A"
+        if not self.list_changed_parts():
+            return shape
+        return f"{shape} {self.model_family} (feed-forward size {self.ffn_hid_dim:,})"
 
     @property
     def kv_heads(self) -> int:
@@ -134,6 +143,10 @@ def _find_part_faults(config: ModelConfig) -> list[str]:
     if config.n_heads % config.kv_heads:
         faults.append(f"n_kv_heads {config.n_kv_heads} does not divide n_heads {config.n_heads}")
     changed = config.list_changed_parts()
+    if config.model_family == "mlp":
+        extra = {name: value for name, value in changed.items() if name not in _PARTS_OF_MLP}
+        extra |= {"n_heads": config.n_heads} if config.n_heads > 1 else {}
+        return [f"{name} {value} is no part of model_family mlp" for name, value in extra.items()]
     rope = [name for name in changed if name.startswith("rope_")]
     if config.positions != "rope":
         faults += [f"{name} {changed[name]} needs positions rope" for name in rope]
@@ -256,8 +269,9 @@ class ModelSettings:
     def resolve(self, vocab_size: int) -> ModelConfig:
         """The model to build, with `vocab_size` ids unless the flags ask for more."""
         preset = MODEL_PRESETS.get(self.model_size)
+        family = MODEL_FAMILIES.get(self.model_family, {})
         shape: dict[str, Any] = {
-            name: getattr(self, name) or (getattr(preset, name) if preset else 0)
+            name: getattr(self, name) or family.get(name) or getattr(preset, name, 0)
             for name in CUSTOM_SIZE_FIELDS
         }
         parts = self._choose_parts()
@@ -281,6 +295,7 @@ class ModelSettings:
         given = {name: getattr(self, name) for name in ("activation", *PART_NAMES)}
         given = {name: value for name, value in given.items() if value is not None}
         family = MODEL_FAMILIES.get(self.model_family, {})
+        family = {name: value for name, value in family.items() if name not in CUSTOM_SIZE_FIELDS}
         parts = {name: defaults[name] for name in ("activation", *PART_NAMES)} | family | given
         if parts["feed_forward"] != "mlp" and self.activation is None:
             parts["activation"] = defaults["activation"]  # the gate has its own

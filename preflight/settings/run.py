@@ -11,7 +11,12 @@ from preflight.settings.check import CheckSettings
 from preflight.settings.control import ControlSettings
 from preflight.settings.data import DataSettings
 from preflight.settings.generation import GenerationSettings
-from preflight.settings.model import CUSTOM_SIZE_FIELDS, MODEL_PRESETS, ModelSettings
+from preflight.settings.model import (
+    CUSTOM_SIZE_FIELDS,
+    MODEL_FAMILIES,
+    MODEL_PRESETS,
+    ModelSettings,
+)
 from preflight.settings.options import Option, list_options
 from preflight.settings.sampling import SamplingConfig
 from preflight.settings.search import SearchSettings
@@ -111,7 +116,9 @@ def build_config(given: dict[str, Any], sources: dict[str, str]) -> RunConfig:
 
 def _find_model_faults(model: ModelSettings, given: set[str]) -> list[str]:
     """A custom size that is not complete, or parts that do not fit together."""
-    unset = [name for name in CUSTOM_SIZE_FIELDS if getattr(model, name) is None]
+    family = MODEL_FAMILIES.get(model.model_family, {})
+    needed = [name for name in CUSTOM_SIZE_FIELDS if name not in family]
+    unset = [name for name in needed if getattr(model, name) is None]
     if model.model_size == "custom" and unset:
         # One that was given is unset here only when its value is at fault, which is reported.
         flags = " ".join("--" + name.replace("_", "-") for name in unset if name not in given)

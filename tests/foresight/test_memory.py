@@ -107,6 +107,10 @@ CASES = [
     Case("modern, accumulation 2", of_family("modern", n_layers=6), settings(4, 2)),
     Case("modern, all", MODERN_ALL, settings(3, 2, "sgd"), BF16, True),
     Case("geglu, softcap", GEGLU, settings(20)),
+    Case("mlp", of_family("mlp", n_heads=None, context_length=16), settings(16)),
+    Case(
+        "mlp, bf16", of_family("mlp", n_heads=None, n_layers=6, dropout=0.1), settings(4, 2), BF16
+    ),
     Case("rope, bf16", of_family("gpt2", **ROPE), settings(6), BF16),
 ]
 
@@ -249,7 +253,9 @@ def test_batch_curve_agrees_with_single_estimates(device_type: str, checkpointin
         assert curve(batch).needed_bytes == pytest.approx(single.needed_bytes, rel=1e-3)
 
 
-@pytest.mark.parametrize("model", [SMALL, of_family("llama", n_kv_heads=2)])
+@pytest.mark.parametrize(
+    "model", [SMALL, of_family("llama", n_kv_heads=2), of_family("mlp", n_heads=None)]
+)
 def test_generation_and_resume(model: ModelConfig) -> None:
     case = Case("generation", model, settings(2))
     options = replace(case.options, generation_batch_size=5)

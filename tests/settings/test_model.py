@@ -7,7 +7,15 @@ import json
 
 import pytest
 
-from preflight.settings import MODEL_PRESETS, ModelConfig, ModelSettings, model_config_from_dict
+from preflight.core.errors import ExitCode, PreflightError
+from preflight.settings import (
+    MODEL_PRESETS,
+    ModelConfig,
+    ModelSettings,
+    build_config,
+    model_config_from_dict,
+    model_config_to_dict,
+)
 
 
 def test_presets_are_complete_and_flags_override_them() -> None:
@@ -69,3 +77,52 @@ def test_the_constructor_takes_positions_and_checks_values() -> None:
         ModelConfig(10, 10, 10, 3, 1, 10)
     with pytest.raises(ValueError, match="does not divide"):
         dataclasses.replace(ModelConfig(10, 10, 10, 2, 1, 10), n_heads=3)
+
+
+def test_a_family_gives_the_parts_that_no_flag_names() -> None:
+    llama = ModelSettings(model_size="small", model_family="llama").resolve(32_000)
+    assert (llama.norm, llama.positions, llama.feed_forward) == ("rms", "rope", "swiglu")
+    assert (llama.bias, llama.tied, llama.kv_heads, llama.ffn_hid_dim) == (False, False, 12, 2048)
+    wide = ModelSettings(n_embeddings=4096, n_heads=32, model_family="llama").resolve(32_000)
+    assert wide.ffn_hid_dim == 10_944  # two thirds of 16,384, up to a multiple of 64
+    mixed = ModelSettings(model_family="modern", feed_forward="geglu", bias=True, norm="layer")
+    assert mixed.resolve(97).list_changed_parts() == {
+        "model_family": "modern",
+        "positions": "rope",
+        "qk_norm": True,
+        "feed_forward": "geglu",
+    }
+    ngram = ModelSettings(model_size="tiny", model_family="mlp").resolve(97)
+    assert (ngram.context_length, ngram.n_heads, ngram.activation) == (16, 1, "tanh")
+    assert "llama (feed-forward size 2,048)" in llama.label
+
+
+def test_a_checkpoint_of_gpt2_names_no_new_part() -> None:
+    gpt2 = ModelSettings(model_size="nano", dropout=0.1).resolve(97)
+    stored = model_config_to_dict(gpt2)
+    assert len(stored) == 8
+    assert model_config_from_dict(stored) == gpt2
+    llama = ModelSettings(model_family="llama", n_kv_heads=2).resolve(97)
+    assert model_config_from_dict(json.loads(json.dumps(model_config_to_dict(llama)))) == llama
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        ({"n_kv_heads": "3"}, "--n-kv-heads 3 does not divide n-heads 8"),
+        ({"rope_theta": "500"}, "--rope-theta 500.0 needs positions rope"),
+        ({"positions": "rope", "rope_factor": "2"}, "--rope-factor above 1"),
+        ({"positions": "rope", "rope_scaling": "ntk"}, "--rope-factor above 1"),
+        ({"positions": "rope", "n_embeddings": "24"}, "heads of an even size, not 3"),
+        ({"feed_forward": "swiglu", "activation": "relu"}, "--activation relu needs feed-forward"),
+        ({"model_family": "lama"}, "(did you mean llama?)"),
+        ({"model_family": "mlp", "norm": "rms"}, "--norm rms is no part of model-family mlp"),
+        ({"model_family": "mlp", "n_heads": "4"}, "--n-heads 4 is no part of model-family mlp"),
+    ],
+)
+def test_parts_that_do_not_fit_are_refused(flags: dict[str, str], words: str) -> None:
+    with pytest.raises(PreflightError) as caught:
+        build_config(flags, {})
+    assert caught.value.code == ExitCode.FLAGS
+    assert words in str(caught.value)
+    assert len(caught.value.lines) == 1
