@@ -85,7 +85,7 @@ def _read_pipe() -> str | None:
 def _read_prompts_file(name: str) -> list[str]:
     try:
         with (
-            _telling_of_a_wait(f"--prompts-file {name} is read up to its end"),
+            _telling_of_a_wait(f"--prompts-file {name}"),
             _open(name) as file,
         ):
             content = _check_size(f"--prompts-file {name}", file.read(MAX_PROMPTS_BYTES + 1))
