@@ -110,4 +110,4 @@ def test_the_wheel_holds_the_product_and_nothing_else(tmp_path: Path) -> None:
     assert "preflight = main:main" in scripts
     needed = set(re.findall(r"^Requires-Dist: ([\w-]+)(?!.*extra)", about, re.MULTILINE))
     assert needed == {r.name for r in read_requirements("requirements.txt")}
-    assert re.findall(r"^Provides-Extra: (.*)$", about, re.MULTILINE) == ["dev"]
+    assert re.findall(r"^Provides-Extra: (.*)$", about, re.MULTILINE) == [*("dev", "hf", "spm")]
