@@ -144,7 +144,7 @@ def test_a_run_of_fakes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
     assert newest is not None
     assert newest.step == 2
     assert newest.config["tokenizer"]["kind"] == "pairs"
-    with newest.open("pairs.txt") as file:  # the tokenizer's own file travels inside
+    with newest.open("tokenizer_pairs.txt") as file:  # the tokenizer's own file travels inside
         assert file.read() == b"fake pairs"
     assert newest.config["training"]["optimizer"] == "sign"
     steps = [row for row in ListTracker.rows if row["event"] == "step"]
