@@ -88,7 +88,8 @@ def find_best(output_dir: Path) -> Checkpoint:
         raise PreflightError(
             ExitCode.CHECKPOINT,
             f"no checkpoint in {output_dir}",
-            f"train first: {format_command('--train')}, or name one with --checkpoint-path",
+            f"train first: {format_command('--train', '--output-dir', output_dir)}, or name one "
+            "with --checkpoint-path",
         )
     return _choose_verified(output_dir, _sort_by_loss(found), damaged, needs_state=False)
 
