@@ -98,7 +98,8 @@ def find_best(output_dir: Path) -> Checkpoint:
         raise PreflightError(
             ExitCode.CHECKPOINT,
             f"no checkpoint in {output_dir}",
-            f"train first: {format_command('--train')}, or name one with --checkpoint-path",
+            f"train first: {format_command('--train', '--output-dir', output_dir)}, or name one "
+            "with --checkpoint-path",
         )
     return best
 
