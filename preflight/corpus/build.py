@@ -25,6 +25,7 @@ from preflight.corpus.shards import (
     BUILDING_NAME,
     DataFolder,
     check_long_enough,
+    compute_fingerprint,
     load_data_folder,
 )
 from preflight.corpus.sources import (
@@ -38,9 +39,10 @@ from preflight.corpus.sources.builtin import SAMPLE_NAME
 from preflight.settings import DataSettings
 from preflight.tokenization import Tokenizer
 
-# Called with the reason before a complete data folder is replaced, and again with the new one
-# before it takes the old one's place. It raises PreflightError to keep the old one.
-MayReplace = Callable[[str, DataFolder | None], None]
+# Called before a complete data folder is replaced: with the reason, the old one's fingerprint where
+# it is known, and None; and with the new one before it takes the old one's place. It raises
+# PreflightError to keep the old one.
+MayReplace = Callable[[str, str | None, DataFolder | None], None]
 
 
 def prepare_data(
@@ -116,19 +118,26 @@ def _prepare_locked(
             return _reuse(found)
         reason = found.lines[0] if isinstance(found, PreflightError) else found
         if may_replace is not None and isinstance(found, str):
-            _ask(may_replace, building, reason, None)
+            old = compute_fingerprint(read_metadata(data_dir))
+            _ask(may_replace, building, reason, old, None)
         log.info(f"rebuilding {data_dir} because {reason}")
     Builder(building, job, build_plan(scanned, job)).build()
     if is_complete and may_replace is not None:
-        _ask(may_replace, building, reason, load_data_folder(building, tokenizer))
+        _ask(may_replace, building, reason, None, load_data_folder(building, tokenizer))
     _finish_swap(data_dir)
     return load_data_folder(data_dir, tokenizer)
 
 
-def _ask(may_replace: MayReplace, building: Path, reason: str, built: DataFolder | None) -> None:
+def _ask(
+    may_replace: MayReplace,
+    building: Path,
+    reason: str,
+    old_fingerprint: str | None,
+    built: DataFolder | None,
+) -> None:
     """Remove the build when the complete data folder must stay."""
     try:
-        may_replace(reason, built)
+        may_replace(reason, old_fingerprint, built)
     except PreflightError:
         remove_build(building)
         raise
