@@ -31,6 +31,7 @@ from preflight.corpus.shards import (
     BUILDING_NAME,
     DataFolder,
     check_long_enough,
+    compute_fingerprint,
     find_tokenizer_change,
     load_data_folder,
 )
@@ -46,9 +47,10 @@ from preflight.corpus.training_text import ScannedText
 from preflight.settings import DataSettings
 from preflight.tokenization import TokenizerChoice, TokenizerRecipe
 
-# Called with the reason before a complete data folder is replaced, and again with the new one
-# before it takes the old one's place. It raises PreflightError to keep the old one.
-MayReplace = Callable[[str, DataFolder | None], None]
+# Called before a complete data folder is replaced: with the reason, the old one's fingerprint where
+# it is known, and None; and with the new one before it takes the old one's place. It raises
+# PreflightError to keep the old one.
+MayReplace = Callable[[str, str | None, DataFolder | None], None]
 
 
 def prepare_data(
@@ -103,7 +105,7 @@ def prepare_data(
         job = Job(settings, made, stop, block_bytes, n_workers, asked)
         Builder(building, job, build_plan(scanned, job)).build()
         if reason and may_replace is not None:
-            _ask(may_replace, building, reason, load_data_folder(building, made))
+            _ask(may_replace, building, reason, None, load_data_folder(building, made))
         _finish_swap(data_dir)
         return load_data_folder(data_dir, made)
 
@@ -141,15 +143,22 @@ def _find_or_ask(
             return _reuse(found)
         reason = found.lines[0] if isinstance(found, PreflightError) else found
         if may_replace is not None and isinstance(found, str):
-            _ask(may_replace, building, reason, None)
+            old = compute_fingerprint(read_metadata(data_dir))
+            _ask(may_replace, building, reason, old, None)
         log.info(f"rebuilding {data_dir} because {reason}")
     return scanned, reason
 
 
-def _ask(may_replace: MayReplace, building: Path, reason: str, built: DataFolder | None) -> None:
+def _ask(
+    may_replace: MayReplace,
+    building: Path,
+    reason: str,
+    old_fingerprint: str | None,
+    built: DataFolder | None,
+) -> None:
     """Remove the build when the complete data folder must stay."""
     try:
-        may_replace(reason, built)
+        may_replace(reason, old_fingerprint, built)
     except PreflightError:
         remove_build(building)
         raise

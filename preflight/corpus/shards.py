@@ -146,7 +146,6 @@ def load_data_folder(data_dir: Path, wanted: TokenizerChoice) -> DataFolder:
     tokenizer = wanted
     if isinstance(tokenizer, TokenizerRecipe):
         tokenizer = load_data_tokenizer(data_dir, metadata)
-    digest = hashlib.sha256(tokenizer.fingerprint.encode())
     listed = {entry.name for entry in metadata.files}
     splits = {}
     for name in ("train", "val"):
@@ -155,21 +154,28 @@ def load_data_folder(data_dir: Path, wanted: TokenizerChoice) -> DataFolder:
         for present in sorted(os.listdir(folder) if os.path.isdir(folder) else ()):
             if f"{name}/{present}" not in known:
                 raise damaged_error(folder / present, f"{METADATA_NAME} does not list it")
-        digest.update(name.encode())
-        for entry in part.shards:
-            digest.update(entry.sha256.encode())
         shards = verify_all(partial(verify_shard, folder, tokenizer), part.shards)
         splits[name] = Split(tuple(shards), part.n_tokens, part.n_documents, part.n_bytes)
     verify_all(partial(_verify_file, data_dir), metadata.files)
     return DataFolder(
         data_dir,
         metadata,
-        digest.hexdigest(),
+        compute_fingerprint(metadata),
         splits["train"],
         splits["val"],
         tokenizer.vocab_size,
         tokenizer.id_dtype,
     )
+
+
+def compute_fingerprint(metadata: Metadata) -> str:
+    """The digest of every id in a data folder, in order, from the digests of its shards."""
+    digest = hashlib.sha256(metadata.tokenizer.fingerprint.encode())
+    for name in ("train", "val"):
+        digest.update(name.encode())
+        for entry in metadata.get_split(name).shards:
+            digest.update(entry.sha256.encode())
+    return digest.hexdigest()
 
 
 def check_long_enough(part: SplitEntry, name: str) -> None:

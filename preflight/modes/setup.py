@@ -202,7 +202,9 @@ class RunSetup:
             may_replace=self._check_replacement,
         )
 
-    def _check_replacement(self, reason: str, built: DataFolder | None) -> None:
+    def _check_replacement(
+        self, reason: str, old_fingerprint: str | None, built: DataFolder | None
+    ) -> None:
         """Keep a data folder from being replaced for a run that is refused afterwards.
 
         See `preflight.corpus.build.MayReplace`.
@@ -215,13 +217,15 @@ class RunSetup:
         if origin is None or flags.control.resume_from:
             return
         trained_on = (origin.config.get("data") or {}).get("fingerprint")
-        if trained_on in (built and built.fingerprint, None):
+        if trained_on is None or trained_on == (built and built.fingerprint):
             return
+        if built is None and trained_on != old_fingerprint:
+            return  # the old one is of another run; the new one may be this run's
         raise PreflightError(
             ExitCode.DATA,
-            f"{flags.data.data_dir} would be rebuilt because {reason}, and {origin.path} was "
-            "trained on it",
-            "nothing was changed; leave out --text-file, or restore the text, to continue exactly",
+            f"{flags.data.data_dir} would be rebuilt because {reason}, and the result is not what "
+            f"{origin.path} was trained on",
+            "nothing was changed; restore the text, or leave out --text-file, to continue exactly",
             "to train a new model on the new text: another --data-dir and --output-dir",
             f"to continue on the new text: {join_words('--resume-from', origin.path)}",
         )

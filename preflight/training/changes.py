@@ -29,10 +29,15 @@ def describe_changes(before: Any, now: Mapping[str, Any]) -> list[str]:
     if not isinstance(before, dict):
         return []
     return [
-        f"changed since the checkpoint: {name} {str(before[name])!r:.60} -> {str(value)!r}"
+        f"changed since the checkpoint: {name} {_show(before[name])} -> {_show(value)}"
         for name, value in now.items()
         if name in before and before[name] != value
     ]
+
+
+def _show(value: Any) -> str:
+    """A value in a message; a stranger may have written it."""
+    return value if isinstance(value, str) and value.isprintable() else repr(value)[:60]
 
 
 def describe_schedule(step: int, before: TrainingPlan, now: TrainingPlan) -> str:

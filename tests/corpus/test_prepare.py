@@ -743,7 +743,8 @@ def test_complete_folder_is_kept_when_it_may_not_be_replaced(tmp_path: Path) -> 
     before = hash_tree(data.path)
     asked: list[tuple[str, str | None]] = []
 
-    def may_replace(reason: str, built: DataFolder | None) -> None:
+    def may_replace(reason: str, old: str | None, built: DataFolder | None) -> None:
+        assert old == (None if built else data.fingerprint)
         fingerprint = built.fingerprint if built else None
         asked.append((reason, fingerprint))
         if fingerprint != data.fingerprint:

@@ -18,6 +18,7 @@ import numpy
 import pytest
 import torch
 from checkpoints import samples
+from mutations import find_places
 
 from preflight.checkpoints import format as checkpoint_format
 from preflight.checkpoints import store
@@ -108,14 +109,7 @@ ODD_VALUES = (
 def mutate_json(raw: bytes, draw: random.Random) -> bytes:
     """One value replaced, one key taken out, doubled or renamed, at any depth."""
     content = json.loads(raw)
-    places: list[tuple[Any, Any]] = []
-    waiting = [content]
-    while waiting:
-        item = waiting.pop()
-        keys = list(item) if isinstance(item, dict) else list(range(len(item)))
-        places += [(item, key) for key in keys]
-        waiting += [item[key] for key in keys if isinstance(item[key], (dict, list))]
-    holder, key = draw.choice(places)
+    holder, key = draw.choice(find_places(content))
     act = draw.randrange(4)
     if act == 0:
         del holder[key]

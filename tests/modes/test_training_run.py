@@ -226,9 +226,9 @@ def test_every_change_of_a_resumed_run_is_told(
     assert run(max_steps=9, mixed_precision=True, gradient_checkpointing=True, **flags) == 0
     told = capsys.readouterr().err
     for words in (
-        "precision 'float32' -> 'bfloat16'",
-        "gradient_checkpointing 'False' -> 'True'",
-        "dropout '0.0' -> '0.1'",
+        "precision float32 -> bfloat16",
+        "gradient_checkpointing False -> True",
+        "dropout 0.0 -> 0.1",
         "scheduler cosine -> none",
     ):
         assert f"changed since the checkpoint: {words}\n" in told
@@ -305,6 +305,22 @@ def test_other_data_is_refused_before_it_replaces_the_old(run: Run, tmp_path: Pa
     assert run(max_steps=3) == 0  # the old run goes on
     flags["resume_from"] = str(tmp_path / "training_output" / "milestones" / "checkpoint-3")
     assert run(**flags) == 0
+
+
+def test_a_data_folder_that_another_run_has_replaced_is_built_again(
+    run: Run, tmp_path: Path
+) -> None:
+    assert run(max_steps=2) == 0
+    other = tmp_path / "other.txt"
+    other.write_text("something else entirely, again and again and again\n" * 900)
+    assert run(text_file=[str(other)], max_steps=2, output_dir="other run") == 0
+    before = hash_tree(tmp_path / "data")
+    third = tmp_path / "third.txt"
+    third.write_text("a third text that neither of the runs has seen so far\n" * 900)
+    expect(run, ExitCode.DATA, "--resume-from", text_file=[str(third)], max_steps=4)
+    assert hash_tree(tmp_path / "data") == before
+    assert run(max_steps=4) == 0  # with its own text
+    assert read_rows(tmp_path / "training_output")[-1]["step"] == 4
 
 
 def test_a_run_that_does_not_fit_replaces_no_data(

@@ -15,6 +15,7 @@ import pytest
 import safetensors.torch
 import torch
 from checkpoints.samples import refused, rewrite_manifest, same, torch_bytes
+from mutations import find_places
 
 from generate import build_empty_model
 from preflight.checkpoints import format as checkpoint_format
@@ -319,14 +320,7 @@ TENSOR_CHANGES: tuple[Callable[[torch.Tensor], Any], ...] = (
 
 def change_once(state: State, draw: random.Random) -> None:
     """One value replaced, doubled or renamed, or one key taken out, at any depth."""
-    places: list[tuple[Any, Any]] = []
-    waiting: list[Any] = [state]
-    while waiting:
-        item = waiting.pop()
-        keys = list(item) if isinstance(item, dict) else list(range(len(item)))
-        places += [(item, key) for key in keys]
-        waiting += [item[key] for key in keys if isinstance(item[key], (dict, list))]
-    holder, key = draw.choice(places)
+    holder, key = draw.choice(find_places(state))
     act = draw.randrange(8)
     if act == 0:
         del holder[key]
