@@ -22,7 +22,7 @@ from preflight.core.log import log_once
 from preflight.decoding.assembling import TextAssembler
 from preflight.decoding.choosing import choose_tokens, is_greedy
 from preflight.models.base import TokenModel
-from preflight.models.building import build_model
+from preflight.models.building import build_on_meta
 from preflight.models.kv_cache import KVCache
 from preflight.models.protocol import LanguageModel
 from preflight.models.single_row import SingleRowDecoder, one_torch_thread
@@ -74,8 +74,7 @@ def build_empty_model(checkpoint: Checkpoint) -> TokenModel:
         PreflightError: code CHECKPOINT, when the file cannot hold them.
     """
     check_model(checkpoint)
-    with torch.device("meta"):
-        return build_model(checkpoint.model_config)
+    return build_on_meta(checkpoint.model_config)
 
 
 def generate_text(

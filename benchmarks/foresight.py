@@ -50,7 +50,7 @@ GOALS = {
     "cuda": {"allocated": 0.03, "reserved": 0.05, "time": 0.10},
     "cpu": {"allocated": 0.01, "time": 0.10},
 }
-EAGER: dict[str, Any] = {"compile_model": False}
+EAGER: dict[str, Any] = {"compile_model": False, "tokenizer": "gpt2"}
 ON_CUDA: list[dict[str, Any]] = [
     {"model_size": "small", "batch_size": 8},
     {"model_size": "small", "batch_size": 32},

@@ -15,11 +15,11 @@ import torch
 from preflight.device.runtime import Runtime
 from preflight.foresight.memory_trace import Peaks, TraceCase, extend_peaks, trace_peaks
 from preflight.models import loss as losses
+from preflight.models.building import build_on_meta
 from preflight.models.cost import count_parameters
 from preflight.models.protocol import ParameterKind
 from preflight.settings import ModelConfig, TrainingSettings
 from preflight.settings.kinds import OPTIMIZERS
-from transformer_model import DecoderOnlyTransformer
 
 MIB = 2**20
 PHASES = ("training step", "optimizer step", "evaluation", "generation", "resume")
@@ -194,8 +194,7 @@ def estimate_checkpoint_bytes(model_config: ModelConfig, training: TrainingSetti
 @functools.lru_cache(maxsize=64)
 def _count_by_kind(model_config: ModelConfig) -> list[tuple[ParameterKind, int, int]]:
     """The kinds of parameters, with the tensors and the numbers of each."""
-    with torch.device("meta"):
-        groups = DecoderOnlyTransformer(model_config).parameter_groups()
+    groups = build_on_meta(model_config).parameter_groups()
     return [(g.kind, len(g.parameters), sum(p.numel() for p in g.parameters)) for g in groups]
 
 

@@ -8,7 +8,7 @@ import functools
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from preflight.models.building import build_model
+from preflight.models.building import build_on_meta
 from preflight.settings import ModelConfig
 
 
@@ -35,10 +35,10 @@ def count_parameters(config: ModelConfig) -> int:
 
 def count_tensors(config: ModelConfig) -> int:
     """Tensors in a checkpoint's file of weights."""
-    with torch.device("meta"):
-        one = build_model(dataclasses.replace(config, n_layers=1))
-        two = build_model(dataclasses.replace(config, n_layers=2))
-    first, second = (len(list(model.parameters())) for model in (one, two))
+    first, second = (
+        len(list(build_on_meta(dataclasses.replace(config, n_layers=n_layers)).parameters()))
+        for n_layers in (1, 2)
+    )
     return first + (config.n_layers - 1) * (second - first)
 
 
@@ -57,9 +57,8 @@ def _count_forward_flops(config: ModelConfig) -> int:
     """Of one sequence as long as the context. Layers are alike: two depths give a line."""
     counts = []
     for n_layers in (1, 2):
-        with torch.device("meta"):
-            model = build_model(dataclasses.replace(config, n_layers=n_layers, dropout=0.0))
-            tokens = torch.zeros((1, config.context_length), dtype=torch.long)
+        model = build_on_meta(dataclasses.replace(config, n_layers=n_layers, dropout=0.0))
+        tokens = torch.zeros((1, config.context_length), dtype=torch.long, device="meta")
         with FlopCounterMode(display=False) as counter, torch.no_grad():
             model(tokens)
         counts.append(counter.get_total_flops())

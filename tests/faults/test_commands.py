@@ -26,8 +26,9 @@ def generate_bad(draw: random.Random) -> list[str]:
     numbers = [option for option in options if option.kind in (int, float)]
     chosen = [option for option in options if option.metadata["choices"]]
     switches = [option for option in options if option.kind is bool]
-    # An empty prompt starts a new text; no other text may be empty.
-    texts = [option for option in options if option.kind is str and option.name != "prompts"]
+    # An empty prompt starts a new text, an empty separator makes a file one document.
+    may_be_empty = ("prompts", "document_separator")
+    texts = [option for option in options if option.kind is str and option.name not in may_be_empty]
     argv = [draw.choice(MODES)]
     for _ in range(draw.choice((1, 1, 1, 2, 4, 12))):
         kind = draw.randrange(9)

@@ -27,8 +27,10 @@ import contextlib, io, json, os, sys
 sys.path.insert(0, {root!r})
 import main, preflight.modes.train, preflight.modes.generate, preflight.corpus.sources.builtin
 import preflight.corpus.sources.pipe, pydantic, filelock
-import preflight.tokenization.tiktoken_bpe
+from preflight.settings.kinds import TOKENIZERS
 from preflight.tokenization import load_tokenizer
+for name in TOKENIZERS.names():
+    TOKENIZERS.load(name)
 load_tokenizer("gpt2")
 if os.getuid() == 0:
     os.setgroups([])
@@ -79,5 +81,5 @@ def test_every_path_question_has_an_answer(place: Path) -> None:
         for case, (code, said) in zip(cases, answers, strict=True)
         if code not in CASES[case[0]][0] or find_message_faults(said) != ""
     }
-    assert wrong == {}
+    assert wrong == {}, (wrong, [p.read_text() for p in place.rglob("crash.log")])
     assert hash_tree(place) == before

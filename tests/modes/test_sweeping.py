@@ -134,7 +134,7 @@ def test_bad_flags(
     assert main.main(["--sweep", "learning_rate=a", "n_heads=3"]) == ExitCode.FLAGS
     assert "--learning-rate takes a number" in capsys.readouterr().err
     assert main.main(["--sweep", "n_heads=3", "--n-embeddings", "64"]) == ExitCode.FLAGS
-    assert "n_heads 3 does not divide" in capsys.readouterr().err
+    assert "--n-heads 3 does not divide" in capsys.readouterr().err
     assert main.main(["--sweep", "seed=1,2", "--train"]) == ExitCode.FLAGS
     assert "found --train and --sweep" in capsys.readouterr().err
     assert main.main(["--sweep"]) == ExitCode.FLAGS
