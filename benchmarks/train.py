@@ -370,6 +370,7 @@ def measure_loop(runtime: Runtime, steps: int) -> list[Row]:
             "eval_every": steps,
             "checkpoint_every": steps,
             "log_level": "error",
+            "tokenizer": "gpt2",
             "compile_model": False,
         }
         config = build_config(flags, dict.fromkeys(flags, "the benchmark"))

@@ -76,10 +76,13 @@ class StepRecorder:
 
     @contextlib.contextmanager
     def paused(self, kind: str, every: int) -> Iterator[None]:
-        """What happens within, every so many steps, is not counted as a step's time."""
-        began = time.monotonic()
+        """What happens within, every so many steps, is not counted as a step's time.
+
+        A pause within a pause, as the save of the best model in an evaluation, counts once.
+        """
+        began, row = time.monotonic(), self._last_row
         yield
-        seconds = time.monotonic() - began
+        seconds = time.monotonic() - began - (self._last_row - row)
         self._last_row += seconds
         self._time_left.add_pause(kind, every, seconds)
 

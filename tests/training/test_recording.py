@@ -86,8 +86,10 @@ def test_a_pause_is_not_part_of_a_step(
     for step in (1, 2):
         clock[0] += 0.5
         recorder.record(result(step))
-        with recorder.paused("save", 100):
-            clock[0] += 60
+        with recorder.paused("evaluation", 50):
+            clock[0] += 30
+            with recorder.paused("save", 100):
+                clock[0] += 60
     assert [row["tokens_per_second"] for row in kept.rows] == [256.0, 256.0]
 
 

@@ -1,0 +1,249 @@
+"""What is learned in a given time: the demo, tiny Shakespeare beside nanoGPT, and 20 MB of code.
+
+    python benchmarks/learning.py demo
+    python benchmarks/learning.py shakespeare --nanogpt FOLDER     (a clone of karpathy/nanoGPT)
+    python benchmarks/learning.py code                             (twenty minutes a seed)
+    python benchmarks/learning.py demo --smoke                     (a few steps, half a minute)
+
+Every figure is of whole commands, from text to model, in processes of their own, with three seeds.
+Losses are bits per byte over the whole validation part. Peers that are compared take turns; in
+``code`` they run at the same time, each on half of the cores, so that noise meets both alike.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import shutil
+import statistics
+import subprocess
+import sys
+import sysconfig
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+SHAKESPEARE = ROOT.parent / "shared" / "corpora" / "tinyshakespeare.txt"
+Run = dict[str, Any]
+
+# nanoGPT's README, "I only have a macbook": its flags for a run on a CPU.
+NANOGPT_FLAGS = [
+    "config/train_shakespeare_char.py",
+    *("--device=cpu", "--compile=False", "--eval_iters=20", "--log_interval=100"),
+    *("--block_size=64", "--batch_size=12", "--n_layer=4", "--n_head=4", "--n_embd=128"),
+    *("--max_iters=2000", "--lr_decay_iters=2000", "--dropout=0.0"),
+]
+SHAKESPEARE_FLAGS = ["--val-split", "0.1", "--model-family", "modern", "--optimizer", "muon"]
+CODE_BYTES = 20_000_000
+CODE_FLAGS = ["--model-size", "micro", "--vocab-size", "8192", "--batch-size", "8"]
+CODE_RUNS = {
+    "gpt2, adamw": ["--max-steps", "600", "--learning-rate", "0.003"],
+    "modern, muon": [
+        *("--model-family", "modern", "--optimizer", "muon"),
+        *("--max-steps", "300", "--learning-rate", "0.01"),
+    ],
+}
+
+
+def start(folder: Path, flags: list[str], threads: int | None = None) -> subprocess.Popen[bytes]:
+    """``main.py --train`` with `flags`, which writes into `folder`."""
+    folder.mkdir()
+    places = ["--data-dir", str(folder / "data"), "--output-dir", str(folder / "run")]
+    env = dict(os.environ) | ({"OMP_NUM_THREADS": str(threads)} if threads else {})
+    with (folder / "log.txt").open("wb") as log:
+        return subprocess.Popen(
+            [sys.executable, str(ROOT / "main.py"), "--train", *flags, *places],
+            stdout=log,
+            stderr=log,
+            env=env,
+        )
+
+
+def wait(process: subprocess.Popen[bytes], folder: Path, began: float) -> Run:
+    """Seconds of the command, and its last evaluation's bits per byte."""
+    if process.wait():
+        raise RuntimeError((folder / "log.txt").read_text()[-2000:])
+    seconds = time.perf_counter() - began
+    lines = (folder / "run" / "metrics.jsonl").read_text().splitlines()
+    rows = [row for row in map(json.loads, lines) if row["event"] == "eval"]
+    return {"seconds": seconds, "bits_per_byte": rows[-1]["bits_per_byte"]}
+
+
+def train(folder: Path, flags: list[str]) -> Run:
+    """One run on all cores."""
+    began = time.perf_counter()
+    return wait(start(folder, flags), folder, began)
+
+
+# ---- demo ---------------------------------------------------------------------------------------
+
+
+def run_demo(folder: Path, seed: int, smoke: bool) -> Iterator[tuple[str, Run]]:
+    """Both commands of ``make demo``, and what they print last."""
+    flags = ["--config", str(ROOT / "demo.json"), "--seed", str(seed)]
+    short = ["--max-steps", "4"] if smoke else []
+    began = time.perf_counter()
+    result = train(folder / "demo", [*flags, *short])
+    done = subprocess.run(
+        [
+            *(sys.executable, str(ROOT / "main.py"), "--generate", *flags),
+            *("--output-dir", str(folder / "demo" / "run")),
+        ],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    yield "demo", result | {"seconds": time.perf_counter() - began, "sample": done.stdout}
+
+
+# ---- tiny Shakespeare beside nanoGPT ------------------------------------------------------------
+
+
+def run_shakespeare(folder: Path, seed: int, nanogpt: Path) -> Iterator[tuple[str, Run]]:
+    """Ours, then nanoGPT's, on the same text and the same validation part."""
+    yield (
+        "ours",
+        train(
+            folder / "ours",
+            [*SHAKESPEARE_FLAGS, "--text-file", str(SHAKESPEARE), "--seed", str(seed)],
+        ),
+    )
+    peer = folder / "nanogpt"
+    shutil.copytree(nanogpt, peer)
+    data = peer / "data" / "shakespeare_char"
+    shutil.copy(SHAKESPEARE, data / "input.txt")
+    source = (peer / "train.py").read_text()
+    assert "torch.manual_seed(1337 " in source
+    (peer / "train.py").write_text(
+        source.replace("torch.manual_seed(1337 ", f"torch.manual_seed({seed} ")
+    )
+    (data / "prepare.py").write_text(  # the download that the file's presence makes needless
+        (data / "prepare.py").read_text().replace("import requests\n", "")
+    )
+    began = time.perf_counter()
+    for command in (["data/shakespeare_char/prepare.py"], ["train.py", *NANOGPT_FLAGS]):
+        subprocess.run([sys.executable, *command], cwd=peer, check=True, stdout=subprocess.DEVNULL)
+    seconds = time.perf_counter() - began
+    yield "nanoGPT", {"seconds": seconds, "bits_per_byte": evaluate_nanogpt(peer)}
+
+
+def evaluate_nanogpt(peer: Path) -> float:
+    """Its best checkpoint over the whole validation part, in windows of its context."""
+    script = """
+import numpy as np, torch
+from model import GPT, GPTConfig
+saved = torch.load("out-shakespeare-char/ckpt.pt", weights_only=False)
+model = GPT(GPTConfig(**saved["model_args"]))
+model.load_state_dict(saved["model"])
+model.eval()
+ids = torch.from_numpy(np.fromfile("data/shakespeare_char/val.bin", dtype=np.uint16).astype("i8"))
+size = saved["model_args"]["block_size"]
+starts = range(0, len(ids) - size, size)
+with torch.no_grad():
+    losses = [model(ids[None, s:s+size], ids[None, s+1:s+size+1])[1].item() for s in starts]
+print(sum(losses) / len(losses))
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", script], cwd=peer, capture_output=True, text=True, check=True
+    )
+    return float(done.stdout.splitlines()[-1]) / math.log(2)  # a character of it is a byte
+
+
+# ---- 20 MB of code ------------------------------------------------------------------------------
+
+
+def write_code(path: Path) -> None:
+    """The first 20 MB of the standard library's modules, its tests among them, by name."""
+    library = Path(sysconfig.get_path("stdlib"))
+    files = sorted(library.rglob("*.py"))
+    left = CODE_BYTES
+    with path.open("wb") as text:
+        for file in files:
+            if "site-packages" in file.parts or left <= 0:
+                continue
+            content = file.read_bytes()
+            if b"\0" in content or not is_text(content):
+                continue
+            text.write(content[:left])
+            left -= len(content)
+
+
+def is_text(content: bytes) -> bool:
+    """Whether it is UTF-8."""
+    try:
+        content.decode()
+    except UnicodeDecodeError:
+        return False
+    return True
+
+
+def run_code(folder: Path, seed: int, text: Path) -> Iterator[tuple[str, Run]]:
+    """Both at once, each on half of the cores."""
+    threads = max(1, (os.cpu_count() or 2) // 2)
+    began = time.perf_counter()
+    processes = {}
+    for name, flags in CODE_RUNS.items():
+        own = [*CODE_FLAGS, *flags, "--text-file", str(text), "--seed", str(seed)]
+        processes[name] = start(folder / name, own, threads)
+    # The shorter first: the time of the longer would be counted for it otherwise.
+    for name in reversed(CODE_RUNS):
+        yield name, wait(processes[name], folder / name, began)
+
+
+# ---- all ----------------------------------------------------------------------------------------
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("part", nargs="?", default="demo", choices=["demo", "shakespeare", "code"])
+    parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
+    parser.add_argument("--nanogpt", type=Path, help="a clone of karpathy/nanoGPT")
+    parser.add_argument("--smoke", action="store_true", help="the demo, for a few steps")
+    given = parser.parse_args()
+    if given.part == "shakespeare" and given.nanogpt is None:
+        parser.error("shakespeare needs --nanogpt FOLDER")
+    found: dict[str, list[Run]] = {}
+    with tempfile.TemporaryDirectory() as place:
+        text = Path(place) / "code.txt"
+        if given.part == "code":
+            write_code(text)
+        for seed in given.seeds[:1] if given.smoke else given.seeds:
+            folder = Path(place) / str(seed)
+            folder.mkdir()
+            runs = {
+                "demo": lambda folder=folder, seed=seed: run_demo(folder, seed, given.smoke),
+                "shakespeare": lambda folder=folder, seed=seed: run_shakespeare(
+                    folder, seed, given.nanogpt
+                ),
+                "code": lambda folder=folder, seed=seed: run_code(folder, seed, text),
+            }[given.part]()
+            for name, result in runs:
+                found.setdefault(name, []).append(result)
+                print(
+                    f"seed {seed}  {name:14} {result['seconds']:7.1f} s  "
+                    f"{result['bits_per_byte']:.4f} bits per byte",
+                    flush=True,
+                )
+                if "sample" in result:
+                    print(result["sample"])
+    summary = {
+        name: {
+            key: (statistics.mean(values), max(values) - min(values))
+            for key in ("seconds", "bits_per_byte")
+            for values in [[each[key] for each in results]]
+        }
+        for name, results in found.items()
+    }
+    print(json.dumps({"part": given.part, "mean_and_spread": summary}))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
