@@ -1,6 +1,6 @@
 """Speed of the model families and of Muon, beside GPT-2 with AdamW, alternating in one run.
 
-    python benchmarks/families.py             (the GPU: small; else the CPU: micro and a wider one)
+    python benchmarks/families.py             (the GPU: small; else the CPU: micro, three minutes)
     python benchmarks/families.py --smoke     (nano, on the CPU; a few seconds)
 
 Families differ in the floating-point operations of a token. So that they are compared at equal
@@ -87,9 +87,9 @@ def main() -> int:
     given = parser.parse_args()
     on_cuda = torch.cuda.is_available() and not given.smoke
     system = SystemSettings(device="cuda" if on_cuda else "cpu")
-    sizes = ["nano"] if given.smoke else ["small"] if on_cuda else ["micro", "tiny"]
+    sizes = ["nano"] if given.smoke else ["small"] if on_cuda else ["micro"]
     rows = []
-    for row in compare(sizes, system, repeats=2 if given.smoke else 15):
+    for row in compare(sizes, system, repeats=2 if given.smoke else 9):
         rows.append(row)
         print_rows([row])
         sys.stdout.flush()
