@@ -12,7 +12,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 
 
-NAMES = ["train", "prepare", "foresight", "durability", "curves"]
+NAMES = ["train", "prepare", "foresight", "durability", "curves", "forecast"]
 
 
 @pytest.mark.parametrize("name", NAMES)
