@@ -12,7 +12,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 
 
-NAMES = ["train", "prepare", "foresight", "durability", "curves", "families"]
+NAMES = ["train", "prepare", "foresight", "durability", "curves", "families", "forecast", "learning"]
 
 
 @pytest.mark.parametrize("name", NAMES)

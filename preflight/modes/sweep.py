@@ -29,6 +29,7 @@ from preflight.foresight.sweep import (
     parse_sweep,
     spell_values,
 )
+from preflight.modes.setup import RunSetup
 from preflight.modes.trying import (
     Progress,
     Workshop,
@@ -44,6 +45,8 @@ from preflight.training.resume import resolve_model
 REPORT_NAME, PICTURE_NAME = "sweep.json", "sweep.png"
 FORMAT = "preflight-sweep"
 _SHARE = 16  # of the run's steps: a sixteenth
+# An evaluation takes at most a tenth of a training's time, but reads enough text to compare by.
+_EVAL_SHARE, LEAST_EVAL_TOKENS = 0.1, 4096
 
 
 @dataclasses.dataclass
@@ -105,13 +108,17 @@ def _build_row(workshop: Workshop, values: Values, config: RunConfig) -> Row:
         setup.plan.total_steps,
     )
     # A larger batch takes fewer steps, and evaluations read the same text.
-    per_step = spec.plan.tokens_per_step
     wanted = n_steps * setup.plan.tokens_per_step
-    windows = max(1, setup.plan.eval_windows * setup.context_length // model_config.context_length)
-    return Row(
-        values,
-        dataclasses.replace(spec, n_steps=choose_steps(wanted, per_step), eval_windows=windows),
-    )
+    windows = max(1, _choose_eval_tokens(setup, wanted) // model_config.context_length)
+    n_steps = choose_steps(wanted, spec.plan.tokens_per_step)
+    return Row(values, dataclasses.replace(spec, n_steps=n_steps, eval_windows=windows))
+
+
+def _choose_eval_tokens(setup: RunSetup, training_tokens: int) -> int:
+    """Tokens that a training is evaluated on: at most as many as the run's evaluations read."""
+    affordable = round(_EVAL_SHARE * 3 * training_tokens)  # a forward pass: a third of a step
+    of_run = setup.plan.eval_windows * setup.context_length
+    return min(of_run, max(LEAST_EVAL_TOKENS, affordable))
 
 
 class Sweep:

@@ -16,6 +16,12 @@ from preflight.modes import find_lr, train
 from preflight.settings import build_config
 
 
+@pytest.fixture
+def make_config(make_config: MakeConfig) -> MakeConfig:
+    """A tiny run with a vocabulary that takes no time."""
+    return lambda **flags: make_config(**{"tokenizer": "byte"} | flags)
+
+
 @pytest.fixture(autouse=True)
 def in_process(monkeypatch: pytest.MonkeyPatch) -> None:
     fake_child.install(monkeypatch, find_lr)

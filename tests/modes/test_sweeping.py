@@ -50,6 +50,18 @@ class Trials:
 
 
 @pytest.fixture
+def make_config(make_config: MakeConfig) -> MakeConfig:
+    """A tiny run with a vocabulary that takes no time."""
+    return lambda **flags: make_config(**{"tokenizer": "byte"} | flags)
+
+
+@pytest.fixture
+def no_picture(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Drawing takes longer than the rest."""
+    monkeypatch.setattr(sweep, "_draw", lambda path, rows: None)
+
+
+@pytest.fixture
 def trials(monkeypatch: pytest.MonkeyPatch) -> Trials:
     made = Trials()
     monkeypatch.setattr(sweep, "try_training", made)
@@ -85,9 +97,36 @@ def test_a_table_with_the_best_marked_and_a_failure_as_a_row(
     assert report["flags"] == "--learning-rate 0.001"
     assert [row["values"]["learning_rate"] for row in report["rows"]] == [1e-4, 1e-3, 10.0]
     assert (Path("training_output") / sweep.PICTURE_NAME).read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.usefixtures("no_picture")
+def test_no_training_that_ends_is_a_failure(
+    make_config: MakeConfig, trials: Trials, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert sweep.run(make_config(sweep=["learning_rate=20"])) == ExitCode.CHECK_FAILED
+    assert "no training reached its end" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(
+    ("max_steps", "sweep_steps", "tokens"),
+    [
+        (40_000, 400, 0.3 * 400 * 4 * 32),  # a tenth of the trainings' time
+        (4000, 10, sweep.LEAST_EVAL_TOKENS),
+        (20, 400, 8 * 32),  # of the run's own evaluations
+    ],
+)
+@pytest.mark.usefixtures("no_picture")
+def test_an_evaluation_is_cheap_beside_its_training(
+    make_config: MakeConfig, trials: Trials, max_steps: int, sweep_steps: int, tokens: float
+) -> None:
+    words = ["gradient_accumulation_steps=1,2"]
+    flags = {"max_steps": max_steps, "sweep_steps": sweep_steps, "val_split": 0.5}
+    sweep.run(make_config(sweep=words, **flags))
+    assert [spec.plan.eval_windows * 32 for spec in trials.specs] == [tokens] * 2
+    assert len({spec.n_steps * spec.plan.tokens_per_step for spec in trials.specs}) == 1
+
+
+@pytest.mark.usefixtures("no_picture")
 def test_an_interrupted_sweep_continues(
     make_config: MakeConfig, trials: Trials, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -109,6 +148,7 @@ def test_an_interrupted_sweep_continues(
     assert len(trials.specs) == 8, "another seed is another training"
 
 
+@pytest.mark.usefixtures("no_picture")
 def test_a_damaged_journal_and_a_lack_of_memory_run_again(
     make_config: MakeConfig, trials: Trials
 ) -> None:
