@@ -14,7 +14,12 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from preflight.models.base import TokenModel
 from preflight.models.building import build_model
-from preflight.models.cost import count_parameters, count_tensors, estimate_flops_per_token
+from preflight.models.cost import (
+    count_embedding_parameters,
+    count_parameters,
+    count_tensors,
+    estimate_flops_per_token,
+)
 from preflight.settings import ModelConfig, ModelSettings
 
 torch.set_num_threads(1)
@@ -150,6 +155,7 @@ def test_counts_are_those_of_the_model(config: ModelConfig, n_layers: int) -> No
     assert sorted(id(p) for group in groups for p in group.parameters) == sorted(names)
     head = {"embed_tokens.weight"} if config.tied else {"embed_tokens.weight", "lm_head.weight"}
     assert head <= {names[id(p)] for p in groups[1].parameters}
+    assert count_embedding_parameters(config) == sum(p.numel() for p in groups[1].parameters)
 
 
 @every_family
