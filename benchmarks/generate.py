@@ -187,7 +187,7 @@ def compare_on_cuda(shape: ModelConfig, n_tokens: int, repeats: int) -> Iterator
         )
         if card is not None:
             length = len(prompt) + n_tokens / 2
-            cache = 2 * shape.n_layers * shape.n_embeddings * length * batch
+            cache = 2 * shape.n_layers * shape.kv_heads * shape.head_dim * length * batch
             size = runtime.dtype.itemsize * (count_parameters(shape) + cache)
             least = n_tokens * size / (card.bandwidth_gb_per_second * 1e9)
             yield f"share of the bandwidth limit, batch {batch}", least / seconds["ours"], ">= 0.7"

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from preflight.corpus.shards import DataFolder, Split
-from preflight.models.cost import count_parameters
-from preflight.settings import MODEL_PRESETS, ModelConfig, ModelSettings, RunConfig
+from preflight.models.cost import count_embedding_parameters, count_parameters
+from preflight.settings import MODEL_PRESETS, PART_NAMES, ModelConfig, ModelSettings, RunConfig
 from preflight.tokenization import Tokenizer
 from preflight.training.plan import TrainingPlan
 
@@ -211,7 +211,7 @@ def _find_size_warnings(
     tokens = plan.total_steps * plan.tokens_per_step
     epochs = plan.total_steps / plan.steps_per_epoch
     if tokens < FAR_UNDER * TOKENS_PER_PARAMETER * parameters:
-        smaller = _suggest_size(config, model_config, tokens)
+        smaller = _suggest_size(model_config, tokens)
         found.append(
             Advice(
                 "tokens_per_parameter",
@@ -251,10 +251,14 @@ def _find_size_warnings(
     return found
 
 
-def _suggest_size(config: RunConfig, model_config: ModelConfig, tokens: int) -> str:
-    """The largest preset for which the tokens suffice, if it is smaller than this model."""
+def _suggest_size(model_config: ModelConfig, tokens: int) -> str:
+    """The largest preset for which the tokens suffice, if it is smaller than this model.
+
+    With the same parts, except for heads of keys and values, which not every preset has.
+    """
+    parts = {name: getattr(model_config, name) for name in PART_NAMES} | {"n_kv_heads": None}
     counts = {
-        name: count_parameters(ModelSettings(name).resolve(model_config.vocab_size))
+        name: count_parameters(ModelSettings(name, **parts).resolve(model_config.vocab_size))
         for name in MODEL_PRESETS
     }
     enough = [n for n, count in counts.items() if count * TOKENS_PER_PARAMETER <= tokens]
@@ -269,9 +273,7 @@ def _find_rate_warnings(
 ) -> list[Advice]:
     """A learning rate made for larger batches, and a warm-up that never ends."""
     found = []
-    blocks = count_parameters(model_config) - model_config.n_embeddings * (
-        model_config.vocab_size + model_config.context_length
-    )
+    blocks = count_parameters(model_config) - count_embedding_parameters(model_config)
     usual = MODEL_PRESETS.get(config.model.model_size, MODEL_PRESETS["micro"]).learning_rate
     rate = config.peak_learning_rate
     size = min(1.0, blocks / _REFERENCE_BLOCK_PARAMETERS)

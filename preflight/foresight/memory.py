@@ -16,7 +16,7 @@ from preflight.device.runtime import Runtime
 from preflight.foresight.memory_trace import Peaks, TraceCase, extend_peaks, trace_peaks
 from preflight.models import loss as losses
 from preflight.models.building import build_on_meta
-from preflight.models.cost import count_parameters
+from preflight.models.cost import count_layer_inputs, count_parameters
 from preflight.models.protocol import ParameterKind
 from preflight.settings import ModelConfig, TrainingSettings
 from preflight.settings.kinds import OPTIMIZERS
@@ -199,9 +199,9 @@ def _count_by_kind(model_config: ModelConfig) -> list[tuple[ParameterKind, int, 
 
 
 def estimate_least_bytes(model_config: ModelConfig, training: TrainingSettings) -> int:
-    """A lower bound of a step in any precision: weights, gradients, and each block's input."""
+    """A lower bound of a step in any precision: weights, gradients, and each layer's input."""
     tokens = training.batch_size * model_config.context_length
-    inputs = 2 * tokens * model_config.n_embeddings * model_config.n_layers  # in 16 bit
+    inputs = 2 * tokens * count_layer_inputs(model_config)  # in 16 bit
     return 8 * count_parameters(model_config) + inputs
 
 

@@ -18,19 +18,34 @@ def count_parameters(config: ModelConfig) -> int:
     Nothing is built, so that a configuration can be refused before it is.
     """
     C, hidden = config.n_embeddings, config.ffn_hid_dim
+    tables = count_embedding_parameters(config)
     if config.model_family == "mlp":
-        inputs = config.context_length * C + (config.n_layers - 1) * hidden
         biases = (config.n_layers * hidden + C) if config.bias else 0
-        return (inputs + C) * hidden + biases + config.vocab_size * C * (1 if config.tied else 2)
+        return (count_layer_inputs(config) + C) * hidden + biases + tables
     qkv = (config.n_heads + 2 * config.kv_heads) * config.head_dim
     up = hidden if config.feed_forward == "mlp" else 2 * hidden
     weights = C * qkv + C * C + C * up + hidden * C
     biases = (qkv + C + up + C) if config.bias else 0
     per_channel = 2 if config.bias and config.norm == "layer" else 1
     norms = per_channel * (2 * C + (2 * config.head_dim if config.qk_norm else 0))
-    tables = config.vocab_size * (1 if config.tied else 2)
-    tables += config.context_length if config.positions == "learned" else 0
-    return tables * C + config.n_layers * (weights + biases + norms) + per_channel * C
+    return tables + config.n_layers * (weights + biases + norms) + per_channel * C
+
+
+def count_embedding_parameters(config: ModelConfig) -> int:
+    """Those of the tables of tokens and positions, and of a head that is not tied."""
+    rows = config.vocab_size * (1 if config.tied else 2)
+    if config.positions == "learned" and config.model_family != "mlp":
+        rows += config.context_length
+    return rows * config.n_embeddings
+
+
+def count_layer_inputs(config: ModelConfig) -> int:
+    """Channels that enter the layers for each token, summed over the layers."""
+    if config.model_family == "mlp":  # the first layer reads a whole context
+        return config.context_length * config.n_embeddings + (
+            (config.n_layers - 1) * config.ffn_hid_dim
+        )
+    return config.n_layers * config.n_embeddings
 
 
 def count_tensors(config: ModelConfig) -> int:

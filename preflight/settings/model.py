@@ -267,7 +267,15 @@ class ModelSettings:
     )
 
     def resolve(self, vocab_size: int) -> ModelConfig:
-        """The model to build, with `vocab_size` ids unless the flags ask for more."""
+        """The model to build, with `vocab_size` ids unless the flags ask for more.
+
+        Raises:
+            ValueError: naming every part that does not fit the others.
+        """
+        return ModelConfig(**self.choose_values(vocab_size))
+
+    def choose_values(self, vocab_size: int) -> dict[str, Any]:
+        """The fields of `resolve`, whether or not they fit together."""
         preset = MODEL_PRESETS.get(self.model_size)
         family = MODEL_FAMILIES.get(self.model_family, {})
         shape: dict[str, Any] = {
@@ -281,13 +289,13 @@ class ModelSettings:
         if parts["feed_forward"] != "mlp":
             # Three matrices in the place of two: two thirds of it are as many parameters.
             ffn = -(-(2 * ffn // 3) // GATED_MULTIPLE) * GATED_MULTIPLE
-        return ModelConfig(
-            vocab_size=self.vocab_size or vocab_size,
-            ffn_hid_dim=self.ffn_hid_dim or ffn,
-            dropout=self.dropout,
+        return {
+            "vocab_size": self.vocab_size or vocab_size,
+            "ffn_hid_dim": self.ffn_hid_dim or ffn,
+            "dropout": self.dropout,
             **shape,
             **parts,
-        )
+        }
 
     def _choose_parts(self) -> dict[str, Any]:
         """Each part: the flag's, else the family's, else GPT-2's."""

@@ -187,15 +187,14 @@ def check_model_flags(config: RunConfig, origin: Checkpoint) -> None:
     if config.model.model_family != saved.model_family and "model_family" in given:
         given |= set(parts)
     kept = {name: getattr(saved, name) for name in parts if name not in given}
-    asked = dataclasses.replace(config.model, **kept).resolve(
-        config.model.vocab_size or saved.vocab_size
-    )
+    # Not as a `ModelConfig`: flags of another model need not fit the parts of this one.
+    asked = dataclasses.replace(config.model, **kept).choose_values(saved.vocab_size)
     if "model_size" in config.sources:
         given |= {"ffn_hid_dim", *CUSTOM_SIZE_FIELDS}
     different = [
-        f"{name}: checkpoint {getattr(saved, name)}, flags {getattr(asked, name)}"
+        f"{name}: checkpoint {getattr(saved, name)}, flags {asked[name]}"
         for name in sorted(given)
-        if getattr(asked, name) != getattr(saved, name)
+        if asked[name] != getattr(saved, name)
     ]
     tokenizer = origin.config["tokenizer"]["name"]
     facts = origin.config["tokenizer"]

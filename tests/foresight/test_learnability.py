@@ -11,6 +11,8 @@ from preflight.corpus.build import prepare_data
 from preflight.corpus.shards import DataFolder
 from preflight.foresight import learnability
 from preflight.foresight.learnability import find_content_warnings, find_plan_warnings, scan_content
+from preflight.models.building import build_on_meta
+from preflight.models.cost import count_parameters
 from preflight.settings import RunConfig, build_config
 from preflight.tokenization import load_tokenizer
 from preflight.training.plan import build_plan
@@ -93,6 +95,44 @@ def test_the_suggested_batch_and_rate_end_the_warning(tmp_path: Path) -> None:
     assert find(gradient_accumulation_steps=int(words[1])) == []
     assert find(learning_rate=0.99 * float(words[4])) == []
     assert find(gradient_accumulation_steps=64) == []
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        {"model_family": "gpt2"},
+        {"model_family": "llama", "n_kv_heads": 1},
+        {"model_family": "modern"},
+        {"model_family": "mlp", "context_length": 1024},
+    ],
+    ids=str,
+)
+def test_the_wanted_batch_is_that_of_the_blocks_of_each_family(
+    tmp_path: Path, flags: dict[str, Any]
+) -> None:
+    """In proportion to the parameters that are in no table."""
+    config = build({"model_size": "small", "batch_size": 1, "learning_rate": 6e-4} | flags)
+    model = config.model.resolve(50257)
+    plan = build_plan(config.training, config.control, model.context_length, 1000, 100)
+    data = build_folder(tmp_path, 10**6, 10**5)
+    found = {advice.key: advice for advice in find_plan_warnings(config, model, plan, data)}
+    groups = build_on_meta(model).parameter_groups()
+    blocks = sum(p.numel() for g in groups if g.kind != "embedding" for p in g.parameters)
+    wanted = round(min(524_288, 524_288 * blocks / 85_000_000), -3)
+    assert f"the about {wanted:,.0f} that" in found["tokens_per_step"].text
+
+
+def test_the_suggested_size_is_one_of_the_same_family(tmp_path: Path) -> None:
+    """For which the tokens suffice: of its own parameters, not those of GPT-2's table of tokens."""
+    # Enough for GPT-2's micro, and not for Llama's, whose head is not tied.
+    tokens = 20 * count_parameters(build({"model_size": "micro"}).model.resolve(8000))
+    steps = tokens // 8192 + 1
+    config = build({"model_size": "small", "model_family": "llama", "max_steps": steps})
+    model = config.model.resolve(8000)
+    plan = build_plan(config.training, config.control, 1024, 10**6, 100)
+    found = find_plan_warnings(config, model, plan, build_folder(tmp_path, 10**9, 10**5))
+    [advice] = [advice for advice in found if advice.key == "tokens_per_parameter"]
+    assert advice.fix.endswith("--model-size nano")
 
 
 def prepare_text(folder: Path, documents: list[str]) -> DataFolder:

@@ -14,7 +14,12 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from preflight.models.base import TokenModel
 from preflight.models.building import build_model
-from preflight.models.cost import count_parameters, count_tensors, estimate_flops_per_token
+from preflight.models.cost import (
+    count_embedding_parameters,
+    count_parameters,
+    count_tensors,
+    estimate_flops_per_token,
+)
 from preflight.settings import ModelConfig, ModelSettings
 
 torch.set_num_threads(1)
@@ -125,6 +130,41 @@ def test_logits_and_gradients_equal_those_of_llama(
         assert (gradient - wanted).norm() < 1e-5 * wanted.norm(), name
 
 
+@pytest.mark.parametrize("rope", [{}, {"rope_scaling": "linear", "rope_factor": 4.0}], ids=str)
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("kv_heads", [1, 2, 4])
+def test_ragged_cached_batches_equal_those_of_llama(
+    tied: bool, kv_heads: int, rope: dict[str, Any]
+) -> None:
+    """Prompts of 9, 4 and 1 tokens, then tokens one by one; they pad on the left, with a mask."""
+    model = build_spread(make_config("llama", tied=tied, n_kv_heads=kv_heads, **rope)).eval()
+    theirs: dict[str, Any] = {"rope_type": "default", "rope_theta": model.config.rope_theta}
+    if rope:
+        theirs |= {"rope_type": "linear", "factor": model.config.rope_factor}
+    peer = build_llama(model, theirs).eval()
+    tokens, lengths = draw_tokens(3, 24), torch.tensor([9, 4, 1])
+    longest = int(lengths.max())
+    left, right = torch.zeros(2, 3, longest, dtype=torch.long)
+    mask = torch.zeros(3, longest, dtype=torch.long)
+    for row, n in enumerate(lengths.tolist()):
+        left[row, longest - n :] = right[row, :n] = tokens[row, :n]
+        mask[row, longest - n :] = 1
+    places = (mask.cumsum(1) - 1).clamp(min=0)
+    cache = model.build_cache(3, CPU, torch.float32)
+    with torch.no_grad():
+        past = peer(left, mask, places, use_cache=True).past_key_values
+        model.prefill(right, cache, [0, 1, 2], lengths.tolist())
+        for _ in range(12):
+            newest = tokens.gather(1, lengths[:, None])
+            mask = F.pad(mask, (0, 1), value=1)
+            output = peer(newest, mask, lengths[:, None], past, use_cache=True)
+            past, expected = output.past_key_values, output.logits[:, -1]
+            assert expected.std() > 0.5
+            assert (model.decode(newest[:, 0], cache) - expected).abs().max() < 1e-4
+            lengths = lengths + 1
+    assert past.get_seq_length() == longest + 12
+
+
 FAMILIES: dict[str, ModelConfig] = {
     "gpt2": make_config("gpt2"),
     "llama": make_config("llama"),
@@ -150,6 +190,7 @@ def test_counts_are_those_of_the_model(config: ModelConfig, n_layers: int) -> No
     assert sorted(id(p) for group in groups for p in group.parameters) == sorted(names)
     head = {"embed_tokens.weight"} if config.tied else {"embed_tokens.weight", "lm_head.weight"}
     assert head <= {names[id(p)] for p in groups[1].parameters}
+    assert count_embedding_parameters(config) == sum(p.numel() for p in groups[1].parameters)
 
 
 @every_family

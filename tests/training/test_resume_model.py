@@ -25,13 +25,23 @@ def check(saved: dict[str, Any], flags: dict[str, Any]) -> None:
 
 
 LLAMA = {"model_family": "llama", "model_size": "nano", "n_kv_heads": 2}
+MODERN = {"model_family": "modern"}
+NGRAM = {"model_family": "mlp"}
+THREE_HEADS = {"n_embeddings": 96, "n_heads": 6, "n_kv_heads": 3}
 
 
 @pytest.mark.parametrize(
-    "flags", [{}, LLAMA, {"model_size": "nano"}, {"n_kv_heads": 2}, {"model_family": "llama"}]
+    ("saved", "flags"),
+    [
+        *((LLAMA, f) for f in ({}, LLAMA, {"model_size": "nano"}, {"n_kv_heads": 2})),
+        (LLAMA, {"model_family": "llama"}),
+        *((NGRAM, flags) for flags in ({}, NGRAM, {"activation": "tanh"}, {"context_length": 16})),
+        # The preset's eight heads, which no flag replaces, have nothing to do with it.
+        *((THREE_HEADS, flags) for flags in ({}, {"norm": "layer"}, THREE_HEADS)),
+    ],
 )
-def test_flags_of_the_same_model_are_accepted(flags: dict[str, Any]) -> None:
-    check(LLAMA, flags)
+def test_flags_of_the_same_model_are_accepted(saved: dict[str, Any], flags: dict[str, Any]) -> None:
+    check(saved, flags)
 
 
 @pytest.mark.parametrize(
@@ -43,6 +53,11 @@ def test_flags_of_the_same_model_are_accepted(flags: dict[str, Any]) -> None:
         (LLAMA, {"n_kv_heads": 4}, "n_kv_heads: checkpoint 2, flags 4"),
         (LLAMA, {"tied": True}, "tied: checkpoint False, flags True"),
         (LLAMA, {"model_size": "micro"}, "ffn_hid_dim: checkpoint 384, flags 704"),
+        # Flags that fit each other, though not the checkpoint's other parts.
+        (LLAMA, {"activation": "relu"}, "activation: checkpoint gelu_tanh, flags relu"),
+        (MODERN, {"feed_forward": "geglu"}, "feed_forward: checkpoint mlp, flags geglu"),
+        (NGRAM, {"positions": "rope"}, "positions: checkpoint learned, flags rope"),
+        (NGRAM, {"n_kv_heads": 2}, "n_kv_heads: checkpoint None, flags 2"),
     ],
 )
 def test_another_model_is_refused_by_name(
