@@ -29,6 +29,7 @@ from preflight.core import storage
 from preflight.core.commands import format_command
 from preflight.core.errors import ExitCode, PreflightError
 from preflight.core.log import log
+from preflight.tokenization import MissingLibraryError
 
 # What the modes write in an output folder under temporary names.
 _SCRATCH_NAMES = r"metrics\.jsonl|loss_curve\.png|\w+_report\.json|(?:trial|check|probe)(?:-.+)?"
@@ -160,6 +161,8 @@ def _find(
             _ = checkpoint.config  # its hash does not say that it describes a possible model
             if check is not None:
                 check(checkpoint)
+        except MissingLibraryError:
+            raise
         except PreflightError as error:
             if not os.path.lexists(checkpoint.path):
                 return _find(output_dir, order, needs_state=needs_state, check=check)

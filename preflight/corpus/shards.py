@@ -30,6 +30,7 @@ from preflight.corpus.metadata import (
     read_metadata,
 )
 from preflight.tokenization import (
+    MissingLibraryError,
     Tokenizer,
     TokenizerChoice,
     TokenizerRecipe,
@@ -94,6 +95,8 @@ def load_data_tokenizer(data_dir: Path, metadata: Metadata) -> Tokenizer:
         if files or facts.kind == "bytes":
             return load_saved_tokenizer(data_dir / TOKENIZER_NAME, facts.model_dump())
         tokenizer = load_tokenizer(facts.name)
+    except MissingLibraryError as error:
+        raise PreflightError(ExitCode.DATA, *error.lines) from None
     except PreflightError as error:
         raise damaged_error(data_dir / TOKENIZER_NAME, error.lines[0]) from None
     if tokenizer.fingerprint != facts.fingerprint:

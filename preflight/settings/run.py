@@ -21,6 +21,7 @@ from preflight.settings.options import Option, list_options
 from preflight.settings.sampling import SamplingConfig
 from preflight.settings.search import SearchSettings
 from preflight.settings.system import SystemSettings
+from preflight.settings.tokens import TokenSettings
 from preflight.settings.training import TrainingSettings
 from preflight.settings.trials import TrialSettings
 
@@ -39,6 +40,7 @@ class RunConfig:
     check: CheckSettings = field(default_factory=CheckSettings)
     search: SearchSettings = field(default_factory=SearchSettings)
     trials: TrialSettings = field(default_factory=TrialSettings)
+    tokens: TokenSettings = field(default_factory=TokenSettings)
     sources: dict[str, str] = field(default_factory=dict)
 
     @property
@@ -72,6 +74,7 @@ GROUP_SUMMARIES = {
     "check": "What the report of `--check` holds, and for which GPU.",
     "search": "How `--get-optimal-bs` searches for a batch size.",
     "trials": "How `--find-lr` and `--sweep` try a run before it starts.",
+    "tokens": "What `--tokenize` and `--detokenize` show.",
 }
 
 

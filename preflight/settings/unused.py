@@ -13,6 +13,7 @@ from preflight.settings.run import RunConfig, build_options
 # What each mode uses: groups of flags, and single flags of other groups. A run's own flags apply to
 # every mode that foresees or tries that run. A mode without a row uses all.
 _OF_A_RUN = ("model", "training", "data", "control", "system")
+_OF_A_TOKENIZER = ("tokenizer", "checkpoint_path", "output_dir", "data_dir", "log_level", "config")
 MODE_FLAGS: dict[str, tuple[str, ...]] = {
     "check": (*_OF_A_RUN, "check"),
     "validate-only": (*_OF_A_RUN, "json"),
@@ -26,6 +27,8 @@ MODE_FLAGS: dict[str, tuple[str, ...]] = {
         *("seed", "output_dir", "device", "mixed_precision", "log_level", "config"),
         *("data_dir", "text_file"),  # no output may replace them
     ),
+    "tokenize": ("tokenize", "replace_unknown", *_OF_A_TOKENIZER),
+    "detokenize": ("detokenize", *_OF_A_TOKENIZER),
 }
 
 
@@ -106,7 +109,13 @@ IDLE_FLAGS = (
         ("output_dir",),
         "--checkpoint-path names the checkpoint",
         lambda config: config.generation.checkpoint_path is not None,
-        ("generate",),
+        ("generate", "tokenize", "detokenize"),
+    ),
+    IdleFlags(
+        ("data_dir",),
+        "--checkpoint-path names the checkpoint",
+        lambda config: config.generation.checkpoint_path is not None,
+        ("tokenize", "detokenize"),
     ),
     IdleFlags(
         ("temperature", "top_k", "top_p", "seed"),

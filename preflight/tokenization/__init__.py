@@ -7,9 +7,10 @@ from preflight.tokenization.choosing import (
     is_choice,
 )
 from preflight.tokenization.loading import load_saved_tokenizer, load_tokenizer
-from preflight.tokenization.protocol import Tokenizer, TrainingText
+from preflight.tokenization.protocol import MissingLibraryError, Tokenizer, TrainingText
 
 __all__ = [
+    "MissingLibraryError",
     "Tokenizer",
     "TokenizerChoice",
     "TokenizerRecipe",

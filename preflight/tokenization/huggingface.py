@@ -43,18 +43,18 @@ class HuggingFaceTokenizer(FileTokenizer):
         document = load_document(content)
         if not isinstance(document.get("model"), dict):
             raise ValueError("it has no model")
+        try:  # the library refuses parts of another shape than those that are looked at below
+            self._library = self._import_library().Tokenizer.from_str(content.decode())
+        except ImportError:
+            raise
+        except Exception as error:  # the library raises no class of its own
+            raise ValueError(str(error)) from None
         decoders = list(iterate_parts(document.get("decoder")))
         names = {str(step.get("type")) for step in decoders}
         if names - _DECODERS:
             raise ValueError(f"its decoder {min(names - _DECODERS)} does not give the text back")
         if document["model"].get("dropout"):
             raise ValueError("its merges are random (dropout)")
-        try:
-            self._library = self._import_library().Tokenizer.from_str(content.decode())
-        except ImportError:
-            raise
-        except Exception as error:  # the library raises no class of its own
-            raise ValueError(str(error)) from None
         self._library.no_truncation()
         self._library.no_padding()
         self._library.encode_special_tokens = True

@@ -9,6 +9,8 @@ from typing import Any, ClassVar, Protocol, Self
 
 import numpy as np
 
+from preflight.core.errors import PreflightError
+
 
 class TrainingText(Protocol):
     """The text that a tokenizer is made from, shared out into its parts ``train`` and ``val``."""
@@ -18,6 +20,10 @@ class TrainingText(Protocol):
 
     def read(self, *splits: str) -> Iterator[str]:
         """These parts in pieces of at most 1 MiB, the same ones every time."""
+
+
+class MissingLibraryError(PreflightError):
+    """A library that a tokenizer needs is not installed. Nothing is damaged."""
 
 
 class Tokenizer(Protocol):

@@ -23,8 +23,8 @@ class SentencePieceTokenizer(FileTokenizer):
         try:
             self._library = library.SentencePieceProcessor(model_proto=content)
             size = self._library.get_piece_size()
-        except (RuntimeError, TypeError) as error:
-            raise ValueError(str(error)) from None
+        except (RuntimeError, TypeError):  # the library names a line of its own source
+            raise ValueError("it is not a SentencePiece model, or cut short") from None
         pieces = {self._library.id_to_piece(i): i for i in range(size)}
         if len(pieces) != size or not size:
             raise ValueError("it has no pieces, or one of them twice")

@@ -8,6 +8,7 @@ import functools
 import hashlib
 import importlib
 import json
+import os
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, ClassVar, Self
@@ -18,7 +19,7 @@ from preflight.core.errors import ExitCode, PreflightError
 from preflight.core.schema import Schema
 from preflight.core.storage import open_regular
 from preflight.core.strict_json import parse_json
-from preflight.tokenization.protocol import Tokenizer
+from preflight.tokenization.protocol import MissingLibraryError, Tokenizer
 
 FACTS_NAME = "tokenizer_facts.json"
 _MAX_FILE_BYTES = 128 * 2**20  # the largest published ones have about 40 MB
@@ -84,7 +85,8 @@ class FileTokenizer(Tokenizer):
         """The tokenizer in the file called `name`."""
         path = Path(name)
         try:
-            content = _read_limited(path, _MAX_FILE_BYTES)
+            # A user's own link is followed: Hugging Face's cache consists of them.
+            content = _read_limited(Path(os.path.realpath(path)), _MAX_FILE_BYTES)
             return cls(content, _name_after(path), _read_end_of_text(path))
         except ImportError:
             raise cls._missing_error(f"--tokenizer {name}", ExitCode.FLAGS) from None
@@ -115,8 +117,8 @@ class FileTokenizer(Tokenizer):
         return tokenizer
 
     @classmethod
-    def _missing_error(cls, what: str, code: ExitCode) -> PreflightError:
-        return PreflightError(
+    def _missing_error(cls, what: str, code: ExitCode) -> MissingLibraryError:
+        return MissingLibraryError(
             code,
             f"{what} needs the library {cls.library}, which is not installed",
             f"pip install {cls.library}",
@@ -207,6 +209,8 @@ def load_document(content: bytes) -> dict[str, Any]:
         document = json.loads(content)
     except RecursionError:
         raise ValueError("it is nested too deeply") from None
+    except ValueError as error:
+        raise ValueError(f"it is not JSON, or cut short: {error}") from None
     if not isinstance(document, dict):
         raise ValueError("it is no JSON object")
     return document
