@@ -12,7 +12,16 @@ import pytest
 ROOT = Path(__file__).parent.parent
 
 
-NAMES = ["train", "prepare", "foresight", "durability", "curves", "families", "forecast", "learning"]
+NAMES = [
+    "train",
+    "prepare",
+    "foresight",
+    "durability",
+    "curves",
+    "families",
+    "forecast",
+    "learning",
+]
 
 
 @pytest.mark.parametrize("name", NAMES)
