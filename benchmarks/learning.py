@@ -20,14 +20,18 @@ import shutil
 import statistics
 import subprocess
 import sys
-import sysconfig
 import tempfile
 import time
+from argparse import Namespace
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from benchmarks.prepare import gather_text  # noqa: E402
+
 SHAKESPEARE = ROOT.parent / "shared" / "corpora" / "tinyshakespeare.txt"
 Run = dict[str, Any]
 
@@ -83,10 +87,10 @@ def train(folder: Path, flags: list[str]) -> Run:
 # ---- demo ---------------------------------------------------------------------------------------
 
 
-def run_demo(folder: Path, seed: int, smoke: bool) -> Iterator[tuple[str, Run]]:
+def run_demo(folder: Path, seed: int, given: Namespace) -> Iterator[tuple[str, Run]]:
     """Both commands of ``make demo``, and what they print last."""
     flags = ["--config", str(ROOT / "demo.json"), "--seed", str(seed)]
-    short = ["--max-steps", "4"] if smoke else []
+    short = ["--max-steps", "4"] if given.smoke else []
     began = time.perf_counter()
     result = train(folder / "demo", [*flags, *short])
     done = subprocess.run(
@@ -104,7 +108,9 @@ def run_demo(folder: Path, seed: int, smoke: bool) -> Iterator[tuple[str, Run]]:
 # ---- tiny Shakespeare beside nanoGPT ------------------------------------------------------------
 
 
-def run_shakespeare(folder: Path, seed: int, nanogpt: Path) -> Iterator[tuple[str, Run]]:
+def run_shakespeare(
+    folder: Path, seed: int, given: argparse.Namespace
+) -> Iterator[tuple[str, Run]]:
     """Ours, then nanoGPT's, on the same text and the same validation part."""
     yield (
         "ours",
@@ -114,7 +120,7 @@ def run_shakespeare(folder: Path, seed: int, nanogpt: Path) -> Iterator[tuple[st
         ),
     )
     peer = folder / "nanogpt"
-    shutil.copytree(nanogpt, peer)
+    shutil.copytree(given.nanogpt, peer, ignore=shutil.ignore_patterns(".git"))
     data = peer / "data" / "shakespeare_char"
     shutil.copy(SHAKESPEARE, data / "input.txt")
     source = (peer / "train.py").read_text()
@@ -157,33 +163,10 @@ print(sum(losses) / len(losses))
 # ---- 20 MB of code ------------------------------------------------------------------------------
 
 
-def write_code(path: Path) -> None:
-    """The first 20 MB of the standard library's modules, its tests among them, by name."""
-    library = Path(sysconfig.get_path("stdlib"))
-    files = sorted(library.rglob("*.py"))
-    left = CODE_BYTES
-    with path.open("wb") as text:
-        for file in files:
-            if "site-packages" in file.parts or left <= 0:
-                continue
-            content = file.read_bytes()
-            if b"\0" in content or not is_text(content):
-                continue
-            text.write(content[:left])
-            left -= len(content)
-
-
-def is_text(content: bytes) -> bool:
-    """Whether it is UTF-8."""
-    try:
-        content.decode()
-    except UnicodeDecodeError:
-        return False
-    return True
-
-
-def run_code(folder: Path, seed: int, text: Path) -> Iterator[tuple[str, Run]]:
+def run_code(folder: Path, seed: int, given: Namespace) -> Iterator[tuple[str, Run]]:
     """Both at once, each on half of the cores."""
+    text = folder / "code.txt"
+    gather_text(text, CODE_BYTES)
     threads = max(1, (os.cpu_count() or 2) // 2)
     began = time.perf_counter()
     processes = {}
@@ -197,50 +180,39 @@ def run_code(folder: Path, seed: int, text: Path) -> Iterator[tuple[str, Run]]:
 
 # ---- all ----------------------------------------------------------------------------------------
 
+PARTS = {"demo": run_demo, "shakespeare": run_shakespeare, "code": run_code}
+
+
+def summarise(results: list[Run]) -> dict[str, tuple[float, float]]:
+    """Mean, and the largest less the smallest."""
+    columns = {key: [each[key] for each in results] for key in ("seconds", "bits_per_byte")}
+    return {key: (statistics.mean(v), max(v) - min(v)) for key, v in columns.items()}
+
 
 def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("part", nargs="?", default="demo", choices=["demo", "shakespeare", "code"])
+    parser.add_argument("part", nargs="?", default="demo", choices=PARTS)
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
     parser.add_argument("--nanogpt", type=Path, help="a clone of karpathy/nanoGPT")
-    parser.add_argument("--smoke", action="store_true", help="the demo, for a few steps")
+    parser.add_argument("--smoke", action="store_true", help="one seed of the demo, a few steps")
     given = parser.parse_args()
     if given.part == "shakespeare" and given.nanogpt is None:
         parser.error("shakespeare needs --nanogpt FOLDER")
     found: dict[str, list[Run]] = {}
-    with tempfile.TemporaryDirectory() as place:
-        text = Path(place) / "code.txt"
-        if given.part == "code":
-            write_code(text)
-        for seed in given.seeds[:1] if given.smoke else given.seeds:
-            folder = Path(place) / str(seed)
-            folder.mkdir()
-            runs = {
-                "demo": lambda folder=folder, seed=seed: run_demo(folder, seed, given.smoke),
-                "shakespeare": lambda folder=folder, seed=seed: run_shakespeare(
-                    folder, seed, given.nanogpt
-                ),
-                "code": lambda folder=folder, seed=seed: run_code(folder, seed, text),
-            }[given.part]()
-            for name, result in runs:
+    for seed in given.seeds[:1] if given.smoke else given.seeds:
+        with tempfile.TemporaryDirectory() as folder:
+            for name, result in PARTS[given.part](Path(folder), seed, given):
                 found.setdefault(name, []).append(result)
                 print(
                     f"seed {seed}  {name:14} {result['seconds']:7.1f} s  "
                     f"{result['bits_per_byte']:.4f} bits per byte",
+                    result.get("sample", ""),
+                    sep="\n",
                     flush=True,
                 )
-                if "sample" in result:
-                    print(result["sample"])
-    summary = {
-        name: {
-            key: (statistics.mean(values), max(values) - min(values))
-            for key in ("seconds", "bits_per_byte")
-            for values in [[each[key] for each in results]]
-        }
-        for name, results in found.items()
-    }
+    summary = {name: summarise(results) for name, results in found.items()}
     print(json.dumps({"part": given.part, "mean_and_spread": summary}))
     return 0
 
