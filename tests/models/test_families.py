@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from generate import generate_batch, window_start
 from preflight.models.base import TokenModel
 from preflight.models.building import build_model
 from preflight.models.cost import (
@@ -20,7 +21,8 @@ from preflight.models.cost import (
     count_tensors,
     estimate_flops_per_token,
 )
-from preflight.settings import ModelConfig, ModelSettings
+from preflight.settings import ModelConfig, ModelSettings, SamplingConfig
+from preflight.tokenization import load_tokenizer
 
 torch.set_num_threads(1)
 CPU = torch.device("cpu")
@@ -229,6 +231,29 @@ def test_decoding_with_a_cache_gives_the_logits_of_the_whole_sequence(config: Mo
     logits = model.decode(torch.stack([tokens[2, lengths[2]], tokens[0, lengths[0]]]), cache)
     wanted = torch.stack([expected[2, lengths[2]], expected[0, lengths[0]]])
     assert (logits - wanted).abs().max() < 1e-4
+
+
+@every_family
+def test_generation_goes_on_past_the_context_as_without_a_cache(config: ModelConfig) -> None:
+    """The window slides three times; its positions begin anew each time."""
+    config = dataclasses.replace(config, vocab_size=257)
+    model, tokenizer = build_spread(config).eval().requires_grad_(False), load_tokenizer("byte")
+    settings = SamplingConfig(max_new_tokens=40, temperature=0.0)
+    prompts = ["a prompt", "one that is longer than the context of 24"]
+    for prompt, result in zip(
+        prompts, generate_batch(model, tokenizer, prompts, settings), strict=True
+    ):
+        tokens = tokenizer.encode(prompt).tolist()[-config.context_length :]
+        start = len(tokens)
+        for _ in range(40):
+            window = tokens[window_start(len(tokens), config.context_length) :]
+            tokens.append(int(model(torch.tensor([window]))[0, -1, :257].argmax()))
+            if tokens[-1] == tokenizer.end_of_text_id:
+                break
+        expected = tokenizer.decode_bytes(t for t in tokens[start:] if t < 256)
+        # A character that the end cuts is left out.
+        text = expected.decode(errors="replace").rstrip("\N{REPLACEMENT CHARACTER}")
+        assert result.text.rstrip("\N{REPLACEMENT CHARACTER}") == text
 
 
 @every_family

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
+from typing import Any
+
 import pytest
 import torch
 from torch import nn
 
+from generate import _find_single_row_decoder
+from preflight.models.building import build_model as build_any
 from preflight.models.kv_cache import KVCache
 from preflight.models.single_row import SingleRowDecoder, one_torch_thread
 from preflight.settings import ModelConfig
@@ -99,6 +104,40 @@ def test_torch_decodes_what_numpy_does_not_know() -> None:
         build_decoder(model, cache)
         replace(model)
         assert model.requires_grad_(False).single_row_decoder(cache) is None
+
+
+@pytest.mark.parametrize(
+    "parts",
+    [
+        {"n_kv_heads": 1},
+        {"norm": "rms"},
+        {"qk_norm": True},
+        {"positions": "rope"},
+        {"feed_forward": "swiglu", "activation": "gelu_tanh"},
+        {"bias": False},
+        {"tied": False},
+        {"logit_softcap": 5.0},
+        {"model_family": "mlp", "n_heads": 1},
+    ],
+    ids=str,
+)
+def test_torch_decodes_the_parts_of_other_families(parts: dict[str, Any]) -> None:
+    config = dataclasses.replace(build_model().config, **parts)
+    model = build_any(config).eval().requires_grad_(False)
+    assert _find_single_row_decoder(model, model.build_cache(1, CPU, torch.float32)) is None
+
+
+def test_numpy_knows_the_eps_of_the_norms() -> None:
+    config = dataclasses.replace(build_model().config, norm_eps=1e-3)
+    model = build_any(config).eval().requires_grad_(False)
+    assert model.config.list_changed_parts() == {"norm_eps": 1e-3}
+    for parameter in model.parameters():
+        nn.init.normal_(parameter, std=0.02)  # small, so that eps matters
+    tokens = torch.randint(0, 101, (6,))
+    assert isinstance(model, DecoderOnlyTransformer)
+    decoder = build_decoder(model, KVCache(config, 1, CPU, torch.float32))
+    logits = torch.cat([decoder.decode(token[None]) for token in tokens])
+    torch.testing.assert_close(logits, model(tokens[None])[0], rtol=1e-4, atol=1e-6)
 
 
 def test_torch_gets_its_threads_back_after_an_error() -> None:
