@@ -86,6 +86,7 @@ def test_characters_are_sorted_and_unknown_ones_are_named() -> None:
         make("char", "a").replacing_unknown()
     assert make("byte").replacing_unknown() is make("byte")
     assert tokenizer.encode("").tolist() == []
+    assert tokenizer.last_cut("bad cab") == 7  # so that a long line is never held whole
 
 
 def test_a_damaged_table_is_refused(tmp_path: Path) -> None:
