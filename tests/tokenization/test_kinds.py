@@ -86,6 +86,7 @@ def test_characters_are_sorted_and_unknown_ones_are_named() -> None:
         make("char", "a").replacing_unknown()
     assert make("byte").replacing_unknown() is make("byte")
     assert tokenizer.encode("").tolist() == []
+    assert tokenizer.last_cut("bad cab") == 7  # so that a long line is never held whole
 
 
 def test_a_damaged_table_is_refused(tmp_path: Path) -> None:
@@ -215,3 +216,9 @@ def test_an_unknown_name_names_all_kinds() -> None:
     assert caught.value.code == ExitCode.FLAGS
     assert all(name in str(caught.value) for name in ("auto", "bpe", "byte", "gpt2"))
     assert json.dumps(str(caught.value)).isascii()
+
+
+def test_fingerprints_stay_what_old_checkpoints_have() -> None:
+    """Another spelling of what is hashed would make every checkpoint that is there unusable."""
+    assert load_tokenizer("byte").fingerprint.startswith("62d4d2cd5c74")
+    assert CharTokenizer("abc").fingerprint.startswith("2ac31378504e")
