@@ -142,6 +142,11 @@ def analyse_range(points: Sequence[tuple[float, float]], keep: float) -> RangeRe
     lowest = min(range(len(means)), key=means.__getitem__, default=0)
     if not means or means[0] - means[lowest] < _LEAST_DROP * means[0]:
         fault = "the loss never fell: a lower --find-lr-min, or a higher --find-lr-max"
+        if not means:
+            fault = (
+                "the loss was not finite at the first step: a lower --find-lr-min, or "
+                "--no-mixed-precision"
+            )
         return RangeResult(finite, smoothed, None, None, diverged, fault)
     # Slopes over neighbours on both sides; the minimum lies behind the descent.
     slopes = {

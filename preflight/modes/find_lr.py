@@ -84,6 +84,8 @@ def _spell(result: RangeResult) -> str:
 
 def _describe(result: RangeResult, config: RunConfig) -> list[str]:
     """What was found, for a person."""
+    if not result.points:
+        return [result.fault]
     end = f"diverged at {result.points[-1][0]:.2e}" if result.diverged else "did not diverge"
     lines = [f"{len(result.points):,} steps; the loss {end}"]
     if result.fault:
@@ -125,7 +127,8 @@ def _draw(path: Path, title: str, result: RangeResult) -> None:
     axes.set_xlabel("learning rate")
     axes.set_ylabel("loss (nats per token)")
     axes.set_title(f"learning-rate range test, {title}", loc="left", fontsize=11)
-    axes.legend(frameon=False)
+    if result.points:
+        axes.legend(frameon=False)
     axes.grid(alpha=0.25)
     with storage.publish_file(path) as file:
         figure.savefig(file, format="png")
