@@ -19,8 +19,8 @@ setup-dev: .venv/.installed-dev
 	$(BIN)/python $(INSTALL) -c constraints.txt -r requirements.txt -r requirements-dev.txt
 	touch $@
 
-# Trains a small model on the built-in sample and generates text with it: under six minutes on two
-# CPU cores.
+# Trains a small model on the built-in sample and generates text with it: under three minutes on
+# two CPU cores, once everything is installed.
 demo: setup
 	$(BIN)/python main.py --train --config demo.json
 	$(BIN)/python main.py --generate --config demo.json

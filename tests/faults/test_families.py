@@ -92,7 +92,7 @@ def refuse(
         ([*NGRAM, "--positions", "rope"], "--positions rope is no part of model-family mlp"),
         ([*NGRAM, "--feed-forward", "geglu"], "--feed-forward geglu is no part of"),
         ([*NGRAM, "--norm", "rms", "--qk-norm"], "--norm rms is no part of model-family mlp"),
-        ([*SIZE, "--model-family", "lama"], "did you mean llama?"),
+        ([*SIZE, "--model-family", "lamma"], "did you mean llama?"),
         ([*SIZE, "--norm", "rsm"], "did you mean rms?"),
     ],
     ids=lambda value: " ".join(value[-2:]) if isinstance(value, list) else "",

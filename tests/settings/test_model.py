@@ -115,7 +115,7 @@ def test_a_checkpoint_of_gpt2_names_no_new_part() -> None:
         ({"positions": "rope", "rope_scaling": "ntk"}, "--rope-factor above 1"),
         ({"positions": "rope", "n_embeddings": "24"}, "heads of an even size, not 3"),
         ({"feed_forward": "swiglu", "activation": "relu"}, "--activation relu needs feed-forward"),
-        ({"model_family": "lama"}, "(did you mean llama?)"),
+        ({"model_family": "lamma"}, "(did you mean llama?)"),
         ({"model_family": "mlp", "norm": "rms"}, "--norm rms is no part of model-family mlp"),
         ({"model_family": "mlp", "n_heads": "4"}, "--n-heads 4 is no part of model-family mlp"),
     ],
