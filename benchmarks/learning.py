@@ -111,20 +111,8 @@ def run_shakespeare(
     folder: Path, seed: int, given: argparse.Namespace
 ) -> Iterator[tuple[str, Run]]:
     """Ours, then nanoGPT's, on the same text and the same validation part."""
-    yield (
-        "ours",
-        train(
-            folder / "ours",
-            [
-                *SHAKESPEARE_FLAGS,
-                *MODERN_MUON,
-                "--text-file",
-                str(SHAKESPEARE),
-                "--seed",
-                str(seed),
-            ],
-        ),
-    )
+    flags = [*SHAKESPEARE_FLAGS, *MODERN_MUON, "--text-file", str(SHAKESPEARE)]
+    yield "ours", train(folder / "ours", [*flags, "--seed", str(seed)])
     peer = folder / "nanogpt"
     shutil.copytree(given.nanogpt, peer, ignore=shutil.ignore_patterns(".git"))
     data = peer / "data" / "shakespeare_char"
