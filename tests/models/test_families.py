@@ -1,4 +1,7 @@
-"""Model parts and families: transformers' Llama as the oracle, and what every family must do."""
+"""Model parts and families: transformers' Llama as the oracle, and what every family must do.
+
+With norms of queries and keys, a Llama is what transformers calls Qwen3.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
 from generate import generate_batch, window_start
 from preflight.models.base import TokenModel
@@ -69,16 +72,20 @@ def to_llama(config: ModelConfig, tensors: dict[str, Tensor]) -> dict[str, Tenso
     return {n if n.startswith("lm_head") else f"model.{n}": t for n, t in result.items()}
 
 
-def build_llama(model: TokenModel, rope: dict[str, Any]) -> LlamaForCausalLM:
+def build_llama(model: TokenModel, rope: dict[str, Any]) -> LlamaForCausalLM | Qwen3ForCausalLM:
     config = model.config
-    peer = LlamaForCausalLM(
-        LlamaConfig(
+    build, build_config = (
+        (Qwen3ForCausalLM, Qwen3Config) if config.qk_norm else (LlamaForCausalLM, LlamaConfig)
+    )
+    peer = build(
+        build_config(
             vocab_size=config.vocab_size,
             hidden_size=config.n_embeddings,
             intermediate_size=config.ffn_hid_dim,
             num_hidden_layers=config.n_layers,
             num_attention_heads=config.n_heads,
             num_key_value_heads=config.kv_heads,
+            head_dim=config.head_dim,
             max_position_embeddings=config.context_length,
             rms_norm_eps=config.norm_eps,
             rope_parameters=rope,
@@ -97,21 +104,23 @@ def ntk_theta(config: ModelConfig) -> float:
     return config.rope_theta * config.rope_factor ** (config.head_dim / (config.head_dim - 2))
 
 
-ROPES: list[dict[str, Any]] = [
+PARTS: list[dict[str, Any]] = [
     {},
     {"rope_theta": 500_000.0},
     {"rope_scaling": "linear", "rope_factor": 4.0},
     {"rope_scaling": "ntk", "rope_factor": 2.0},
+    {"norm_eps": 0.1},
+    {"qk_norm": True},
 ]
 
 
-@pytest.mark.parametrize("rope", ROPES, ids=str)
+@pytest.mark.parametrize("parts", PARTS, ids=str)
 @pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize("kv_heads", [1, 2, 4])
 def test_logits_and_gradients_equal_those_of_llama(
-    tied: bool, kv_heads: int, rope: dict[str, Any]
+    tied: bool, kv_heads: int, parts: dict[str, Any]
 ) -> None:
-    model = build_spread(make_config("llama", tied=tied, n_kv_heads=kv_heads, **rope))
+    model = build_spread(make_config("llama", tied=tied, n_kv_heads=kv_heads, **parts))
     theirs: dict[str, Any] = {"rope_type": "default", "rope_theta": model.config.rope_theta}
     if model.config.rope_scaling == "linear":
         theirs |= {"rope_type": "linear", "factor": model.config.rope_factor}

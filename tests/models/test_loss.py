@@ -14,6 +14,7 @@ from preflight.models.loss import (
     LOSS_ROWS_CPU,
     NO_TARGET,
     LossLayout,
+    cap_logits,
     count_targets,
     linear_cross_entropy,
     loss_layout,
@@ -80,6 +81,28 @@ def test_loss_equals_cross_entropy(
     assert not ours[0].grad[masked].any()
     with torch.no_grad():  # another path: no gradients to compute along the way
         torch.testing.assert_close(linear_cross_entropy(*ours, targets), loss.detach())
+
+
+@pytest.mark.parametrize("weight_first", [True, False])
+def test_loss_of_capped_logits(weight_first: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With gradients and without: two paths. A cap of 3 is far from the identity here."""
+    layout = LossLayout(R, 1, weight_first)
+    monkeypatch.setattr(losses, "loss_layout", lambda device_type: layout)
+    hidden, weight, targets = draw(R + 7, [3])
+    ours = [hidden.clone().requires_grad_(), weight.clone().requires_grad_()]
+    plain = [hidden.requires_grad_(), weight.requires_grad_()]
+    logits = 3.0 * torch.tanh(plain[0] @ plain[1].T / 3.0)
+    torch.testing.assert_close(cap_logits(plain[0] @ plain[1].T, 3.0), logits)
+    expected = F.cross_entropy(logits, targets, reduction="sum")
+    expected.backward()
+    loss = linear_cross_entropy(*ours, targets, softcap=3.0)
+    loss.backward()
+    torch.testing.assert_close(loss, expected, rtol=1e-5, atol=1e-4)
+    for a, b in zip(ours, plain, strict=True):
+        torch.testing.assert_close(a.grad, b.grad, rtol=1e-4, atol=1e-4)
+    with torch.no_grad():
+        loss = linear_cross_entropy(*ours, targets, softcap=3.0)
+    torch.testing.assert_close(loss, expected.detach(), rtol=1e-5, atol=1e-4)
 
 
 def test_a_wrong_id_is_no_mask() -> None:
