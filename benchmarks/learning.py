@@ -42,7 +42,7 @@ NANOGPT_FLAGS = [
     *("--block_size=64", "--batch_size=12", "--n_layer=4", "--n_head=4", "--n_embd=128"),
     *("--max_iters=2000", "--lr_decay_iters=2000", "--dropout=0.0"),
 ]
-SHAKESPEARE_FLAGS = ["--val-split", "0.1", "--model-size", "nano", "--max-steps", "1500"]
+SHAKESPEARE_FLAGS = ["--val-split", "0.1", "--model-size", "nano", "--max-steps", "1300"]
 MODERN_MUON = ["--model-family", "modern", "--optimizer", "muon"]
 CODE_BYTES = 20_000_000
 CODE_FLAGS = ["--model-size", "micro", "--vocab-size", "8192", "--batch-size", "8"]
