@@ -131,12 +131,12 @@ def describe_data(found: Findings, content: Content, window: str) -> None:
     n_bytes, n_tokens = (
         getattr(data.train, name) + getattr(data.val, name) for name in ("n_bytes", "n_tokens")
     )
-    rows["bytes_per_token"] = round(n_bytes / n_tokens, 3)
     rows["largest_document_tokens"] = content.largest_tokens
     rows["duplicate_documents"] = content.duplicate_documents
     rows["replacement_characters"] = content.replacement_characters
     # repr shows line breaks and whatever a terminal would act on.
     rows["the_model_will_read"] = repr(window[:_SHOWN_CHARACTERS])
+    rows["bytes_per_token"] = round(n_bytes / n_tokens, 3)
 
 
 def describe_plan(found: Findings) -> None:
