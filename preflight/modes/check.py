@@ -282,6 +282,7 @@ QUICK_STEPS: tuple[tuple[str, Step], ...] = (
     ("model", lambda found: found.setup.tokenizer_choice),  # its error belongs to this section
     ("model", Findings.find_model),
     ("performance estimation", check_device),
+    ("training configuration", sections.describe_trackers),
 )
 STEPS: tuple[tuple[str, Step], ...] = (
     ("dataset", read_data),
