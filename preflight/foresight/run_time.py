@@ -36,6 +36,7 @@ from preflight.settings import (
 from preflight.tokenization import Tokenizer
 from preflight.training.curve import CURVE_EVERY_SECONDS
 from preflight.training.plan import TrainingPlan
+from preflight.training.schedules import find_extension_step
 from train_utils import BatchLoader, choose_window, count_windows, iterate_windows
 from trainer import Trainer, build_trainer
 
@@ -119,11 +120,15 @@ class RunTime:
 def estimate_run_time(
     cost: RunCost, plan: TrainingPlan, control: ControlSettings, done_steps: int = 0
 ) -> RunTime:
-    """Time of the rest of `plan` after `done_steps`, with evaluations and checkpoints."""
+    """Time of the rest of `plan` after `done_steps`, with evaluations and checkpoints.
+
+    An upper bound where `find_earliest_stop` is a step.
+    """
     n_steps = max(0, plan.total_steps - done_steps)
     training = n_steps * cost.step_seconds
     by_clock = math.ceil(control.checkpoint_minutes * 60 / max(cost.step_seconds, 1e-9))
     n_checkpoints = math.ceil(n_steps / min(plan.checkpoint_every, by_clock))
+    n_checkpoints = min(n_steps, n_checkpoints + _count_special_checkpoints(plan, done_steps))
     n_evaluations = plan.total_steps // plan.eval_every - done_steps // plan.eval_every
     n_evaluations += plan.total_steps % plan.eval_every != 0
     n_curves = 1 + min(n_evaluations, training // CURVE_EVERY_SECONDS)
@@ -136,6 +141,35 @@ def estimate_run_time(
         n_evaluations,
         n_checkpoints,
     )
+
+
+def _count_special_checkpoints(plan: TrainingPlan, done_steps: int) -> int:
+    """Checkpoints at other steps than the interval's: see `CheckpointSaver` and `Evaluator`.
+
+    That before the decay of `wsd`, and with a patience the best models, one at each evaluation.
+    """
+    every, last = plan.checkpoint_every, plan.total_steps - 1  # the end has one in any case
+    count = 0
+    if plan.patience is not None and last > done_steps:
+        for interval, sign in ((plan.eval_every, 1), (math.lcm(plan.eval_every, every), -1)):
+            count += sign * (last // interval - done_steps // interval)
+    start = find_extension_step(plan)
+    if start is not None and done_steps < start <= last and start % every:
+        count += plan.patience is None or start % plan.eval_every != 0
+    return count
+
+
+def find_earliest_stop(plan: TrainingPlan, done_steps: int = 0) -> int | None:
+    """The first step after `done_steps` at which early stopping can end the run.
+
+    The first evaluation of all is the best so far, and the patience begins after it. ``None``
+    where no evaluation before the end can stop the run.
+    """
+    if plan.patience is None:
+        return None
+    n_evaluations = max(plan.patience + 1, done_steps // plan.eval_every + 1)
+    step = n_evaluations * plan.eval_every
+    return step if step < plan.total_steps else None
 
 
 # ---- without the device -------------------------------------------------------------------------

@@ -38,6 +38,7 @@ from preflight.foresight.run_time import (
 from preflight.foresight.target import describe_absent, describe_present, is_absent
 from preflight.modes import check_sections as sections
 from preflight.modes.check_answers import answer_questions
+from preflight.modes.check_losses import describe_losses
 from preflight.modes.check_sections import Findings
 from preflight.modes.report import Problem, Report, is_in_colour
 from preflight.modes.setup import RunSetup
@@ -281,11 +282,13 @@ QUICK_STEPS: tuple[tuple[str, Step], ...] = (
     ("model", lambda found: found.setup.tokenizer_choice),  # its error belongs to this section
     ("model", Findings.find_model),
     ("performance estimation", check_device),
+    ("training configuration", sections.describe_trackers),
 )
 STEPS: tuple[tuple[str, Step], ...] = (
     ("dataset", read_data),
     ("model", Findings.find_made_model),
     ("training configuration", sections.describe_plan),
+    ("dataset", describe_losses),
     ("performance estimation", choose_target),
     ("memory analysis", estimate),
     ("model", sections.describe_model),

@@ -11,7 +11,8 @@ from preflight.modes.check_sections import Findings
 from preflight.modes.report import Answer, Report
 
 # Warnings that say nothing about what the model will learn.
-_OF_THE_MACHINE = {"memory", "bf16", "evaluation_interval", "checkpoint_interval"}
+_INTERVALS = {"evaluation_interval", "checkpoint_interval", "early_stopping"}
+_OF_THE_MACHINE = {"memory", "bf16"} | _INTERVALS
 _SHOWN_WARNINGS = 2
 
 
@@ -52,10 +53,11 @@ def _judge_time(found: Findings) -> tuple[str, str]:
     how = "measured" if "timed_steps" in rows else "estimated"
     finish = rows.get("finish_if_started_now")
     text = f"{how}; finished {finish} if started now" if finish else how
+    duration = "at most " * ("upper_bound" in rows) + format_seconds(rows["total_seconds"])
     if price is None:
-        return format_seconds(rows["total_seconds"]), f"{text}; --price-per-hour adds the cost"
+        return duration, f"{text}; --price-per-hour adds the cost"
     cost = f"{rows['cost']:,.2f} at {price:g} per hour"
-    return format_seconds(rows["total_seconds"]), f"{text}; cost {cost}"
+    return duration, f"{text}; cost {cost}"
 
 
 def _judge_learning(found: Findings) -> tuple[str, str]:

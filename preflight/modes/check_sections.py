@@ -21,7 +21,7 @@ from preflight.device.host_memory import available_host_bytes, reachable_host_by
 from preflight.foresight.fits import check_disk, judge_fit, suggest_fit
 from preflight.foresight.learnability import Advice, Content
 from preflight.foresight.memory import MemoryEstimate, MemoryOptions, estimate_savings
-from preflight.foresight.run_time import RunCost, RunTime
+from preflight.foresight.run_time import RunCost, RunTime, find_earliest_stop
 from preflight.foresight.target import Target
 from preflight.models.cost import count_parameters, estimate_flops_per_token
 from preflight.modes.report import Problem, Report, compare
@@ -29,6 +29,7 @@ from preflight.modes.setup import RunSetup
 from preflight.settings import ModelConfig, RunConfig, TrainingSettings, describe_choices
 from preflight.tokenization import TokenizerRecipe
 from preflight.training.plan import TrainingPlan
+from preflight.training.trackers import load_trackers
 
 _TIMED_PHASES = ("training step", "optimizer step", "evaluation")
 _SHOWN_CHARACTERS = 240  # of the decoded window
@@ -131,12 +132,12 @@ def describe_data(found: Findings, content: Content, window: str) -> None:
     n_bytes, n_tokens = (
         getattr(data.train, name) + getattr(data.val, name) for name in ("n_bytes", "n_tokens")
     )
-    rows["bytes_per_token"] = round(n_bytes / n_tokens, 3)
     rows["largest_document_tokens"] = content.largest_tokens
     rows["duplicate_documents"] = content.duplicate_documents
     rows["replacement_characters"] = content.replacement_characters
     # repr shows line breaks and whatever a terminal would act on.
     rows["the_model_will_read"] = repr(window[:_SHOWN_CHARACTERS])
+    rows["bytes_per_token"] = round(n_bytes / n_tokens, 3)
 
 
 def describe_plan(found: Findings) -> None:
@@ -162,6 +163,30 @@ def describe_plan(found: Findings) -> None:
     rows["warmup_share"] = round(plan.warmup_steps / plan.total_steps, 4)
     rows["evaluation_every"] = plan.eval_every
     rows["checkpoint_every"] = plan.checkpoint_every
+    if plan.patience is not None:
+        rows["early_stopping_patience"] = plan.patience
+        _describe_early_stopping(found, plan, plan.patience)
+
+
+def _describe_early_stopping(found: Findings, plan: TrainingPlan, patience: int) -> None:
+    """From which step on the run may stop; a warning where it cannot."""
+    earliest = find_earliest_stop(plan, found.setup.state.step)
+    if earliest is not None:
+        found.report.sections["training configuration"]["earliest_stop_step"] = earliest
+        return
+    text = f"--early-stopping-patience {patience} cannot stop this run: it would take "
+    text += f"{patience + 1} evaluations before the end, one every {plan.eval_every:,} of "
+    text += f"{plan.total_steps:,} steps"
+    fix = "a smaller patience, or a smaller --eval-every"
+    found.report.warnings.append(Advice("early_stopping", text, fix))
+
+
+def describe_trackers(found: Findings) -> None:
+    """That TensorBoard's files are written; an error where its library is missing."""
+    control = found.config.control
+    load_trackers(control)
+    if control.tensorboard:
+        found.report.sections["training configuration"]["tensorboard"] = True
 
 
 def describe_memory(found: Findings) -> None:
@@ -281,6 +306,10 @@ def describe_performance(found: Findings) -> None:
     rows["checkpoints"] = run_time.n_checkpoints
     rows["checkpoint_seconds"] = run_time.checkpoint_seconds
     rows["total_seconds"] = run_time.total_seconds
+    plans = found.report.sections["training configuration"]
+    if "earliest_stop_step" in plans:
+        step = plans["earliest_stop_step"]
+        rows["upper_bound"] = f"early stopping may end the run from step {step:,} on"
     with contextlib.suppress(OverflowError):  # a run of centuries has no date
         finish = datetime.datetime.now() + datetime.timedelta(seconds=run_time.total_seconds)
         rows["finish_if_started_now"] = finish.strftime("%Y-%m-%d %H:%M")

@@ -193,14 +193,21 @@ def _spell(bits: Prediction) -> str:
     return f"{bits.loss:.3f} bits per byte (90 % interval {bits.low:.3f} to {bits.high:.3f})"
 
 
+def read_forecast(setup: RunSetup) -> dict[str, Any] | None:
+    """The run's forecast; ``None`` where there is none, or only one of other settings."""
+    content = read_report(setup.output_dir / REPORT_NAME)
+    if content.get("format") != FORMAT or content.get("run") != _describe_run(setup):
+        return None
+    return content
+
+
 def compare_with_forecast(setup: RunSetup) -> str | None:
     """What a finished run reached beside its forecast, which is kept in the report too.
 
-    ``None`` where there is no forecast, or where it is of a run with other settings.
+    ``None`` where there is no forecast of the run.
     """
-    path = setup.output_dir / REPORT_NAME
-    content = read_report(path)
-    if content.get("format") != FORMAT or content.get("run") != _describe_run(setup):
+    content = read_forecast(setup)
+    if content is None:
         return None
     total = setup.plan.total_steps
     rows = read_metrics(setup.output_dir / METRICS_NAME)
@@ -210,6 +217,7 @@ def compare_with_forecast(setup: RunSetup) -> str | None:
     if not reached:
         return None
     bits = Prediction(**content["bits_per_byte"])
+    path = setup.output_dir / REPORT_NAME
     storage.write_json(path, content | {"reached": reached[-1]})
     inside = "inside" if bits.low <= reached[-1] <= bits.high else "outside"
     return (

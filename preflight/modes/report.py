@@ -155,7 +155,7 @@ def format_label(key: str) -> str:
 def format_value(key: str, value: Any) -> str:
     """A value for people, by the unit that its key ends with."""
     if isinstance(value, dict):
-        unit = key if key.endswith(("_bytes", "_seconds", "_share")) else ""
+        unit = key if key.endswith(("_bytes", "_seconds", "_share", "_per_byte")) else ""
         return ", ".join(
             f"{name.replace('_', ' ')} {format_value(unit or name, item)}"
             if name != "ratio"
@@ -176,6 +176,8 @@ def format_value(key: str, value: Any) -> str:
         return format_seconds(value)
     if key.endswith("learning_rate"):
         return f"{value:.2e}"
+    if key.endswith("bits_per_byte"):
+        return f"{value:.3f}"
     return f"{value:,}" if isinstance(value, int) else f"{value:,.2f}"
 
 

@@ -221,6 +221,8 @@ def test_disk(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     one = estimate_checkpoint_bytes(MODEL, training)
     assert estimate_disk_bytes(MODEL, training, control, 1) == one
     assert estimate_disk_bytes(MODEL, training, control) == 5 * one
+    # One more is kept, from which the run can be made longer.
+    assert estimate_disk_bytes(MODEL, replace(training, scheduler="wsd"), control) == 6 * one
     folder = tmp_path / "milestones/checkpoint-1"
     folder.mkdir(parents=True)
     (folder / "model.safetensors").write_bytes(b"x" * 1000)

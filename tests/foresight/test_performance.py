@@ -20,6 +20,7 @@ from preflight.foresight.run_time import (
     _Load,
     estimate_cost,
     estimate_run_time,
+    find_earliest_stop,
     measure_matmul_flops,
 )
 from preflight.settings import ModelConfig, TrainingSettings
@@ -46,6 +47,44 @@ def test_a_run_adds_up() -> None:
     # Every minute is every 30 steps; every six seconds is every third.
     often = dataclasses.replace(config.control, checkpoint_minutes=0.1)
     assert estimate_run_time(cost, plan, often).n_checkpoints == 34
+
+
+@pytest.mark.parametrize(
+    ("flags", "done", "n_checkpoints"),
+    [
+        # Every 30 steps and at the end; before the decay of wsd at 80, once.
+        ({"scheduler": "cosine"}, 0, 4),
+        ({"scheduler": "wsd"}, 0, 5),
+        ({"scheduler": "wsd"}, 80, 1),
+        ({"scheduler": "wsd", "checkpoint_every": 40}, 0, 3),
+        # Evaluations at 25, 50, 75: each may find the best model yet, and saves it.
+        ({"early_stopping_patience": 2}, 0, 7),
+        ({"early_stopping_patience": 2}, 50, 3),
+        ({"early_stopping_patience": 2, "checkpoint_every": 25}, 0, 4),
+        ({"early_stopping_patience": 2, "scheduler": "wsd"}, 0, 8),
+        ({"early_stopping_patience": 2, "scheduler": "wsd", "eval_every": 80}, 0, 5),
+        ({"early_stopping_patience": 2}, 100, 0),
+    ],
+)
+def test_checkpoints_beside_the_interval(
+    flags: dict[str, Any], done: int, n_checkpoints: int
+) -> None:
+    config = build({"max_steps": 100, "checkpoint_every": 30, "eval_every": 25} | flags)
+    plan = build_plan(config.training, config.control, 256, 10_000, 50)
+    cost = RunCost(1.0, 0.0, 0.0, 5.0, 0.0, "test")
+    found = estimate_run_time(cost, plan, config.control, done)
+    assert (found.n_checkpoints, found.checkpoint_seconds) == (n_checkpoints, 5 * n_checkpoints)
+
+
+@pytest.mark.parametrize(
+    ("patience", "done", "earliest"),
+    [(None, 0, None), (1, 0, 40), (3, 0, 80), (4, 0, None), (1, 60, 80), (1, 80, None)],
+)
+def test_the_earliest_stop(patience: int | None, done: int, earliest: int | None) -> None:
+    """The first of five evaluations is the best so far, the last is at the end."""
+    config = build({"max_steps": 100, "eval_every": 20, "early_stopping_patience": patience})
+    plan = build_plan(config.training, config.control, 256, 10_000, 50)
+    assert find_earliest_stop(plan, done) == earliest
 
 
 def test_an_estimate_grows_with_the_work() -> None:

@@ -308,6 +308,16 @@ def test_a_run_that_would_be_continued(make_config: MakeConfig) -> None:
     assert "--learning-rate 0.001 (from the checkpoint)" in flags
     assert "a caller" not in flags
     assert report.problems == []
+    written = Path("training_output/metrics.jsonl").read_text().splitlines()
+    last = [row for row in map(json.loads, written) if row["event"] == "eval"][-1]
+    bits = report.sections["dataset"]["checkpoint_bits_per_byte"]
+    assert bits == pytest.approx(last["bits_per_byte"], abs=1e-4)
+    Path("other.txt").write_text("A loss on another text cannot be compared.\n" * 500)
+    newest = "training_output/milestones/checkpoint-4"
+    new_text = build_report(
+        make_config(max_steps=12, resume_from=newest, text_file=["other.txt"], data_dir="other")
+    )
+    assert "checkpoint_bits_per_byte" not in new_text.sections["dataset"]
     other = build_report(make_config(n_layers=3))
     assert "n_layers: checkpoint 2, flags 3" in problems_of(other)
 

@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from matplotlib.figure import Figure
 
 from conftest import ROOT
 from preflight.core.errors import ExitCode, PreflightError
@@ -86,6 +87,30 @@ def test_the_curve_is_drawn_from_any_amount_of_rows(tmp_path: Path) -> None:
         LossCurve(read_metrics(log.path)).save(path, "a title")
         assert path.read_bytes().startswith(b"\x89PNG")
     assert path.stat().st_size > 20_000
+
+
+def test_the_curve_has_an_axis_in_bits_per_byte(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    drawn: list[Figure] = []
+    monkeypatch.setattr(Figure, "savefig", lambda figure, *args, **flags: drawn.append(figure))
+    steps = [
+        {"event": "step", "step": n, "tokens": n, "loss": 9.0 / n, "learning_rate": 1.0}
+        for n in (1, 2)
+    ]
+    evaluation = {"event": "eval", "step": 2, "tokens": 2, "val_loss": 4.5}
+    for more in ({}, {"bits_per_byte": 1.5}):
+        LossCurve([*steps, evaluation | more]).save(tmp_path / "curve.png", "")
+    without, figure = drawn
+    assert without.axes[0].child_axes == []
+    nats, (bits,) = figure.axes[0], figure.axes[0].child_axes
+    assert nats.get_ylabel() == "loss (nats per token)"
+    assert bits.get_ylabel() == "bits per byte"
+    figure.draw_without_rendering()  # gives the second axis its limits
+    assert bits.get_ylim() == pytest.approx([limit / 3 for limit in nats.get_ylim()])
+    assert [text.get_text() for text in nats.texts] == [
+        "best 4.500\nperplexity 90.0\n1.500 bits per byte"
+    ]
 
 
 HOSTILE = [
