@@ -19,7 +19,6 @@ from typing import Any
 
 import torch
 
-from preflight.checkpoints.store import remove_leftovers
 from preflight.core import storage
 from preflight.core.errors import ExitCode, PreflightError
 from preflight.core.locks import FolderLock
@@ -41,8 +40,7 @@ from preflight.foresight.memory import (
 )
 from preflight.foresight.trials import TrialResult, TrialSpec, run_trial
 from preflight.modes.setup import RunSetup
-from preflight.modes.start import check_machine
-from preflight.modes.trying import format_train_command
+from preflight.modes.trying import format_train_command, open_output
 from preflight.settings import MODEL_PRESETS, RunConfig
 from train_utils import count_windows
 
@@ -63,20 +61,15 @@ def run(config: RunConfig) -> int:
         raise PreflightError(
             ExitCode.FLAGS, "--test-batch-sizes and --target-batch-size: give one of them"
         )
-    check_machine(config.system)
     output_dir = Path(config.control.output_dir)
-    storage.make_folder(output_dir)
-    with contextlib.ExitStack() as stack:
-        stop = stack.enter_context(StopFlag())
-        stack.enter_context(FolderLock(output_dir))
-        storage.check_writable(output_dir)  # under the lock: two probes would disturb each other
-        storage.refuse_foreign_json(output_dir / REPORT_NAME, FORMAT)
-        remove_leftovers(output_dir)
-        setup = RunSetup(config, stop, continues=False)
+    with (
+        open_output(config, REPORT_NAME, FORMAT) as setup,
+        contextlib.ExitStack() as stack,
+    ):
         model_config = setup.model_config
         data, source = _find_data(setup, stack)
         folder = output_dir / f"{storage.TEMPORARY_PREFIX}trial"
-        trials = BatchTrials(TrialSpec(config, model_config, data, folder), stop)
+        trials = BatchTrials(TrialSpec(config, model_config, data, folder), setup.stop)
         report = BatchSizeReport(trials, trials.search(), source)
         report.publish(output_dir / REPORT_NAME)
         if report.result.chosen is None:

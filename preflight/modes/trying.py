@@ -67,21 +67,29 @@ def open_workshop(config: RunConfig, report_name: str, report_format: str) -> It
         PreflightError: with the code of whatever keeps a run from starting.
     """
     find_sources(config.data)  # a misspelt file is told before any folder is made
+    with open_output(config, report_name, report_format) as setup:
+        setup.check_before_data()
+        setup.data  # noqa: B018
+        with FolderLock(Path(config.data.data_dir), shared=True):
+            setup.check_memory(setup.runtime, setup.plan.window_tokens)
+            yield Workshop(setup, Path(config.control.output_dir))
+
+
+@contextlib.contextmanager
+def open_output(config: RunConfig, report_name: str, report_format: str) -> Iterator[RunSetup]:
+    """Lock the output folder for trials, whose report must not replace a file that is not ours.
+
+    Raises:
+        PreflightError: with the code of whatever keeps a run from starting.
+    """
     check_machine(config.system)
     output_dir = Path(config.control.output_dir)
     storage.make_folder(output_dir)
-    with contextlib.ExitStack() as stack:
-        stop = stack.enter_context(StopFlag())
-        stack.enter_context(FolderLock(output_dir))
+    with StopFlag() as stop, FolderLock(output_dir):
         storage.check_writable(output_dir)  # under the lock: two probes would disturb each other
         storage.refuse_foreign_json(output_dir / report_name, report_format)
         remove_leftovers(output_dir)
-        setup = RunSetup(config, stop, continues=False)
-        setup.check_before_data()
-        setup.data  # noqa: B018
-        stack.enter_context(FolderLock(Path(config.data.data_dir), shared=True))
-        setup.check_memory(setup.runtime, setup.plan.window_tokens)
-        yield Workshop(setup, output_dir)
+        yield RunSetup(config, stop, continues=False)
 
 
 class Progress:

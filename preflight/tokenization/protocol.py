@@ -9,7 +9,7 @@ from typing import Any, ClassVar, Protocol, Self
 
 import numpy as np
 
-from preflight.core.errors import PreflightError
+from preflight.core.errors import ExitCode, PreflightError
 
 
 class TrainingText(Protocol):
@@ -20,6 +20,18 @@ class TrainingText(Protocol):
 
     def read(self, *splits: str) -> Iterator[str]:
         """These parts in pieces of at most 1 MiB, the same ones every time."""
+
+
+def build_damage_error(
+    folder: Path, names: tuple[str, str], error: OSError | ValueError
+) -> PreflightError:
+    """That the saved files `names` in `folder` cannot be used: code CHECKPOINT."""
+    what = (error.strerror if isinstance(error, OSError) else None) or str(error)[:200]
+    return PreflightError(
+        ExitCode.CHECKPOINT,
+        f"{folder}: {names[0]} or {names[1]} is damaged: {what}",
+        "restore the files, or choose another checkpoint",
+    )
 
 
 class MissingLibraryError(PreflightError):

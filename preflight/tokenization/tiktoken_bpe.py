@@ -24,7 +24,7 @@ from preflight.core.errors import ExitCode, PreflightError
 from preflight.core.schema import Schema
 from preflight.core.storage import open_regular
 from preflight.core.strict_json import parse_json
-from preflight.tokenization.protocol import Tokenizer
+from preflight.tokenization.protocol import Tokenizer, build_damage_error
 from preflight.tokenization.tiktoken_cutting import (
     GPT2_PATTERN,
     PROVEN_PATTERNS,
@@ -72,12 +72,7 @@ class TiktokenTokenizer(Tokenizer):
                     f"{str(facts['fingerprint'])[:12]} with {str(facts.get('vocab_size'))[:12]}"
                 )
         except (OSError, ValueError) as error:
-            what = (error.strerror if isinstance(error, OSError) else None) or str(error)[:200]
-            raise PreflightError(
-                ExitCode.CHECKPOINT,
-                f"{folder}: {RANKS_NAME} or {CONFIG_NAME} is damaged: {what}",
-                "restore the files, or choose another checkpoint",
-            ) from None
+            raise build_damage_error(folder, (RANKS_NAME, CONFIG_NAME), error) from None
         return tokenizer
 
     def save(self, folder: Path) -> list[Path]:

@@ -19,7 +19,7 @@ from preflight.core.errors import ExitCode, PreflightError
 from preflight.core.schema import Schema
 from preflight.core.storage import open_regular
 from preflight.core.strict_json import parse_json
-from preflight.tokenization.protocol import MissingLibraryError, Tokenizer
+from preflight.tokenization.protocol import MissingLibraryError, Tokenizer, build_damage_error
 
 FACTS_NAME = "tokenizer_facts.json"
 _MAX_FILE_BYTES = 128 * 2**20  # the largest published ones have about 40 MB
@@ -108,12 +108,7 @@ class FileTokenizer(Tokenizer):
         except ImportError:
             raise cls._missing_error(str(folder), ExitCode.CHECKPOINT) from None
         except (OSError, ValueError) as error:
-            what = (error.strerror if isinstance(error, OSError) else None) or str(error)[:200]
-            raise PreflightError(
-                ExitCode.CHECKPOINT,
-                f"{folder}: {cls.saved_name} or {FACTS_NAME} is damaged: {what}",
-                "restore the files, or choose another checkpoint",
-            ) from None
+            raise build_damage_error(folder, (cls.saved_name, FACTS_NAME), error) from None
         return tokenizer
 
     @classmethod
