@@ -360,6 +360,18 @@ def test_sample_is_prepared_and_reused(
     assert not (tmp_path / "data" / build_module.BUILDING_NAME).exists()
 
 
+def test_prose_of_the_sample_flows_and_its_code_keeps_its_lines() -> None:
+    code = "    if x:\n\ty()  \n\n    more()\n \t\n"
+    text = f"A sentence\nthat goes on:\n\n{code}The\n  end.\n\n>>> f(1)\n2"
+    assert builtin._flow(text).split("\n\n") == [
+        "A sentence that goes on:",
+        "    if x:\n        y()",
+        "    more()",
+        "The end.",
+        ">>> f(1)\n2\n",
+    ]
+
+
 # ---- faults in the text -------------------------------------------------------------------------
 
 

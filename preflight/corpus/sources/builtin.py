@@ -23,6 +23,7 @@ from preflight.settings import DataSettings
 SAMPLE_BYTES = 2_300_000
 SAMPLE_NAME = "sample.txt"
 _SEPARATOR = "\x1e"
+_CODE_INDENTATION = "   "  # at least, after a paragraph that ends in a colon
 
 
 def find(given: str | None, settings: DataSettings) -> list[Sample] | None:
@@ -87,9 +88,21 @@ def _build_sample() -> list[str]:
 
 
 def _flow(text: str) -> str:
-    """Paragraphs on one line each: a small model then learns words, not runs of spaces."""
-    paragraphs = (" ".join(part.split()) for part in re.split(r"\n\s*\n", text))
-    return "\n\n".join(part for part in paragraphs if part) + "\n"
+    """Paragraphs on one line each: a small model then learns words, not where lines were broken.
+
+    Code keeps its lines and its indentation.
+    """
+    result: list[str] = []
+    for paragraph in re.split(r"\n\s*\n", text.expandtabs()):
+        lines = [line.rstrip() for line in paragraph.strip("\n").split("\n")]
+        before = result[-1] if result else ""
+        is_introduced = before.endswith(":") or before.startswith(_CODE_INDENTATION)
+        is_code = is_introduced and all(line.startswith(_CODE_INDENTATION) for line in lines)
+        if is_code or lines[0].lstrip().startswith(">>>"):
+            result.append("\n".join(lines))
+        elif paragraph.strip():
+            result.append(" ".join(paragraph.split()))
+    return "\n\n".join(result) + "\n"
 
 
 def _find_docstrings(tree: ast.Module, name: str) -> Iterator[str]:
