@@ -11,6 +11,7 @@ from conftest import MakeConfig
 from preflight.checkpoints.store import list_checkpoints
 from preflight.core.errors import ExitCode, PreflightError
 from preflight.core.signals import StopFlag
+from preflight.foresight import fits
 from preflight.modes import check, find_batch_size, generate, train, validate
 from preflight.modes.setup import RunSetup
 from preflight.settings import RunConfig, build_config
@@ -102,10 +103,13 @@ def test_a_changed_text_is_not_trained_on_by_a_run_that_goes_on(
     assert data.metadata.tokenizer.fingerprint == newest.config["tokenizer"]["fingerprint"]
 
 
-def test_a_run_that_cannot_fit_keeps_the_old_data(tiny: MakeConfig) -> None:
+def test_a_run_that_cannot_fit_keeps_the_old_data(
+    tiny: MakeConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The memory is checked with the vocabulary that was made, before the data is replaced."""
     before = RunSetup(tiny(tokenizer="char"), StopFlag()).data.fingerprint
+    monkeypatch.setattr(fits, "reachable_host_bytes", lambda: 2**20)
     with pytest.raises(PreflightError) as caught:
-        train.run(tiny(tokenizer="bpe", batch_size=10**6, context_length=1000))
+        train.run(tiny(tokenizer="bpe"))
     assert caught.value.code == ExitCode.OUT_OF_MEMORY
     assert RunSetup(tiny(tokenizer="char"), StopFlag()).data.fingerprint == before
