@@ -46,8 +46,8 @@ MODEL_FAMILIES: dict[str, dict[str, Any]] = {
     },
     # A squared ReLU keeps as little as GELU does and computes less than a gate (So et al. 2021,
     # arXiv:2109.08668); norms of queries and keys allow large learning rates (Henry et al. 2020,
-    # arXiv:2010.04245). With SwiGLU, or an output head of its own, less was learned in the same time
-    # (benchmarks/LOG.md).
+    # arXiv:2010.04245). With SwiGLU, or an output head of its own, less was learned in the same
+    # time (benchmarks/LOG.md).
     "modern": {
         "norm": "rms",
         "positions": "rope",
