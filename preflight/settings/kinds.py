@@ -103,8 +103,34 @@ SOURCES: Registry[Any] = Registry(
     "--text-file",
     {
         "text": "preflight.corpus.sources.text:find",
+        "table": "preflight.corpus.sources.tables:find",
+        "parquet": "preflight.corpus.sources.parquet:find",
+        "wiki": "preflight.corpus.sources.wiki_dump:find",
+        "enterprise": "preflight.corpus.sources.wiki_enterprise:find",
+        "tokens": "preflight.corpus.sources.token_arrays:find",
         "pipe": "preflight.corpus.sources.pipe:find",
+        "hub": "preflight.corpus.sources.hub:find",
         "builtin": "preflight.corpus.sources.builtin:find",
+    },
+)
+# (text) -> clean text; empty where nothing is left. Worker processes call it.
+CLEANERS: Registry[Any] = Registry(
+    "--clean",
+    {
+        "none": "preflight.corpus.cleaning.plain:keep",
+        "unicode": "preflight.corpus.cleaning.plain:clean_unicode",
+        "html": "preflight.corpus.cleaning.html:clean_html",
+        "wiki": "preflight.corpus.cleaning.wiki:clean_wiki",
+    },
+)
+# (document) -> its text, changed or not, and why it is dropped: see `preflight.corpus.filtering`.
+FILTERS: Registry[Any] = Registry(
+    "--filter",
+    {
+        "gopher_quality": "preflight.corpus.filtering.gopher:judge_quality",
+        "gopher_repetition": "preflight.corpus.filtering.gopher:judge_repetition",
+        "c4": "preflight.corpus.filtering.c4:judge_lines",
+        "fineweb": "preflight.corpus.filtering.fineweb:judge_lines",
     },
 )
 # (output_dir) -> Tracker. A run logs to all of them, but to one whose name is a flag only with it.

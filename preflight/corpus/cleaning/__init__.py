@@ -1,0 +1,1 @@
+"""Markup to text. Each cleaner is a function of one document, called in worker processes."""

@@ -1,0 +1,1 @@
+"""Which documents are dropped, by published rules, thresholds and copies."""
