@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from enum import IntEnum
+from typing import Any
 
 # What would break a line or control a terminal: C0, DEL, C1, line separators, marks that turn the
 # direction of text, and half-characters of file names that are not UTF-8.
@@ -46,3 +47,7 @@ class PreflightError(Exception):
         if len(lines) >= self.MAX_LINES:
             self.lines.append("; ".join(lines[self.MAX_LINES - 1 :]))
         super().__init__("\n".join(self.lines))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """So that a worker process can send it to its parent."""
+        return type(self), (self.code, *self.lines)

@@ -5,6 +5,7 @@ No torch: worker processes import this module.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -18,63 +19,94 @@ MAX_RUN_BYTES = 208 * 2**20  # text without one place to cut is held whole up to
 CUT_CONTEXT_BYTES = 64  # what a tokenizer sees of the text that it has found no cut in before
 
 
-@dataclass(frozen=True)
-class Block:
-    """Consecutive texts, with the place of the first: the number of its part and the offset in it.
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """A part of a split, or a piece of one that is longer than a block.
 
-    A text is a part of a split, or a piece of one that is longer than a block.
+    Attributes:
+        text: UTF-8; a str where it has no place to cut.
+        split: that of its document.
+        n_bytes: of UTF-8.
+        ends: whether its part ends there.
     """
 
-    part: int
-    offset: int
-    texts: list[tuple[Any, bool]]  # UTF-8, whether its part ends there
+    text: Any
+    split: str
     n_bytes: int
-    is_run: bool = False  # its one text is a str without a place to cut, of any length
+    ends: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Block:
+    """Consecutive pieces of text.
+
+    Attributes:
+        pieces: at least one.
+        after: where reading continues: number of the part, and the offset in it. For a piece of a
+            long row None, and for its last piece what the source says.
+        is_run: its one piece has no place to cut, and any length.
+        row: the number of a long row in its source.
+    """
+
+    pieces: list[Piece]
+    after: Any
+    is_run: bool = False
+    row: int | None = None
+
+    @property
+    def n_bytes(self) -> int:
+        """Bytes of UTF-8."""
+        return sum(piece.n_bytes for piece in self.pieces)
 
 
 LastCut = Callable[[str], int]  # `Tokenizer.last_cut`
 
 
 def read_blocks(
-    parts: list[Part],
+    parts: Iterator[Part],
     first: int,
     offset: int,
     block_bytes: int,
     last_cut: LastCut,
     max_run_bytes: int = MAX_RUN_BYTES,
 ) -> Iterator[Block]:
-    """Blocks of about `block_bytes`, from the given offset in part number `first` on.
+    """Blocks of about `block_bytes`.
 
     Text without a place to cut is held whole up to `max_run_bytes`.
+
+    Args:
+        parts: from number `first` on, the first of which is read from its byte `offset` on.
 
     Raises:
         PreflightError: code TEXT when a source has changed or cannot be cut.
     """
-    texts: list[tuple[bytes, bool]] = []
-    size, place = 0, (first, offset)
-    for number, begin, stream in _open_parts(parts, first, offset):
-        for at, data, n_bytes, ends in _cut_document(
+    pieces: list[Piece] = []
+    size, after = 0, (first, offset)
+    for number, part, begin, stream in _open_parts(parts, first, offset):
+        for at, data, n_bytes, ends in cut_document(
             stream, begin, block_bytes, last_cut, max_run_bytes
         ):
-            if not texts or isinstance(data, str) or size + n_bytes > block_bytes:
-                if texts:
-                    yield Block(*place, texts, size)
-                texts, size, place = [], 0, (number, at)
+            piece = Piece(data, part.split, n_bytes, ends)
+            if pieces and (isinstance(data, str) or size + n_bytes > block_bytes):
+                yield Block(pieces, after)
+                pieces, size = [], 0
+            after = (number + 1, 0) if ends else (number, at + n_bytes)
             if isinstance(data, str):
-                yield Block(*place, [(data, ends)], n_bytes, True)
+                yield Block([piece], after, is_run=True)
             else:
-                texts.append((data, ends))
+                pieces.append(piece)
                 size += n_bytes
-    if texts:
-        yield Block(*place, texts, size)
+            del data, piece  # a run is large
+    if pieces:
+        yield Block(pieces, after)
 
 
 def _open_parts(
-    parts: list[Part], first: int, offset: int
-) -> Iterator[tuple[int, int, _ByteStream]]:
-    """(number, offset, stream of its bytes from there) for each part from `first` on."""
+    parts: Iterator[Part], first: int, offset: int
+) -> Iterator[tuple[int, Part, int, ByteStream]]:
+    """(number, part, offset, stream of its bytes from there) for each part."""
     source, documents, following = None, None, 0
-    for number, part in enumerate(parts[first:], first):
+    for number, part in enumerate(parts, first):
         if documents is None or part.source is not source or part.begin + offset:
             source, following = part.source, part.index
             documents = source.documents(part.index, part.begin + offset)
@@ -83,16 +115,18 @@ def _open_parts(
             document, following = next(documents, None), following + 1
         if document is None:
             raise part.source.changed_error()
-        yield number, offset, _ByteStream(part.source, document, part.n_bytes - offset)
+        stream = ByteStream(document, part.n_bytes - offset, part.source)
+        yield number, part, offset, stream
         offset = 0
 
 
-class _ByteStream:
-    """The first `left` bytes of a document's chunks, in pieces of any size."""
+class ByteStream:
+    """The first `left` bytes of a document's chunks, in pieces of any size; or all of them."""
 
-    def __init__(self, source: Source, chunks: Document, left: int) -> None:
-        self.source, self.left = source, left
+    def __init__(self, chunks: Document, left: int | None, source: Source) -> None:
+        self.source, self.left = source, sys.maxsize if left is None else left
         self._chunks, self._chunk = chunks, memoryview(b"")
+        self._is_open_ended = left is None
 
     def read_into(self, buffer: bytearray, size: int) -> None:
         """Append the next `size` bytes to `buffer`, or all that are left.
@@ -101,10 +135,14 @@ class _ByteStream:
             PreflightError: code TEXT when the document ends too early.
         """
         size = max(0, min(size, self.left))
-        self.left -= size
+        if not self._is_open_ended:
+            self.left -= size
         while size > 0:
             if not self._chunk:
                 chunk = next(self._chunks, None)
+                if chunk is None and self._is_open_ended:
+                    self.left = 0
+                    return
                 if chunk is None:
                     raise self.source.changed_error()
                 self._chunk = memoryview(chunk)
@@ -113,8 +151,8 @@ class _ByteStream:
             size -= len(piece)
 
 
-def _cut_document(
-    stream: _ByteStream, begin: int, block_bytes: int, last_cut: LastCut, max_run_bytes: int
+def cut_document(
+    stream: ByteStream, begin: int, block_bytes: int, last_cut: LastCut, max_run_bytes: int
 ) -> Iterator[tuple[int, bytes | str, int, bool]]:
     """(offset, text, its bytes, whether it is the last) for each piece of a document.
 

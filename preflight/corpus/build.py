@@ -18,7 +18,8 @@ from preflight.core.signals import StopFlag
 from preflight.core.storage import fsync_folder, make_folder, make_own_folder, remove_tree
 from preflight.core.strict_json import read_json
 from preflight.corpus.blocks import BLOCK_BYTES
-from preflight.corpus.builder import Builder, Job, build_plan, write_journal
+from preflight.corpus.builder import Builder, Job
+from preflight.corpus.collector import write_journal
 from preflight.corpus.metadata import (
     METADATA_NAME,
     SPLITS,
@@ -27,6 +28,7 @@ from preflight.corpus.metadata import (
     read_metadata,
 )
 from preflight.corpus.ownership import JOURNAL_NAME, refuse_foreign, remove_build
+from preflight.corpus.plan import build_plan, describe_preparation
 from preflight.corpus.shards import (
     BUILDING_NAME,
     DataFolder,
@@ -43,7 +45,7 @@ from preflight.corpus.sources import (
     scan_sources,
 )
 from preflight.corpus.sources.builtin import SAMPLE_NAME
-from preflight.corpus.training_text import ScannedText
+from preflight.corpus.training_text import SourceText
 from preflight.settings import DataSettings
 from preflight.tokenization import TokenizerChoice, TokenizerRecipe
 
@@ -79,9 +81,9 @@ def prepare_data(
     sources = find_sources(settings)
     # A killed run may leave a build behind; only with the text we can tell whether it is needed.
     building = data_dir / BUILDING_NAME
-    unfinished = building if settings.text_file else building / METADATA_NAME
+    unfinished = building if settings.has_text else building / METADATA_NAME
     is_complete = os.path.lexists(data_dir / METADATA_NAME) and not os.path.lexists(unfinished)
-    if not settings.text_file and is_complete:
+    if not settings.has_text and is_complete:
         return _reuse(load_data_folder(data_dir, tokenizer))
     scanned: list[ScannedSource] | None = None
     if not any(source.is_copied for source in sources):
@@ -100,10 +102,11 @@ def prepare_data(
         scanned, reason = complete
         made, asked = tokenizer, None
         if isinstance(made, TokenizerRecipe):
-            made = made.make(ScannedText(scanned, settings.val_split, stop))
+            is_whole = made.needs_whole_text
+            made = made.make(SourceText(scanned, settings, stop, is_whole=is_whole))
             asked = tokenizer.vocab_size or made.vocab_size
         job = Job(settings, made, stop, block_bytes, n_workers, asked)
-        Builder(building, job, build_plan(scanned, job)).build()
+        Builder(building, job, build_plan(scanned, settings, made, block_bytes)).build()
         if reason and may_replace is not None:
             _ask(may_replace, building, reason, None, load_data_folder(building, made))
         _finish_swap(data_dir)
@@ -127,7 +130,7 @@ def _find_or_ask(
     refuse_foreign(data_dir)
     _finish_swap(data_dir)
     is_complete = os.path.lexists(data_dir / METADATA_NAME)
-    if not settings.text_file:
+    if not settings.has_text:
         if is_complete:
             return _reuse(load_data_folder(data_dir, tokenizer))
         _refuse_leftovers(data_dir)
@@ -213,6 +216,10 @@ def _find_change(
     ):
         if old != new:
             return f"{flag} changed from {old!r} to {new!r}"
+    wanted = describe_preparation(settings)
+    for name in sorted(wanted.keys() | metadata.preparation.keys()):
+        if wanted.get(name) != metadata.preparation.get(name):
+            return f"--{name.replace('_', '-')} changed"
     return ""
 
 

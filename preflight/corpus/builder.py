@@ -1,14 +1,11 @@
-"""Builds the shards of a data folder in ``.building``, with a journal entry per finished shard."""
+"""Builds the shards of a data folder in ``.building``, and keeps a journal of how far it has come."""
 
 from __future__ import annotations
 
-import contextlib
-import hashlib
-import json
 import os
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,12 +24,10 @@ from preflight.core.storage import (
     refuse_other_kind,
     remove_tree,
     storage_error,
-    verify_all,
-    write_json,
 )
-from preflight.core.strict_json import read_json
 from preflight.core.units import format_bytes
-from preflight.corpus.blocks import read_blocks
+from preflight.corpus.collector import Collector
+from preflight.corpus.encoding import Encoded
 from preflight.corpus.metadata import (
     FORMAT,
     METADATA_NAME,
@@ -40,26 +35,21 @@ from preflight.corpus.metadata import (
     TOKENIZER_NAME,
     VERSION,
     FileEntry,
-    ShardEntry,
     SplitEntry,
     render_metadata,
 )
-from preflight.corpus.ownership import BUILD_FORMAT, JOURNAL_NAME, remove_build
-from preflight.corpus.shards import (
-    ShardWriter,
-    check_long_enough,
-    verify_shard,
-)
-from preflight.corpus.sources import (
-    ScannedSource,
-    describe_sources,
-)
-from preflight.corpus.split import Part, split_documents
+from preflight.corpus.mixing import choose_group, count_pieces
+from preflight.corpus.ownership import remove_build
+from preflight.corpus.plan import Plan, describe_preparation
+from preflight.corpus.reading import Work
+from preflight.corpus.shards import check_long_enough
+from preflight.corpus.sources import describe_sources
 from preflight.corpus.workers import Encoders
 from preflight.settings import DataSettings
 from preflight.tokenization import Tokenizer
 
 IN_PROCESS_BYTES = 2 * 2**20  # below this, starting workers costs more than it gains
+SAVE_SECONDS = 10.0  # at most so long between two entries of the journal
 
 
 @dataclass(frozen=True)
@@ -78,48 +68,10 @@ class Job:
     asked_vocab_size: int | None = None
 
 
-@dataclass(frozen=True)
-class Plan:
-    """What is going to be built. ``key``: a digest of what decides the ids and their shards."""
-
-    scanned: list[ScannedSource]
-    parts: dict[str, list[Part]]  # by split
-    by: str  # "documents" or "tail"
-    key: str
-
-    def count_bytes(self, *splits: str) -> int:
-        """Bytes of text in these splits."""
-        return sum(part.n_bytes for split in splits for part in self.parts[split])
-
-
-def build_plan(scanned: list[ScannedSource], job: Job) -> Plan:
-    """What is to be built of these sources."""
-    settings = job.settings
-    parts, by = split_documents(scanned, settings.val_split)
-    facts = [
-        VERSION,
-        [[item.source.name, item.facts.size, item.facts.sha256] for item in scanned],
-        job.tokenizer.fingerprint,
-        settings.document_separator,
-        settings.val_split,
-        settings.shard_size,
-    ]
-    key = hashlib.sha256(json.dumps(facts).encode()).hexdigest()
-    return Plan(scanned, parts, by, key)
-
-
-def write_journal(building: Path, *, key: str = "", **content: Any) -> None:
-    """Publish the journal of a build; without a key it only proves whose folder it is."""
-    write_json(building / JOURNAL_NAME, {"format": BUILD_FORMAT, "key": key, **content})
-
-
-# ---- building -----------------------------------------------------------------------------------
-
-
 def _choose_workers(plan: Plan, job: Job) -> int:
     if job.n_workers is not None:
         return job.n_workers
-    if plan.count_bytes(*SPLITS) < IN_PROCESS_BYTES:
+    if plan.n_bytes < IN_PROCESS_BYTES:
         return 0
     if job.settings.num_workers is not None:
         return job.settings.num_workers
@@ -168,15 +120,14 @@ class Builder:
     def __init__(self, building: Path, job: Job, plan: Plan) -> None:
         self._building, self._job, self._plan = building, job, plan
         self._settings, self._tokenizer = job.settings, job.tokenizer
-        self._shards: dict[str, list[ShardEntry]] = {split: [] for split in SPLITS}
         self._files: list[FileEntry] = []
-        self._position: list[Any] = [SPLITS[0], 0, 0, 0]  # split, part, offset, ids to skip
+        self._collector = Collector(building, plan, job.settings, job.tokenizer)
 
     def build(self) -> None:
         """Write all shards and, last, the metadata."""
-        total = self._plan.count_bytes(*SPLITS)
-        self._resume()
-        self._check_space(total)
+        collector = self._collector
+        collector.resume()
+        self._check_space()
         for split in SPLITS:
             make_own_folder(self._building / split)
         self._save_tokenizer()
@@ -184,28 +135,92 @@ class Builder:
             self._tokenizer,
             _choose_workers(self._plan, self._job),
             self._building / TOKENIZER_NAME,
+            self._plan.recipes,
         )
-        progress = _Progress(total, self._count_done_bytes())
+        progress = _Progress(self._plan.n_bytes, collector.done_bytes)
         try:
-            for split in SPLITS:
-                if self._position[0] == split:
-                    self._build_split(split, encoders, progress)
+            if self._plan.groups:
+                self._build_mixed(encoders, progress)
+            else:
+                self._build_in_order(encoders, progress)
+            collector.finish()
         finally:
+            collector.abandon()
             progress.close()
             encoders.close()
         for item in self._plan.scanned:  # so that the ids are those of the text that was scanned
             item.source.check_unchanged(item.facts)
-        metadata = self._build_metadata()
-        try:
-            for name in ("train", "val"):
-                check_long_enough(SplitEntry.read(metadata[name]), name)
-        except PreflightError:
-            remove_build(self._building)
-            raise
-        content = render_metadata(metadata)
-        with publish_file(self._building / METADATA_NAME, len(content)) as file:
-            file.write(content)
+        self._publish_metadata()
 
+    def _build_in_order(self, encoders: Encoders, progress: _Progress) -> None:
+        """One reader after the other."""
+        numbers = range(len(self._plan.readers))
+        for number, work, encoded, is_last in self._encode(encoders, numbers):
+            self._collector.add(number, encoded, work.after if is_last else None)
+            if is_last:
+                self._report(work, progress)
+
+    def _build_mixed(self, encoders: Encoders, progress: _Progress) -> None:
+        """Documents of all groups in turns, until one of them is used up."""
+        collector, groups = self._collector, self._plan.groups
+        shares = [share for _, share, _ in groups]
+        streams = [self._encode(encoders, numbers) for _, _, numbers in groups]
+        current: list[tuple[int, Work, Encoded, int] | None] = [None] * len(groups)
+        group, room, is_whole, to_skip = 0, 0.0, True, list(collector.passed)
+        while True:
+            if is_whole:
+                group, room = choose_group(collector.mix, shares)
+            state = current[group]
+            if state is None:
+                found = next(streams[group], None)
+                if found is None:
+                    break
+                number, work, encoded, _ = found
+                begin = min(to_skip[number], len(encoded))  # of a build that was cut
+                to_skip[number] -= begin
+                if begin == len(encoded) > 0:
+                    continue
+                state = (number, work, encoded, begin)
+            number, work, encoded, begin = state
+            end = begin + count_pieces(encoded.lengths, encoded.ends, begin, room)
+            is_done = end >= len(encoded)
+            n_tokens = collector.add(number, encoded, work.after if is_done else None, begin, end)
+            collector.mix.add(group, n_tokens)
+            is_whole = end == begin or bool(encoded.ends[end - 1])
+            current[group] = None if is_done else (number, work, encoded, end)
+            if is_done:
+                self._report(work, progress)
+        name = groups[group][0]
+        log.info(f"--mix: {name} is used up; what is left of the other sources is left out")
+
+    def _encode(
+        self, encoders: Encoders, numbers: Iterator[int] | range | list[int]
+    ) -> Iterator[tuple[int, Work, Encoded, bool]]:
+        """What these readers have left, one after the other, encoded."""
+        order: list[int] = []  # of the readers whose work is in flight
+
+        def read() -> Iterator[tuple[int, Work]]:
+            for number in numbers:
+                for work in self._plan.readers[number].read(self._collector.places[number]):
+                    order.append(number)
+                    yield number, work
+
+        for work, encoded, is_last in encoders.encode(read()):
+            yield order[0], work, encoded, is_last
+            if is_last:
+                order.pop(0)
+
+    def _report(self, work: Work, progress: _Progress) -> None:
+        progress.add(work.n_bytes)
+        self._collector.done_bytes += work.n_bytes
+        self._collector.save_now_and_then()
+        if self._job.stop is not None:
+            if self._job.stop.stopping:
+                self._collector.save()
+            self._job.stop.leave_if_stopping(
+                "stopped while preparing the text; what is done is kept",
+                "run the same command to continue",
+            )
     def _save_tokenizer(self) -> None:
         """Write the tokenizer's files, from which workers and later runs load it."""
         folder = self._building / TOKENIZER_NAME
@@ -225,45 +240,12 @@ class Builder:
         except OSError as error:
             raise storage_error(folder, error) from error
 
-    def _resume(self) -> None:
-        """Take over the shards that an interrupted build of the same plan finished.
-
-        When the journal or one of them is damaged, none: all are written anew.
-        """
-        with contextlib.suppress(
-            PreflightError, OSError, ValueError, LookupError, TypeError, AttributeError
-        ):
-            journal = read_json(self._building / JOURNAL_NAME)
-            if journal["key"] == self._plan.key:
-                shards = {
-                    split: [ShardEntry.read(entry) for entry in journal["shards"][split]]
-                    for split in SPLITS
-                }
-                for split in SPLITS:
-                    verify = partial(verify_shard, self._building / split, self._tokenizer)
-                    verify_all(verify, shards[split])
-                self._shards, self._position = shards, journal["position"]
-        n_kept = sum(map(len, self._shards.values()))
-        if n_kept:
-            log.info(f"resuming at shard {n_kept}")
-        for split in SPLITS:
-            kept = {entry.name for entry in self._shards[split]}
-            folder = self._building / split
-            for path in folder.iterdir() if folder.is_dir() else ():
-                if path.name not in kept:
-                    remove_tree(path)
-
-    def _count_done_bytes(self) -> int:
-        split, number, offset, _ = self._position
-        finished = SPLITS[: (*SPLITS, "end").index(split)]
-        begun = self._plan.parts.get(split, [])[:number]
-        return self._plan.count_bytes(*finished) + sum(part.n_bytes for part in begun) + offset
-
-    def _check_space(self, total: int) -> None:
+    def _check_space(self) -> None:
         """Refuse a disk that cannot hold the shards before the work, not after it."""
-        done = sum(entry.n_bytes for split in SPLITS for entry in self._shards[split])
+        collector, total = self._collector, self._plan.n_bytes
+        done = sum(collector.count_tokens(split) for split in SPLITS)
         # Text has rarely more than 5 bytes a token.
-        needed = total * self._tokenizer.id_dtype.itemsize // 5 - done
+        needed = (total // 5 - done) * self._tokenizer.id_dtype.itemsize
         free = free_bytes(self._building)
         if total > 20_000 * self._settings.shard_size:
             raise PreflightError(
@@ -280,86 +262,44 @@ class Builder:
                 "nothing was changed; free space or choose another --data-dir",
             )
 
-    def _build_split(self, split: str, encoders: Encoders, progress: _Progress) -> None:
-        parts, shards = self._plan.parts[split], self._shards[split]
-        _, number, offset, skip = self._position
-        follower = "train" if split == "val" else "end"
-        consumed, writer = 0, None
-        bound = self._plan.count_bytes(split) + len(parts)
-        tokenizer = self._tokenizer
-        blocks = read_blocks(
-            parts,
-            number,
-            offset,
-            self._job.block_bytes,
-            tokenizer.last_cut,
-            tokenizer.max_unit_bytes,
-        )
+    def _publish_metadata(self) -> None:
+        metadata = self._build_metadata()
         try:
-            for block, ids, is_last in encoders.encode(blocks):
-                passed = min(skip, len(ids))
-                ids, skip, consumed = ids[passed:], skip - passed, consumed + passed
-                while len(ids):
-                    if writer is None:
-                        path = self._building / split / f"shard_{len(shards):05d}.npy"
-                        writer = ShardWriter(
-                            path, self._tokenizer.id_dtype, self._settings.shard_size, bound
-                        )
-                    taken = writer.write(ids)
-                    ids, consumed = ids[taken:], consumed + taken
-                    if writer.is_full:
-                        entry, writer = writer.close(), None
-                        self._record(split, entry, [split, block.part, block.offset, consumed])
-                if is_last:
-                    consumed = 0
-                    progress.add(block.n_bytes)
-                if self._job.stop is not None:
-                    self._job.stop.leave_if_stopping(
-                        "stopped while preparing the text; finished shards are kept",
-                        "run the same command to continue",
-                    )
-            if writer is not None:
-                entry, writer = writer.close(), None
-                self._record(split, entry, [follower, 0, 0, 0])
-        except BaseException as error:
-            if writer is not None:
-                writer.abandon(error)
+            for name in ("train", "val"):
+                check_long_enough(SplitEntry.read(metadata[name]), name)
+        except PreflightError:
+            remove_build(self._building)
             raise
-        self._position = [follower, 0, 0, 0]
-
-    def _record(self, split: str, entry: ShardEntry, position: list[Any]) -> None:
-        self._shards[split].append(entry)
-        self._position = position
-        shards = {
-            split: [shard.model_dump() for shard in shards]
-            for split, shards in self._shards.items()
-        }
-        write_journal(self._building, key=self._plan.key, position=position, shards=shards)
+        content = render_metadata(metadata)
+        with publish_file(self._building / METADATA_NAME, len(content)) as file:
+            file.write(content)
 
     def _build_metadata(self) -> dict[str, Any]:
-        tokenizer, settings, plan = self._tokenizer, self._settings, self._plan
+        tokenizer, settings, total = self._tokenizer, self._settings, self._collector.total
         parts = {
             split: {
-                "n_documents": len(plan.parts[split]),
-                "n_tokens": sum(entry.n_tokens for entry in self._shards[split]),
-                "n_bytes": plan.count_bytes(split),
-                "shards": [entry.model_dump() for entry in self._shards[split]],
+                "n_documents": total.n_documents[split],
+                "n_tokens": sum(entry.n_tokens for entry in self._collector.shards[split]),
+                "n_bytes": total.n_bytes[split],
+                "shards": [entry.model_dump() for entry in self._collector.shards[split]],
             }
             for split in SPLITS
         }
         facts = tokenizer.describe() | {"end_of_text_id": tokenizer.end_of_text_id}
         if self._job.asked_vocab_size is not None:
             facts["asked_vocab_size"] = self._job.asked_vocab_size
-        return {
+        metadata = {
             "format": FORMAT,
             "version": VERSION,
             "tokenizer": facts,
             "dtype": tokenizer.id_dtype.name,
             "shard_size": settings.shard_size,
             "document_separator": settings.document_separator,
-            "split": {"val_split": settings.val_split, "by": plan.by},
-            "sources": describe_sources(plan.scanned),
+            "split": {"val_split": settings.val_split, "by": self._plan.by},
+            "sources": describe_sources(self._plan.scanned),
             "train": parts["train"],
             "val": parts["val"],
             "files": [entry.model_dump() for entry in self._files],
         }
+        preparation = describe_preparation(settings)
+        return metadata | ({"preparation": preparation} if preparation else {})

@@ -62,6 +62,17 @@ class ShardEntry(Schema):
     max_id: Count
 
 
+class OpenShard(Schema):
+    """A shard that is not complete yet, in the journal of a build.
+
+    ``sha256`` is of a full shard's header and the tokens so far.
+    """
+
+    n_tokens: Count
+    max_id: int
+    sha256: Sha256
+
+
 class SplitEntry(Schema):
     """One part of the data. ``n_bytes`` counts its text."""
 
@@ -104,6 +115,7 @@ class Metadata(Schema):
     shard_size: Count
     document_separator: str | None
     split: SplitRule
+    preparation: dict[str, Any] = Field(default_factory=dict)
     sources: list[SourceEntry]
     train: SplitEntry
     val: SplitEntry

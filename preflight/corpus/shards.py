@@ -18,12 +18,19 @@ from pathlib import Path
 import numpy as np
 
 from preflight.core.errors import ExitCode, PreflightError
-from preflight.core.storage import hash_file, open_regular, publish_file, verify_all
+from preflight.core.storage import (
+    hash_file,
+    open_regular,
+    reserve_bytes,
+    storage_error,
+    verify_all,
+)
 from preflight.corpus.metadata import (
     METADATA_NAME,
     TOKENIZER_NAME,
     FileEntry,
     Metadata,
+    OpenShard,
     ShardEntry,
     SplitEntry,
     damaged_error,
@@ -258,50 +265,110 @@ def verify_shard(folder: Path, tokenizer: Tokenizer, entry: ShardEntry) -> Shard
 
 
 class ShardWriter:
-    """One shard being written; it appears under its name when it is closed, or not at all."""
+    """One shard being written, in the folder of a build.
 
-    def __init__(self, path: Path, dtype: np.dtype, capacity: int, bound: int) -> None:
-        """`capacity`: tokens when full; `bound`: tokens that it can get at most."""
-        self._n_tokens, self._max_id = 0, -1
+    It has its final name from the first byte on. A journal says how much of it counts.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        dtype: np.dtype,
+        capacity: int,
+        bound: int | None = None,
+        kept: OpenShard | None = None,
+    ) -> None:
+        """Begin a shard, or go on with one.
+
+        Args:
+            path: of the file, which is new unless `kept` is given.
+            capacity: tokens when full.
+            bound: tokens that it can get at most, where that is known: room is reserved for them.
+            kept: what of it counts; what comes behind is cut off.
+
+        Raises:
+            PreflightError: code STORAGE; DATA, when what is there is not what was kept.
+        """
         self._path, self._dtype, self._capacity = path, dtype, capacity
+        self.n_tokens, self._max_id = 0, -1
         header = _build_npy_header(dtype, capacity)
         self._digest = hashlib.sha256(header)
-        self._opened = contextlib.ExitStack()
-        size = len(header) + min(capacity, bound) * dtype.itemsize
-        self._file = self._opened.enter_context(publish_file(path, size))
-        self._file.write(header)
+        with self._explaining():
+            self._file = open(path, "xb" if kept is None else "rb+")  # noqa: SIM115
+            self._file.write(header)
+            if kept is not None:
+                self._go_on(kept)
+            if bound is not None:
+                room = len(header) + min(capacity, self.n_tokens + bound) * dtype.itemsize
+                reserve_bytes(self._file, room)
+
+    def _go_on(self, kept: OpenShard) -> None:
+        left = kept.n_tokens * self._dtype.itemsize
+        while left:
+            block = self._file.read(min(left, _READ_BYTES))
+            if not block:
+                raise damaged_error(self._path, "it is shorter than the journal of the build says")
+            self._digest.update(block)
+            left -= len(block)
+        if self._digest.hexdigest() != kept.sha256:
+            raise damaged_error(self._path, "its SHA-256 is not the one in the build's journal")
+        self.n_tokens, self._max_id = kept.n_tokens, kept.max_id
+        self._file.seek(0, os.SEEK_CUR)  # between reading and writing
+        self._file.truncate()
 
     @property
     def is_full(self) -> bool:
         """Whether it has no room left."""
-        return self._n_tokens == self._capacity
+        return self.n_tokens == self._capacity
 
     def write(self, ids: np.ndarray) -> int:
         """Take as many of the ids, of which there is one at least, as fit, and say how many."""
-        ids = ids[: self._capacity - self._n_tokens]
+        ids = ids[: self._capacity - self.n_tokens]
         data = ids.tobytes()
-        self._file.write(data)
+        with self._explaining():
+            self._file.write(data)
         self._digest.update(data)
         self._max_id = max(self._max_id, int(ids.max()))
-        self._n_tokens += len(ids)
+        self.n_tokens += len(ids)
         return len(ids)
 
+    def save(self) -> OpenShard:
+        """Make what was written so far durable; it goes on from there if it is cut."""
+        with self._explaining():
+            self._file.flush()
+            os.fsync(self._file.fileno())
+        sha256 = self._digest.hexdigest()
+        return OpenShard(n_tokens=self.n_tokens, max_id=self._max_id, sha256=sha256)
+
     def close(self) -> ShardEntry:
-        """Publish the shard and return its entry for the metadata."""
-        self._file.truncate(self._file.tell())
-        if not self.is_full:
-            self._file.seek(0)
-            self._file.write(_build_npy_header(self._dtype, self._n_tokens))
-        self._opened.close()
-        sha256 = self._digest.hexdigest() if self.is_full else hash_file(self._path)
+        """Finish the shard and return its entry for the metadata."""
+        with self._explaining():
+            self._file.truncate(self._file.tell())
+            if not self.is_full:
+                self._file.seek(0)
+                self._file.write(_build_npy_header(self._dtype, self.n_tokens))
+            self._file.flush()
+            os.fsync(self._file.fileno())
+            self._file.close()
+            sha256 = self._digest.hexdigest() if self.is_full else hash_file(self._path)
+            n_bytes = self._path.stat().st_size
         return ShardEntry(
             name=self._path.name,
-            n_tokens=self._n_tokens,
-            n_bytes=self._path.stat().st_size,
+            n_tokens=self.n_tokens,
+            n_bytes=n_bytes,
             sha256=sha256,
             max_id=self._max_id,
         )
 
-    def abandon(self, error: BaseException) -> None:
-        """Delete what was written; PreflightError (STORAGE) when `error` is the disk's."""
-        self._opened.__exit__(type(error), error, error.__traceback__)
+    def abandon(self) -> None:
+        """Close the file as it is."""
+        with contextlib.suppress(OSError):
+            self._file.close()
+
+    @contextlib.contextmanager
+    def _explaining(self) -> Iterator[None]:
+        """PreflightError (STORAGE) for a failure of the disk."""
+        try:
+            yield
+        except OSError as error:
+            raise storage_error(self._path, error) from error

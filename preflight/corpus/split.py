@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 
+from preflight.corpus.metadata import SPLITS
 from preflight.corpus.sources import Document, ScannedSource, Source
 
 
@@ -17,6 +20,7 @@ class Part:
     index: int
     begin: int
     end: int
+    split: str = "train"
 
     @property
     def n_bytes(self) -> int:
@@ -32,28 +36,86 @@ class Part:
         yield from document
 
 
-def split_documents(
-    scanned: list[ScannedSource], val_split: float
-) -> tuple[dict[str, list[Part]], str]:
-    """The documents of each split, and how they were shared out: by "documents" or "tail".
+class TextSplit:
+    """The documents of scanned sources, shared out.
 
-    By documents where there are many: one of every 1 / `val_split` or so is for validation. Else
-    the last bytes of all the text are.
+    ``by`` says how: "documents" where there are many: one of every 1 / `val_split` or so is for
+    validation; else "tail": the last bytes of all the text are. "given": all of them are of one
+    split.
     """
-    documents = [
-        Part(item.source, index, 0, n_bytes)
-        for item in scanned
-        for index, n_bytes in enumerate(item.facts.document_bytes)
-    ]
-    total = sum(document.n_bytes for document in documents)
-    largest = max(document.n_bytes for document in documents)
-    # One huge document among many would make the validation part huge or all but empty.
-    if len(documents) * val_split < 8 or largest > val_split * total:
-        return _split_tail(documents, total - math.ceil(total * val_split)), "tail"
-    parts: dict[str, list[Part]] = {"train": [], "val": []}
-    for index, document in enumerate(documents):
-        parts["val" if is_validation(index, val_split) else "train"].append(document)
-    return parts, "documents"
+
+    def __init__(
+        self, scanned: list[ScannedSource], val_split: float, split: str | None = None
+    ) -> None:
+        """`split`: that of all documents, where flags say so."""
+        self._scanned, self._val_split, self._split = scanned, val_split, split
+        self._tail = (0, 0)  # number of the document in which validation begins, and offset there
+        n_documents = sum(len(item.facts.document_bytes) for item in scanned)
+        total = sum(sum(item.facts.document_bytes) for item in scanned)
+        largest = max(
+            (max(item.facts.document_bytes, default=0) for item in scanned), default=0
+        )
+        if split is not None:
+            self.by = "given"
+        # One huge document among many would make the validation part huge or all but empty.
+        elif n_documents * val_split < 8 or largest > val_split * total:
+            self.by = "tail"
+            self._tail = self._find_tail(total - math.ceil(total * val_split), n_documents)
+        else:
+            self.by = "documents"
+
+    def list_parts(self, first: int = 0) -> Iterator[Part]:
+        """All parts in the order of the text, from number `first` on; none of them is empty."""
+        number = 0
+        for part in self._list_all():
+            if number >= first:
+                yield part
+            number += 1
+
+    def count_parts(self, split: str) -> int:
+        """How many parts a split has."""
+        return self._totals[split][0]
+
+    def count_bytes(self, *splits: str) -> int:
+        """Bytes of text in these splits."""
+        return sum(self._totals[split][1] for split in splits)
+
+    @functools.cached_property
+    def _totals(self) -> dict[str, tuple[int, int]]:
+        totals = {split: [0, 0] for split in SPLITS}
+        for part in self._list_all():
+            totals[part.split][0] += 1
+            totals[part.split][1] += part.n_bytes
+        return {split: (n_parts, n_bytes) for split, (n_parts, n_bytes) in totals.items()}
+
+    def _list_all(self) -> Iterator[Part]:
+        for number, document in enumerate(self._list_documents()):
+            source, index, end = document.source, document.index, document.end
+            if self.by == "given":
+                yield Part(source, index, 0, end, self._split or "train")
+            elif self.by == "documents":
+                is_val = is_validation(number, self._val_split)
+                yield Part(source, index, 0, end, "val" if is_val else "train")
+            else:
+                tail, cut = self._tail
+                if number < tail or (number == tail and cut):
+                    yield Part(source, index, 0, cut if number == tail else end, "train")
+                if number >= tail:
+                    yield Part(source, index, cut if number == tail else 0, end, "val")
+
+    def _list_documents(self) -> Iterator[Part]:
+        for item in self._scanned:
+            for index, n_bytes in enumerate(item.facts.document_bytes):
+                yield Part(item.source, index, 0, n_bytes)
+
+    def _find_tail(self, target: int, n_documents: int) -> tuple[int, int]:
+        """The document that `target` bytes of text end in, and where to cut it."""
+        passed = 0
+        for number, document in enumerate(self._list_documents()):
+            if passed + document.n_bytes > target:
+                return number, _find_tail_cut(document, target - passed)
+            passed += document.n_bytes
+        return n_documents - 1, 0
 
 
 def is_validation(index: int, share: float) -> bool:
@@ -62,22 +124,6 @@ def is_validation(index: int, share: float) -> bool:
     first, behind = math.ceil(group / share), math.ceil((group + 1) / share)
     draw = int.from_bytes(hashlib.sha256(b"%d" % group).digest()[:8], "big")
     return index == first + draw % max(1, behind - first)
-
-
-def _split_tail(documents: list[Part], target: int) -> dict[str, list[Part]]:
-    """Documents before and behind `target` bytes of text; the one it falls into becomes two."""
-    passed = 0
-    for number, document in enumerate(documents):
-        if passed + document.n_bytes > target:
-            cut = _find_tail_cut(document, target - passed)
-            left = Part(document.source, document.index, 0, cut)
-            right = Part(document.source, document.index, cut, document.end)
-            return {
-                "train": documents[:number] + [left] * (left.n_bytes > 0),
-                "val": [right, *documents[number + 1 :]],
-            }
-        passed += document.n_bytes
-    return {"train": documents[:-1], "val": documents[-1:]}
 
 
 def _find_tail_cut(document: Part, target: int) -> int:

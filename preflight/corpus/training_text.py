@@ -2,29 +2,55 @@
 
 from __future__ import annotations
 
+import codecs
+import functools
 from collections.abc import Iterator
+from dataclasses import replace
 
 from preflight.core.signals import StopFlag
 from preflight.corpus.blocks import read_blocks
+from preflight.corpus.plan import build_recipe, list_texts
+from preflight.corpus.row_recipe import RowRecipe, read_texts
 from preflight.corpus.sources import ScannedSource
-from preflight.corpus.split import split_documents
+from preflight.corpus.sources.rows import Batch, RowSource
+from preflight.corpus.tally import count_utf8
+from preflight.settings import DataSettings
+from preflight.tokenization.own_bpe import SAMPLED_BYTES
 from preflight.tokenization.tiktoken_cutting import find_last_cut
 
 PIECE_BYTES = 2**20  # never changed: a sample is made of such pieces, and vocabularies of samples
 
 
-class ScannedText:
-    """The two parts of scanned sources; see `preflight.tokenization.TrainingText`."""
+class SourceText:
+    """The two parts of the text; see `preflight.tokenization.TrainingText`.
+
+    Of rows, whose sizes nobody knows, the first `SAMPLED_BYTES` count, or all of them.
+    """
 
     def __init__(
-        self, scanned: list[ScannedSource], val_split: float, stop: StopFlag | None
+        self,
+        scanned: list[ScannedSource],
+        settings: DataSettings,
+        stop: StopFlag | None,
+        *,
+        is_whole: bool,
     ) -> None:
-        self._parts, _ = split_documents(scanned, val_split)
-        self._stop = stop
+        """`is_whole`: all rows count."""
+        self._settings, self._stop, self._is_whole = settings, stop, is_whole
+        self._rows = [item.source for item in scanned if isinstance(item.source, RowSource)]
+        self._texts = list_texts(scanned, settings)
 
     def count_bytes(self, *splits: str) -> int:
         """Bytes of UTF-8 in these parts."""
-        return sum(part.n_bytes for split in splits for part in self._parts[split])
+        known = sum(text.count_bytes(*splits) for text in self._texts)
+        return known + sum(self._row_bytes[split] for split in splits)
+
+    @functools.cached_property
+    def _row_bytes(self) -> dict[str, int]:
+        sizes = {"train": 0, "val": 0}
+        for split, text in self._read_rows():
+            sizes[split] += count_utf8(text)
+        return sizes
 
     def read(self, *splits: str) -> Iterator[str]:
         """These parts in pieces that end where words end, where they can.
@@ -34,12 +60,48 @@ class ScannedText:
                 flag says so.
         """
         for split in splits:
-            for block in read_blocks(self._parts[split], 0, 0, PIECE_BYTES, find_last_cut):
-                if self._stop is not None:
-                    self._stop.leave_if_stopping(
-                        "stopped while reading the text; nothing was changed"
-                    )
-                for data, _ in block.texts:
-                    text = data if isinstance(data, str) else data.decode()
-                    for begin in range(0, len(text), PIECE_BYTES):
-                        yield text[begin : begin + PIECE_BYTES]
+            for text in self._texts:
+                parts = (part for part in text.list_parts() if part.split == split)
+                for block in read_blocks(parts, 0, 0, PIECE_BYTES, find_last_cut):
+                    self._leave_if_stopping()
+                    for piece in block.pieces:
+                        data = piece.text
+                        yield from _cut(data if isinstance(data, str) else data.decode())
+        for split, text in self._read_rows():
+            if split in splits:
+                yield from _cut(text)
+
+    def _read_rows(self) -> Iterator[tuple[str, str]]:
+        left = SAMPLED_BYTES
+        for source in self._rows:
+            recipe = build_recipe(source, self._settings)
+            # No tokenizer is there yet that could count tokens.
+            filters = tuple(name for name in recipe.filters if "_tokens" not in name)
+            for found in self._read_source(source, replace(recipe, filters=filters)):
+                yield found
+                left -= count_utf8(found[1])
+                if left <= 0 and not self._is_whole:
+                    return
+
+    def _read_source(self, source: RowSource, recipe: RowRecipe) -> Iterator[tuple[str, str]]:
+        for item in source.batches():
+            self._leave_if_stopping()
+            row = item.first_row if isinstance(item, Batch) else item.row
+            if recipe.limit is not None and row >= recipe.limit:
+                return
+            if isinstance(item, Batch):
+                yield from read_texts(item, recipe)
+            else:
+                split = "val" if recipe.is_val(row) else "train"
+                decoder = codecs.getincrementaldecoder("utf-8")()
+                for chunk in item.document:
+                    yield split, decoder.decode(chunk)
+
+    def _leave_if_stopping(self) -> None:
+        if self._stop is not None:
+            self._stop.leave_if_stopping("stopped while reading the text; nothing was changed")
+
+
+def _cut(text: str) -> Iterator[str]:
+    for begin in range(0, len(text), PIECE_BYTES):
+        yield text[begin : begin + PIECE_BYTES]

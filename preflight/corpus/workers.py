@@ -9,50 +9,63 @@ import multiprocessing
 import signal
 import sys
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from preflight.core.log import log
 from preflight.core.processes import end_with_parent, shield_children
 from preflight.corpus.blocks import Block
+from preflight.corpus.encoding import Encoded, encode_block, encode_ids, encode_run
+from preflight.corpus.reading import DroppedRow, TokenBlock, Work
+from preflight.corpus.row_recipe import RowRecipe, count_dropped_row, encode_rows
 from preflight.tokenization import Tokenizer
 
-_worker_tokenizer: Tokenizer | None = None
+Item = tuple[int, Work]  # number of the reader, for its recipe
+
+
+class Encoder:
+    """Work to ids, in any process."""
+
+    def __init__(self, tokenizer: Tokenizer, recipes: Mapping[int, RowRecipe]) -> None:
+        self.tokenizer, self._recipes = tokenizer, recipes
+
+    def encode(self, item: Item) -> Encoded:
+        """The ids of a block that is no run, or of a batch of rows."""
+        number, work = item
+        if isinstance(work, Block):
+            return encode_block(work, self.tokenizer)
+        if isinstance(work, TokenBlock):
+            return encode_ids(work, self.tokenizer)
+        if isinstance(work, DroppedRow):
+            return count_dropped_row(work, self._recipes[number], self.tokenizer)
+        return encode_rows(work, self._recipes[number], self.tokenizer)
+
+
+_worker: Encoder | None = None
 _blocks_done = 0
 
 
-def _start_worker(kind: type[Tokenizer], folder: Path, facts: dict[str, Any]) -> None:
+def _start_worker(
+    kind: type[Tokenizer], folder: Path, facts: dict[str, Any], recipes: Mapping[int, RowRecipe]
+) -> None:
     """Set a worker process up: it ends with its parent."""
-    global _worker_tokenizer
+    global _worker
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # where `shield_children` has no effect
     end_with_parent()
-    _worker_tokenizer = kind.load_saved(folder, facts)
+    _worker = Encoder(kind.load_saved(folder, facts), recipes)
 
 
-def _encode_in_worker(texts: list[tuple[bytes, bool]]) -> bytes:
+def _encode_in_worker(item: Item) -> Encoded:
     global _blocks_done
-    assert _worker_tokenizer is not None
+    assert _worker is not None
     _blocks_done += 1
     if _blocks_done % 50 == 0:
         # glibc's heap fragments: it grew by 160 KB with each MB of text until it was trimmed.
         with contextlib.suppress(OSError, AttributeError, TypeError):
             ctypes.CDLL(None).malloc_trim(0)
-    return _encode_texts(texts, _worker_tokenizer).tobytes()
-
-
-def _encode_texts(texts: list[tuple[bytes, bool]], tokenizer: Tokenizer) -> np.ndarray:
-    """Ids of the texts of a block, the end-of-text id after each that ends its part."""
-    dtype = tokenizer.id_dtype
-    pieces = []
-    for data, ends in texts:
-        pieces.append(tokenizer.encode(str(data, "utf-8")).astype(dtype))
-        if ends:
-            pieces.append(np.array([tokenizer.end_of_text_id], dtype))
-    return np.concatenate(pieces)
+    return _worker.encode(item)
 
 
 def _is_importable(kind: type[Tokenizer]) -> bool:
@@ -62,11 +75,18 @@ def _is_importable(kind: type[Tokenizer]) -> bool:
 
 
 class Encoders:
-    """Blocks to ids, in order: in worker processes, or in this process for small texts."""
+    """Work to ids, in order: in worker processes, or in this process for small texts."""
 
-    def __init__(self, tokenizer: Tokenizer, n_workers: int, folder: Path) -> None:
-        """`folder`: where `tokenizer.save` has written its files."""
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        n_workers: int,
+        folder: Path,
+        recipes: Mapping[int, RowRecipe] | None = None,
+    ) -> None:
+        """`folder`: where `tokenizer.save` has written its files; `recipes`: by source."""
         self._tokenizer = tokenizer
+        self._encoder = Encoder(tokenizer, recipes or {})
         self._n_workers = n_workers
         self._pool: concurrent.futures.ProcessPoolExecutor | None = None
         kind, facts = type(tokenizer), tokenizer.describe()
@@ -81,7 +101,7 @@ class Encoders:
                     n_workers,
                     multiprocessing.get_context("spawn"),
                     _start_worker,
-                    (kind, folder, facts),
+                    (kind, folder, facts, recipes or {}),
                 )
             except (OSError, ImportError) as error:  # no semaphores: /dev/shm is full or missing
                 log.info(f"no worker processes ({error}); /dev/shm may be full or missing")
@@ -92,39 +112,44 @@ class Encoders:
             self._pool.shutdown(wait=True, cancel_futures=True)
             self._pool = None
 
-    def encode(self, blocks: Iterator[Block]) -> Iterator[tuple[Block, np.ndarray, bool]]:
-        """(block, ids, whether these are its last) in order; few blocks are in flight at once."""
-        pending: deque[tuple[Block, concurrent.futures.Future[bytes] | None]] = deque()
-        for block in blocks:
-            if block.is_run:  # it is held whole in memory: finish all other blocks first
+    def encode(self, items: Iterator[Item]) -> Iterator[tuple[Work, Encoded, bool]]:
+        """(work, its ids, whether they are its last) in order; little is in flight at once."""
+        pending: deque[tuple[Item, concurrent.futures.Future[Encoded] | None]] = deque()
+        for item in items:
+            work = item[1]
+            if isinstance(work, Block) and work.is_run:
+                # It is held whole in memory: finish all others first.
                 while pending:
                     yield self._collect(*pending.popleft())
-                yield from self._encode_run(block)
+                del item  # the block alone holds its text
+                for encoded, is_last in encode_run(work, self._tokenizer):
+                    yield work, encoded, is_last
                 continue
-            pending.append((block, self._submit(block)))
+            is_cheap = isinstance(work, (TokenBlock, DroppedRow))
+            pending.append((item, None if is_cheap else self._submit(item)))
             if len(pending) > 2 * self._n_workers:
                 yield self._collect(*pending.popleft())
         while pending:
             yield self._collect(*pending.popleft())
 
-    def _submit(self, block: Block) -> concurrent.futures.Future[bytes] | None:
+    def _submit(self, item: Item) -> concurrent.futures.Future[Encoded] | None:
         if self._pool is not None:
             try:
                 with shield_children():  # the pool starts its processes as it needs them
-                    return self._pool.submit(_encode_in_worker, block.texts)
+                    return self._pool.submit(_encode_in_worker, item)
             except (BrokenProcessPool, OSError):  # the latter: no process could be started
                 self._continue_without_workers()
         return None
 
     def _collect(
-        self, block: Block, future: concurrent.futures.Future[bytes] | None
-    ) -> tuple[Block, np.ndarray, bool]:
+        self, item: Item, future: concurrent.futures.Future[Encoded] | None
+    ) -> tuple[Work, Encoded, bool]:
         if future is not None:
             try:
-                return block, np.frombuffer(future.result(), self._tokenizer.id_dtype), True
+                return item[1], future.result(), True
             except BrokenProcessPool:
                 self._continue_without_workers()
-        return block, _encode_texts(block.texts, self._tokenizer), True
+        return item[1], self._encoder.encode(item), True
 
     def _continue_without_workers(self) -> None:
         if self._pool is not None:
@@ -133,10 +158,3 @@ class Encoders:
                 "continuing without worker processes"
             )
             self.close()
-
-    def _encode_run(self, block: Block) -> Iterator[tuple[Block, np.ndarray, bool]]:
-        tokenizer = self._tokenizer
-        text, ends = block.texts.pop()
-        for ids in tokenizer.encode_parts(text):
-            yield block, ids.astype(tokenizer.id_dtype), False
-        yield block, np.array([tokenizer.end_of_text_id] if ends else [], tokenizer.id_dtype), True

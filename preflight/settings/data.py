@@ -94,6 +94,17 @@ class DataSettings:
         return (self.data_dir, *([self.output_dir] if self.output_dir else []))
 
     @property
+    def document_limit(self) -> int | None:
+        """Documents or rows to read of each source."""
+        return TEST_DOCUMENTS if self.test_mode else self.limit_documents
+
+    @property
+    def is_processed(self) -> bool:
+        """Whether documents are changed or dropped, so that they are read row by row."""
+        cleans = self.clean not in (None, "none")
+        return cleans or bool(self.filter) or self.deduplicate != "none"
+
+    @property
     def has_text(self) -> bool:
         """Whether the flags name a text of the user's."""
         return bool(self.text_file or self.source)

@@ -41,6 +41,11 @@ class TokenizerRecipe:
         """Ids that it has at least, known before the text is."""
         return self.vocab_size or (2 if self.name == "char" else MIN_VOCAB_SIZE)
 
+    @property
+    def needs_whole_text(self) -> bool:
+        """Whether a sample of a long text is too little: every character must be seen."""
+        return self.name == "char"
+
     def accepts(self, facts: Mapping[str, Any]) -> bool:
         """Whether a tokenizer, by the metadata of its data folder, is what the recipe would give.
 

@@ -13,7 +13,11 @@ from typing import Any
 from preflight.core.errors import ExitCode, PreflightError
 from preflight.core.log import log
 from preflight.core.signals import StopFlag
+from preflight.corpus.filtering.protocol import build_rules
+from preflight.corpus.sources.document_rows import DocumentRows
 from preflight.corpus.sources.protocol import Document, Source, SourceFacts, text_error
+from preflight.corpus.sources.rows import RowSource
+from preflight.corpus.sources.token_arrays import TokenArray
 from preflight.settings import DataSettings
 from preflight.settings.kinds import SOURCES
 
@@ -54,17 +58,29 @@ def find_sources(settings: DataSettings) -> list[Source]:
             each other; before anything is read.
     """
     _refuse_nested(settings)
+    build_rules(settings.filter)
     found: dict[str, Source] = {}
-    for given in _expand(settings):
-        if given is not None and os.path.isdir(given) and _is_written_by_us(given, settings):
-            raise PreflightError(
-                ExitCode.FLAGS,
-                f"--text-file {given}: this program writes that folder itself",
-                "keep the text in another folder, or choose another --data-dir and --output-dir",
-            )
-        for source in _open(given, settings):
-            found.setdefault(os.path.abspath(source.label), source)
-    return list(found.values())
+    for values, split in ((settings.text_file, None), (settings.val_file, "val")):
+        for given in _expand(values, settings) if values or split is None else ():
+            if given is not None and os.path.isdir(given) and _is_written_by_us(given, settings):
+                raise PreflightError(
+                    ExitCode.FLAGS,
+                    f"--text-file {given}: this program writes that folder itself",
+                    "keep the text in another folder, or choose another --data-dir and "
+                    "--output-dir",
+                )
+            for source in _open(given, settings):
+                source.split = split or ("train" if settings.val_file else None)
+                found.setdefault(os.path.abspath(source.label), source)
+    return [_read_by_rows(source, settings) for source in found.values()]
+
+
+def _read_by_rows(source: Source, settings: DataSettings) -> Source:
+    """The source, or its documents as rows where flags change, drop, count or mix them."""
+    is_plain = not isinstance(source, (RowSource, TokenArray))
+    if is_plain and (settings.is_processed or settings.mix or settings.document_limit):
+        return DocumentRows(source)
+    return source
 
 
 def _refuse_nested(settings: DataSettings) -> None:
@@ -96,11 +112,14 @@ def _is_written_by_us(path: str, settings: DataSettings) -> bool:
     return False
 
 
-def _expand(settings: DataSettings) -> Iterator[str | None]:
-    """Each value of the flag, patterns as the names that match them; None without any value."""
-    if not settings.text_file:
+def _expand(values: tuple[str, ...], settings: DataSettings) -> Iterator[str | None]:
+    """Each value of a flag, patterns as the names that match them.
+
+    None, for what is named by no file: ``--source``, and without any text the built-in sample.
+    """
+    if not values or (settings.source and values is settings.text_file):
         yield None
-    for value in settings.text_file:
+    for value in values:
         if value != "-" and not os.path.lexists(value) and glob.has_magic(value):
             yield from _match(value, settings)
         else:
@@ -165,13 +184,18 @@ def scan_sources(sources: list[Source], stop: StopFlag | None) -> list[ScannedSo
         labels = [item.source.label for item in scanned if note in item.facts.notes]
         more = f" and {len(labels) - 1:,} more" if len(labels) > 1 else ""
         log.info(f"{labels[0]}{more}: {note}")
-    if not any(item.facts.document_bytes for item in scanned):
+    if not any(item.facts.document_bytes or not _is_known(item.source) for item in scanned):
         raise (
             skipped[0]
             if skipped
             else text_error(sources[0].label, "the text is empty", "give a file with text in it")
         )
     return scanned
+
+
+def _is_known(source: Source) -> bool:
+    """Whether a scan finds the documents; otherwise the building does."""
+    return not isinstance(source, (RowSource, TokenArray))
 
 
 def describe_sources(scanned: list[ScannedSource]) -> list[dict[str, Any]]:

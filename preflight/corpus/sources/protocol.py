@@ -46,12 +46,14 @@ class Source(Protocol):
             preparation.
         is_copied: whether `scan` writes into the folder of the build. It is then called under the
             lock of the data folder only.
+        split: the split of all its documents, where flags say so.
     """
 
     name: str
     label: str
     is_skippable: bool = False
     is_copied: bool = False
+    split: str | None = None
 
     @abstractmethod
     def scan(self, stop: StopFlag | None) -> SourceFacts:
