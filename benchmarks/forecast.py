@@ -38,11 +38,13 @@ TIMED_STEPS = 24  # of which the second half counts
 STEPS_SHARE = 0.93  # of a run's time; the rest is for evaluations, samples and checkpoints
 PYTHON_BYTES = 30_000_000  # of the standard library: nearly all of it
 
-# Name, text, flags. Sizes are such that ten minutes on two cores read a text a few times at most.
+# Name, text, flags. Sizes are such that ten minutes on one core have a thousand steps and more, and
+# read a text not many times.
+_TINY = "--model-size custom --n-heads 4 --context-length 64 --batch-size 8 "
 RUNS: dict[str, tuple[str, str]] = {
     "gpt2-sample-bpe": (
         "sample",
-        "--model-size micro --tokenizer bpe --vocab-size 4096 --batch-size 16",
+        _TINY + "--n-layers 2 --n-embeddings 64 --tokenizer bpe --vocab-size 1024",
     ),
     "llama-shakespeare-char": (
         "shakespeare",
@@ -51,22 +53,21 @@ RUNS: dict[str, tuple[str, str]] = {
     ),
     "modern-python-bpe-muon": (
         "python",
-        "--model-family modern --model-size micro --tokenizer bpe --vocab-size 8192 "
-        "--optimizer muon --batch-size 8",
+        _TINY + "--model-family modern --n-layers 2 --n-embeddings 128 --tokenizer bpe "
+        "--vocab-size 2048 --optimizer muon",
     ),
     "mlp-python-byte": (
         "python",
-        "--model-family mlp --model-size custom --n-layers 2 --n-embeddings 128 "
-        "--ffn-hid-dim 512 --tokenizer byte --batch-size 256",
+        "--model-family mlp --model-size custom --n-layers 2 --n-embeddings 64 "
+        "--ffn-hid-dim 256 --context-length 64 --tokenizer byte --batch-size 16",
     ),
-    "modern-shakespeare-bpe-muon": (
-        "shakespeare",
-        "--model-family modern --model-size micro --tokenizer bpe --vocab-size 1024 "
-        "--optimizer muon --batch-size 8",
+    "modern-sample-byte": (
+        "sample",
+        _TINY + "--model-family modern --n-layers 3 --n-embeddings 96 --tokenizer byte",
     ),
     "gpt2-python-byte": (
         "python",
-        "--model-size nano --tokenizer byte --batch-size 16 --learning-rate 1e-3",
+        _TINY + "--n-layers 4 --n-embeddings 128 --tokenizer byte --learning-rate 1e-3",
     ),
 }
 SMOKE = {

@@ -59,15 +59,16 @@ class Encoded:
         """Only the pieces that (N,) `kept` marks, without what was counted."""
         if kept.all():
             return self
-        arrays = (self.lengths, self.n_bytes, self.is_val, self.ends)
         ids = self.ids[np.repeat(kept, self.lengths)]
-        return Encoded(ids, *(array[kept] for array in arrays))
+        lengths, n_bytes = self.lengths[kept], self.n_bytes[kept]
+        return Encoded(ids, lengths, n_bytes, self.is_val[kept], self.ends[kept])
 
     def cut(self, begin: int, end: int) -> Encoded:
         """Pieces `begin` to `end`, without what was counted."""
         at = np.concatenate(([0], np.cumsum(self.lengths)))
-        arrays = (self.lengths, self.n_bytes, self.is_val, self.ends)
-        return Encoded(self.ids[at[begin] : at[end]], *(array[begin:end] for array in arrays))
+        ids, inside = self.ids[at[begin] : at[end]], slice(begin, end)
+        lengths, n_bytes = self.lengths[inside], self.n_bytes[inside]
+        return Encoded(ids, lengths, n_bytes, self.is_val[inside], self.ends[inside])
 
     def list_splits(self) -> Iterator[tuple[str, Encoded]]:
         """The pieces of each split, where there are any."""
@@ -83,7 +84,7 @@ class EncodedBuilder:
         self._dtype = tokenizer.id_dtype
         self._end = np.array([tokenizer.end_of_text_id], self._dtype)
         self._ids: list[np.ndarray] = []
-        self._facts: list[tuple[int, int, bool, bool]] = []
+        self._facts: list[tuple[int, ...]] = []  # as rows of the arrays
 
     def add(self, ids: np.ndarray, n_bytes: int, *, is_val: bool, ends: bool) -> None:
         """Append a piece."""
@@ -95,15 +96,8 @@ class EncodedBuilder:
     def build(self, counted: RowCounts | None = None) -> Encoded:
         """All pieces so far."""
         ids = np.concatenate(self._ids) if self._ids else np.empty(0, self._dtype)
-        lengths, n_bytes, is_val, ends = zip(*self._facts, strict=True) if self._facts else [()] * 4
-        return Encoded(
-            ids,
-            np.array(lengths, np.int64),
-            np.array(n_bytes, np.int64),
-            np.array(is_val, bool),
-            np.array(ends, bool),
-            counted,
-        )
+        lengths, n_bytes, is_val, ends = np.array(self._facts, np.int64).reshape(-1, 4).T
+        return Encoded(ids, lengths, n_bytes, is_val.astype(bool), ends.astype(bool), counted)
 
 
 def encode_block(block: Block, tokenizer: Tokenizer) -> Encoded:

@@ -11,7 +11,8 @@ import numpy as np
 
 from preflight.corpus.encoding import Encoded, EncodedBuilder, RowCounts, encode_document
 from preflight.corpus.filtering.duplicates import sign
-from preflight.corpus.filtering.protocol import Rule, build_rules, judge
+from preflight.corpus.filtering.expressions import build_rules, judge
+from preflight.corpus.filtering.protocol import Rule
 from preflight.corpus.reading import DroppedRow
 from preflight.corpus.sources.rows import Batch, Parser
 from preflight.corpus.split import is_validation

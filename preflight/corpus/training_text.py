@@ -67,9 +67,9 @@ class SourceText:
                     for piece in block.pieces:
                         data = piece.text
                         yield from _cut(data if isinstance(data, str) else data.decode())
-        for split, text in self._read_rows():
+        for split, row in self._read_rows():
             if split in splits:
-                yield from _cut(text)
+                yield from _cut(row)
 
     def _read_rows(self) -> Iterator[tuple[str, str]]:
         left = SAMPLED_BYTES

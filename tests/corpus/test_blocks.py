@@ -40,10 +40,10 @@ def cut_and_encode(text: str, tokenizer: Tokenizer, block_bytes: int) -> list[in
     """What the builder does with one document, whose source gives chunks of 50 bytes."""
     data = text.encode()
     chunks = iter([data[i : i + 50] for i in range(0, len(data), 50)])
-    stream = blocks._ByteStream(TextFile(Path("x"), None), chunks, len(data))
+    stream = blocks.ByteStream(chunks, len(data), TextFile(Path("x"), None))
     ids: list[int] = []
     at = 0
-    for begin, piece, n_bytes, is_last in blocks._cut_document(
+    for begin, piece, n_bytes, is_last in blocks.cut_document(
         stream, 0, block_bytes, tokenizer.last_cut, tokenizer.max_unit_bytes
     ):
         assert begin == at
@@ -116,13 +116,14 @@ def encode_in_worker(tokenizer: Tokenizer, folder: Path) -> tuple[list[int], boo
     encoders = Encoders(tokenizer, 1, folder)
     try:
         had_pool = encoders._pool is not None
-        blocks_ = [blocks.Block(0, 0, [(b"some words", True)], 10)]
-        [(_, ids, _)] = encoders.encode(iter(blocks_))
+        block = blocks.Block([blocks.Piece(b"some words", "train", 10, ends=True)], (1, 0))
+        [(_, encoded, _)] = encoders.encode(iter([(0, block)]))
         assert had_pool == (encoders._pool is not None), "the worker was lost"
     finally:
         encoders.close()
-    assert ids.tolist() == [*tokenizer.encode("some words"), tokenizer.end_of_text_id]
-    return ids.tolist(), had_pool
+    ids = encoded.ids.tolist()
+    assert ids == [*tokenizer.encode("some words"), tokenizer.end_of_text_id]
+    return ids, had_pool
 
 
 def test_a_tokenizer_that_a_worker_cannot_import_stays_in_this_process(tmp_path: Path) -> None:

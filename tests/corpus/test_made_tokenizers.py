@@ -12,7 +12,8 @@ import pytest
 from tokenization.library_files import read_library_file
 
 from preflight.core.errors import ExitCode, PreflightError
-from preflight.corpus import builder
+from preflight.core.storage import hash_file
+from preflight.corpus import collector
 from preflight.corpus.build import prepare_data
 from preflight.corpus.metadata import render_metadata
 from preflight.corpus.shards import DataFolder, load_data_folder
@@ -136,7 +137,7 @@ def test_forged_files_with_right_digests_are_refused(tmp_path: Path) -> None:
     entry = builder.FileEntry(
         name="tokenizer/tokenizer_characters.json",
         n_bytes=5,
-        sha256=builder.hash_file(path),
+        sha256=hash_file(path),
     )
     content["files"] = [entry.model_dump()]
     (data.path / "metadata.json").write_bytes(render_metadata(content))
@@ -172,9 +173,9 @@ def test_a_build_that_was_cut_continues_with_the_same_vocabulary(
             raise KeyboardInterrupt
         original(*args, **content)
 
-    original = builder.write_journal
+    original = collector.write_journal
     with monkeypatch.context() as patch:
-        patch.setattr(builder, "write_journal", fail_after_three)
+        patch.setattr(collector, "write_journal", fail_after_three)
         with pytest.raises(KeyboardInterrupt):
             build(tmp_path / "b", PROSE, BPE)
     assert build(tmp_path / "b", PROSE, BPE).fingerprint == whole.fingerprint

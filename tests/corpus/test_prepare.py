@@ -906,7 +906,7 @@ def test_stop_keeps_finished_shards(tmp_path: Path, capsys: pytest.CaptureFixtur
         shard_size=1024,
         data_dir=str(tmp_path / "d"),
     )
-    with pytest.raises(PreflightError, match="finished shards are kept") as caught:
+    with pytest.raises(PreflightError, match="what is done is kept") as caught:
         prepare_data(settings, GPT2, StopSoon(), block_bytes=1000, n_workers=0)
     assert caught.value.code == ExitCode.SIGTERM
     assert not list((tmp_path / "d").rglob(".tmp-*"))

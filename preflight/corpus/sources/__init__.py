@@ -13,7 +13,7 @@ from typing import Any
 from preflight.core.errors import ExitCode, PreflightError
 from preflight.core.log import log
 from preflight.core.signals import StopFlag
-from preflight.corpus.filtering.protocol import build_rules
+from preflight.corpus.filtering.expressions import build_rules
 from preflight.corpus.sources.document_rows import DocumentRows
 from preflight.corpus.sources.protocol import Document, Source, SourceFacts, text_error
 from preflight.corpus.sources.rows import RowSource

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 from preflight.core.signals import StopFlag
@@ -58,7 +59,7 @@ class DocumentRows(RowSource):
                 texts, size = [], 0
             if n_bytes > MAX_ROW_BYTES:
                 first = number + 1
-                yield LongRow(document, number, first, lambda n_bytes=n_bytes: n_bytes)
+                yield LongRow(document, number, first, partial(int, n_bytes))
                 continue
             if not texts:
                 first = number
