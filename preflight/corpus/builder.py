@@ -1,4 +1,4 @@
-"""Builds the shards of a data folder in ``.building``, and keeps a journal of how far it has come."""
+"""Builds the shards of a data folder in ``.building``, from the sources to the metadata."""
 
 from __future__ import annotations
 
@@ -49,7 +49,6 @@ from preflight.settings import DataSettings
 from preflight.tokenization import Tokenizer
 
 IN_PROCESS_BYTES = 2 * 2**20  # below this, starting workers costs more than it gains
-SAVE_SECONDS = 10.0  # at most so long between two entries of the journal
 
 
 @dataclass(frozen=True)
@@ -221,6 +220,7 @@ class Builder:
                 "stopped while preparing the text; what is done is kept",
                 "run the same command to continue",
             )
+
     def _save_tokenizer(self) -> None:
         """Write the tokenizer's files, from which workers and later runs load it."""
         folder = self._building / TOKENIZER_NAME

@@ -25,10 +25,12 @@ from preflight.corpus.mixing import MixState
 from preflight.corpus.ownership import BUILD_FORMAT, JOURNAL_NAME
 from preflight.corpus.plan import Plan
 from preflight.corpus.shards import ShardWriter, verify_shard
+from preflight.corpus.sources import text_error
 from preflight.corpus.tally import Tally, add_up
 from preflight.settings import DataSettings
 from preflight.tokenization import Tokenizer
 
+_MAX_BAD_SHARE, _MANY_ROWS = 0.01, 1000  # rows without text; judged early from so many rows on
 SAVE_SECONDS = 10.0  # at most so long between two entries of the journal
 
 
@@ -126,9 +128,7 @@ class Collector:
         """Write the journal, unless a document is not complete: then it stays as it is."""
         if any(self.passed) and not self._plan.groups:
             return
-        open_shards = {
-            split: writer.save().model_dump() for split, writer in self._writers.items()
-        }
+        open_shards = {split: writer.save().model_dump() for split, writer in self._writers.items()}
         for split in SPLITS:
             fsync_folder(self._building / split)
         n_signatures = self._index.save() if self._index is not None else 0
@@ -166,6 +166,7 @@ class Collector:
         counted = encoded.counted
         if counted is not None and begin == 0:
             self.tallies[number].add(counted.tally)
+            self._check_bad_rows(number, _MANY_ROWS)
             for rule, count in counted.tried.items():
                 self.tried[rule] = self.tried.get(rule, 0) + count
         taken = encoded if (begin, end) == (0, len(encoded)) else encoded.cut(begin, end)
@@ -183,6 +184,18 @@ class Collector:
         if after is not None:
             self.places[number], self.passed[number] = after, 0
         return len(taken.ids)
+
+    def _check_bad_rows(self, number: int, least: int) -> None:
+        """PreflightError (TEXT) for a table of `least` rows or more, of which too many are bad."""
+        tally, label = self.tallies[number], self._plan.readers[number].label
+        too_many = tally.n_bad_rows > _MAX_BAD_SHARE * tally.n_rows
+        if tally.n_rows >= least and too_many and not self._settings.allow_bad_rows:
+            raise text_error(
+                label,
+                f"{tally.n_bad_rows:,} of {tally.n_rows:,} rows hold no text, the first: row "
+                f"{tally.first_bad_rows[0] + 1:,}",
+                "--text-column names another column; --allow-bad-rows leaves such rows out",
+            )
 
     def _drop_copies(
         self, number: int, taken: Encoded, counted: RowCounts, begin: int
@@ -251,7 +264,13 @@ class Collector:
         return add_up(self.tallies)
 
     def finish(self) -> None:
-        """Close the shards that are not full."""
+        """Close the shards that are not full.
+
+        Raises:
+            PreflightError: code TEXT, when too many rows held no text; STORAGE.
+        """
+        for number in range(len(self.tallies)):
+            self._check_bad_rows(number, 0)
         for split in list(self._writers):
             self.shards[split].append(self._writers.pop(split).close())
         for split in SPLITS:

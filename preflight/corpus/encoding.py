@@ -150,9 +150,9 @@ def encode_document(text: str, tokenizer: Tokenizer) -> np.ndarray:
             end += BLOCK_BYTES
             cut = tokenizer.last_cut(text[begin:end])
         piece = text[begin : begin + cut] if cut else text[begin:]
-        parts = tokenizer.encode_parts(piece) if len(piece) > BLOCK_BYTES else [
-            tokenizer.encode(piece)
-        ]
+        parts = (
+            tokenizer.encode_parts(piece) if len(piece) > BLOCK_BYTES else [tokenizer.encode(piece)]
+        )
         found += list(parts)
         begin += len(piece)
     return np.concatenate(found)

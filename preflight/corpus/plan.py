@@ -145,7 +145,9 @@ def build_recipe(source: RowSource, settings: DataSettings) -> RowRecipe:
     )
 
 
-def _build_groups(mix: tuple[str, ...], readers: list[Reader]) -> list[tuple[str, float, list[int]]]:
+def _build_groups(
+    mix: tuple[str, ...], readers: list[Reader]
+) -> list[tuple[str, float, list[int]]]:
     """Each share with its readers; PreflightError (FLAGS) unless they fit one to one."""
     if not mix:
         return []
@@ -168,9 +170,7 @@ def _build_groups(mix: tuple[str, ...], readers: list[Reader]) -> list[tuple[str
     return [(name, share, found[name]) for name, share in shares.items()]
 
 
-def _hash_plan(
-    scanned: list[ScannedSource], settings: DataSettings, tokenizer: Tokenizer
-) -> str:
+def _hash_plan(scanned: list[ScannedSource], settings: DataSettings, tokenizer: Tokenizer) -> str:
     facts = [
         VERSION,
         [[item.source.name, item.facts.size, item.facts.sha256] for item in scanned],

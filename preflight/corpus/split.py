@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import itertools
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -52,9 +53,7 @@ class TextSplit:
         self._tail = (0, 0)  # number of the document in which validation begins, and offset there
         n_documents = sum(len(item.facts.document_bytes) for item in scanned)
         total = sum(sum(item.facts.document_bytes) for item in scanned)
-        largest = max(
-            (max(item.facts.document_bytes, default=0) for item in scanned), default=0
-        )
+        largest = max((max(item.facts.document_bytes, default=0) for item in scanned), default=0)
         if split is not None:
             self.by = "given"
         # One huge document among many would make the validation part huge or all but empty.
@@ -66,11 +65,7 @@ class TextSplit:
 
     def list_parts(self, first: int = 0) -> Iterator[Part]:
         """All parts in the order of the text, from number `first` on; none of them is empty."""
-        number = 0
-        for part in self._list_all():
-            if number >= first:
-                yield part
-            number += 1
+        return itertools.islice(self._list_all(), first, None)
 
     def count_parts(self, split: str) -> int:
         """How many parts a split has."""

@@ -259,12 +259,15 @@ def check_tokenizer(subject: Subject) -> str:
 
 
 def _read_own_text(subject: Subject) -> tuple[str, str]:
-    """The beginning of the text: of the first source that is a file, else of the shards."""
+    """The beginning of the text: of the first source that is a text file, else of the shards."""
     for name in subject.config.data.text_file:
         path = Path(name)
         if os.path.isfile(path):
             with open(path, "rb") as file:
-                return file.read(_ROUND_TRIP_BYTES).decode("utf-8", errors="ignore"), name
+                data = file.read(_ROUND_TRIP_BYTES)
+            text = data.decode("utf-8", errors="ignore")
+            if len(data) - len(text.encode()) < 4 and "\0" not in text:  # else it is packed
+                return text, name
     try:
         first = next(subject.data.train.open())
     except PreflightError:
@@ -291,7 +294,7 @@ def _find_data_faults(subject: Subject, error: PreflightError) -> list[tuple[str
     """Every fault of the data folder, where preparation stops at the first one."""
     faults = [describe_error(error)]
     data_dir = Path(subject.config.data.data_dir)
-    if subject.config.data.text_file:
+    if subject.config.data.has_text:
         return faults  # the text or its preparation was at fault, not an older data folder
     with contextlib.suppress(PreflightError):
         metadata = read_metadata(data_dir)

@@ -36,13 +36,17 @@ class DataSettings:
     )
     workers: int = setting(4, "streams of --source that are read at once", ge=1, le=64)
     text_column: str | None = setting(
-        None, "the column of a table that holds the text; unset: guessed by its name", metavar="NAME"
+        None,
+        "the column of a table that holds the text; unset: guessed by its name",
+        metavar="NAME",
     )
     allow_bad_rows: bool = setting(
         False, "accept tables in which more than 1 % of the rows hold no text"
     )
     val_file: tuple[str, ...] = setting(
-        (), "validation text, as --text-file; then all of --text-file is for training", metavar="PATH"
+        (),
+        "validation text, as --text-file; then all of --text-file is for training",
+        metavar="PATH",
     )
     mix: tuple[str, ...] = setting(
         (),
@@ -55,8 +59,8 @@ class DataSettings:
     )
     filter: tuple[str, ...] = setting(
         (),
-        "drop documents by published rules (gopher_quality gopher_repetition c4 fineweb), by length "
-        "(min_tokens=100) or by a numeric column (language_score>=0.65)",
+        "drop documents by published rules (gopher_quality gopher_repetition c4 fineweb), by "
+        "length (min_tokens=100) or by a numeric column (language_score>=0.65)",
         metavar="RULE",
     )
     deduplicate: str = setting(

@@ -18,6 +18,7 @@ MODE_FLAGS: dict[str, tuple[str, ...]] = {
     "check": (*_OF_A_RUN, "check"),
     "validate-only": (*_OF_A_RUN, "json"),
     "train": _OF_A_RUN,
+    "prepare": ("model", "data", "seed", "output_dir", "log_level", "config", "json"),
     "get-optimal-bs": (*_OF_A_RUN, "search", "json"),
     "find-lr": (*_OF_A_RUN, "find_lr_steps", "find_lr_min", "find_lr_max", "json"),
     "sweep": (*_OF_A_RUN, "sweep", "sweep_steps", "json"),
@@ -49,7 +50,7 @@ class IdleFlags:
 
 
 def _has_no_text(config: RunConfig) -> bool:
-    return not config.data.text_file
+    return not config.data.has_text
 
 
 def _reuses_data(config: RunConfig) -> bool:
@@ -65,11 +66,28 @@ def _is_for_absent_gpu(config: RunConfig) -> bool:
 
 IDLE_FLAGS = (
     IdleFlags(
-        ("shard_size", "val_split", "num_workers"),
+        (
+            *("shard_size", "val_split", "num_workers", "val_file", "mix", "clean", "filter"),
+            *("deduplicate", "show_dropped", "limit_documents", "test_mode", "license"),
+        ),
         "no --text-file is given, and the data folder is used as it is",
         _reuses_data,
     ),
-    IdleFlags(("document_separator",), "no --text-file is given", _has_no_text),
+    IdleFlags(
+        ("document_separator", "text_column", "allow_bad_rows"),
+        "no --text-file is given",
+        _has_no_text,
+    ),
+    IdleFlags(
+        ("source_config", "workers"),
+        "no --source is given",
+        lambda config: config.data.source is None,
+    ),
+    IdleFlags(
+        ("val_split",),
+        "--val-file names the validation text",
+        lambda config: bool(config.data.val_file),
+    ),
     IdleFlags(
         ("beta2", "eps"),
         "--optimizer sgd has none",

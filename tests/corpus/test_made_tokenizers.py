@@ -15,7 +15,7 @@ from preflight.core.errors import ExitCode, PreflightError
 from preflight.core.storage import hash_file
 from preflight.corpus import collector
 from preflight.corpus.build import prepare_data
-from preflight.corpus.metadata import render_metadata
+from preflight.corpus.metadata import FileEntry, render_metadata
 from preflight.corpus.shards import DataFolder, load_data_folder
 from preflight.settings import DataSettings
 from preflight.tokenization import TokenizerChoice, TokenizerRecipe, load_tokenizer, own_bpe
@@ -134,7 +134,7 @@ def test_forged_files_with_right_digests_are_refused(tmp_path: Path) -> None:
     path = data.path / "tokenizer/tokenizer_characters.json"
     path.write_text('"abc"')
     content = json.loads((data.path / "metadata.json").read_text())
-    entry = builder.FileEntry(
+    entry = FileEntry(
         name="tokenizer/tokenizer_characters.json",
         n_bytes=5,
         sha256=hash_file(path),

@@ -8,6 +8,7 @@ import json
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from preflight.core.errors import ExitCode, PreflightError
@@ -17,6 +18,7 @@ from preflight.corpus.filtering.expressions import build_rules
 from preflight.corpus.sources.document_rows import DocumentRows
 from preflight.corpus.sources.protocol import Document, Source, SourceFacts, text_error
 from preflight.corpus.sources.rows import RowSource
+from preflight.corpus.sources.text import TextFile, walk_folder
 from preflight.corpus.sources.token_arrays import TokenArray
 from preflight.settings import DataSettings
 from preflight.settings.kinds import SOURCES
@@ -69,7 +71,7 @@ def find_sources(settings: DataSettings) -> list[Source]:
                     "keep the text in another folder, or choose another --data-dir and "
                     "--output-dir",
                 )
-            for source in _open(given, settings):
+            for source in _open_all(given, settings):
                 source.split = split or ("train" if settings.val_file else None)
                 found.setdefault(os.path.abspath(source.label), source)
     return [_read_by_rows(source, settings) for source in found.values()]
@@ -147,6 +149,28 @@ def _match(pattern: str, settings: DataSettings) -> list[str]:
     if not kept:
         raise text_error(pattern, "no file matches")
     return kept
+
+
+def _open_all(given: str | None, settings: DataSettings) -> Iterator[Source]:
+    """The sources of a value: of a folder those of its files, each called by its place in it.
+
+    In a folder, ``.json``, ``.csv`` and ``.tsv`` are texts unless ``--text-column`` is given: they
+    may be anything there.
+    """
+    if given is None or not os.path.isdir(given):
+        yield from _open(given, settings)
+        return
+    root = Path(Path(given).resolve().name)
+    for file in walk_folder(Path(given), settings.own_folders):
+        is_any = file.suffix in (".json", ".csv", ".tsv") and settings.text_column is None
+        if is_any or not file.is_file():  # what is no file is skipped by its scan
+            found: list[Source] = [TextFile(file, settings.document_separator)]
+        else:
+            found = _open(str(file), settings)
+        for source in found:
+            source.name = (root / file.relative_to(given)).as_posix()
+            source.is_skippable = True
+            yield source
 
 
 def _open(given: str | None, settings: DataSettings) -> list[Source]:

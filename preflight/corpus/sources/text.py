@@ -66,7 +66,7 @@ _NUL_SHAPES = {
 
 
 def find(given: str | None, settings: DataSettings) -> list[TextFile]:
-    """The file called `given`, or the files of that folder, in a fixed order.
+    """The file called `given`.
 
     Raises:
         PreflightError: code TEXT for what is missing or no file, FLAGS for a terminal; before
@@ -77,15 +77,6 @@ def find(given: str | None, settings: DataSettings) -> list[TextFile]:
         mode = os.stat(path).st_mode
     except OSError as error:
         raise text_error(path, error.strerror or str(error), "check --text-file") from None
-    if stat.S_ISDIR(mode):
-        inside = _walk(path, settings.own_folders)
-        if not inside:
-            raise text_error(path, "the folder holds no files")
-        root = Path(path.resolve().name)
-        return [
-            TextFile(file, separator, (root / file.relative_to(path)).as_posix(), is_skippable=True)
-            for file in inside
-        ]
     if stat.S_ISCHR(mode) and _is_terminal(path):
         raise PreflightError(
             ExitCode.FLAGS,
@@ -97,11 +88,14 @@ def find(given: str | None, settings: DataSettings) -> list[TextFile]:
     return [TextFile(path, separator)]
 
 
-def _walk(folder: Path, own: tuple[str, ...]) -> list[Path]:
+def walk_folder(folder: Path, own: tuple[str, ...]) -> list[Path]:
     """Every file below `folder`, in a fixed order. What is left out is told, with the first name.
 
     Left out are hidden files and folders, caches, the folders of a run (`own`), folders that are
     links, since they may lead anywhere, and folders that cannot be read.
+
+    Raises:
+        PreflightError: code TEXT, when no file is left.
     """
     files: list[Path] = []
     left_out: dict[str, list[str]] = {}
@@ -132,6 +126,8 @@ def _walk(folder: Path, own: tuple[str, ...]) -> list[Path]:
                 files.append(Path(place, name))
     for kind, paths in left_out.items():
         log.info(f"{folder}: {kind} are left out ({len(paths):,}, the first: {min(paths)})")
+    if not files:
+        raise text_error(folder, "the folder holds no files")
     return sorted(files)
 
 
@@ -151,17 +147,9 @@ def _is_terminal(path: Path) -> bool:
 class TextFile(Source):
     """One file of UTF-8; a separator splits it into documents."""
 
-    def __init__(
-        self,
-        path: Path,
-        separator: str | None,
-        name: str | None = None,
-        *,
-        is_skippable: bool = False,
-    ) -> None:
+    def __init__(self, path: Path, separator: str | None, name: str | None = None) -> None:
         self.path, self._separator = path, separator
         self.name, self.label = name or path.name, str(path)
-        self.is_skippable = is_skippable
         self._signature: tuple[int, ...] = ()
         self._spans = array("q")  # begin, end, begin, end ... of the documents
 
