@@ -46,6 +46,11 @@ def _load_parser() -> Any:
     return import_library("mwparserfromhell", "mwparserfromhell", "--clean wiki")
 
 
+def check_library() -> None:
+    """PreflightError (FLAGS) when mwparserfromhell, which `clean_wiki` needs, is missing."""
+    _load_parser()
+
+
 def clean_wiki(markup: str, dropped: frozenset[str] = frozenset()) -> str:
     """The text of an article: a heading, a paragraph or a list item is a line.
 
