@@ -95,18 +95,14 @@ def _describe_dropped(content: dict[str, Any]) -> list[str]:
             f"{totals['n_empty']:,} that are empty"
         )
     if not dropped:
-        would = content["would_drop"]
-        if not would:
-            return [*lines, "nothing was dropped"]
-        most = would[0]
-        return [
-            *lines,
-            "nothing was dropped, since no rule was asked for"
-            if not content["is_filtered"]
-            else "nothing was dropped",
-            f"  most would go by {most['reason']}: {most['n_documents']:,} of "
-            f"{most['n_looked_at']:,} looked at ({format_share(most['share'])})",
-        ]
+        why = "" if content["is_filtered"] else ", since no rule was asked for"
+        lines.append(f"nothing was dropped{why}")
+        for most in content["would_drop"][:1]:
+            lines.append(
+                f"  most would go by {most['reason']}: {most['n_documents']:,} of "
+                f"{most['n_looked_at']:,} looked at ({format_share(most['share'])})"
+            )
+        return lines
     share = format_share(totals["n_dropped"] / totals["n_with_text"])
     more = dropped[_MAX_REASONS:]
     lines.append(
