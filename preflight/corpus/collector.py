@@ -71,6 +71,7 @@ class Collector:
         self.shards: dict[str, list[ShardEntry]] = {split: [] for split in SPLITS}
         self._writers: dict[str, ShardWriter] = {}
         self._index: DuplicateIndex | None = None
+        self._is_whole = True  # the last document that was taken is complete
         self._is_due, self._saved_at = False, time.monotonic()
 
     # ---- the journal ----------------------------------------------------------------------------
@@ -126,12 +127,13 @@ class Collector:
 
     def save(self) -> None:
         """Write the journal, unless a document is not complete: then it stays as it is."""
-        if any(self.passed) and not self._plan.groups:
+        if not self._is_whole if self._plan.groups else any(self.passed):
             return
         open_shards = {split: writer.save().model_dump() for split, writer in self._writers.items()}
         for split in SPLITS:
             fsync_folder(self._building / split)
-        n_signatures = self._index.save() if self._index is not None else 0
+        if self._index is not None:
+            self._index.sync()
         write_journal(
             self._building,
             key=self._plan.key,
@@ -145,7 +147,7 @@ class Collector:
             tallies=[tally.describe() for tally in self.tallies],
             tried=self.tried,
             mix={"n_tokens": self.mix.n_tokens, "marks": self.mix.marks},
-            n_signatures=n_signatures,
+            n_signatures=0 if self._index is None else self._index.n_documents,
             done_bytes=self.done_bytes,
         )
         self._is_due, self._saved_at = False, time.monotonic()
@@ -180,6 +182,8 @@ class Collector:
             self._count_pieces(number, taken)
         for split, own in taken.list_splits():
             self._write(split, own.ids)
+        if end > begin:
+            self._is_whole = bool(encoded.ends[end - 1])
         self.passed[number] += end - begin
         if after is not None:
             self.places[number], self.passed[number] = after, 0

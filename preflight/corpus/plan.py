@@ -156,7 +156,8 @@ def _build_groups(
     found: dict[str, list[int]] = {name: [] for name in shares}
     faults = []
     for number, reader in enumerate(readers):
-        names = [name for name in shares if name in reader.label]
+        names = [name for name in shares if name in reader.name]
+        names = names or [name for name in shares if name in reader.label]
         if len(names) == 1:
             found[names[0]].append(number)
         else:

@@ -45,10 +45,12 @@ class Reader(Protocol):
     """Something that is read from a place on, in bounded pieces.
 
     Attributes:
+        name: the source's name, see `Source`.
         label: how messages call it.
         n_bytes: of all that is to be read, as it is stored.
     """
 
+    name: str
     label: str
     n_bytes: int
 
@@ -63,7 +65,7 @@ class TextReader(Reader):
     def __init__(self, split: TextSplit, tokenizer: Tokenizer, block_bytes: int) -> None:
         self.split = split
         self.n_bytes = split.count_bytes("train", "val")
-        self.label = "text"
+        self.name = self.label = "text"
         self._tokenizer, self._block_bytes = tokenizer, block_bytes
 
     def read(self, after: Any) -> Iterator[Work]:
@@ -94,7 +96,8 @@ class RowReader(Reader):
         is_val: Any,
     ) -> None:
         """`drops_long`: rows that are too long to be cleaned and filtered are dropped."""
-        self.source, self.label, self.n_bytes = source, source.label, n_bytes
+        self.source, self.n_bytes = source, n_bytes
+        self.name, self.label = source.name, source.label
         self._tokenizer, self._block_bytes, self._limit = tokenizer, block_bytes, limit
         self._drops_long, self._is_val = drops_long, is_val
 
@@ -132,7 +135,7 @@ class TokenReader(Reader):
     """One array of ids."""
 
     def __init__(self, array: TokenArray, tokenizer: Tokenizer, val_split: float) -> None:
-        self.array, self.label = array, array.label
+        self.array, self.name, self.label = array, array.name, array.label
         self.n_bytes = array.n_tokens * tokenizer.id_dtype.itemsize
         self._tokenizer = tokenizer
         n_val = {"train": 0, "val": array.n_tokens, None: round(array.n_tokens * val_split)}

@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 
 from preflight.corpus.encoding import Encoded, EncodedBuilder, RowCounts, encode_document
-from preflight.corpus.filtering.duplicates import sign
 from preflight.corpus.filtering.expressions import build_rules, judge
+from preflight.corpus.filtering.minhash import sign
 from preflight.corpus.filtering.protocol import Rule
 from preflight.corpus.reading import DroppedRow
 from preflight.corpus.sources.rows import Batch, Parser

@@ -103,13 +103,13 @@ SOURCES: Registry[Any] = Registry(
     "--text-file",
     {
         "text": "preflight.corpus.sources.text:find",
-        "table": "preflight.corpus.sources.tables:find",
+        # "table": "preflight.corpus.sources.tables:find",
         "parquet": "preflight.corpus.sources.parquet:find",
         "wiki": "preflight.corpus.sources.wiki_dump:find",
-        "enterprise": "preflight.corpus.sources.wiki_enterprise:find",
+        # "enterprise": "preflight.corpus.sources.wiki_enterprise:find",
         "tokens": "preflight.corpus.sources.token_arrays:find",
         "pipe": "preflight.corpus.sources.pipe:find",
-        "hub": "preflight.corpus.sources.hub:find",
+        # "hub": "preflight.corpus.sources.hub:find",
         "builtin": "preflight.corpus.sources.builtin:find",
     },
 )
@@ -147,6 +147,7 @@ MODES: Registry[Any] = Registry(
     {
         "check": "preflight.modes.check:run",
         "validate-only": "preflight.modes.validate:run",
+        "prepare": "preflight.modes.prepare:run",
         "train": "preflight.modes.train:run",
         "get-optimal-bs": "preflight.modes.find_batch_size:run",
         "find-lr": "preflight.modes.find_lr:run",
@@ -160,6 +161,7 @@ MODES: Registry[Any] = Registry(
 MODE_SUMMARIES = {
     "check": "predict memory, time, cost and learning of a run before it starts",
     "validate-only": "run every part of a run once, as numbered checks",
+    "prepare": "prepare the data alone, with a report of what is in it",
     "train": "prepare the data where needed, then train",
     "get-optimal-bs": "find the largest batch size that fits, and the fastest",
     "find-lr": "find a good learning rate by a range test",
