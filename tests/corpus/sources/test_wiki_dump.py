@@ -9,10 +9,7 @@ import json
 import os
 import pickle
 import re
-import subprocess
-import sys
 import tracemalloc
-import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -23,6 +20,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from benchmarks.wiki import (
+    BULGARIAN,
+    SLICE,
+    count_common,
+    get_dumps,
+    measure_shares,
+    read_articles,
+    run_wikiextractor,
+)
 from preflight.core.errors import ExitCode, PreflightError
 from preflight.core.signals import StopFlag
 from preflight.corpus.sources import wiki_dump, wiki_pages
@@ -313,23 +319,12 @@ def test_memory_stays_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
 
 # ---- the real thing -----------------------------------------------------------------------------
 
-SLICE = "enwiki-latest-pages-articles1.xml-p000000010p000030302-shortened.bz2"
-SLICE_SHA256 = "a53f4648dec40467"
-BULGARIAN = "bgwiki-latest-pages-articles-shortened.xml.bz2"
-
 
 @pytest.fixture(scope="session")
 def real_dumps(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with two real dumps, out of a package that has them as test data."""
     folder = tmp_path_factory.mktemp("gensim")
-    pip = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "--only-binary", ":all:"]
-    subprocess.run([*pip, "-d", str(folder), "gensim==4.4.0"], check=True)
-    (wheel,) = folder.glob("gensim*.whl")
-    with zipfile.ZipFile(wheel) as archive:
-        for name in (SLICE, BULGARIAN):
-            (folder / name).write_bytes(archive.read(f"gensim/test/test_data/{name}"))
-    digest = hashlib.sha256((folder / SLICE).read_bytes()).hexdigest()
-    assert digest.startswith(SLICE_SHA256)
+    get_dumps(folder)
     return folder
 
 
@@ -355,19 +350,6 @@ def test_the_markup_of_a_real_dump_is_iterparses(
     assert sum(bool(row.text) for row in cleaned) == n_articles
 
 
-def count_common(ours: list[str], theirs: list[str]) -> int:
-    """The length of the longest common subsequence, by bits (Hyyrö 2004)."""
-    masks: dict[str, int] = {}
-    for i, word in enumerate(theirs):
-        masks[word] = masks.get(word, 0) | 1 << i
-    full = (1 << len(theirs)) - 1
-    state = full
-    for word in ours:
-        both = state & masks.get(word, 0)
-        state = (state + both | state - both) & full
-    return len(theirs) - state.bit_count()
-
-
 def test_common_words_are_counted() -> None:
     assert count_common("a b c d".split(), "b x d a".split()) == 2
     assert count_common([], ["a"]) == count_common(["a"], []) == 0
@@ -377,28 +359,11 @@ def test_common_words_are_counted() -> None:
 @pytest.mark.slow
 def test_the_text_is_wikiextractors(real_dumps: Path, tmp_path: Path) -> None:
     """wikiextractor (AGPL) runs in an environment of its own; only its output is read."""
-    subprocess.run([sys.executable, "-m", "venv", str(tmp_path / "venv")], check=True)
-    python = str(tmp_path / "venv" / "bin" / "python")
-    pip = [python, "-m", "pip", "install", "-q", "--no-deps", "wikiextractor==3.1.0"]
-    subprocess.run(pip, check=True)
-    (tmp_path / "a.xml").write_bytes(bz2.decompress((real_dumps / SLICE).read_bytes()))
-    extract = [python, "-m", "wikiextractor.WikiExtractor", "a.xml", "--json", "--no-templates"]
-    done = subprocess.run(
-        [*extract, "-q", "-o", "-"], cwd=tmp_path, check=True, capture_output=True
-    )
-    theirs = {page["title"]: page["text"] for page in map(json.loads, done.stdout.splitlines())}
-    ours = {
-        row.columns["title"]: row.text.partition("\n\n")[2]
-        for row in read_rows(open_dump(real_dumps / SLICE))
-        if row.text
-    }
+    theirs, _ = run_wikiextractor(real_dumps / SLICE, tmp_path)
+    ours = read_articles(real_dumps / SLICE, "wiki")
     assert ours.keys() == theirs.keys()
     assert len(ours) == 106
-    shares = []
-    for title, text in theirs.items():
-        words = re.findall(r"\w+", text.replace("&amp;", "&"))
-        common = count_common(re.findall(r"\w+", ours[title]), words)
-        shares.append(common / len(words) if words else 1.0)
+    shares = measure_shares(ours, theirs).values()
     assert min(shares) >= 0.97
     assert sum(shares) / len(shares) >= 0.998
     for mark in ("[[File", "thumb|", "Category:", "<ref", "{{", "[[", "''", "]]"):
