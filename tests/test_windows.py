@@ -132,10 +132,11 @@ def test_batches_are_slices_a_stride_apart(
 
 
 @pytest.fixture(scope="module", autouse=True)
-def _close_at_once() -> Iterator[None]:
+def _read_little_and_close_at_once() -> Iterator[None]:
     """A loader that is closed waits for its thread, which may be waiting for room."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(train_utils, "_POLL_SECONDS", 0.001)
+        patch.setattr(train_utils, "_CHUNK_TOKENS", 2000)  # many chunks of few tokens
         yield
 
 
