@@ -43,7 +43,7 @@ from preflight.modes import train as train_mode  # noqa: E402
 from preflight.settings import ModelConfig, RunConfig, build_config  # noqa: E402
 from preflight.tokenization import load_tokenizer  # noqa: E402
 from preflight.training.plan import TrainingPlan, build_plan  # noqa: E402
-from train_utils import count_windows  # noqa: E402
+from preflight.corpus.windows import count_windows  # noqa: E402
 from trainer import build_trainer  # noqa: E402
 
 GOALS = {

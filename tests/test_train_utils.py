@@ -17,11 +17,14 @@ from hypothesis import strategies as st
 
 import train_utils
 from preflight.core.errors import ExitCode, PreflightError
+from preflight.corpus import shard_reader
 from preflight.corpus.build import prepare_data
+from preflight.corpus.shard_reader import ShardReader
 from preflight.corpus.shards import DataFolder, load_data_folder
+from preflight.corpus.windows import build_epoch, count_windows
 from preflight.settings import DataSettings
 from preflight.tokenization import load_tokenizer
-from train_utils import BatchLoader, count_windows, iterate_windows
+from train_utils import BatchLoader, iterate_windows
 
 GPT2 = load_tokenizer("gpt2")
 
@@ -66,7 +69,7 @@ def test_windows_fit_and_offsets_use_all_the_room(n_tokens: int, length: int, nu
     if n_tokens <= length:
         return
     n_windows = count_windows(n_tokens, length)
-    epoch = train_utils._build_epoch(n_tokens, length, 1, "f", number)
+    epoch = build_epoch(n_tokens, length, 1, "f", number)
     assert 0 <= epoch.offset < length
     assert epoch.offset + n_windows * length + 1 <= n_tokens
     assert sorted(epoch.order) == list(range(n_windows))
@@ -76,7 +79,7 @@ def test_windows_fit_and_offsets_use_all_the_room(n_tokens: int, length: int, nu
 
 def test_order_is_fixed_for_ever() -> None:
     """A golden value: another NumPy, or another machine, must give the same order."""
-    epoch = train_utils._build_epoch(1000, 100, 42, "fingerprint", 3)
+    epoch = build_epoch(1000, 100, 42, "fingerprint", 3)
     assert (epoch.offset, epoch.order.tolist()) == (34, [4, 3, 1, 5, 8, 0, 6, 2, 7])
 
 
@@ -213,7 +216,7 @@ def test_a_reader_maps_a_bounded_number_of_shards(
     data: DataFolder, monkeypatch: pytest.MonkeyPatch, limit: int
 ) -> None:
     expected = take_rows(data, 40)
-    monkeypatch.setattr(train_utils, "_MAX_OPENED", limit)
+    monkeypatch.setattr(shard_reader, "_MAX_OPENED", limit)
     opened = []
     real = np.load
 
@@ -242,7 +245,7 @@ def test_failure_in_the_thread_reaches_the_caller(
     def fail(*args: Any) -> None:
         raise error
 
-    monkeypatch.setattr(train_utils._ShardReader, "read", fail)
+    monkeypatch.setattr(ShardReader, "read", fail)
     error: BaseException = LookupError("no more")
     with pytest.raises(PreflightError, match="LookupError: no more") as caught:
         take_rows(data, 1)
@@ -255,7 +258,7 @@ def test_failure_in_the_thread_reaches_the_caller(
 def test_dead_thread_is_noticed_within_seconds(
     data: DataFolder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(BatchLoader, "_read_ahead", lambda self, cursor: None)
+    monkeypatch.setattr(train_utils._RowsAhead, "_read_ahead", lambda self, cursor: None)
     began = time.monotonic()
     with pytest.raises(PreflightError) as caught:
         take_rows(data, 1)
@@ -267,7 +270,7 @@ def test_close_ends_the_thread(data: DataFolder) -> None:
     loader = open_loader(data)
     loader.next_batch()
     loader.close()
-    assert not loader._thread.is_alive()
+    assert not loader._rows._thread.is_alive()  # type: ignore[attr-defined]
 
 
 @pytest.mark.cuda

@@ -103,7 +103,7 @@ def _describe_dropped(content: dict[str, Any]) -> list[str]:
                 f"{most['n_looked_at']:,} looked at ({format_share(most['share'])})"
             )
         return lines
-    share = format_share(totals["n_dropped"] / totals["n_with_text"])
+    share = format_share(totals["dropped_share"])
     more = dropped[_MAX_REASONS:]
     lines.append(
         f"dropped: {totals['n_dropped']:,} documents ({share})"

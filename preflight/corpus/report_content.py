@@ -78,7 +78,8 @@ def build_content(facts: ReportFacts) -> dict[str, Any]:
     totals                n_rows, n_bad_rows, n_empty, n_with_text (rows that are not bad),
                           n_raw_bytes, n_dropped, n_dropped_bytes, n_kept, n_kept_bytes,
                           n_kept_tokens, n_documents, n_bytes, n_tokens (each by split),
-                          bytes_per_token, kept_share (of n_with_text), val_share (of tokens)
+                          bytes_per_token, kept_share and dropped_share (of n_with_text),
+                          val_share (of tokens)
     sources               list: name, kind, n_bytes, sha256, license, n_kept, n_kept_tokens,
                           token_share, counts (`Tally.describe` without examples)
     mix                   None, or stretch_tokens, n_stretches (full ones), largest_difference, and
@@ -157,6 +158,7 @@ def _build_totals(total: Tally) -> dict[str, Any]:
         "n_tokens": dict(total.n_tokens),
         "bytes_per_token": _divide(n_bytes, n_tokens),
         "kept_share": _divide(n_kept, n_with_text),
+        "dropped_share": _divide(n_dropped, n_with_text),
         "val_share": _divide(total.n_tokens["val"], n_tokens),
     }
 

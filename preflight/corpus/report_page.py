@@ -25,6 +25,7 @@ from preflight.corpus.page_parts import (
 
 _TEMPLATE_PATH = Path(__file__).parent / "assets" / "data_report.html"
 _MAX_SOURCES = 100  # in the table
+_MAX_COUNTS = 5  # of sources, for each rule
 _PAPERS = {
     "gopher_quality": "Gopher's quality rules (Rae et al. 2021)",
     "gopher_repetition": "Gopher's repetition rules (Rae et al. 2021)",
@@ -66,9 +67,10 @@ def _draw_head(content: dict[str, Any]) -> list[Html]:
     totals, sources, tokens = content["totals"], content["sources"], content["totals"]["n_tokens"]
     names = ", ".join(source["name"] for source in sources[:3])
     more = f" and {len(sources) - 3:,} more" if len(sources) > 3 else ""
+    count = f"{len(sources):,} sources: " if len(sources) > 1 else ""
     lead = (
         f"{totals['n_kept']:,} documents with {totals['n_kept_tokens']:,} tokens, for training a "
-        f"language model. They come from {names}{more}."
+        f"language model. They come from {count}{names}{more}."
     )
     split = (
         f"{tokens['train']:,} tokens are for training, {tokens['val']:,} "
@@ -154,7 +156,7 @@ def _draw_dropped(content: dict[str, Any]) -> list[Html]:
             else "No rule was asked for, so nothing was dropped."
         )
     else:
-        share = format_share(totals["n_dropped"] / totals["n_with_text"])
+        share = format_share(totals["dropped_share"])
         text += (
             f"The rules below dropped {totals['n_dropped']:,} of {totals['n_with_text']:,} "
             f"documents ({share}), {format_bytes(totals['n_dropped_bytes'])} of text. A document "
@@ -162,14 +164,14 @@ def _draw_dropped(content: dict[str, Any]) -> list[Html]:
         )
     parts += [build_tag("p", text), *_draw_fates(totals)]
     if dropped:
-        largest = max(entry["share"] for entry in dropped)
+        largest = max(entry["n_documents"] for entry in dropped)
         rows = [
             (
                 entry["reason"],
                 f"{entry['n_documents']:,}",
                 format_share(entry["share"]),
                 format_bytes(entry["n_bytes"]),
-                build_bar(entry["share"] / largest),
+                build_bar(entry["n_documents"] / largest),
             )
             for entry in dropped
         ]
@@ -221,9 +223,10 @@ def _describe_duplicates(duplicates: dict[str, Any]) -> str:
 
 
 def _draw_dropped_examples(entry: dict[str, Any]) -> Html:
-    by_source = ", ".join(
-        f"{part['source']} {part['n_documents']:,}" for part in entry["by_source"]
-    )
+    counts = [f"{part['source']} {part['n_documents']:,}" for part in entry["by_source"]]
+    if len(counts) > _MAX_COUNTS:
+        counts[_MAX_COUNTS:] = [f"{len(counts) - _MAX_COUNTS:,} more sources"]
+    by_source = ", ".join(counts)
     title = build_tag("summary", f"Examples: {entry['reason']} ({by_source})")
     return build_tag("details", title, *map(build_example, entry["examples"]))
 

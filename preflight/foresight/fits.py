@@ -133,6 +133,7 @@ def check_memory(
     gradient_checkpointing: bool,
     last_checkpoint: Path | str,
     window_tokens: int | None = None,
+    data_bytes: int = 0,
 ) -> None:
     """Refuse a run that cannot fit before it starts; asked on the CPU only.
 
@@ -145,7 +146,7 @@ def check_memory(
     least = estimate_least_bytes(model_config, training)
     if runtime.device.type != "cpu" or _SLACK * least < reachable:
         return
-    options = MemoryOptions.of(runtime, gradient_checkpointing, window_tokens)
+    options = MemoryOptions.of(runtime, gradient_checkpointing, window_tokens, data_bytes)
     required = estimate_memory(model_config, training, options).required_bytes
     if required > reachable:
         raise explain_out_of_memory(
@@ -158,6 +159,7 @@ def check_memory(
             gradient_checkpointing=gradient_checkpointing,
             last_checkpoint=last_checkpoint,
             window_tokens=window_tokens,
+            data_bytes=data_bytes,
         )
 
 
@@ -170,9 +172,10 @@ def explain_out_of_memory(
     gradient_checkpointing: bool,
     last_checkpoint: Path | str,
     window_tokens: int | None = None,
+    data_bytes: int = 0,
 ) -> PreflightError:
     """What was tried, the flags that keep the tokens per step, and which checkpoint is safe."""
-    options = MemoryOptions.of(runtime, gradient_checkpointing, window_tokens)
+    options = MemoryOptions.of(runtime, gradient_checkpointing, window_tokens, data_bytes)
     batch = training.batch_size
     lines = [
         f"out of memory with {batch} sequences of {window_tokens or model_config.context_length} "

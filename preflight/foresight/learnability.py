@@ -189,7 +189,8 @@ def find_short_text(
     model_config: ModelConfig, plan: TrainingPlan, data: DataFolder
 ) -> list[Advice]:
     """A warning about a text that does not fill one window, and what it is good for."""
-    if plan.window_tokens == model_config.context_length:
+    is_asked = plan.window_tokens < data.train.n_tokens - 1  # by --window
+    if is_asked or plan.window_tokens == model_config.context_length:
         return []
     return [
         Advice(
@@ -209,7 +210,7 @@ def _find_size_warnings(
     found = []
     parameters = count_parameters(model_config)
     tokens = plan.total_steps * plan.tokens_per_step
-    epochs = plan.total_steps / plan.steps_per_epoch
+    reads = plan.text_reads
     if tokens < FAR_UNDER * TOKENS_PER_PARAMETER * parameters:
         smaller = _suggest_size(model_config, tokens)
         found.append(
@@ -220,11 +221,11 @@ def _find_size_warnings(
                 f"more text with --text-file, or a longer run{smaller}",
             )
         )
-    if epochs > GOOD_EPOCHS:
+    if reads > GOOD_EPOCHS:
         found.append(
             Advice(
                 "epochs",
-                f"{epochs:,.1f} epochs of {data.train.n_tokens:,} tokens: after {GOOD_EPOCHS} "
+                f"{reads:,.1f} epochs of {data.train.n_tokens:,} tokens: after {GOOD_EPOCHS} "
                 "little is gained, and the model memorises the text (Muennighoff et al. 2023)",
                 f"--num-epochs {GOOD_EPOCHS}, or more text with --text-file",
             )
@@ -233,7 +234,7 @@ def _find_size_warnings(
             found.append(
                 Advice(
                     "dropout",
-                    f"no dropout in {epochs:,.1f} epochs of the same text",
+                    f"no dropout in {reads:,.1f} epochs of the same text",
                     "--dropout 0.1 delays memorisation",
                 )
             )

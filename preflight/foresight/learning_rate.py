@@ -50,9 +50,10 @@ def run_range_test(spec: RangeSpec, report: Report) -> list[tuple[float, float]]
         report: takes (step, loss) of every step.
     """
     plan, runtime = spec.training.plan, spec.training.runtime
+    place = spec.training.choose_data_place(runtime)
     trainer = spec.training.build_trainer(plan, runtime)
     points: list[tuple[float, float]] = []
-    with spec.training.open_loader(runtime) as loader:
+    with spec.training.open_loader(runtime, place) as loader:
         for step, learning_rate in enumerate(spec.list_learning_rates()):
             # The plan is read at every step; a constant one gives the learning rate of this step.
             trainer.plan = replace(

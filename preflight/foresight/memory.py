@@ -50,6 +50,7 @@ class MemoryOptions:
         compile_model: the step goes through torch.compile.
         generation_batch_size: sequences generated at once; a training run generates one.
         window_tokens: tokens of a training window, where they are fewer than the context length.
+        data_bytes: of training tokens that are kept in the device's memory.
         hopper_or_newer: decides the size of the cuBLAS workspace. Unset: asks the card that is
             present, and assumes an older one where there is none.
     """
@@ -60,11 +61,16 @@ class MemoryOptions:
     compile_model: bool = False
     generation_batch_size: int = 1
     window_tokens: int | None = None
+    data_bytes: int = 0
     hopper_or_newer: bool | None = None
 
     @classmethod
     def of(
-        cls, runtime: Runtime, gradient_checkpointing: bool, window_tokens: int | None = None
+        cls,
+        runtime: Runtime,
+        gradient_checkpointing: bool,
+        window_tokens: int | None = None,
+        data_bytes: int = 0,
     ) -> MemoryOptions:
         """The options of a training run on a device that is present."""
         return cls(
@@ -73,6 +79,7 @@ class MemoryOptions:
             gradient_checkpointing,
             runtime.compile_model,
             window_tokens=window_tokens,
+            data_bytes=data_bytes,
         )
 
     @property
@@ -91,7 +98,8 @@ class MemoryEstimate:
     """Bytes. ``items`` adds up to ``needed_bytes``.
 
     Attributes:
-        items: what the memory holds at the peak, by `memory_trace.ITEMS`. The 16-bit copies of
+        items: what the memory holds at the peak, by `memory_trace.ITEMS`, and the training data
+            where it is kept there. The 16-bit copies of
             the weights that autocast makes count as activations kept.
         phases: the peak of allocated memory in each of `PHASES`.
         peak_bytes: the highest of these peaks; on CUDA it compares with
@@ -130,7 +138,7 @@ def estimate_memory(
 ) -> MemoryEstimate:
     """Predict what a training run needs, from its first step through evaluation and samples."""
     case = _build_case(model_config, training, options)
-    return _summarise(trace_peaks(case), case, options.workspace_bytes)
+    return _summarise(trace_peaks(case), case, options)
 
 
 def _build_case(
@@ -148,22 +156,29 @@ def _build_case(
     )
 
 
-def _summarise(peaks: Peaks, case: TraceCase, workspace: int) -> MemoryEstimate:
+def _summarise(peaks: Peaks, case: TraceCase, options: MemoryOptions) -> MemoryEstimate:
     totals = {region: sum(items.values()) for region, items in peaks.items()}
     top = max(totals, key=lambda region: totals[region])
     weights, optimizer = peaks[top]["weights"], peaks[top]["optimizer"]
     on_cuda = case.device_type == "cuda"
+    workspace, data = options.workspace_bytes, options.data_bytes
     phases = {
-        phase: round(max(total for (name, _), total in totals.items() if name == phase)) + workspace
+        phase: round(max(total for (name, _), total in totals.items() if name == phase))
+        + workspace
+        + data
         for phase in PHASES[:-1]
     }
     # Resuming holds the weights twice on the CPU, as read and in the model; on CUDA they are read
-    # into the host's memory. The optimizer adopts the tensors of its state as they were read.
+    # into the host's memory. The optimizer adopts the tensors of its state as they were read. The
+    # training tokens come to the device after that.
     phases["resume"] = round(weights * (1 if on_cuda else 2) + optimizer) + workspace
     peak = max(phases.values())
-    reserved = round(peak * (1 + CUDA_FRAGMENTATION)) if on_cuda else peak
+    # One tensor that lasts as long as the run is not fragmented.
+    reserved = round(peak + (peak - data) * CUDA_FRAGMENTATION) if on_cuda else peak
     context = CUDA_CONTEXT_BYTES if on_cuda else 0
     items = {item: round(size) for item, size in peaks[top].items()}
+    if data:
+        items["training data"] = data
     items["context and workspace"] = context + workspace
     items["headroom"] = reserved + context - sum(items.values())
     host = HOST_BASE_BYTES["cuda" if on_cuda else "cpu"]
@@ -216,7 +231,6 @@ def build_batch_curve(
     """
     rows = losses.loss_layout(options.device_type).rows
     first = -(-4 * rows // (options.window_tokens or model_config.context_length))
-    workspace = options.workspace_bytes
 
     def build_case(batch_size: int) -> TraceCase:
         return _build_case(model_config, replace(training, batch_size=batch_size), options)
@@ -224,9 +238,9 @@ def build_batch_curve(
     def estimate(batch_size: int) -> MemoryEstimate:
         case = build_case(batch_size)
         if batch_size <= 2 * first:
-            return _summarise(trace_peaks(case), case, workspace)
+            return _summarise(trace_peaks(case), case, options)
         low, high = trace_peaks(build_case(first)), trace_peaks(build_case(2 * first))
-        return _summarise(extend_peaks(low, high, (batch_size - first) / first), case, workspace)
+        return _summarise(extend_peaks(low, high, (batch_size - first) / first), case, options)
 
     return estimate
 

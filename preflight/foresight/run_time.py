@@ -21,8 +21,10 @@ from generate import SAMPLE_TOKENS, generate_text
 from preflight.checkpoints.format import save_checkpoint
 from preflight.core.storage import TEMPORARY_PREFIX
 from preflight.corpus.shards import DataFolder
+from preflight.corpus.windows import choose_window, count_windows
 from preflight.device.cards import Card
 from preflight.device.runtime import Runtime
+from preflight.device.token_store import measure_free_bytes
 from preflight.foresight.memory import estimate_checkpoint_bytes
 from preflight.foresight.timing import Batch, time_steps
 from preflight.models.cost import count_parameters, estimate_flops_per_token
@@ -37,7 +39,7 @@ from preflight.tokenization import Tokenizer
 from preflight.training.curve import CURVE_EVERY_SECONDS
 from preflight.training.plan import TrainingPlan
 from preflight.training.schedules import find_extension_step
-from train_utils import BatchLoader, choose_window, count_windows, iterate_windows
+from train_utils import BatchLoader, choose_data_place, iterate_windows, open_training_loader
 from trainer import Trainer, build_trainer
 
 TIMED_STEPS = 5
@@ -388,22 +390,23 @@ def _measure_training(
 ) -> RunCost:
     """Everything but the checkpoint."""
     training, checkpointing = config.training, config.system.gradient_checkpointing
+    context = model_config.context_length
+    free_bytes = measure_free_bytes(runtime.device)
+    place = choose_data_place(
+        data, training, config.system, context, runtime.device.type, free_bytes
+    )
     began = time.perf_counter()
     trainer = build_trainer(
         model_config, training, plan, runtime, gradient_checkpointing=checkpointing
     )
     runtime.synchronize()
     build_seconds = time.perf_counter() - began
-    with BatchLoader(
-        data,
-        "train",
-        batch_size=training.batch_size,
-        context_length=model_config.context_length,
-        seed=training.seed,
-        device=runtime.device,
+    with open_training_loader(
+        data, training, context, runtime.device, on_device=place.on_device
     ) as loader:
         first, times, step = _measure_steps(trainer, loader, model_config, low, high, full)
-        window = _measure_evaluation(trainer, data, plan, model_config, high)
+        windowed = dataclasses.replace(model_config, context_length=training.choose_window(context))
+        window = _measure_evaluation(trainer, data, plan, windowed, high)
         sample = _measure_sample(trainer, tokenizer)
     median = statistics.median(times)
     warm_up = max(0.0, first - median)

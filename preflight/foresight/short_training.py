@@ -12,14 +12,16 @@ from pathlib import Path
 
 from preflight.core.errors import ExitCode, PreflightError
 from preflight.corpus.shards import DataFolder
+from preflight.corpus.windows import count_run_windows
 from preflight.device.runtime import Runtime, build_runtime
+from preflight.device.token_store import DataPlace, measure_free_bytes
 from preflight.foresight.child import ChildRules, LackOfMemory, Report, run_in_child
 from preflight.foresight.timing import choose_lag
 from preflight.settings import ModelConfig, RunConfig, TrainingSettings
 from preflight.training.divergence import DivergenceGuard
 from preflight.training.plan import TrainingPlan, build_plan
 from preflight.training.state import StepResult
-from train_utils import BatchLoader, choose_window, count_windows, iterate_windows
+from train_utils import BatchLoader, choose_data_place, iterate_windows, open_training_loader
 from trainer import Trainer, build_trainer
 
 
@@ -57,13 +59,17 @@ class TrainingSpec:
     @property
     def plan(self) -> TrainingPlan:
         """The training in numbers."""
-        context = self.model_config.context_length
-        n_train, n_val = (
-            count_windows(part.n_tokens, context) for part in (self.data.train, self.data.val)
+        windows = count_run_windows(self.data, self.training, self.model_config.context_length)
+        plan = build_plan(
+            self.training,
+            self.config.control,
+            windows.window_tokens,
+            windows.n_train,
+            windows.n_val,
+            stride_tokens=windows.stride_tokens,
         )
-        window = choose_window(self.data.train.n_tokens, context)
-        plan = build_plan(self.training, self.config.control, window, n_train, n_val)
-        return replace(plan, eval_windows=min(n_val, self.eval_windows or plan.eval_windows))
+        n_val = min(windows.n_val, self.eval_windows or plan.eval_windows)
+        return replace(plan, eval_windows=n_val)
 
     @property
     def runtime(self) -> Runtime:
@@ -80,16 +86,25 @@ class TrainingSpec:
             gradient_checkpointing=self.config.system.gradient_checkpointing,
         )
 
-    def open_loader(self, runtime: Runtime) -> BatchLoader:
-        """The training part from its beginning, in the run's order."""
-        training = self.training
-        return BatchLoader(
+    def choose_data_place(self, runtime: Runtime) -> DataPlace:
+        """Where the training tokens are kept, as the run decides it: before the model is built."""
+        return choose_data_place(
             self.data,
-            "train",
-            batch_size=training.batch_size,
-            context_length=self.model_config.context_length,
-            seed=training.seed,
-            device=runtime.device,
+            self.training,
+            self.config.system,
+            self.model_config.context_length,
+            runtime.device.type,
+            measure_free_bytes(runtime.device),
+        )
+
+    def open_loader(self, runtime: Runtime, place: DataPlace) -> BatchLoader:
+        """The training part from its beginning, in the run's order."""
+        return open_training_loader(
+            self.data,
+            self.training,
+            self.model_config.context_length,
+            runtime.device,
+            on_device=place.on_device,
         )
 
 
@@ -145,6 +160,7 @@ def train_shortly(spec: TrainingSpec, report: Report) -> TrainingResult:
 
 def _train(spec: TrainingSpec, report: Report, losses: list[float]) -> TrainingResult:
     plan, runtime = spec.plan, spec.runtime
+    place = spec.choose_data_place(runtime)
     trainer = spec.build_trainer(plan, runtime)
     guard = DivergenceGuard(Path(spec.config.control.output_dir), fp16=runtime.needs_scaler)
     pending: deque[StepResult] = deque()
@@ -158,7 +174,7 @@ def _train(spec: TrainingSpec, report: Report, losses: list[float]) -> TrainingR
             report((result.step, loss))
             guard.check(result, math.isfinite(loss) and math.isfinite(norm), norm)
 
-    with spec.open_loader(runtime) as loader:
+    with spec.open_loader(runtime, place) as loader:
         for step in range(plan.total_steps):
             batches = (loader.next_batch() for _ in range(plan.accumulation_steps))
             pending.append(trainer.train_step(step, batches))
@@ -174,7 +190,7 @@ def _train(spec: TrainingSpec, report: Report, losses: list[float]) -> TrainingR
         spec.data,
         "val",
         batch_size=spec.training.batch_size,
-        context_length=spec.model_config.context_length,
+        context_length=spec.training.choose_window(spec.model_config.context_length),
         n_windows=plan.eval_windows,
         device=runtime.device,
     )

@@ -36,7 +36,11 @@ class Target:
         return str(self.dtype).removeprefix("torch.")
 
     def memory_options(
-        self, *, gradient_checkpointing: bool, window_tokens: int | None = None
+        self,
+        *,
+        gradient_checkpointing: bool,
+        window_tokens: int | None = None,
+        data_bytes: int = 0,
     ) -> MemoryOptions:
         """What `estimate_memory` needs to know of it."""
         hopper = None
@@ -48,6 +52,7 @@ class Target:
             gradient_checkpointing,
             self.compile_model,
             window_tokens=window_tokens,
+            data_bytes=data_bytes,
             hopper_or_newer=hopper,
         )
 

@@ -23,15 +23,17 @@ from generate import SAMPLE_TOKENS, generate_text
 from preflight.checkpoints import format as checkpoint_format
 from preflight.core.signals import StopFlag
 from preflight.corpus.shards import DataFolder
+from preflight.corpus.windows import count_run_windows
 from preflight.device.host_memory import release_freed_memory
 from preflight.device.runtime import Runtime, build_runtime, is_out_of_memory
+from preflight.device.token_store import DataPlace, measure_free_bytes
 from preflight.foresight.child import ChildRules, LackOfMemory, Report, run_in_child
 from preflight.foresight.timing import Batch, choose_lag, iterate_step_seconds
 from preflight.settings import ControlSettings, ModelConfig, RunConfig, SamplingConfig
 from preflight.tokenization import Tokenizer, load_tokenizer
 from preflight.training.curve import CURVE_NAME, LossCurve
 from preflight.training.plan import TrainingPlan, build_plan
-from train_utils import BatchLoader, count_windows, iterate_windows
+from train_utils import choose_data_place, iterate_windows, open_training_loader
 from trainer import Trainer, build_trainer
 
 TIMED_STEPS, TIMED_SECONDS, SLOW_STEP_SECONDS = 5, 6.0, 4.0
@@ -90,16 +92,35 @@ class TrialSpec:
 
     def plan(self) -> TrainingPlan:
         """The plan of the run; without data, a run long enough to be worth compiling for."""
-        context, data = self.model_config.context_length, self.data
-        windows = [
-            count_windows(part.n_tokens, context)
-            for part in ((data.train, data.val) if data else ())
-        ]
+        training, control = self.config.resolve_training(), self.config.control
+        if self.data is None:
+            return build_plan(training, control, self.window, 10**9, 10**6)
+        windows = count_run_windows(self.data, training, self.model_config.context_length)
         return build_plan(
-            self.config.resolve_training(),
-            self.config.control,
-            context,
-            *(windows or (10**9, 10**6)),
+            training,
+            control,
+            self.window,
+            windows.n_train,
+            windows.n_val,
+            stride_tokens=windows.stride_tokens,
+        )
+
+    @property
+    def window(self) -> int:
+        """Tokens of a window; data that is shorter is not used."""
+        return self.config.training.choose_window(self.model_config.context_length)
+
+    def choose_data_place(self, device: torch.device) -> DataPlace:
+        """Where the training tokens are kept, as the run decides it: before the model is built."""
+        if self.data is None:
+            return DataPlace(False, 0, "random tokens")
+        return choose_data_place(
+            self.data,
+            self.config.training,
+            self.config.system,
+            self.model_config.context_length,
+            device.type,
+            measure_free_bytes(device),
         )
 
     def runtime(self) -> Runtime:
@@ -216,8 +237,9 @@ def _run_phases(
         )
 
     with meter.phase("training step"):
+        place = spec.choose_data_place(runtime.device)
         trainer = build()
-        with _open_batches(spec, runtime) as next_batch:
+        with _open_batches(spec, runtime, place) as next_batch:
             _time_steps(trainer, next_batch, seconds)
     with meter.phase("evaluation"):
         trainer.evaluate(_list_validation(spec, runtime), 1.0)
@@ -275,25 +297,25 @@ def _time_steps(trainer: Trainer, next_batch: Callable[[], Batch], seconds: list
 
 
 @contextlib.contextmanager
-def _open_batches(spec: TrialSpec, runtime: Runtime) -> Iterator[Callable[[], Batch]]:
-    training, context = spec.config.training, spec.model_config.context_length
+def _open_batches(
+    spec: TrialSpec, runtime: Runtime, place: DataPlace
+) -> Iterator[Callable[[], Batch]]:
     if spec.data is None:
         yield functools.partial(_draw_batch, spec, runtime)
         return
-    with BatchLoader(
+    with open_training_loader(
         spec.data,
-        "train",
-        batch_size=training.batch_size,
-        context_length=context,
-        seed=training.seed,
-        device=runtime.device,
+        spec.config.training,
+        spec.model_config.context_length,
+        runtime.device,
+        on_device=place.on_device,
     ) as loader:
         yield loader.next_batch
 
 
 def _draw_batch(spec: TrialSpec, runtime: Runtime) -> Batch:
     """Inputs and targets (B T) of random ids."""
-    shape = (spec.config.training.batch_size, spec.model_config.context_length + 1)
+    shape = (spec.config.training.batch_size, spec.window + 1)
     rows = torch.randint(spec.model_config.vocab_size, shape).to(runtime.device)
     return rows[:, :-1].contiguous(), rows[:, 1:].contiguous()
 
@@ -308,7 +330,7 @@ def _list_validation(spec: TrialSpec, runtime: Runtime) -> Iterator[Batch]:
         "val",
         batch_size=size,
         n_windows=size,
-        context_length=spec.model_config.context_length,
+        context_length=spec.window,
         device=runtime.device,
     )
 

@@ -132,7 +132,7 @@ def read_data(found: Findings) -> None:
         data,
         "train",
         batch_size=1,
-        context_length=setup.context_length,
+        context_length=setup.window_length,
         n_windows=1,
         device="cpu",
     )

@@ -18,6 +18,7 @@ from preflight.core.storage import free_bytes
 from preflight.core.units import format_bytes
 from preflight.corpus.shards import DataFolder
 from preflight.device.host_memory import available_host_bytes, reachable_host_bytes
+from preflight.device.token_store import DataPlace
 from preflight.foresight.fits import check_disk, judge_fit, suggest_fit
 from preflight.foresight.learnability import Advice, Content
 from preflight.foresight.memory import MemoryEstimate, MemoryOptions, estimate_savings
@@ -28,7 +29,7 @@ from preflight.modes.report import Problem, Report, compare
 from preflight.modes.setup import RunSetup
 from preflight.settings import ModelConfig, RunConfig, TrainingSettings, describe_choices
 from preflight.tokenization import TokenizerRecipe
-from preflight.training.plan import TrainingPlan
+from preflight.training.plan import TrainingPlan, describe_windows
 from preflight.training.trackers import load_trackers
 
 _TIMED_PHASES = ("training step", "optimizer step", "evaluation")
@@ -66,13 +67,25 @@ class Findings:
         return self.target.memory_options(
             gradient_checkpointing=checkpointing,
             window_tokens=self.window_tokens,
+            data_bytes=self.data_place.n_bytes if self.data_place else 0,
         )
+
+    @property
+    def data_place(self) -> DataPlace | None:
+        """Where the training tokens are kept; not known without them."""
+        if self.data is None or self.target is None:
+            return None
+        if self.target.runtime is not None:
+            return self.setup.data_place
+        return self.setup.place_data(self.data, "cuda", self.target.limit_bytes)
 
     @property
     def window_tokens(self) -> int:
         """Tokens of a training window."""
         assert self.model is not None
-        return self.plan.window_tokens if self.plan else self.model.context_length
+        if self.plan is not None:
+            return self.plan.window_tokens
+        return self.training.choose_window(self.model.context_length)
 
     def find_model(self) -> None:
         """The architecture, unless its vocabulary is made from the text: see `find_made_model`."""
@@ -157,7 +170,10 @@ def describe_plan(found: Findings) -> None:
     rows["tokens_per_step"] = plan.tokens_per_step
     rows["steps_per_epoch"] = round(plan.steps_per_epoch, 2)
     rows["total_steps"] = plan.total_steps
-    rows["epochs"] = round(plan.total_steps / plan.steps_per_epoch, 3)
+    rows["epochs"] = round(plan.epochs, 3)
+    windows = describe_windows(training, plan, found.model.context_length)
+    if windows:
+        rows["windows"] = windows
     rows["tokens"] = tokens
     rows["tokens_per_parameter"] = round(tokens / count_parameters(found.model), 3)
     rows["warmup_share"] = round(plan.warmup_steps / plan.total_steps, 4)
@@ -196,6 +212,8 @@ def describe_memory(found: Findings) -> None:
         return
     rows = found.report.sections["memory analysis"]
     rows["device"] = target.name
+    if found.data_place is not None:
+        rows["training_data"] = found.data_place.why
     for item, size in estimate.items.items():
         rows[f"{item.replace(' ', '_')}_bytes"] = size
     for phase, size in estimate.phases.items():

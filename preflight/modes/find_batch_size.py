@@ -27,6 +27,7 @@ from preflight.core.signals import StopFlag
 from preflight.core.units import format_bytes
 from preflight.corpus.metadata import METADATA_NAME
 from preflight.corpus.shards import DataFolder, load_data_folder
+from preflight.corpus.windows import count_run_windows
 from preflight.device.host_memory import available_host_bytes
 from preflight.device.runtime import Runtime, describe_device
 from preflight.foresight.batch_search import FAST_SHARE, MAX_SIZE, SearchResult, search
@@ -42,7 +43,6 @@ from preflight.foresight.trials import TrialResult, TrialSpec, run_trial
 from preflight.modes.setup import RunSetup
 from preflight.modes.trying import format_train_command, open_output
 from preflight.settings import MODEL_PRESETS, RunConfig
-from train_utils import count_windows
 
 REPORT_NAME = "batch_size_report.json"
 FORMAT = "preflight-batch-size"
@@ -88,7 +88,7 @@ def _find_data(setup: RunSetup, stack: contextlib.ExitStack) -> tuple[DataFolder
         data = load_data_folder(folder, setup.tokenizer_choice)
     except PreflightError as error:
         return None, f"random tokens ({error.lines[0]})"
-    if min(data.train.n_tokens, data.val.n_tokens) <= setup.context_length:
+    if min(data.train.n_tokens, data.val.n_tokens) <= setup.window_length:
         return None, f"random tokens ({folder} is shorter than the context)"
     return data, f"prepared data in {folder}"
 
@@ -125,7 +125,7 @@ class BatchTrials:
     def __init__(self, spec: TrialSpec, stop: StopFlag) -> None:
         self.spec, self.stop = spec, stop
         self.config, self.settings = spec.config, spec.config.search
-        self.context_length = spec.model_config.context_length
+        self.window = spec.window
         self.runtime = spec.runtime()
         self.on_cuda = self.runtime.device.type == "cuda"
         self.limit_bytes, self.total_bytes = measure_limit(
@@ -137,7 +137,7 @@ class BatchTrials:
 
     def _count_kept_sequences(self) -> int | None:
         if self.settings.tokens_per_step:
-            return max(1, round(self.settings.tokens_per_step / self.context_length))
+            return max(1, round(self.settings.tokens_per_step / self.window))
         if self.settings.target_batch_size:
             accumulation = self.config.training.gradient_accumulation_steps
             return self.settings.target_batch_size * accumulation
@@ -146,7 +146,10 @@ class BatchTrials:
     def search(self) -> SearchResult:
         """Find the sizes by as many trials as it takes."""
         data = self.spec.data
-        windows = count_windows(data.train.n_tokens, self.context_length) if data else MAX_SIZE
+        windows = MAX_SIZE
+        if data:
+            context = self.spec.model_config.context_length
+            windows = count_run_windows(data, self.config.training, context).n_train
         return search(
             self.probe,
             self.predict,
@@ -168,7 +171,13 @@ class BatchTrials:
 
     def build_options(self, runtime: Runtime) -> MemoryOptions:
         """The options of a prediction."""
-        return MemoryOptions.of(runtime, self.config.system.gradient_checkpointing)
+        context = self.spec.model_config.context_length
+        return MemoryOptions.of(
+            runtime,
+            self.config.system.gradient_checkpointing,
+            self.window if self.window < context else None,
+            self.spec.choose_data_place(runtime.device).n_bytes,
+        )
 
     def estimate(self, size: int) -> MemoryEstimate:
         """The predicted memory of a size."""
@@ -273,8 +282,10 @@ class BatchSizeReport:
         trials, on_cuda = self.trials, self.trials.on_cuda
         total = f"{format_bytes(trials.total_bytes)} {'of the card' if on_cuda else 'available'}"
         held = "reserved" if on_cuda else "resident"
+        context = trials.spec.model_config.context_length
         lines = [
-            f"batch size for {trials.spec.model_config.label}, context {trials.context_length:,}, "
+            f"batch size for {trials.spec.model_config.label}, "
+            f"{'context' if trials.window == context else 'windows of'} {trials.window:,}, "
             f"{self.precision}, on {self.device}",
             f"memory limit: {format_bytes(trials.limit_bytes)}: {total}, less "
             f"{self.settings.gpu_safety_margin:.0%} (--gpu-safety-margin)",
@@ -328,7 +339,7 @@ class BatchSizeReport:
 
     def _describe_update(self, size: int, accumulation: int) -> str:
         """How batch size, accumulation and context make the tokens per step."""
-        context = self.trials.context_length
+        context = self.trials.window
         tokens = size * accumulation * context
         asked = self.settings.tokens_per_step or tokens
         line = f"{size:,} x {accumulation:,} x {context:,} = {tokens:,} tokens per step"
@@ -344,9 +355,10 @@ def explain_no_fit(trials: BatchTrials) -> PreflightError:
     options = trials.build_options(trials.runtime)
     saved = estimate_savings(model_config, training, options)
     shorter = replace(model_config, context_length=max(2, model_config.context_length // 2))
+    window = options.window_tokens and min(options.window_tokens, shorter.context_length)
     saved[f"--context-length {shorter.context_length}"] = (
         estimate_memory(model_config, training, options).needed_bytes
-        - estimate_memory(shorter, training, options).needed_bytes
+        - estimate_memory(shorter, training, replace(options, window_tokens=window)).needed_bytes
     )
     ways = [f"{flag} saves {format_bytes(size)}" for flag, size in saved.items() if size > 0]
     presets, preset = list(MODEL_PRESETS), trials.config.model.model_size

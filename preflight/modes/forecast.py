@@ -181,10 +181,10 @@ def _describe(content: dict[str, Any], workshop: Workshop, config: RunConfig) ->
         cost = "" if content["cost"] is None else f", at a cost of {content['cost']:.2f}"
         lines.append(f"it takes about {format_seconds(content['seconds'])}{cost}")
     plan = workshop.setup.plan
-    epochs = plan.total_steps / plan.steps_per_epoch
-    if epochs > _MANY_EPOCHS:
+    reads = plan.text_reads
+    if reads > _MANY_EPOCHS:
         lines.append(
-            f"it reads its text {epochs:.0f} times: repeated text teaches less, it may end higher"
+            f"it reads its text {reads:.0f} times: repeated text teaches less, it may end higher"
         )
     return [*lines, "", "continue with:", f"  {format_train_command(config)}"]
 

@@ -25,7 +25,9 @@ from preflight.core.log import log
 from preflight.core.signals import StopFlag
 from preflight.corpus.build import prepare_data
 from preflight.corpus.shards import DataFolder
+from preflight.corpus.windows import choose_window, count_run_windows
 from preflight.device.runtime import MIN_STEPS_TO_COMPILE, Runtime, build_runtime
+from preflight.device.token_store import DataPlace, measure_free_bytes
 from preflight.foresight.fits import check_memory
 from preflight.models.base import TokenModel
 from preflight.settings import ModelConfig, RunConfig, TrainingSettings
@@ -48,7 +50,7 @@ from preflight.training.resume import (
 )
 from preflight.training.saved_state import load_saved_state
 from preflight.training.state import TrainState
-from train_utils import BatchLoader, choose_window, count_windows, iterate_windows
+from train_utils import BatchLoader, choose_data_place, iterate_windows, open_training_loader
 from trainer import Trainer, build_trainer
 
 T = TypeVar("T")
@@ -185,8 +187,25 @@ class RunSetup:
         return own.resolve(self.tokenizer.vocab_size)
 
     @part
+    def window_length(self) -> int:
+        """Tokens of a window: `--window`, or the context length.
+
+        Raises:
+            PreflightError: code FLAGS, when `--window` is longer than the context.
+        """
+        window, context = self.known_config.training.window, self.context_length
+        if window is not None and window > context:
+            raise PreflightError(
+                ExitCode.FLAGS,
+                f"--window {window}: the model's context is {context:,} tokens",
+                "give a shorter --window, or leave it out; a new model may have a longer "
+                "--context-length",
+            )
+        return window or context
+
+    @part
     def context_length(self) -> int:
-        """Tokens of a window, known even where the rest of the model is refused."""
+        """Tokens of the model's context, known even where the rest of the model is refused."""
         if self.known_origin is not None:
             return self.known_origin.model_config.context_length
         own = dataclasses.replace(self.known_config.model, vocab_size=None)
@@ -210,9 +229,12 @@ class RunSetup:
         See `preflight.corpus.build.MayReplace`.
         """
         if built is not None and self.resumes:
-            window = choose_window(built.train.n_tokens, self.context_length)
+            window = choose_window(built.train.n_tokens, self.window_length)
             model = resolve_model(self.known_config, built.load_tokenizer(), self.known_origin)
-            self.check_memory(build_runtime(self.given.system), window, model)
+            runtime = build_runtime(self.given.system)
+            device = runtime.device
+            place = self.place_data(built, device.type, measure_free_bytes(device))
+            self.check_memory(runtime, window, model, place.n_bytes)
         origin, flags = self.known_origin, self.given
         if origin is None or flags.control.resume_from:
             return
@@ -269,12 +291,16 @@ class RunSetup:
         return plan
 
     def _build_plan(self, training: TrainingSettings) -> TrainingPlan:
-        context, control = self.context_length, self.known_config.control
-        n_train, n_val = (
-            count_windows(split.n_tokens, context) for split in (self.data.train, self.data.val)
+        windows = count_run_windows(self.data, training, self.window_length)
+        return build_plan(
+            training,
+            self.known_config.control,
+            windows.window_tokens,
+            windows.n_train,
+            windows.n_val,
+            self.state,
+            stride_tokens=windows.stride_tokens,
         )
-        window = choose_window(self.data.train.n_tokens, context)
-        return build_plan(training, control, window, n_train, n_val, self.state)
 
     def describe_machine(self) -> dict[str, Any]:
         """What a checkpoint remembers of how the steps were computed."""
@@ -293,13 +319,21 @@ class RunSetup:
         return [*lines, *([schedule] if schedule else [])]
 
     def check_memory(
-        self, runtime: Runtime, window_tokens: int, model: ModelConfig | None = None
+        self,
+        runtime: Runtime,
+        window_tokens: int,
+        model: ModelConfig | None = None,
+        data_bytes: int | None = None,
     ) -> None:
         """Refuse a run that cannot fit: see `fits.check_memory`."""
-        check_memory(**self.describe_memory(runtime, window_tokens, model))
+        check_memory(**self.describe_memory(runtime, window_tokens, model, data_bytes))
 
     def describe_memory(
-        self, runtime: Runtime, window_tokens: int, model: ModelConfig | None = None
+        self,
+        runtime: Runtime,
+        window_tokens: int,
+        model: ModelConfig | None = None,
+        data_bytes: int | None = None,
     ) -> dict[str, Any]:
         """What the functions of `fits` need to know of the run.
 
@@ -307,6 +341,7 @@ class RunSetup:
             runtime: of the run.
             window_tokens: tokens of a training window.
             model: the architecture, where the data is not made yet.
+            data_bytes: of `data_place`, where the data is not made yet.
         """
         return {
             "model_config": model or self.model_config,
@@ -315,20 +350,21 @@ class RunSetup:
             "gradient_checkpointing": self.config.system.gradient_checkpointing,
             "last_checkpoint": self.origin.path if self.origin else "none yet",
             "window_tokens": window_tokens,
+            "data_bytes": self.data_place.n_bytes if data_bytes is None else data_bytes,
         }
 
     def check_before_data(self) -> None:
         """Raise whatever can refuse the run before its data is made or replaced."""
         origin, training = self.origin, self.config.training
         self.least_model_config  # noqa: B018
+        window = self.window_length
         if origin is not None:
             self.saved  # noqa: B018
             before = origin.config.get("training") or {}
-            context = self.context_length
             _check_tokens_per_step(
                 self,
-                context * math.prod(before.get(name, getattr(training, name)) for name in _BATCH),
-                context * math.prod(getattr(training, name) for name in _BATCH),
+                window * math.prod(before.get(name, getattr(training, name)) for name in _BATCH),
+                window * math.prod(getattr(training, name) for name in _BATCH),
             )
 
     @part
@@ -339,6 +375,19 @@ class RunSetup:
         # The plan, and with it the data, is needed only to choose whether to compile.
         decided = self.given.system.compile_model is not None
         return build_runtime(self.given.system, 1 if decided else max(1, self.n_steps_to_come))
+
+    @part
+    def data_place(self) -> DataPlace:
+        """Where the training tokens are kept; asked for before the model is on the device."""
+        device = self.runtime.device
+        return self.place_data(self.data, device.type, measure_free_bytes(device))
+
+    def place_data(self, data: DataFolder, device_type: str, free_bytes: int) -> DataPlace:
+        """Where training tokens are kept on a device with so much free memory."""
+        config = self.known_config
+        return choose_data_place(
+            data, config.training, config.system, self.window_length, device_type, free_bytes
+        )
 
     @property
     def n_steps_to_come(self) -> int:
@@ -390,13 +439,12 @@ class RunSetup:
     def open_loader(self, cursor: int = 0, batch_size: int | None = None) -> BatchLoader:
         """The training part, read from sample `cursor` on."""
         training = self.known_config.training
-        return BatchLoader(
+        return open_training_loader(
             self.data,
-            "train",
-            batch_size=batch_size or training.batch_size,
-            context_length=self.context_length,
-            seed=training.seed,
-            device=self.runtime.device,
+            dataclasses.replace(training, batch_size=batch_size or training.batch_size),
+            self.window_length,
+            self.runtime.device,
+            on_device=self.data_place.on_device,
             cursor=cursor,
         )
 
@@ -408,7 +456,7 @@ class RunSetup:
             self.data,
             "val",
             batch_size=batch_size or self.known_config.training.batch_size,
-            context_length=self.context_length,
+            context_length=self.window_length,
             n_windows=n_windows,
             device=self.runtime.device,
         )

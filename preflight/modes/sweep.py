@@ -109,15 +109,19 @@ def _build_row(workshop: Workshop, values: Values, config: RunConfig) -> Row:
     )
     # A larger batch takes fewer steps, and evaluations read the same text.
     wanted = n_steps * setup.plan.tokens_per_step
-    windows = max(1, _choose_eval_tokens(setup, wanted) // model_config.context_length)
+    windows = max(1, _choose_eval_tokens(setup, wanted) // _choose_window(spec))
     n_steps = choose_steps(wanted, spec.plan.tokens_per_step)
     return Row(values, dataclasses.replace(spec, n_steps=n_steps, eval_windows=windows))
+
+
+def _choose_window(spec: TrainingSpec) -> int:
+    return spec.training.choose_window(spec.model_config.context_length)
 
 
 def _choose_eval_tokens(setup: RunSetup, training_tokens: int) -> int:
     """Tokens that a training is evaluated on: at most as many as the run's evaluations read."""
     affordable = round(_EVAL_SHARE * 3 * training_tokens)  # a forward pass: a third of a step
-    of_run = setup.plan.eval_windows * setup.context_length
+    of_run = setup.plan.eval_windows * setup.window_length
     return min(of_run, max(LEAST_EVAL_TOKENS, affordable))
 
 

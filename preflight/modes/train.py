@@ -37,6 +37,7 @@ from preflight.training.curve import CURVE_NAME, LossCurve
 from preflight.training.divergence import DivergenceGuard
 from preflight.training.evaluating import Evaluator
 from preflight.training.metrics import METRICS_NAME, read_metrics, refuse_foreign_log
+from preflight.training.plan import describe_windows
 from preflight.training.recording import StepRecorder
 from preflight.training.saving import CheckpointSaver
 from preflight.training.state import Evaluation, convert_to_bits_per_byte
@@ -267,10 +268,14 @@ def announce(setup: RunSetup) -> None:
         f"data: {data.train.n_tokens:,} tokens to train on, {data.val.n_tokens:,} to validate "
         f"({plan.eval_windows} windows each time)"
     )
+    log.info(setup.data_place.note)
+    windows = describe_windows(config.training, plan, model.context_length)
+    if windows:
+        log.info(f"windows: {windows}")
     tokens = plan.total_steps * plan.tokens_per_step
     log.info(
         f"plan: {plan.total_steps:,} steps of {plan.tokens_per_step:,} tokens, "
-        f"{plan.total_steps / plan.steps_per_epoch:.2f} epochs, "
+        f"{plan.epochs:.2f} epochs, "
         f"{tokens / parameters:.2f} tokens per parameter"
     )
     log.info(

@@ -32,6 +32,7 @@ from preflight.core.units import format_bytes
 from preflight.corpus import shards
 from preflight.corpus.metadata import read_metadata
 from preflight.corpus.shards import DataFolder
+from preflight.corpus.windows import choose_window
 from preflight.decoding.assembling import TextAssembler
 from preflight.device.runtime import Runtime
 from preflight.foresight.fits import check_disk, find_bf16_fault
@@ -43,7 +44,7 @@ from preflight.modes.setup import RunSetup
 from preflight.settings import ControlSettings, RunConfig, SamplingConfig
 from preflight.tokenization import Tokenizer, TokenizerRecipe
 from preflight.training.plan import build_plan
-from train_utils import BatchLoader, choose_window
+from train_utils import BatchLoader
 from trainer import Trainer, build_trainer
 
 MAX_SEQUENCES = 2
@@ -310,7 +311,7 @@ def _find_data_faults(subject: Subject, error: PreflightError) -> list[tuple[str
 
 def check_loader(subject: Subject) -> str:
     """Shapes are right, targets are the next tokens, and the order is reproducible."""
-    window = choose_window(subject.data.train.n_tokens, subject.setup.context_length)
+    window = choose_window(subject.data.train.n_tokens, subject.setup.window_length)
     shape = (subject.batch_size, window)
     batches = []
     for cursor in (0, 0, subject.batch_size):

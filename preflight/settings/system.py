@@ -30,6 +30,12 @@ class SystemSettings:
     compile_model: bool | None = setting(
         None, "use torch.compile; unset: on CUDA, for runs long enough to gain from it"
     )
+    data_on_gpu: str = setting(
+        "auto",
+        "keep the training tokens in the device's memory; auto: on CUDA, where they take less than "
+        "a tenth of what is free",
+        choices=("auto", "yes", "no"),
+    )
     log_level: str = setting("info", "least severe messages shown on stderr", choices=LOG_LEVELS)
     config: str | None = setting(
         None,

@@ -47,6 +47,20 @@ class TrainingSettings:
         choices=OPTIMIZERS,
     )
     scheduler: str = setting("cosine", "learning rate schedule after warm-up", choices=SCHEDULES)
+    window: int | None = setting(
+        None, "tokens of a training window; unset: the context length", ge=2, le=MAX_COUNT
+    )
+    overlap: float = setting(
+        0.0,
+        "share of each training window that the next one repeats: at 0.5 an epoch reads the text "
+        "twice",
+        ge=0,
+        lt=1,
+    )
     seed: int = setting(
         42, "random seed of initialization, data order, dropout and sampling", ge=0, le=2**63 - 1
     )
+
+    def choose_window(self, context_length: int) -> int:
+        """Tokens of a window at most: `--window`, or the context length."""
+        return min(self.window or context_length, context_length)

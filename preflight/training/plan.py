@@ -18,7 +18,8 @@ class TrainingPlan:
     """A run in numbers, all choices made.
 
     A step is one update of the weights, from `accumulation_steps` micro-batches. A sample is one
-    window of `window_tokens`: the context length, or less where the text is shorter. Evaluations
+    window of `window_tokens`: the context length or `--window`, or less where the text is shorter.
+    Windows of the training part begin `stride_tokens` apart. Evaluations
     read `eval_windows` of the validation part; after `patience` of them in a row without a lower
     loss the run stops.
     """
@@ -34,10 +35,37 @@ class TrainingPlan:
     samples_per_step: int
     tokens_per_step: int
     window_tokens: int
+    stride_tokens: int
     accumulation_steps: int
     peak_learning_rate: float
     scheduler: str
     max_grad_norm: float
+
+    @property
+    def epochs(self) -> float:
+        """Passes over the windows of the training part."""
+        return self.total_steps / self.steps_per_epoch
+
+    @property
+    def text_reads(self) -> float:
+        """How often the run reads each token of the training part: more where windows overlap."""
+        return self.epochs * self.window_tokens / self.stride_tokens
+
+
+def describe_windows(training: TrainingSettings, plan: TrainingPlan, context_length: int) -> str:
+    """What `--window` and `--overlap` do; empty where they do nothing."""
+    window, stride = plan.window_tokens, plan.stride_tokens
+    if not training.window and stride == window:
+        return ""
+    text = f"{window:,} tokens each"
+    if window < context_length:
+        text += f"; the context's positions from {window:,} on are not trained"
+    if stride < window:
+        text += (
+            f"; one begins every {stride:,} tokens, so that an epoch reads the text "
+            f"{window / stride:.2f} times; validation windows do not overlap"
+        )
+    return text
 
 
 def build_plan(
@@ -47,6 +75,8 @@ def build_plan(
     n_train_windows: int,
     n_val_windows: int,
     state: TrainState | None = None,
+    *,
+    stride_tokens: int | None = None,
 ) -> TrainingPlan:
     """Choose what the flags leave unset: intervals and warm-up are shares of the run.
 
@@ -57,6 +87,7 @@ def build_plan(
         n_train_windows: training windows of one epoch.
         n_val_windows: windows of the validation part.
         state: where a resumed run stands; the rest of its epochs is counted from there.
+        stride_tokens: from one training window to the next; unset: they do not overlap.
     """
     state = state or TrainState()
     samples = training.batch_size * training.gradient_accumulation_steps
@@ -86,6 +117,7 @@ def build_plan(
         samples_per_step=samples,
         tokens_per_step=samples * window_tokens,
         window_tokens=window_tokens,
+        stride_tokens=stride_tokens or window_tokens,
         accumulation_steps=training.gradient_accumulation_steps,
         peak_learning_rate=training.learning_rate or DEFAULT_LEARNING_RATE,
         scheduler=training.scheduler,

@@ -23,6 +23,8 @@ from preflight.settings import (
 )
 from preflight.tokenization import Tokenizer, is_choice
 
+# What the order of the samples depends on, and what a checkpoint without them was trained with.
+ORDER_DEFAULTS = {"window": None, "overlap": 0.0}
 LENGTH_FLAGS = {"max_steps", "num_epochs"}  # giving one of them replaces both
 
 
@@ -69,15 +71,18 @@ def adopt_settings(config: RunConfig, origin: Checkpoint) -> RunConfig:
         PreflightError: code CHECKPOINT, for a flag that cannot change within a run.
     """
     check_model_flags(config, origin)
-    saved = read_saved_settings(origin)
+    saved = ORDER_DEFAULTS | read_saved_settings(origin)
     longer = LENGTH_FLAGS & set(config.sources)
     values: dict[str, Any] = {}
     for name, before in saved.items():
         asked = getattr(config.training, name)
         explicit = name in config.sources or (longer and name in LENGTH_FLAGS)
+        if name == "window":  # unset means the context length
+            context = origin.model_config.context_length
+            asked, before = asked or context, before or context
         if not explicit:
-            values[name] = before
-        elif asked != before and name in ("seed", "optimizer"):
+            values[name] = saved[name]
+        elif asked != before and name in ("seed", "optimizer", *ORDER_DEFAULTS):
             raise PreflightError(
                 ExitCode.CHECKPOINT,
                 f"{origin.path}: --{name} was {before}, now {asked}; it cannot change within a run",

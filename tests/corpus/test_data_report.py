@@ -348,6 +348,15 @@ def test_an_empty_report_can_be_written(tmp_path: Path) -> None:
         assert describe(facts)[-1] == "nothing was dropped, since no rule was asked for"
 
 
+def test_counts_that_do_not_add_up_are_reported_all_the_same(tmp_path: Path) -> None:
+    tally = Tally()
+    tally.count_dropped(0, "c4", "text", 4)  # without having been found
+    tally.count_bad(1)
+    facts = ReportFacts("gpt2", 5, (SourceReport("a", "text", 1, "0" * 64, tally),), {}, "")
+    write_report(tmp_path, facts)
+    assert "dropped: 1 documents (-)" in describe(facts)
+
+
 def test_pictures_show_the_numbers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     drawn: list[Any] = []
     save = pictures._save
@@ -459,6 +468,7 @@ def test_many_sources_make_no_endless_page() -> None:
     ]
     page = render_page(content)
     assert len(page) < 200_000
+    assert page.count("295 more sources)") == len(content["dropped"])
     assert "200 more sources are listed" in page
     assert len(describe(replace(build_facts(), sources=sources))) <= 15
     assert data_report.JSON_NAME in page

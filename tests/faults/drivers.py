@@ -34,6 +34,7 @@ from preflight.core import locks, storage
 from preflight.core.errors import ExitCode, PreflightError
 from preflight.core.signals import StopFlag
 from preflight.corpus import build
+from preflight.corpus.shard_reader import ShardReader
 from preflight.modes import setup
 from preflight.settings import RunConfig
 from preflight.tokenization.tiktoken_bpe import TiktokenTokenizer
@@ -200,7 +201,7 @@ def fail_at_step(step: int, error: BaseException) -> None:
 
 def end_reading_thread(error: type[BaseException] = SystemExit) -> None:
     """The thread that reads the data ends in the middle, by default without a word."""
-    original = train_utils._ShardReader.read
+    original = ShardReader.read
     count = 0
 
     def read(self: Any, starts: Any, length: int) -> Any:
@@ -210,13 +211,13 @@ def end_reading_thread(error: type[BaseException] = SystemExit) -> None:
             raise error
         return original(self, starts, length)
 
-    train_utils._ShardReader.read = read  # type: ignore[method-assign]
+    ShardReader.read = read  # type: ignore[method-assign]
     train_utils._CHUNK_TOKENS = 128
 
 
 def cut_shard_after_check() -> None:
     """A shard of the training part is cut short right after it was found unchanged."""
-    original = train_utils._ShardReader.check_unchanged
+    original = ShardReader.check_unchanged
     count = 0
 
     def check(self: Any, indices: Any) -> None:
@@ -226,7 +227,7 @@ def cut_shard_after_check() -> None:
         if threading.current_thread() is not threading.main_thread() and count > 12:
             os.truncate(self._shards[0].path, 1000)
 
-    train_utils._ShardReader.check_unchanged = check  # type: ignore[method-assign]
+    ShardReader.check_unchanged = check  # type: ignore[method-assign]
     train_utils._CHUNK_TOKENS = 128
 
 

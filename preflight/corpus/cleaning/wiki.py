@@ -29,7 +29,7 @@ _SWITCH = re.compile(
 )
 _HEADING = re.compile(r"(={1,6})(.+?)\1\s*")
 _LIST = re.compile(r"[*#:;]+\s*")
-_EMPTY_BRACKETS = re.compile(r" ?\((?:[\s,;:/–—-]|or|and)*\)")
+_EMPTY_BRACKETS = re.compile(r" ?\((?:[\s,;:/\u2013\u2014-]|or|and)*\)")
 _OPENED_BRACKET = re.compile(r"\((?:\s*[,;:])+\s*|\(\s+")
 _CLOSED_BRACKET = re.compile(r"(?:\s*[,;:])*\s*\)")
 _SPACES = re.compile(r"[ \t\xa0]{2,}|[\t\xa0]")
@@ -126,7 +126,7 @@ def _drop_empty_sections(lines: list[tuple[int, str]]) -> list[str]:
         elif not level:
             kept.append(line)
             below = 0
-        elif below == 0 or below > level and below != 7:
+        elif below == 0 or level < below < 7:
             kept += ["", line, ""]
             below = level
         else:

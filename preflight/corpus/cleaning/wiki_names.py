@@ -1,45 +1,18 @@
 """Names that mean something in MediaWiki's markup: namespaces, languages, tags, templates."""
 
+# ruff: noqa: RUF001
 from __future__ import annotations
 
-# A link into one of these namespaces is a picture, a sound or a category, never a word of the
-# sentence. Names as MediaWiki localises them (its languages/messages files), in lower case. A dump
-# names its own in <siteinfo>; these serve markup that comes without.
-DROPPED_NAMESPACES = frozenset(
-    """
-file image media category
-datei bild medium kategorie
-fichier média catégorie
-archivo imagen medio categoría
-immagine categoria ficheiro imagem arquivo multimédia multimedia fitxer imatge
-файл изображение медиа категория картинка медия файлове зображення медіа категорія датотека слика
-bestand afbeelding categorie plik grafika kategoria soubor soubory kategorie súbor kategória
-fil bilde kategori tiedosto kuva luokka fájl kép kategória fișier imagine categorie
-αρχείο εικόνα κατηγορία μέσο dosya resim ortam kategorija slika datoteka vaizdas attēls pilt
-kategooria skrá mynd flokkur íomhá catagóir delwedd categori fitxategi irudi kategoria
-תמונה קובץ קטגוריה מדיה ملف صورة تصنيف وسائط پرونده تصویر رده رسانه فائل زمرہ
-चित्र श्रेणी मीडिया चित्र वर्ग চিত্র বিষয়শ্রেণী படிமம் பகுப்பு దస్త్రం వర్గం ไฟล์ ภาพ หมวดหมู่
-ファイル 画像 カテゴリ メディア 文件 档案 檔案 图像 圖像 分类 分類 媒体 媒體 파일 그림 분류 미디어
-berkas gambar kategori tập_tin hình thể_loại պատկեր կատեգորիա ფაილი სურათი კატეგორია
-""".replace("_", " ").split()
-) | {"tập tin", "thể loại"}
+import json
+from pathlib import Path
 
+_NAMES = json.loads(Path(__file__).with_suffix(".json").read_text(encoding="utf-8"))
+# A link into one of these namespaces is a picture, a sound or a category, never a word of the
+# sentence. Names as MediaWiki localises them, in lower case. A dump names its own in <siteinfo>;
+# these serve markup that comes without.
+DROPPED_NAMESPACES = frozenset(_NAMES["dropped_namespaces"])
 # Wikipedia's language codes: [[fr:Titre]] links the same article elsewhere and shows nothing.
-LANGUAGES = frozenset(
-    """
-aa ab ace af ak als am an ang ar arc arz as ast av ay az azb ba bar bat-smg bcl be be-tarask
-be-x-old bg bh bi bjn bm bn bo bpy br bs bug bxr ca cbk-zam cdo ce ceb ch cho chr chy ckb co cr crh
-cs csb cu cv cy da de diq dsb dv dz ee el eml en eo es et eu ext fa ff fi fiu-vro fj fo fr frp frr
-fur fy ga gag gan gd gl glk gn gom got gu gv ha hak haw he hi hif ho hr hsb ht hu hy hz ia id ie ig
-ii ik ilo io is it iu ja jbo jv ka kaa kab kbd kg ki kj kk kl km kn ko koi kr krc ks ksh ku kv kw
-ky la lad lb lbe lez lg li lij lmo ln lo lrc lt ltg lv mai map-bms mdf mg mh mhr mi min mk ml mn mo
-mr mrj ms mt mus mwl my myv mzn na nah nan nap nds nds-nl ne new ng nl nn no nov nrm nso nv ny oc
-om or os pa pag pam pap pcd pdc pfl pi pih pl pms pnb pnt ps pt qu rm rmy rn ro roa-rup roa-tara ru
-rue rw sa sah sc scn sco sd se sg sh si simple sk sl sm sn so sq sr srn ss st stq su sv sw szl ta
-te tet tg th ti tk tl tn to tpi tr ts tt tum tw ty tyv udm ug uk ur uz ve vec vep vi vls vo wa war
-wo wuu xal xh xmf yi yo yue za zea zh zh-classical zh-min-nan zh-yue zu
-""".split()
-)
+LANGUAGES = frozenset(_NAMES["languages"])
 
 # Tags whose content is no text of the article, or no text at all.
 OPAQUE_TAGS = (

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass, field
+from itertools import pairwise
 
 from preflight.corpus.cleaning.wiki_names import (
     DROPPED_NAMESPACES,
@@ -21,9 +22,7 @@ _MAX_DEPTH = 16  # of links, and of templates that are shown; articles have thre
 # ---- comments and tags whose content goes -------------------------------------------------------
 
 _OPAQUE = re.compile(rf"<!--|<(nowiki|{'|'.join(OPAQUE_TAGS)})\b([^<>]*)>", re.IGNORECASE)
-_CLOSING = {
-    name: re.compile(rf"</{name}\s*>", re.IGNORECASE) for name in ("nowiki", *OPAQUE_TAGS)
-}
+_CLOSING = {name: re.compile(rf"</{name}\s*>", re.IGNORECASE) for name in ("nowiki", *OPAQUE_TAGS)}
 _MARKUP = re.compile(r"[][{}|'<>=*#:;_~]|(?<=\n) |\n")
 
 
@@ -175,7 +174,7 @@ class _Nesting:
         """What was opened last has no end: it is text, but for the line of a picture."""
         frame = self._pop()
         if frame.kind == _TABLE:
-            return  # a lost "|}" must not cost the article: only lines that begin with "|" go, later
+            return  # a lost "|}" must not cost the article; lines that begin with "|" go later
         if (
             frame.kind == _LINK
             and frame.pipes
@@ -185,7 +184,7 @@ class _Nesting:
 
     def _blank_line(self, at: int) -> None:
         for i in range(at, len(self._out)):
-            line, end, rest = self._out[i].partition("\n")
+            _, end, rest = self._out[i].partition("\n")
             self._out[i] = end + rest
             if end:
                 break
@@ -196,9 +195,7 @@ class _Nesting:
         bounds = [*frame.pipes, len(self._out)]
         return expand_template(
             name,
-            lambda: [
-                "".join(self._out[a + 1 : b]) for a, b in zip(bounds, bounds[1:], strict=False)
-            ],
+            lambda: ["".join(self._out[a + 1 : b]) for a, b in pairwise(bounds)],
         )
 
     def _show_link(self, frame: _Frame) -> None:

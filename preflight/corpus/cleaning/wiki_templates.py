@@ -1,5 +1,6 @@
 """The few templates that are words of a sentence. All others are left out."""
 
+# ruff: noqa: RUF001
 from __future__ import annotations
 
 import re

@@ -144,15 +144,24 @@ def _is_text(kind: Any) -> bool:
     return types.is_string(kind) or types.is_large_string(kind) or types.is_string_view(kind)
 
 
-def open_parquet(file: Any, size: int, place: str, metadata: Any = None) -> Any:
+def open_parquet(
+    file: Any, size: int, place: str, metadata: Any = None, *, has_head: bool = True
+) -> Any:
     """A `pyarrow.parquet.ParquetFile` of a readable, seekable `file`, set up for little memory.
+
+    Args:
+        file: a Python file object.
+        size: its bytes.
+        place: how messages call it.
+        metadata: its footer, if it was read already.
+        has_head: whether its first bytes are looked at, too.
 
     Raises:
         PreflightError: code TEXT, when the file is cut off, or is no parquet; FLAGS without Arrow.
     """
     parquet = import_library("pyarrow.parquet", "pyarrow", place)
     if metadata is None:
-        _check_ends(file, size, place)
+        _check_ends(file, size, place, has_head)
     try:
         return parquet.ParquetFile(
             file,
@@ -165,10 +174,12 @@ def open_parquet(file: Any, size: int, place: str, metadata: Any = None) -> Any:
         raise text_error(place, f"its footer is damaged: {_shorten(error)}") from None
 
 
-def _check_ends(file: Any, size: int, place: str) -> None:
+def _check_ends(file: Any, size: int, place: str, has_head: bool) -> None:
     """PreflightError (TEXT) unless a parquet file begins and ends as such."""
-    file.seek(0)
-    head = bytes(file.read(4))
+    head = b"PAR1"
+    if has_head:
+        file.seek(0)
+        head = bytes(file.read(4))
     file.seek(max(size - 8, 0))
     tail = bytes(file.read(8))
     if head == b"PARE" or tail[4:] == b"PARE":

@@ -12,12 +12,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from preflight.core.signals import StopFlag
 from preflight.corpus.sources.compressed import open_stream, strip_suffix
 from preflight.corpus.sources.protocol import SourceFacts
 from preflight.corpus.sources.rows import BATCH_BYTES, Batch, RowSource, build_row_facts
 from preflight.corpus.sources.stored import StoredFile, hash_stored_file
 from preflight.corpus.sources.wiki_pages import PageCutter, WikiParser
-from preflight.core.signals import StopFlag
 from preflight.settings import DataSettings
 
 # Wikimedia's names end in .xml, or in the range of page ids behind it: .xml-p1p41242
@@ -96,6 +96,8 @@ class WikiDump(RowSource):
     Attributes:
         is_cleaned: whether `parse` gives clean text, so that no other cleaner may follow.
     """
+
+    parse: WikiParser
 
     def __init__(self, path: Path, head: DumpHead, *, clean: bool = True) -> None:
         self.path, self.name, self.label = path, path.name, str(path)
