@@ -20,6 +20,7 @@ from preflight.core.strict_json import read_json
 from preflight.corpus.blocks import BLOCK_BYTES
 from preflight.corpus.builder import Builder, Job
 from preflight.corpus.collector import write_journal
+from preflight.corpus.data_report import REPORT_NAMES
 from preflight.corpus.metadata import (
     METADATA_NAME,
     SPLITS,
@@ -229,7 +230,7 @@ def _finish_swap(data_dir: Path) -> None:
     if os.path.lexists(building / METADATA_NAME):
         remove_tree(data_dir / METADATA_NAME)  # from here to the last rename: unfinished
         fsync_folder(data_dir)
-        for name in (*SPLITS, TOKENIZER_NAME):
+        for name in (*SPLITS, TOKENIZER_NAME, *REPORT_NAMES):
             if os.path.lexists(building / name):
                 remove_tree(data_dir / name)
                 os.rename(building / name, data_dir / name)

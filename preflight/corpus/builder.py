@@ -27,6 +27,7 @@ from preflight.core.storage import (
 )
 from preflight.core.units import format_bytes
 from preflight.corpus.collector import Collector
+from preflight.corpus.data_report import write_report
 from preflight.corpus.encoding import Encoded
 from preflight.corpus.metadata import (
     FORMAT,
@@ -42,6 +43,7 @@ from preflight.corpus.mixing import choose_group, count_pieces
 from preflight.corpus.ownership import remove_build
 from preflight.corpus.plan import Plan, describe_preparation
 from preflight.corpus.reading import Work
+from preflight.corpus.report_facts import build_facts
 from preflight.corpus.shards import check_long_enough
 from preflight.corpus.sources import describe_sources
 from preflight.corpus.workers import Encoders
@@ -270,6 +272,8 @@ class Builder:
         except PreflightError:
             remove_build(self._building)
             raise
+        facts = build_facts(self._plan, self._collector, self._settings, self._tokenizer)
+        write_report(self._building, facts)
         content = render_metadata(metadata)
         with publish_file(self._building / METADATA_NAME, len(content)) as file:
             file.write(content)

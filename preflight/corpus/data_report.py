@@ -1,7 +1,8 @@
 """The report of a data folder: what is in it, what was left out and why, and how to build it again.
 
-`write_report` writes it as JSON for programs, as one page for people, and as two pictures. All of
-it depends on the facts alone: equal builds have equal reports, so there is no date in it.
+`write_report` writes it as JSON for programs and as one page for people; `draw_pictures` adds two
+pictures. All of it depends on the facts alone: equal builds have equal reports, so there is no date
+in it.
 """
 
 from __future__ import annotations
@@ -9,11 +10,15 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from preflight.core.storage import publish_file, write_json
+from preflight.core.errors import ExitCode, PreflightError
+from preflight.core.storage import open_regular, publish_file, write_json
+from preflight.core.strict_json import MAX_JSON_BYTES, parse_json
 from preflight.core.units import format_bytes
 from preflight.corpus.page_parts import format_share, replace_unprintable
 from preflight.corpus.pictures import draw_dropped, draw_lengths
 from preflight.corpus.report_content import (
+    FORMAT,
+    VERSION,
     MixReport,
     ReportFacts,
     SourceReport,
@@ -25,13 +30,13 @@ from preflight.corpus.tally import SPLITS
 __all__ = ["MixReport", "ReportFacts", "SourceReport", "describe", "write_report"]
 JSON_NAME, PAGE_NAME = "data_report.json", "data_report.html"
 LENGTHS_NAME, DROPPED_NAME = "document_lengths.png", "dropped.png"
-REPORT_NAMES = (JSON_NAME, PAGE_NAME, LENGTHS_NAME, DROPPED_NAME)
+REPORT_NAMES = (JSON_NAME, PAGE_NAME)
 _MAX_LINES = 15  # of the summary
 _MAX_SOURCES, _MAX_REASONS = 4, 4  # in it that have a line
 
 
 def write_report(folder: Path, facts: ReportFacts) -> list[Path]:
-    """Write the files called `REPORT_NAMES` into `folder`; their paths.
+    """Write the files called `REPORT_NAMES` into `folder`, which is this program's; their paths.
 
     Raises:
         PreflightError: code STORAGE, when one cannot be written, or another program's
@@ -42,14 +47,44 @@ def write_report(folder: Path, facts: ReportFacts) -> list[Path]:
     page = render_page(content).encode()
     with publish_file(folder / PAGE_NAME, len(page)) as file:
         file.write(page)
-    draw_lengths(folder / LENGTHS_NAME, content["lengths"])
-    draw_dropped(folder / DROPPED_NAME, content["dropped"], content["totals"]["n_with_text"])
     return [folder / name for name in REPORT_NAMES]
 
 
-def describe(facts: ReportFacts) -> list[str]:
-    """The report in at most 15 lines of plain text."""
-    content = build_content(facts)
+def read_report(folder: Path) -> dict[str, Any] | None:
+    """The report in a data folder; none in one that an older version made.
+
+    Raises:
+        PreflightError: code DATA, when it is damaged.
+    """
+    path = folder / JSON_NAME
+    try:
+        with open_regular(path) as file:
+            content = parse_json(file.read(MAX_JSON_BYTES + 1))
+        if content["format"] != FORMAT or content["version"] != VERSION:
+            raise ValueError("not a report of this version")
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, LookupError, TypeError) as error:
+        raise PreflightError(
+            ExitCode.DATA, f"{path} is damaged: {error}", "delete it; the data itself is sound"
+        ) from None
+    return dict(content)
+
+
+def draw_pictures(folder: Path, content: dict[str, Any]) -> list[Path]:
+    """Draw the lengths of documents and what was dropped; the paths of the pictures.
+
+    Raises:
+        PreflightError: code STORAGE.
+    """
+    paths = [folder / LENGTHS_NAME, folder / DROPPED_NAME]
+    draw_lengths(paths[0], content["lengths"])
+    draw_dropped(paths[1], content["dropped"], content["totals"]["n_with_text"])
+    return paths
+
+
+def describe(content: dict[str, Any]) -> list[str]:
+    """A report in at most 15 lines of plain text."""
     totals, sources = content["totals"], content["sources"]
     lines = [
         f"{totals['n_kept']:,} documents with {totals['n_kept_tokens']:,} tokens: "

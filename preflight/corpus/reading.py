@@ -156,22 +156,15 @@ class TokenReader(Reader):
 
 def count_few_rows(source: RowSource, enough: int) -> int | None:
     """The number of rows, where they are fewer than `enough`."""
-    batches = source.batches()
-    last: Batch | LongRow | None = None
-    for item in batches:
-        row = item.first_row if isinstance(item, Batch) else item.row
-        if row >= enough:
-            return None
+    n_rows = 0
+    for item in source.batches():
         if isinstance(item, LongRow):
             for _ in item.document:
                 pass
-        last = item
-    if last is None:
-        return 0
-    if isinstance(last, LongRow):
-        return last.row + 1
-    return last.first_row + sum(1 for _ in itertools.islice(_parse(source, last), enough))
-
-
-def _parse(source: RowSource, batch: Batch) -> Iterator[Any]:
-    return source.parse(batch.payload, batch.first_row)
+            n_rows = item.row + 1
+        else:
+            rows = source.parse(item.payload, item.first_row)
+            n_rows = item.first_row + sum(1 for _ in itertools.islice(rows, enough))
+        if n_rows >= enough:
+            return None
+    return n_rows

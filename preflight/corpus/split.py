@@ -49,7 +49,7 @@ class TextSplit:
         self, scanned: list[ScannedSource], val_split: float, split: str | None = None
     ) -> None:
         """`split`: that of all documents, where flags say so."""
-        self._scanned, self._val_split, self._split = scanned, val_split, split
+        self.scanned, self._val_split, self._split = scanned, val_split, split
         self._tail = (0, 0)  # number of the document in which validation begins, and offset there
         n_documents = sum(len(item.facts.document_bytes) for item in scanned)
         total = sum(sum(item.facts.document_bytes) for item in scanned)
@@ -99,7 +99,7 @@ class TextSplit:
                     yield Part(source, index, cut if number == tail else 0, end, "val")
 
     def _list_documents(self) -> Iterator[Part]:
-        for item in self._scanned:
+        for item in self.scanned:
             for index, n_bytes in enumerate(item.facts.document_bytes):
                 yield Part(item.source, index, 0, n_bytes)
 

@@ -144,6 +144,10 @@ class Tally:
             self.n_sampled_characters += self._n_waiting
             self._waiting, self._n_waiting = [], 0
 
+    def keep_example(self, row: int, text: str) -> None:
+        """Keep the beginning of a document that is counted elsewhere."""
+        self._keep_example(self.kept_examples, row, text)
+
     def _keep_example(self, kept: list[Example], row: int, text: str) -> None:
         if len(kept) < self.n_examples or (kept and row < kept[-1].row):
             # Half a character has no place in JSON: two halves would be read as one whole.

@@ -109,7 +109,7 @@ SOURCES: Registry[Any] = Registry(
         # "enterprise": "preflight.corpus.sources.wiki_enterprise:find",
         "tokens": "preflight.corpus.sources.token_arrays:find",
         "pipe": "preflight.corpus.sources.pipe:find",
-        # "hub": "preflight.corpus.sources.hub:find",
+        "hub": "preflight.corpus.sources.hub:find",
         "builtin": "preflight.corpus.sources.builtin:find",
     },
 )

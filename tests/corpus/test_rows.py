@@ -306,6 +306,15 @@ def test_few_rows_share_out_by_their_number(tmp_path: Path) -> None:
     assert data.train.n_documents == 3
 
 
+def test_rows_of_one_batch_are_counted_before_they_are_shared_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Rows, "batch_rows", 1000)
+    rows = ["some text"] * 300
+    data = build(tmp_path, write_rows(tmp_path / "a.rows", rows))
+    assert read_ids(data, "val") == encode_all(rows, "val")
+
+
 def test_bad_rows_are_refused_above_one_percent(tmp_path: Path) -> None:
     rows: list[Any] = ["some text"] * 990 + [None] * 10
     build(tmp_path, write_rows(tmp_path / "a.rows", rows))
