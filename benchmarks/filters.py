@@ -33,7 +33,7 @@ from preflight.corpus.filtering.expressions import build_rules, judge  # noqa: E
 from preflight.corpus.filtering.minhash import sign  # noqa: E402
 
 RULES = ("gopher_quality", "gopher_repetition", "c4", "fineweb")
-_DATATROVE = '''
+_DATATROVE = """
 import json, sys
 sys.path.insert(0, sys.argv[1])
 from datatrove.data import Document
@@ -58,7 +58,7 @@ for line in sys.stdin:
         reason = "" if verdict is True else verdict[1]
         rows.append([reason, "" if reason else document.text])
     print(json.dumps(rows))
-'''
+"""
 
 
 def gather_texts(path: Path | None) -> list[str]:
@@ -87,7 +87,9 @@ def damage_texts(texts: list[str]) -> list[str]:
             " ".join(words[:some] * (1 + i % 40) + words),
             "\n".join(lines + lines[: 1 + i % 5]),
             "\n\n".join(lines[: 1 + i % 4] * 2 + lines),
-            "\n".join(("- " if k % some else "") + line[: 10 * some] for k, line in enumerate(lines)),
+            "\n".join(
+                ("- " if k % some else "") + line[: 10 * some] for k, line in enumerate(lines)
+            ),
             "\n".join(line + ("…" if k % 3 else ".") for k, line in enumerate(lines)),
             text.replace(" ", "" if i % 2 else "  ").replace("the", "{" if i % 3 else "Javascript"),
             " ".join(word[: 1 + i % 5] for word in words),
@@ -116,7 +118,9 @@ def measure_rates(texts: list[str], n_turns: int) -> dict[str, float]:
         label = " ".join(names) if len(names) == 1 else "all four"
         found[label] = measure_rate(lambda text, r=rules: judge(r, text, {}, len), texts, n_turns)
     for kind in ("exact", "near"):
-        found[f"signature, {kind}"] = measure_rate(lambda text, k=kind: sign(text, k), texts, n_turns)
+        found[f"signature, {kind}"] = measure_rate(
+            lambda text, k=kind: sign(text, k), texts, n_turns
+        )
     return found
 
 

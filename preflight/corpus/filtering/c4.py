@@ -23,7 +23,7 @@ _POLICIES = (
 # Bach", "U.S. law") nor after a usual abbreviation. The mark comes first: the search is fast so.
 _SENTENCE_END = re.compile(
     r"[.!?…]+(?<!\b[A-Z]\.)(?<!\b(?:Mr|Ms|Dr|St|vs|No)\.)(?<!\b(?:Mrs|etc)\.)"
-    r"[\"'”’)\]]*(?=\s|$)"
+    r"[\"'”’)\]]*(?=\s|$)"  # noqa: RUF001
 )
 
 

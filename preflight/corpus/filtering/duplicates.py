@@ -150,8 +150,8 @@ class DuplicateIndex:
             or -1. Numbers count all documents from 0, copies too.
 
         Raises:
-            PreflightError: code OUT_OF_MEMORY, when the table would be larger than allowed; STORAGE.
-                The documents of this call are not taken in then.
+            PreflightError: code OUT_OF_MEMORY, when the table would be larger than allowed, or
+                STORAGE. The documents of this call are not taken in then.
         """
         if not signatures:
             return []
@@ -174,8 +174,8 @@ class DuplicateIndex:
             capacity = estimate_capacity(self.kind, self._max_bytes)
             raise PreflightError(
                 ExitCode.OUT_OF_MEMORY,
-                f"--deduplicate {self.kind}: more than {self.n_documents:,} documents; the table of "
-                f"{format_bytes(self._max_bytes)} holds about {capacity:,} that are no copies",
+                f"--deduplicate {self.kind}: too many documents after {self.n_documents:,}; the "
+                f"table of {format_bytes(self._max_bytes)} holds {capacity:,} that are no copies",
                 "use --deduplicate exact, or fewer documents by --limit-documents"
                 if self.kind == "near"
                 else "use fewer documents by --limit-documents, or --deduplicate none",

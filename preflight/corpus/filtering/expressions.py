@@ -53,6 +53,7 @@ class PublishedRule:
     thresholds: Mapping[str, Any]
 
     def __call__(self, text: str, columns: Mapping[str, Any], count_tokens: CountTokens) -> Verdict:
+        """Judge by the text alone."""
         verdict: Verdict = _load_judge(self.name)(text, **self.thresholds)
         if verdict.reason:
             return Verdict(verdict.text, f"{self.name}: {verdict.reason}")
@@ -72,6 +73,7 @@ class LengthRule:
     limit: int
 
     def __call__(self, text: str, columns: Mapping[str, Any], count_tokens: CountTokens) -> Verdict:
+        """Judge by the length."""
         side, _, unit = self.name.partition("_")
         length = count_tokens(text) if unit == "tokens" else _UNITS[unit](text)
         is_kept = length >= self.limit if side == "min" else length <= self.limit
@@ -87,6 +89,7 @@ class ColumnRule:
     limit: Number
 
     def __call__(self, text: str, columns: Mapping[str, Any], count_tokens: CountTokens) -> Verdict:
+        """Judge by the column."""
         value = read_number(columns.get(self.column))
         if value is None:
             return Verdict(text, f"{self.column}: missing")

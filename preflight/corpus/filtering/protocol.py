@@ -33,6 +33,6 @@ CountTokens = Callable[[str], int]
 class Rule(Protocol):
     """One filter with its thresholds. It can be pickled."""
 
-    def __call__(
-        self, text: str, columns: Mapping[str, Any], count_tokens: CountTokens
-    ) -> Verdict: ...
+    def __call__(self, text: str, columns: Mapping[str, Any], count_tokens: CountTokens) -> Verdict:
+        """Judge one document; `columns` are those of its row."""
+        ...

@@ -16,7 +16,7 @@ import numpy as np
 from preflight.corpus.filtering.characters import SPACE, hash_spans, load_kinds, read_windows
 
 # Marks that end a sentence in living scripts (Unicode: Sentence_Terminal).
-SENTENCE_ENDS = tuple(".!?…‼⁇⁈⁉‽。．！？｡؟۔।॥։።፧၊။។៕᠃᠉")
+SENTENCE_ENDS = tuple(".!?‼⁇⁈⁉‽。．！？｡؟۔।॥։።፧၊။។៕᠃᠉")  # noqa: RUF001
 
 
 @dataclass(frozen=True)

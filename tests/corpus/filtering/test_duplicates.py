@@ -1,7 +1,8 @@
-"""Copies against sets and all pairs; the index cut and opened again against the one that was not."""
+"""Copies against sets and all pairs; an index that was cut against the one that was not."""
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -67,8 +68,6 @@ def measure_similarity(first: str, second: str) -> float:
 @given(st.lists(st.integers(0, 30), max_size=60), st.integers(1, 9))
 @settings(max_examples=50, deadline=None)
 def test_exact_copies_are_those_of_a_dictionary(numbers: list[int], size: int) -> None:
-    import tempfile
-
     texts = [f"text {number}" + " " * (number % 2) for number in numbers]
     with tempfile.TemporaryDirectory() as folder:
         found = find_all(Path(folder), "exact", [sign(text, "exact") for text in texts], size)

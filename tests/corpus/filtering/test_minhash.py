@@ -31,7 +31,9 @@ def read(signature: bytes) -> np.ndarray:
 def build_pair(rng: np.random.Generator, n_common: int, n_own: int) -> tuple[np.ndarray, ...]:
     """Two sets of shingles whose Jaccard similarity is n_common / (n_common + 2 n_own)."""
     values = rng.integers(0, 2**32, n_common + 2 * n_own, dtype=np.uint32)
-    return values[: n_common + n_own], np.concatenate((values[:n_common], values[n_common + n_own :]))
+    return values[: n_common + n_own], np.concatenate(
+        (values[:n_common], values[n_common + n_own :])
+    )
 
 
 def test_an_exact_signature_is_that_of_the_text_without_space_around_it() -> None:

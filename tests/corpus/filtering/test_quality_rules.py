@@ -285,7 +285,12 @@ def test_fineweb_counts_characters_of_repeated_lines() -> None:
 def test_fineweb_counts_newlines_for_each_word() -> None:
     lines = [f"{i:03}{'a' * 30} {'b' * 30} c." for i in range(30)]  # 90 words, 29 newlines
     assert judge_fineweb("\n".join(lines)).reason == "newlines per word"
-    assert judge_fineweb("\n".join([*lines[:-1], f"{lines[-1]} and these seven more words of it."])).reason == ""
+    assert (
+        judge_fineweb(
+            "\n".join([*lines[:-1], f"{lines[-1]} and these seven more words of it."])
+        ).reason
+        == ""
+    )
 
 
 # ---- C4 -----------------------------------------------------------------------------------------
