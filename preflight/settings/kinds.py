@@ -103,10 +103,10 @@ SOURCES: Registry[Any] = Registry(
     "--text-file",
     {
         "text": "preflight.corpus.sources.text:find",
-        # "table": "preflight.corpus.sources.tables:find",
+        "table": "preflight.corpus.sources.tables:find",
         "parquet": "preflight.corpus.sources.parquet:find",
         "wiki": "preflight.corpus.sources.wiki_dump:find",
-        # "enterprise": "preflight.corpus.sources.wiki_enterprise:find",
+        "enterprise": "preflight.corpus.sources.wiki_enterprise:find",
         "tokens": "preflight.corpus.sources.token_arrays:find",
         "pipe": "preflight.corpus.sources.pipe:find",
         "hub": "preflight.corpus.sources.hub:find",
