@@ -21,6 +21,9 @@ from preflight.core.errors import ExitCode, PreflightError
 from preflight.core.log import log
 from preflight.core.signals import StopFlag
 from preflight.core.storage import hash_file
+from preflight.corpus.sources.compressed import strip_suffix
+from preflight.corpus.sources.compressed_text import CompressedText
+from preflight.corpus.sources.encoding import refuse_binary
 from preflight.corpus.sources.protocol import Document, Source, SourceFacts, text_error
 from preflight.settings import DataSettings
 
@@ -31,42 +34,15 @@ _SPECIAL_NOTE = (
     "documents there"
 )
 _READ_BYTES = 2**18  # what is read stays in the cache until it is judged
-_MAGIC = (
-    (b"\x7fELF", "an ELF program"),
-    (b"\x1f\x8b", "gzip data"),
-    (b"%PDF-", "a PDF"),
-    (b"PK\x03\x04", "a zip archive (or docx, xlsx, epub)"),
-    (b"\x89PNG", "a PNG image"),
-    (b"\xff\xd8\xff", "a JPEG image"),
-    (b"BZh91AY", "bzip2 data"),
-    (b"\xfd7zXZ\0", "xz data"),
-    (b"\x28\xb5\x2f\xfd", "zstd data"),
-    (b"SQLite format 3\0", "an SQLite database"),
-    (b"7z\xbc\xaf", "a 7z archive"),
-    (b"\x93NUMPY", "a numpy array"),
-)
-_MARKS = (
-    (b"\xff\xfe\0\0", "UTF-32"),
-    (b"\0\0\xfe\xff", "UTF-32"),
-    (b"\xff\xfe", "UTF-16"),
-    (b"\xfe\xff", "UTF-16"),
-)
-# Without a mark: which bytes of each four are mostly NUL, in Latin text and in any UTF-32.
-_NUL_SHAPES = {
-    "0101": "UTF-16LE",
-    "1010": "UTF-16BE",
-    "0111": "UTF-32LE",
-    "1110": "UTF-32BE",
-    "0011": "UTF-32LE",
-    "1100": "UTF-32BE",
-}
 
 
 # ---- finding ------------------------------------------------------------------------------------
 
 
-def find(given: str | None, settings: DataSettings) -> list[TextFile]:
+def find(given: str | None, settings: DataSettings) -> list[Source]:
     """The file called `given`, or the files of that folder, in a fixed order.
+
+    A file whose name says that it is compressed is a source of rows.
 
     Raises:
         PreflightError: code TEXT for what is missing or no file, FLAGS for a terminal; before
@@ -83,7 +59,9 @@ def find(given: str | None, settings: DataSettings) -> list[TextFile]:
             raise text_error(path, "the folder holds no files")
         root = Path(path.resolve().name)
         return [
-            TextFile(file, separator, (root / file.relative_to(path)).as_posix(), is_skippable=True)
+            _choose(file)(
+                file, separator, (root / file.relative_to(path)).as_posix(), is_skippable=True
+            )
             for file in inside
         ]
     if stat.S_ISCHR(mode) and _is_terminal(path):
@@ -94,7 +72,11 @@ def find(given: str | None, settings: DataSettings) -> list[TextFile]:
         )
     if not stat.S_ISREG(mode):
         raise text_error(path, "a device or socket, not a text file")
-    return [TextFile(path, separator)]
+    return [_choose(path)(path, separator)]
+
+
+def _choose(path: Path) -> type[TextFile | CompressedText]:
+    return CompressedText if strip_suffix(path)[1] else TextFile
 
 
 def _walk(folder: Path, own: tuple[str, ...]) -> list[Path]:
@@ -253,7 +235,7 @@ class _Scanner:
     def feed(self, block: bytes) -> None:
         """Look at the next block of the file; PreflightError (TEXT) when it is no text."""
         if not self.size:
-            _refuse_binary(self._path, block)
+            refuse_binary(self._path, block)
             if block.startswith(codecs.BOM_UTF8):
                 self._finder.begin = len(codecs.BOM_UTF8)
                 self.notes.append(_MARK_NOTE)
@@ -319,24 +301,6 @@ class _SeparatorFinder:
         """The spans of a file of `size` bytes."""
         self._add(size)
         return self._spans
-
-
-def _refuse_binary(path: Path, head: bytes) -> None:
-    """PreflightError (TEXT) that names what a file is, when it is clearly not UTF-8 text."""
-    for magic, kind in _MAGIC:
-        if head.startswith(magic):
-            raise text_error(path, f"{kind}, not text", "give a plain text file in UTF-8")
-    encoding = next((name for mark, name in _MARKS if head.startswith(mark)), None)
-    sample = head[: min(len(head), 4096) // 4 * 4]
-    if encoding is None and len(sample) >= 8 and sample.count(0) * 4 > len(sample):
-        shape = "".join(str(int(sample[i::4].count(0) * 5 > len(sample))) for i in range(4))
-        encoding = _NUL_SHAPES.get(shape)
-    if encoding is not None:
-        raise text_error(
-            path,
-            f"{encoding} text, not UTF-8; convert it:",
-            f"iconv -f {encoding} -t UTF-8 {shlex.quote(str(path))} > utf8.txt",
-        )
 
 
 def _explain_not_utf8(path: Path, error: UnicodeDecodeError, base: int) -> PreflightError:
