@@ -79,8 +79,7 @@ class PageCutter:
                 found, self._long_head = len(self._long_head), None
             self._searched = self._ready = found + len(self._end)
             self._n_ready += 1
-        overlap = len(self._data) - len(self._end)
-        self._searched = max(self._searched, overlap - overlap % self._unit)
+        self._searched = max(self._searched, len(self._data) - len(self._end))
 
     def _find(self, mark: bytes, at: int, *, last: bool = False) -> int:
         """The first place of `mark` from `at` on, or the last one before `at`; -1: none."""
@@ -127,19 +126,20 @@ class PageCutter:
         """PreflightError (TEXT) unless the dump's own end is behind the last page."""
         rest = bytes(self._data[self._ready :]).decode(self._encoding, "replace")
         n_pages = self.row + self._n_ready
-        if "</mediawiki>" in rest and not _PAGE.search(rest) and self._long_head is None:
+        is_open = self._long_head is not None or _PAGE.search(rest) is not None
+        has_end = "</mediawiki>" in rest
+        if has_end and not is_open:
             return
-        if _PAGE.search(rest) or self._long_head is not None:
-            head = (self._long_head or b"").decode(self._encoding, "replace")
-            where = f"in page {n_pages + 1:,}{_find_title(head + rest)}"
+        head = (self._long_head or b"").decode(self._encoding, "replace")
+        page = f"page {n_pages + 1:,}{_find_title(head + rest)}"
+        if has_end:
+            what = f"{page} has no </page>"
+        elif is_open:
+            what = f"the dump is cut off in {page}: it has no </mediawiki>"
         else:
-            where = f"behind page {n_pages:,}"
-        raise text_error(
-            self._reader.path,
-            f"the dump is cut off {where}: it has no </mediawiki>",
-            f"the {n_pages:,} pages before that are whole",
-            "get the file again",
-        )
+            what = f"the dump is cut off behind page {n_pages:,}: it has no </mediawiki>"
+        sound = f"the {n_pages:,} pages before that are whole"
+        raise text_error(self._reader.path, what, sound, "get the file again")
 
 
 def _find_title(page: str) -> str:

@@ -79,6 +79,8 @@ def write(path: Path, text: str, encoding: str = "utf-8") -> Path:
     return path
 
 
+# In UTF-16 its bytes hold those of the tag, beside the bounds of the characters.
+SHIFTED = "\u0100" + "".join(chr(ord(letter) << 8) for letter in "</page>") + "\u0100"
 PAGES = [
     build_page(
         "Úvod & <co>", "The ''first''\n[[Soubor:x.png|thumb|no]]&amp; [[Odd category:y]]last"
@@ -86,7 +88,7 @@ PAGES = [
     build_page("Talk:Úvod", "talk", ns="<ns>1</ns>"),
     build_page("Moved", "#REDIRECT [[Úvod]]", more='<redirect title="Úvod" />'),
     build_page("Moved before 2012", "#redirect [[Úvod]]"),
-    build_page("History", "oldest", "older", "newest 漢字"),
+    build_page("History", "oldest", "older", f"newest 漢字 {SHIFTED}"),
     build_page("Nothing", ""),
     build_page("No revision"),
     build_page("Only a picture", "[[Image:x.png]]"),
@@ -97,7 +99,16 @@ PAGES = [
     build_page("Last", "page"),
 ]
 TEXTS = [
-    *("Úvod & <co>\n\nThe first\n& last", "", "", "", "History\n\nnewest 漢字", "", "", ""),
+    *(
+        "Úvod & <co>\n\nThe first\n& last",
+        "",
+        "",
+        "",
+        f"History\n\nnewest 漢字 {SHIFTED}",
+        "",
+        "",
+        "",
+    ),
     *("Old dump\n\nhas no ns", "", "", "", "Last\n\npage"),
 ]
 
@@ -216,6 +227,13 @@ def test_a_dump_that_is_cut_off(tmp_path: Path, encoding: str) -> None:
             assert f"cut off in page {n_whole + 1}{title}: it has no </mediawiki>" in message
         else:
             assert f"cut off behind page {n_whole}: it has no" in message
+
+
+def test_a_page_without_an_end(tmp_path: Path) -> None:
+    text = build_dump([*PAGES, build_page("Open", "text").replace("</page>", "")])
+    message = catch(open_dump(write(tmp_path / "a.xml", text)))
+    assert "page 14, 'Open', has no </page>" in message
+    assert "the 13 pages before that are whole" in message
 
 
 def test_a_compressed_dump_that_is_cut_off(tmp_path: Path) -> None:
