@@ -29,14 +29,12 @@ from preflight.corpus.sources.hub_read_ahead import (
     start_thread,
     wait_for,
 )
+from preflight.corpus.sources.parquet_layout import Layout, open_parquet, read_layout
 from preflight.corpus.sources.parquet_rows import (
-    Layout,
     cut_batches,
     note_large_page,
-    open_parquet,
     parse_texts,
     read_group,
-    read_layout,
     read_long_text,
 )
 from preflight.corpus.sources.protocol import SourceFacts
@@ -79,11 +77,10 @@ class HubSource(RowSource):
         config = f" {settings.source_config}" if settings.source_config else ""
         self.name = self.label = f"{settings.source or f'hf:{repo}'}{config}"
         self._repo, self._revision, self._settings = repo, revision, settings
-        self._patience, self._stop = patience, None
-        self._commit, self._files = "", ()
-
-    _stop: StopFlag | None
-    _files: tuple[HubFile, ...]
+        self._patience = patience
+        self._stop: StopFlag | None = None
+        self._commit, self._text_column = "", ""
+        self._files: tuple[HubFile, ...] = ()
 
     def scan(self, stop: StopFlag | None) -> SourceFacts:
         """Find the commit and the files, and check the column in the first of them.
@@ -109,7 +106,9 @@ class HubSource(RowSource):
         content = [self._repo, self._commit, [dataclasses.astuple(file) for file in self._files]]
         digest = hashlib.sha256(json.dumps(content).encode()).hexdigest()
         told = f"{len(self._files):,} parquet files of {size / 1e9:.2f} GB at commit {self._commit}"
-        return build_row_facts(size, digest, told, *choice.notes, *stream.layout(0).notes)
+        layout = stream.layout(0)
+        self._text_column = layout.text  # of all files, whatever other usual names they have
+        return build_row_facts(size, digest, told, *choice.notes, *layout.notes)
 
     def batches(self, after: Any = None) -> Iterator[Batch | LongRow]:
         """The rows in order, or those behind the batch with that `after`.
@@ -122,7 +121,8 @@ class HubSource(RowSource):
             self.scan(None)
         file, group, row, number = after or (0, 0, 0, 0)
         client = self._connect()
-        stream = _Stream(client, self._commit, self._files, self._settings, file)
+        settings = dataclasses.replace(self._settings, text_column=self._text_column)
+        stream = _Stream(client, self._commit, self._files, settings, file)
         try:
             stream.start(group, self._settings.workers)
             for at in range(file, len(self._files)):
@@ -195,10 +195,7 @@ class _Stream:
         for i in (at, at + 1):
             if i not in self._footers and i < len(self._files) and (i == at or self._ahead):
                 self._footers[i] = start_thread(functools.partial(self._fetch_footer, i))
-        found = wait_for(self._footers[at], self._client.leave_if_stopping)
-        # The other files have the same column, whatever other usual names they have as well.
-        self._settings = dataclasses.replace(self._settings, text_column=found[1].text)
-        return found
+        return wait_for(self._footers[at], self._client.leave_if_stopping)
 
     def _fetch_footer(self, at: int) -> tuple[Any, Layout]:
         file = self._files[at]

@@ -28,6 +28,7 @@ from preflight.core.signals import StopFlag
 from preflight.core.units import format_seconds
 from preflight.corpus.sources.protocol import text_error
 
+_ENDPOINT = "https://huggingface.co"
 _RETRIED_STATUS = {408, 425, 429, 500, 502, 503, 504}
 _SLOWEST_BYTES_PER_SECOND = 10_000  # a connection below that is dropped as stalled
 _ADVICE = "try again later: the same command continues; or give local files with --text-file"
@@ -74,6 +75,8 @@ class HubClient:
         self._closed = threading.Event()
         self._is_told = False
         self._hub: Any = None
+        self._utils: Any = None
+        self._endpoint = _ENDPOINT
         self._http_error: type[Exception] = OSError
 
     def connect(self) -> None:
@@ -84,13 +87,14 @@ class HubClient:
         """
         for name in ("HF_HUB_DISABLE_XET", "HF_HUB_DISABLE_TELEMETRY"):
             os.environ.setdefault(name, "1")
-        endpoint = os.environ.get("HF_ENDPOINT", "https://huggingface.co")
+        endpoint = self._endpoint = os.environ.get("HF_ENDPOINT", _ENDPOINT).rstrip("/")
         if os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE"):
             raise self._unreachable_error(endpoint, "HF_HUB_OFFLINE is set", "unset HF_HUB_OFFLINE")
         why = _find_fault(endpoint, self._patience.reach)
         if why is not None:
             raise self._unreachable_error(endpoint, why, "check the network")
         self._hub = import_library("huggingface_hub", "huggingface_hub", self.label)
+        self._utils = importlib.import_module("huggingface_hub.utils")
         errors = importlib.import_module("huggingface_hub.errors")
         # The HTTP library has changed its name with huggingface_hub's version; its base class has
         # not.
@@ -131,20 +135,19 @@ class HubClient:
         self._be_patient(lambda: self._try_range(url, begin, end, size, got), path)
         return got
 
-    @property
-    def _endpoint(self) -> str:
-        return str(self._hub.constants.ENDPOINT)
-
     def _build_url(self, path: str, commit: str) -> str:
-        return str(self._hub.hf_hub_url(self.repo, path, repo_type="dataset", revision=commit))
+        url = self._hub.hf_hub_url(
+            self.repo, path, repo_type="dataset", revision=commit, endpoint=self._endpoint
+        )
+        return str(url)
 
     # ---- one try --------------------------------------------------------------------------------
 
     @contextlib.contextmanager
     def _request(self, url: str, **headers: str) -> Any:
         """An answer whose status is good; its body is not read yet."""
-        all_headers = {**self._hub.utils.build_hf_headers(), **headers}
-        session = self._hub.utils.get_session()
+        all_headers = {**self._utils.build_hf_headers(), **headers}
+        session = self._utils.get_session()
         with session.stream(
             "GET", url, headers=all_headers, timeout=self._patience.stall
         ) as response:

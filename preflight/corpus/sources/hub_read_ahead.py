@@ -31,7 +31,7 @@ class Block:
 
 def choose_block_bytes(workers: int) -> int:
     """The size of a block, so that each of the workers' two fit into the budget."""
-    return max(min(_BLOCK_BYTES, BUDGET_BYTES // (2 * workers)), 2**18)
+    return min(_BLOCK_BYTES, BUDGET_BYTES // (2 * workers))
 
 
 def plan_group(file: int, group: Any, columns: list[int], block_bytes: int) -> list[Block]:

@@ -13,15 +13,13 @@ from pathlib import Path
 from typing import IO, Any
 
 from preflight.core.signals import StopFlag
+from preflight.corpus.sources.parquet_layout import Layout, open_parquet, read_layout
 from preflight.corpus.sources.parquet_rows import (
-    Layout,
     Texts,
     cut_batches,
     note_large_page,
-    open_parquet,
     parse_texts,
     read_group,
-    read_layout,
     read_long_text,
 )
 from preflight.corpus.sources.protocol import SourceFacts, text_error
