@@ -92,23 +92,22 @@ def build_plan(
     for text in list_texts(scanned, settings):
         readers.append(TextReader(text, tokenizer, block_bytes))
         by = text.by
+    for item, recipe in build_recipes(scanned, settings):
+        assert isinstance(item.source, RowSource)
+        recipes[len(readers)] = recipe
+        reader = RowReader(
+            item.source,
+            item.facts.size,
+            tokenizer,
+            block_bytes,
+            recipe.limit,
+            drops_long=settings.is_processed,
+            is_val=recipe.is_val,
+        )
+        readers.append(reader)
     for item in scanned:
-        source = item.source
-        if isinstance(source, TokenArray):
-            readers.append(TokenReader(source, tokenizer, settings.val_split))
-        elif isinstance(source, RowSource):
-            recipe = build_recipe(source, settings)
-            recipes[len(readers)] = recipe
-            reader = RowReader(
-                source,
-                item.facts.size,
-                tokenizer,
-                block_bytes,
-                recipe.limit,
-                drops_long=bool(settings.is_processed),
-                is_val=recipe.is_val,
-            )
-            readers.append(reader)
+        if isinstance(item.source, TokenArray):
+            readers.append(TokenReader(item.source, tokenizer, settings.val_split))
     groups = _build_groups(settings.mix, readers)
     return Plan(scanned, readers, recipes, groups, by, _hash_plan(scanned, settings, tokenizer))
 
@@ -124,25 +123,47 @@ def list_texts(scanned: list[ScannedSource], settings: DataSettings) -> list[Tex
     return found
 
 
-def build_recipe(source: RowSource, settings: DataSettings) -> RowRecipe:
-    """How rows of this source become documents."""
-    split, first_val_row = source.split, None
-    if split is None:
-        n_rows = count_few_rows(source, math.ceil(_FEW / settings.val_split))
-        if n_rows is not None:
-            first_val_row = n_rows - max(1, round(n_rows * settings.val_split))
-    return RowRecipe(
-        source.parse,
-        cleaner="none" if settings.clean in (None, source.own_cleaner) else settings.clean,
-        filters=settings.filter,
-        deduplicate=settings.deduplicate,
-        split=split,
-        val_split=settings.val_split,
-        first_val_row=first_val_row,
-        limit=settings.document_limit,
-        n_examples=max(N_EXAMPLES, settings.show_dropped),
-        counts_later=bool(settings.mix) or settings.deduplicate != "none",
+def build_recipes(
+    scanned: list[ScannedSource], settings: DataSettings
+) -> list[tuple[ScannedSource, RowRecipe]]:
+    """The sources of rows, and how their rows become documents.
+
+    Sources with few rows are numbered through, so that a hundred files of one row each are shared
+    out as one file of a hundred rows is.
+    """
+    found = [item for item in scanned if isinstance(item.source, RowSource)]
+    enough = math.ceil(_FEW / settings.val_split)
+    counts = [
+        count_few_rows(item.source, enough)
+        if isinstance(item.source, RowSource) and item.source.split is None
+        else None
+        for item in found
+    ]
+    n_few = sum(count for count in counts if count is not None)
+    has_many = n_few >= enough or any(
+        count is None and item.source.split is None
+        for item, count in zip(found, counts, strict=True)
     )
+    first_val = None if has_many else n_few - max(1, round(n_few * settings.val_split))
+    recipes, before = [], 0
+    for item, count in zip(found, counts, strict=True):
+        assert isinstance(item.source, RowSource)
+        recipe = RowRecipe(
+            item.source.parse,
+            cleaner="none" if settings.clean in (None, item.source.own_cleaner) else settings.clean,
+            filters=settings.filter,
+            deduplicate=settings.deduplicate,
+            split=item.source.split,
+            val_split=settings.val_split,
+            first_number=before if count is not None else 0,
+            first_val=first_val,
+            limit=settings.document_limit,
+            n_examples=max(N_EXAMPLES, settings.show_dropped),
+            counts_later=bool(settings.mix) or settings.deduplicate != "none",
+        )
+        before += count or 0
+        recipes.append((item, recipe))
+    return recipes
 
 
 def _build_groups(

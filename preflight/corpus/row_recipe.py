@@ -16,11 +16,11 @@ from preflight.corpus.filtering.protocol import Rule
 from preflight.corpus.reading import DroppedRow
 from preflight.corpus.sources.rows import Batch, Parser
 from preflight.corpus.split import is_validation
-from preflight.corpus.tally import EXAMPLE_CHARACTERS, N_EXAMPLES, Tally, count_utf8
+from preflight.corpus.tally import EXAMPLE_CHARACTERS, N_EXAMPLES, Tally, count_utf8, is_sampled
 from preflight.settings.kinds import CLEANERS
 from preflight.tokenization import Tokenizer
 
-TRIED_EVERY = 32  # rules that nobody asked for are tried on one row of so many, for the report
+# Rules that nobody asked for are tried on a sample of the rows, for the report.
 _TRIED_RULES = ("gopher_quality", "gopher_repetition", "c4", "fineweb")
 
 
@@ -35,7 +35,8 @@ class RowRecipe:
         deduplicate: ``none``, ``exact`` or ``near``.
         split: of every row; unset: by the row's number.
         val_split: share of the rows for validation.
-        first_val_row: rows from here on are for validation, in a table with few of them.
+        first_number: of its first row, where the rows of several sources are numbered through.
+        first_val: rows with numbers from here on are for validation, where there are few.
         limit: rows behind so many are left out.
         n_examples: kept of each rule's drops.
         counts_later: the parent counts what is kept, since it may drop more.
@@ -47,7 +48,8 @@ class RowRecipe:
     deduplicate: str = "none"
     split: str | None = None
     val_split: float = 0.05
-    first_val_row: int | None = None
+    first_number: int = 0
+    first_val: int | None = None
     limit: int | None = None
     n_examples: int = N_EXAMPLES
     counts_later: bool = False
@@ -56,9 +58,10 @@ class RowRecipe:
         """Whether a row is for validation."""
         if self.split is not None:
             return self.split == "val"
-        if self.first_val_row is not None:
-            return row >= self.first_val_row
-        return is_validation(row, self.val_split)
+        number = self.first_number + row
+        if self.first_val is not None:
+            return number >= self.first_val
+        return is_validation(number, self.val_split)
 
     @functools.cached_property
     def clean(self) -> Callable[[str], str]:
@@ -108,7 +111,7 @@ def encode_rows(batch: Batch, recipe: RowRecipe, tokenizer: Tokenizer) -> Encode
         builder.add(kept.ids, n_bytes, is_val=is_val, ends=True)
         rows.append(kept.row)
         tally.sample(kept.row, kept.text)
-        if kept.row % TRIED_EVERY == 0:
+        if is_sampled(kept.row):
             _try_rules(kept, recipe, tried)
         if recipe.counts_later:
             beginnings.append(kept.text[:EXAMPLE_CHARACTERS])

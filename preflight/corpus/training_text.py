@@ -9,7 +9,7 @@ from dataclasses import replace
 
 from preflight.core.signals import StopFlag
 from preflight.corpus.blocks import read_blocks
-from preflight.corpus.plan import build_recipe, list_texts
+from preflight.corpus.plan import build_recipes, list_texts
 from preflight.corpus.row_recipe import RowRecipe, read_texts
 from preflight.corpus.sources import ScannedSource
 from preflight.corpus.sources.rows import Batch, RowSource
@@ -36,8 +36,8 @@ class SourceText:
         is_whole: bool,
     ) -> None:
         """`is_whole`: all rows count."""
-        self._settings, self._stop, self._is_whole = settings, stop, is_whole
-        self._rows = [item.source for item in scanned if isinstance(item.source, RowSource)]
+        self._stop, self._is_whole = stop, is_whole
+        self._rows = build_recipes(scanned, settings)
         self._texts = list_texts(scanned, settings)
 
     def count_bytes(self, *splits: str) -> int:
@@ -73,11 +73,11 @@ class SourceText:
 
     def _read_rows(self) -> Iterator[tuple[str, str]]:
         left = SAMPLED_BYTES
-        for source in self._rows:
-            recipe = build_recipe(source, self._settings)
+        for item, recipe in self._rows:
+            assert isinstance(item.source, RowSource)
             # No tokenizer is there yet that could count tokens.
             filters = tuple(name for name in recipe.filters if "_tokens" not in name)
-            for found in self._read_source(source, replace(recipe, filters=filters)):
+            for found in self._read_source(item.source, replace(recipe, filters=filters)):
                 yield found
                 left -= count_utf8(found[1])
                 if left <= 0 and not self._is_whole:

@@ -65,7 +65,9 @@ class Rows(RowSource):
                 at += 1
                 continue
             batch = list(
-                itertools.takewhile(lambda row: not isinstance(row, int), rows[at:][: self.batch_rows])
+                itertools.takewhile(
+                    lambda row: not isinstance(row, int), rows[at:][: self.batch_rows]
+                )
             )
             yield Batch(batch, at, at + len(batch), 10)
             at += len(batch)
@@ -239,7 +241,10 @@ def test_killed_at_random_moments(tmp_path: Path, mode: str) -> None:
     n_killed = 0
     for _ in range(40):
         child = subprocess.Popen(
-            [sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment
+            [sys.executable, "-c", code],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            env=environment,
         )
         assert child.stdout is not None
         assert child.stdout.readline() == b"go\n", child.stderr and child.stderr.read()[-2000:]
@@ -306,6 +311,15 @@ def test_few_rows_share_out_by_their_number(tmp_path: Path) -> None:
     assert data.train.n_documents == 3
 
 
+def test_few_rows_in_each_of_many_sources(tmp_path: Path) -> None:
+    rows = [f"row {number}" for number in range(200)]
+    paths = [write_rows(tmp_path / f"{i:03}.rows", rows[i : i + 2]) for i in range(0, 200, 2)]
+    data = build(tmp_path, *paths)
+    assert read_ids(data, "val") == encode_all(rows, "val")
+    few = build(tmp_path, *paths[:3], data_dir="few")
+    assert read_ids(few, "val") == [*GPT2.encoding.encode_ordinary(rows[5]), GPT2.end_of_text_id]
+
+
 def test_rows_of_one_batch_are_counted_before_they_are_shared_out(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -319,7 +333,9 @@ def test_bad_rows_are_refused_above_one_percent(tmp_path: Path) -> None:
     rows: list[Any] = ["some text"] * 990 + [None] * 10
     build(tmp_path, write_rows(tmp_path / "a.rows", rows))
     rows[5] = None
-    with pytest.raises(PreflightError, match="11 of 1,000 rows hold no text, the first: row 6") as e:
+    with pytest.raises(
+        PreflightError, match="11 of 1,000 rows hold no text, the first: row 6"
+    ) as e:
         build(tmp_path, write_rows(tmp_path / "b.rows", rows), data_dir="other")
     assert e.value.code == ExitCode.TEXT
     data = build(tmp_path, tmp_path / "b.rows", data_dir="other", allow_bad_rows=True)
@@ -340,7 +356,9 @@ def test_limit_and_validation_file(tmp_path: Path) -> None:
     path, val = (write_rows(tmp_path / name, rows) for name in ("a.rows", "b.rows"))
     data = build(tmp_path, path, val_file=(str(val),), limit_documents=50)
     expected = encode_all(rows[:50], "train") and [
-        i for row in rows[:50] for i in encode_all([row], "train", 1e-9) or encode_all([row], "val", 1e-9)
+        i
+        for row in rows[:50]
+        for i in encode_all([row], "train", 1e-9) or encode_all([row], "val", 1e-9)
     ]
     assert read_ids(data, "train") == expected
     assert read_ids(data, "val") == expected

@@ -15,16 +15,15 @@ import stat
 from array import array
 from collections.abc import Iterator
 from pathlib import Path
-from typing import IO
 
 from preflight.core.errors import ExitCode, PreflightError
 from preflight.core.log import log
 from preflight.core.signals import StopFlag
 from preflight.core.storage import hash_file
-from preflight.corpus.sources.compressed import strip_suffix
-from preflight.corpus.sources.compressed_text import CompressedText
+from preflight.corpus.sources.compressed import PlainReader, open_stream, strip_suffix
 from preflight.corpus.sources.encoding import refuse_binary
 from preflight.corpus.sources.protocol import Document, Source, SourceFacts, text_error
+from preflight.corpus.sources.stored import hash_stored_file
 from preflight.settings import DataSettings
 
 END_OF_TEXT = b"<|endoftext|>"
@@ -39,10 +38,8 @@ _READ_BYTES = 2**18  # what is read stays in the cache until it is judged
 # ---- finding ------------------------------------------------------------------------------------
 
 
-def find(given: str | None, settings: DataSettings) -> list[Source]:
+def find(given: str | None, settings: DataSettings) -> list[TextFile]:
     """The file called `given`.
-
-    A file whose name says that it is compressed is a source of rows.
 
     Raises:
         PreflightError: code TEXT for what is missing or no file, FLAGS for a terminal; before
@@ -61,11 +58,7 @@ def find(given: str | None, settings: DataSettings) -> list[Source]:
         )
     if not stat.S_ISREG(mode):
         raise text_error(path, "a device or socket, not a text file")
-    return [_choose(path)(path, separator)]
-
-
-def _choose(path: Path) -> type[TextFile | CompressedText]:
-    return CompressedText if strip_suffix(path)[1] else TextFile
+    return [TextFile(path, separator)]
 
 
 def walk_folder(folder: Path, own: tuple[str, ...]) -> list[Path]:
@@ -125,11 +118,15 @@ def _is_terminal(path: Path) -> bool:
 
 
 class TextFile(Source):
-    """One file of UTF-8; a separator splits it into documents."""
+    """One file of UTF-8; a separator splits it into documents.
+
+    A compressed one is unpacked as it is read, each time, and never to the disk.
+    """
 
     def __init__(self, path: Path, separator: str | None, name: str | None = None) -> None:
         self.path, self._separator = path, separator
         self.name, self.label = name or path.name, str(path)
+        self._is_packed = bool(strip_suffix(path)[1])
         self._signature: tuple[int, ...] = ()
         self._spans = array("q")  # begin, end, begin, end ... of the documents
 
@@ -137,69 +134,64 @@ class TextFile(Source):
         """Read the file to its end, whatever its size claims to be, and check that it is text.
 
         Raises:
-            PreflightError: code TEXT when it is unreadable, binary, UTF-16 or -32, not UTF-8, or
-                empty; SIGINT or SIGTERM when `stop` says so.
+            PreflightError: code TEXT when it is unreadable, damaged, binary, UTF-16 or -32, not
+                UTF-8, or empty; SIGINT or SIGTERM when `stop` says so.
         """
         scanner = _Scanner(self.path, self._separator)
-        try:
-            if not os.path.isfile(
-                self.path
-            ):  # asked before opening: a pipe within a folder would block
-                raise text_error(self.path, "not a regular file")
-            with open(self.path, "rb", buffering=0) as file:
-                self._signature = _read_signature(file)
-                while block := file.read(_READ_BYTES):
-                    scanner.feed(block)
-                    if stop is not None:
-                        stop.leave_if_stopping(
-                            "stopped while reading the text; nothing was changed"
-                        )
-        except OSError as error:
-            raise text_error(self.path, error.strerror or str(error)) from None
+        with open_stream(self.path) as reader:
+            self._signature = reader.read_signature()
+            while block := reader.read(_READ_BYTES):
+                scanner.feed(block)
+                if stop is not None:
+                    stop.leave_if_stopping("stopped while reading the text; nothing was changed")
         self._spans = scanner.finish()
+        size, sha256 = scanner.size, scanner.digest.hexdigest()
+        if self._is_packed:
+            stored = hash_stored_file(self.path, stop)
+            size, sha256 = stored.size, stored.sha256
         sizes = array("q", (self._spans[i + 1] - self._spans[i] for i in self._list_begins()))
-        return SourceFacts(scanner.size, scanner.digest.hexdigest(), sizes, tuple(scanner.notes))
+        return SourceFacts(size, sha256, sizes, tuple(scanner.notes))
 
     def _list_begins(self) -> range:
         return range(0, len(self._spans), 2)
 
     def documents(self, start: int = 0, offset: int = 0) -> Iterator[Document]:
         """The documents from `start` on, the first from its byte `offset` on."""
-        with self._open() as file:
-            for i in self._list_begins()[start:]:
-                yield self._read(file, self._spans[i] + offset, self._spans[i + 1])
+        begins = self._list_begins()[start:]
+        if not begins:
+            return
+        first = self._spans[begins[0]] + offset
+        with self._open([0, 0, first] if self._is_packed else [first] * 3) as reader:
+            for i in begins:
+                yield self._read(reader, self._spans[i] + offset, self._spans[i + 1])
                 offset = 0
 
-    def _read(self, file: IO[bytes], begin: int, end: int) -> Document:
-        file.seek(begin)
+    def _read(self, reader: PlainReader, begin: int, end: int) -> Document:
+        if not self._is_packed:
+            reader.start([begin] * 3)
+        while reader.plain_offset < begin:  # a separator, or a document that was not read
+            if not reader.read(min(_READ_BYTES, begin - reader.plain_offset)):
+                raise self.changed_error()
         while begin < end:
-            chunk = file.read(min(_READ_BYTES, end - begin))
+            chunk = reader.read(min(_READ_BYTES, end - begin))
             if not chunk:
                 raise self.changed_error()
             yield chunk
             begin += len(chunk)
 
-    def _open(self) -> IO[bytes]:
-        try:
-            file = open(self.path, "rb")  # noqa: SIM115
-        except OSError as error:
-            raise text_error(self.path, error.strerror or str(error)) from None
-        if _read_signature(file) != self._signature:
-            file.close()
+    def _open(self, position: list[int] | None = None) -> PlainReader:
+        reader = open_stream(self.path, position)
+        if reader.read_signature() != self._signature:
+            reader.close()
             raise self.changed_error()
-        return file
+        return reader
 
     def check_unchanged(self, facts: SourceFacts) -> None:
         """PreflightError (TEXT) unless the file's bytes are those of the scan."""
-        with self._open() as file:
+        with self._open() as reader:
             same = hash_file(self.path) == facts.sha256
-            if not same or _read_signature(file) != self._signature:
+            if not same or reader.read_signature() != self._signature:
                 raise self.changed_error()
-
-
-def _read_signature(file: IO[bytes]) -> tuple[int, ...]:
-    status = os.fstat(file.fileno())
-    return (status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns)
 
 
 # ---- scanning -----------------------------------------------------------------------------------
@@ -291,9 +283,9 @@ class _SeparatorFinder:
 
 def _explain_not_utf8(path: Path, error: UnicodeDecodeError, base: int) -> PreflightError:
     offset, line = base + error.start, 1
-    with open(path, "rb") as file:  # only now: in every scan it would cost a quarter
-        for begin in range(0, offset, _READ_BYTES):
-            line += file.read(min(_READ_BYTES, offset - begin)).count(b"\n")
+    with open_stream(path) as reader:  # only now: in every scan it would cost a quarter
+        while reader.plain_offset < offset:
+            line += reader.read(min(_READ_BYTES, offset - reader.plain_offset)).count(b"\n")
     return text_error(
         path,
         f"not UTF-8: byte 0x{error.object[error.start]:02x} at offset {offset:,} (line {line:,})",
