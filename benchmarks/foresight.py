@@ -31,6 +31,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from preflight.corpus.build import prepare_data  # noqa: E402
+from preflight.corpus.windows import count_windows  # noqa: E402
 from preflight.device.runtime import Runtime, build_runtime, describe_device  # noqa: E402
 from preflight.foresight.memory import MemoryOptions, estimate_memory  # noqa: E402
 from preflight.foresight.run_time import (  # noqa: E402
@@ -43,7 +44,6 @@ from preflight.modes import train as train_mode  # noqa: E402
 from preflight.settings import ModelConfig, RunConfig, build_config  # noqa: E402
 from preflight.tokenization import load_tokenizer  # noqa: E402
 from preflight.training.plan import TrainingPlan, build_plan  # noqa: E402
-from preflight.corpus.windows import count_windows  # noqa: E402
 from trainer import build_trainer  # noqa: E402
 
 GOALS = {
