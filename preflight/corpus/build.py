@@ -46,6 +46,7 @@ from preflight.corpus.sources import (
     scan_sources,
 )
 from preflight.corpus.sources.builtin import SAMPLE_NAME
+from preflight.corpus.sources.token_arrays import TokenArray
 from preflight.corpus.training_text import SourceText
 from preflight.settings import DataSettings
 from preflight.tokenization import TokenizerChoice, TokenizerRecipe
@@ -80,6 +81,7 @@ def prepare_data(
     """
     data_dir = Path(settings.data_dir)
     sources = find_sources(settings)
+    _refuse_unnamed_tokenizer(sources, tokenizer)
     # A killed run may leave a build behind; only with the text we can tell whether it is needed.
     building = data_dir / BUILDING_NAME
     unfinished = building if settings.has_text else building / METADATA_NAME
@@ -112,6 +114,17 @@ def prepare_data(
             _ask(may_replace, building, reason, None, load_data_folder(building, made))
         _finish_swap(data_dir)
         return load_data_folder(data_dir, made)
+
+
+def _refuse_unnamed_tokenizer(sources: list[Source], tokenizer: TokenizerChoice) -> None:
+    """PreflightError (FLAGS) for ids without the tokenizer that made them."""
+    arrays = [source for source in sources if isinstance(source, TokenArray)]
+    if arrays and isinstance(tokenizer, TokenizerRecipe):
+        raise PreflightError(
+            ExitCode.FLAGS,
+            f"{arrays[0].label} holds token ids: --tokenizer must name what made them",
+            "such as --tokenizer gpt2",
+        )
 
 
 def _find_or_ask(

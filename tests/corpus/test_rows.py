@@ -384,6 +384,24 @@ def test_filters_and_cleaning(tmp_path: Path) -> None:
         assert read_ids(data, split) == encode_all(kept, split)
 
 
+def test_token_arrays(tmp_path: Path) -> None:
+    ids = np.array(encode_all(["some words"] * 400, "train", 1e-9), np.uint16)
+    ids.tofile(tmp_path / "train.bin")
+    np.save(tmp_path / "val.npy", ids[:300])
+    data = build(tmp_path, tmp_path / "train.bin", val_file=(str(tmp_path / "val.npy"),))
+    assert read_ids(data, "train") == ids.tolist()
+    assert read_ids(data, "val") == ids[:300].tolist()
+    assert data.train.n_bytes == len("some words") * data.train.n_documents
+    assert data.train.n_documents == int((ids == GPT2.end_of_text_id).sum())
+    shared = build(tmp_path, tmp_path / "train.bin", data_dir="shared", val_split=0.1)
+    assert read_ids(shared, "train") + read_ids(shared, "val") == ids.tolist()
+    assert shared.val.n_tokens == round(len(ids) * 0.1)
+    settings = DataSettings(text_file=(str(tmp_path / "train.bin"),), data_dir=str(tmp_path / "d"))
+    with pytest.raises(PreflightError, match="--tokenizer must name") as caught:
+        prepare_data(settings, TokenizerRecipe("auto"))
+    assert caught.value.code == ExitCode.FLAGS
+
+
 def test_a_tokenizer_is_made_from_rows(tmp_path: Path) -> None:
     rows = draw_rows(1, 300)
     settings = DataSettings(

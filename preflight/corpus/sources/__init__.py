@@ -154,15 +154,17 @@ def _match(pattern: str, settings: DataSettings) -> list[str]:
 def _open_all(given: str | None, settings: DataSettings) -> Iterator[Source]:
     """The sources of a value: of a folder those of its files, each called by its place in it.
 
-    In a folder, ``.json``, ``.csv`` and ``.tsv`` are texts unless ``--text-column`` is given: they
-    may be anything there.
+    In a folder, ``.json``, ``.csv`` and ``.tsv`` are texts unless ``--text-column`` is given, and
+    ``.npy`` and ``.bin`` are no tokens: they may be anything there.
     """
     if given is None or not os.path.isdir(given):
         yield from _open(given, settings)
         return
     root = Path(Path(given).resolve().name)
     for file in walk_folder(Path(given), settings.own_folders):
-        is_any = file.suffix in (".json", ".csv", ".tsv") and settings.text_column is None
+        is_any = file.suffix in (".npy", ".bin") or (
+            file.suffix in (".json", ".csv", ".tsv") and settings.text_column is None
+        )
         if is_any or not file.is_file():  # what is no file is skipped by its scan
             found: list[Source] = [TextFile(file, settings.document_separator)]
         else:
