@@ -152,7 +152,7 @@ def _translate(pattern: str) -> str:
         rules.get(part) or (re.sub(r"^\[!", "[^", part) if part[:1] == "[" else re.escape(part))
         for part in parts
     )
-    return f"(?:{expression})(?:/.*)?"
+    return expression if any(part in rules for part in parts) else f"{expression}(?:/.*)?"
 
 
 # ---- by the folders -----------------------------------------------------------------------------
