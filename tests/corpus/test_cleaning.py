@@ -94,6 +94,7 @@ MARKUP = {
     "-{zh-hans:头发;zh-hant:頭髮}- -{A}-": "头发 A",
     "{| lost\n| row\n|-\n| row\ntext goes on\n\nand on": "text goes on\n\nand on",
     "a {{lost | b\n\nc [[File:x.png|thumb|lost too\n\nd e": "a lost | b\n\nc\n\nd e",
+    "x [[File:a|b\n{|\n|c]] d\n|}\ne]] f": "x f",
     "[[a|b|c]] [[ ]] [[]] [[a\n\nb]]": "c a\n\nb",
     "}} ]] x |}\n|}\ny": "x |}\n\ny",
 }
@@ -220,6 +221,7 @@ def test_no_markup_takes_more_than_linear_time(pattern: str) -> None:
     [
         *(("{{", "}}"), ("[[a|", "]]"), ("{{lang|fr|x ", "}}"), ("\n{|", "\n|}"), ("[[x|y ", "]]")),
         *(("\n{|\n|[[a|", "]]\n|}"), ("<table>", "</table>"), ("{{nowrap|[[a|b ", "]]}}")),
+        ("{{nowrap|" + "word " * 20, "}}"),
     ],
 )
 def test_deep_nesting_takes_linear_time_and_no_recursion(begin: str, end: str) -> None:
