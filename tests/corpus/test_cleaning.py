@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import re
 import time
 import unicodedata
@@ -176,18 +177,25 @@ def test_the_words_of_simple_markup_are_mwparserfromhells(markup: str) -> None:
 
 
 def measure_seconds(clean: Callable[[str], str], text: str) -> float:
-    times = []
-    for _ in range(3):
-        began = time.process_time()
-        clean(text)
-        times.append(time.process_time() - began)
-    return min(times)
+    gc.disable()  # it would look at what the other tests left
+    began = time.process_time()
+    clean(text)
+    gc.enable()
+    return time.process_time() - began
 
 
 def check_linear(clean: Callable[[str], str], build: Callable[[int], str], n: int) -> None:
-    """Four times the text takes at most nine times the time; quadratic would be sixteen."""
-    short, long = measure_seconds(clean, build(n)), measure_seconds(clean, build(4 * n))
-    assert long <= 9 * short + 0.05, (short, long)
+    """Four times the text takes at most nine times the time; quadratic would be sixteen.
+
+    The best of some tries counts, since a busy machine makes any of them slow.
+    """
+    short = long = 1e9
+    for _ in range(8):
+        short = min(short, measure_seconds(clean, build(n)))
+        long = min(long, measure_seconds(clean, build(4 * n)))
+        if long <= 9 * short + 0.05:
+            return
+    raise AssertionError(f"{short} s, and {long} s for four times the text")
 
 
 REPEATED = [
