@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import re
 import time
 import unicodedata
@@ -94,6 +95,7 @@ MARKUP = {
     "-{zh-hans:头发;zh-hant:頭髮}- -{A}-": "头发 A",
     "{| lost\n| row\n|-\n| row\ntext goes on\n\nand on": "text goes on\n\nand on",
     "a {{lost | b\n\nc [[File:x.png|thumb|lost too\n\nd e": "a lost | b\n\nc\n\nd e",
+    "x [[File:a|b\n{|\n|c]] d\n|}\ne]] f": "x f",
     "[[a|b|c]] [[ ]] [[]] [[a\n\nb]]": "c a\n\nb",
     "}} ]] x |}\n|}\ny": "x |}\n\ny",
 }
@@ -175,18 +177,25 @@ def test_the_words_of_simple_markup_are_mwparserfromhells(markup: str) -> None:
 
 
 def measure_seconds(clean: Callable[[str], str], text: str) -> float:
-    times = []
-    for _ in range(3):
-        began = time.process_time()
-        clean(text)
-        times.append(time.process_time() - began)
-    return min(times)
+    gc.disable()  # it would look at what the other tests left
+    began = time.process_time()
+    clean(text)
+    gc.enable()
+    return time.process_time() - began
 
 
 def check_linear(clean: Callable[[str], str], build: Callable[[int], str], n: int) -> None:
-    """Four times the text takes at most nine times the time; quadratic would be sixteen."""
-    short, long = measure_seconds(clean, build(n)), measure_seconds(clean, build(4 * n))
-    assert long <= 9 * short + 0.05, (short, long)
+    """Four times the text takes at most nine times the time; quadratic would be sixteen.
+
+    The best of some tries counts, since a busy machine makes any of them slow.
+    """
+    short = long = 1e9
+    for _ in range(8):
+        short = min(short, measure_seconds(clean, build(n)))
+        long = min(long, measure_seconds(clean, build(4 * n)))
+        if long <= 9 * short + 0.05:
+            return
+    raise AssertionError(f"{short} s, and {long} s for four times the text")
 
 
 REPEATED = [
@@ -220,6 +229,7 @@ def test_no_markup_takes_more_than_linear_time(pattern: str) -> None:
     [
         *(("{{", "}}"), ("[[a|", "]]"), ("{{lang|fr|x ", "}}"), ("\n{|", "\n|}"), ("[[x|y ", "]]")),
         *(("\n{|\n|[[a|", "]]\n|}"), ("<table>", "</table>"), ("{{nowrap|[[a|b ", "]]}}")),
+        ("{{nowrap|" + "word " * 20, "}}"),
     ],
 )
 def test_deep_nesting_takes_linear_time_and_no_recursion(begin: str, end: str) -> None:

@@ -146,6 +146,4 @@ def _leave_out(path: Path, chunks: Iterator[bytes], row: int, offset: int) -> Do
         f"{path}: row {row + 1:,} (at byte {offset:,}) is left out: it has more than "
         f"{MAX_ROW_BYTES // 2**20} MiB"
     )
-    for _ in chunks:
-        pass
     yield from ()

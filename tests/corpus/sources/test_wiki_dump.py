@@ -86,7 +86,7 @@ PAGES = [
         "Úvod & <co>", "The ''first''\n[[Soubor:x.png|thumb|no]]&amp; [[Odd category:y]]last"
     ),
     build_page("Talk:Úvod", "talk", ns="<ns>1</ns>"),
-    build_page("Moved", "#REDIRECT [[Úvod]]", more='<redirect title="Úvod" />'),
+    build_page("Moved", "#PŘESMĚRUJ [[Úvod]]", more='<redirect title="Úvod" />'),
     build_page("Moved before 2012", "#redirect [[Úvod]]"),
     build_page("History", "oldest", "older", f"newest 漢字 {SHIFTED}"),
     build_page("Nothing", ""),
