@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+from collections.abc import Iterator
 from functools import cache
 
 import numpy as np
@@ -47,23 +48,41 @@ def sign(text: str, kind: str) -> bytes:
     """
     text = text.strip()
     if kind == "near":
-        return compute_minima(hash_shingles(text)).astype("<u4").tobytes()
+        minima = [compute_minima(shingles) for shingles in iterate_shingles(text)]
+        return np.minimum.reduce(minima).astype("<u4").tobytes()
     return hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=16).digest()
 
 
-def hash_shingles(text: str) -> np.ndarray:
-    """Hashes of a text's shingles, uint32, in order and with repeats.
+def iterate_shingles(text: str) -> Iterator[np.ndarray]:
+    """Hashes of a text's shingles, uint32, in order and with repeats, a window of text at a time.
 
     A text of fewer than 5 words has one shingle, of all its words. A text without words has one of
     its characters.
     """
-    found = [_hash_words(codes) for codes in read_windows(text.lower())]
-    hashes = np.concatenate(found) if found else np.zeros(0, np.uint64)
-    if not len(hashes):
+    waiting = np.zeros(0, np.uint64)  # the last words, whose shingles are not whole
+    is_short = True
+    for codes in read_windows(text.lower()):
+        hashes = np.concatenate((waiting, _hash_words(codes)))
+        if len(hashes) >= SHINGLE_WORDS:
+            yield _join(hashes, SHINGLE_WORDS)
+            is_short, hashes = False, hashes[1 - SHINGLE_WORDS :]
+        waiting = hashes
+    if is_short and len(waiting):
+        yield _join(waiting, len(waiting))
+    elif is_short:
         whole = hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest()
-        hashes = np.frombuffer(whole, "<u8").astype(np.uint64)
+        yield _join(np.frombuffer(whole, "<u8").astype(np.uint64), 1)
+
+
+def hash_shingles(text: str) -> np.ndarray:
+    """All that `iterate_shingles` yields: uint32 (shingles,)."""
+    return np.concatenate(list(iterate_shingles(text)))
+
+
+def _join(hashes: np.ndarray, n: int) -> np.ndarray:
+    """Hashes of each `n` consecutive words: uint64 (words,) -> uint32 (words - n + 1,)."""
     grams = hashes
-    for _ in range(min(SHINGLE_WORDS, len(hashes)) - 1):
+    for _ in range(n - 1):
         grams = extend_n_grams(grams, hashes)
     return (mix(grams) >> np.uint64(32)).astype(np.uint32)
 

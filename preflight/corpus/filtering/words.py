@@ -25,7 +25,7 @@ class Words:
 
     Attributes:
         hashes: uint64; equal for equal words, and for others only by a chance of 2**-64.
-        lengths: int64, in characters.
+        lengths: int32, in characters.
         kinds: uint8, the bits of all its characters' kinds: see `characters.py`.
     """
 
@@ -44,7 +44,7 @@ def measure_words(text: str) -> Words:
     if len(found) == 1:
         return Words(*found[0])
     if not found:
-        return Words(*(np.zeros(0, kind) for kind in (np.uint64, np.int64, np.uint8)))
+        return Words(*(np.zeros(0, kind) for kind in (np.uint64, np.int32, np.uint8)))
     return Words(*(np.concatenate(rows) for rows in zip(*found, strict=True)))
 
 
@@ -56,10 +56,10 @@ def _measure_window(codes: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarr
     bounds = np.flatnonzero(is_word[1:] != is_word[:-1])  # start, end, start, end ...
     starts, ends = bounds[::2], bounds[1::2]
     if not len(starts):
-        return np.zeros(0, np.uint64), starts, kinds[:0]
+        return np.zeros(0, np.uint64), starts.astype(np.int32), kinds[:0]
     return (
         hash_spans(codes, starts, ends),
-        ends - starts,
+        (ends - starts).astype(np.int32),
         np.bitwise_or.reduceat(kinds, starts),  # with the space behind it, whose bit is none else's
     )
 
