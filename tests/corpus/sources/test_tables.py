@@ -9,6 +9,8 @@ import itertools
 import json
 import pickle
 import random
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -33,7 +35,7 @@ OBJECT = st.fixed_dictionaries(
     optional={"score": CELL, "other": VALUE, "deep": st.fixed_dictionaries({"t": TEXT})},
 )
 PROPERTY = settings(
-    max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+    max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
 
 
@@ -533,3 +535,35 @@ def test_the_stored_bytes_of_the_batches_add_up(tmp_path, sizes):
     sizes(1000)
     source = open_table(path)
     assert sum(item.n_bytes for item in source.batches()) == path.stat().st_size
+
+
+_MEASURE = """
+import resource, sys
+from preflight.corpus.sources import tables
+from preflight.corpus.sources.rows import LongRow
+from preflight.settings import DataSettings
+def peak(): return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+before = peak()
+(source,) = tables.find(sys.argv[1], DataSettings())
+source.scan(None)
+(row,) = (item for item in source.batches() if isinstance(item, LongRow) and item.row == 1)
+print(sum(map(len, row.document)), peak() - before)
+"""
+
+
+def test_a_line_of_64_mb_is_read_in_bounded_memory(tmp_path):
+    """The peak of a process of its own, above what it had after its imports."""
+    path = tmp_path / "t.jsonl"
+    piece = "plain words, and \\u00e9\\n" * 1000
+    n_pieces = 64 * 10**6 // len(piece)
+    with open(path, "w") as file:
+        file.write('{"text": "a"}\n{"text": "')
+        for _ in range(n_pieces):
+            file.write(piece)
+        file.write('"}\n')
+    done = subprocess.run(
+        [sys.executable, "-c", _MEASURE, str(path)], capture_output=True, text=True, check=True
+    )
+    n_bytes, above = map(int, done.stdout.split())
+    assert n_bytes == n_pieces * len(json.loads(f'"{piece}"').encode())
+    assert above < 48 * 2**20
