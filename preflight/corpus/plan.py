@@ -150,7 +150,7 @@ def build_recipes(
         assert isinstance(item.source, RowSource)
         recipe = RowRecipe(
             item.source.parse,
-            cleaner="none" if settings.clean in (None, item.source.own_cleaner) else settings.clean,
+            cleaner="none" if item.source.is_cleaned else settings.clean or "none",
             filters=settings.filter,
             deduplicate=settings.deduplicate,
             split=item.source.split,

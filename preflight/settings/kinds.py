@@ -109,8 +109,8 @@ SOURCES: Registry[Any] = Registry(
         "enterprise": "preflight.corpus.sources.wiki_enterprise:find",
         "tokens": "preflight.corpus.sources.token_arrays:find",
         "pipe": "preflight.corpus.sources.pipe:find",
-        "hub": "preflight.corpus.sources.hub:find",
         "builtin": "preflight.corpus.sources.builtin:find",
+        "hub": "preflight.corpus.sources.hub:find",
     },
 )
 # (text) -> clean text; empty where nothing is left. Worker processes call it.

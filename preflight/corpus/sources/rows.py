@@ -76,11 +76,11 @@ class RowSource(Source):
     Attributes:
         parse: reads a batch's payload in a worker process. It raises `PreflightError` (TEXT) with
             file and row for what is no row at all.
-        own_cleaner: the cleaner of ``--clean`` that `parse` applies itself, if any.
+        is_cleaned: `parse` gives clean text, so that no other cleaner may follow.
     """
 
     parse: Parser
-    own_cleaner: str = ""
+    is_cleaned: bool = False
 
     @abstractmethod
     def scan(self, stop: StopFlag | None) -> SourceFacts:

@@ -101,7 +101,7 @@ class WikiDump(RowSource):
 
     def __init__(self, path: Path, head: DumpHead, *, clean: bool = True) -> None:
         self.path, self.name, self.label = path, path.name, str(path)
-        self.own_cleaner = "wiki" if clean else ""
+        self.is_cleaned = clean
         self.parse = WikiParser(str(path), head.encoding, head.dropped, head.others, clean)
         self._stored: StoredFile | None = None
 
