@@ -159,7 +159,6 @@ def measure_run(
             {key: each[key] for key in ("n_steps", "bits_per_byte")}
             for each in forecast["trainings"]
         ],
-        "unigram_loss": forecast["unigram_loss"],
         "val_loss": [forecast["val_loss"]["loss"], evaluations[-1]["val_loss"]],
         "forecast": bits["loss"],
         "interval": [bits["low"], bits["high"]],

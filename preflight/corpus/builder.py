@@ -99,7 +99,8 @@ class _Progress:
         self._total, self._first, self._done = total, done, done
         self._began = self._said = time.monotonic()
 
-    def add(self, n_bytes: int) -> None:
+    def add(self, n_bytes: int, n_documents: int) -> None:
+        self._bar.set_postfix_str(f"{n_documents:,} documents", refresh=False)
         self._bar.update(n_bytes)
         self._done += n_bytes
         now = time.monotonic()
@@ -108,7 +109,8 @@ class _Progress:
             rate = max(self._done - self._first, 1) / (now - self._began)
             log.info(
                 f"preparing: {format_bytes(self._done)} of {format_bytes(self._total)}, "
-                f"{format_bytes(rate)}/s, {(self._total - self._done) / rate:.0f} s left"
+                f"{format_bytes(rate)}/s, {n_documents:,} documents, "
+                f"{max(0, self._total - self._done) / rate:.0f} s left"
             )
 
     def close(self) -> None:
@@ -212,7 +214,7 @@ class Builder:
                 order.pop(0)
 
     def _report(self, work: Work, progress: _Progress) -> None:
-        progress.add(work.n_bytes)
+        progress.add(work.n_bytes, self._collector.n_documents)
         self._collector.done_bytes += work.n_bytes
         self._collector.save_now_and_then()
         if self._job.stop is not None:

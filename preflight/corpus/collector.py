@@ -49,6 +49,7 @@ class Collector:
         tried: what rules would drop that nobody asked for, see `RowCounts`.
         mix: tokens of each group of ``--mix``.
         done_bytes: of the sources.
+        n_documents: that were written.
     """
 
     def __init__(
@@ -67,7 +68,7 @@ class Collector:
         self.tallies = [Tally(max(n_examples, default=0)) for _ in range(n_readers)]
         self.tried: dict[str, int] = {}
         self.mix = MixState([0] * len(self._plan.groups))
-        self.done_bytes = 0
+        self.done_bytes = self.n_documents = 0
         self.shards: dict[str, list[ShardEntry]] = {split: [] for split in SPLITS}
         self._writers: dict[str, ShardWriter] = {}
         self._index: DuplicateIndex | None = None
@@ -114,6 +115,7 @@ class Collector:
             raise ValueError("not the journal of these sources")
         self.tallies, self.places, self.passed = tallies, journal["places"], journal["passed"]
         self.tried, self.done_bytes = journal["tried"], journal["done_bytes"]
+        self.n_documents = sum(self.total.n_documents.values())
         self.mix = MixState(journal["mix"]["n_tokens"], journal["mix"]["marks"])
         n_tokens = sum(self.count_tokens(split) for split in SPLITS)
         if n_tokens:
@@ -182,6 +184,7 @@ class Collector:
             self._count_pieces(number, taken)
         for split, own in taken.list_splits():
             self._write(split, own.ids)
+        self.n_documents += int(taken.ends.sum())
         if end > begin:
             self._is_whole = bool(encoded.ends[end - 1])
         self.passed[number] += end - begin

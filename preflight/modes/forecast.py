@@ -21,7 +21,6 @@ from preflight.foresight.forecast import (
     Prediction,
     choose_lengths,
     forecast_loss,
-    measure_unigram_loss,
 )
 from preflight.foresight.run_time import RunCost, estimate_run_time
 from preflight.foresight.short_training import (
@@ -122,15 +121,13 @@ def _build_report(workshop: Workshop, trained: Trained) -> dict[str, Any]:
     setup = workshop.setup
     total, data = setup.plan.total_steps, setup.data
     losses = [result.val_loss for _, result in trained if result.val_loss is not None]
-    unigram = measure_unigram_loss(data)
-    loss = forecast_loss([spec.n_steps for spec, _ in trained], losses, total, unigram)
+    loss = forecast_loss([spec.n_steps for spec, _ in trained], losses, total)
     bits = loss.scale(data.val.n_tokens / data.val.n_bytes / math.log(2))
     seconds = _estimate_seconds(workshop, *trained[-1])
     price = setup.given.check.price_per_hour
     return _list_trainings(trained) | {
         "run": _describe_run(setup),
         "total_steps": total,
-        "unigram_loss": unigram,
         "val_loss": dataclasses.asdict(loss),
         "bits_per_byte": dataclasses.asdict(bits),
         "seconds": seconds,
