@@ -125,6 +125,19 @@ def test_a_copy_has_four_fifths_of_the_places(tmp_path: Path, n_equal: int, copi
     assert find_all(tmp_path, "near", [first.tobytes(), second.tobytes()]) == [-1, copied]
 
 
+def test_a_chance_hit_of_the_table_drops_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """112 of 128 places are equal, but no band: only chance could propose it."""
+    first = np.arange(128, dtype="<u4")
+    second = np.where(np.arange(128) % 8 > 0, first, first + 1000).astype("<u4")
+    index = DuplicateIndex.open(tmp_path, "near")
+    index.find([first.tobytes()])
+    monkeypatch.setattr(DuplicateIndex, "propose", lambda index, keys: [{0} for _ in keys])
+    assert index.find([second.tobytes(), first.tobytes()]) == [-1, 0]
+    index.close()
+
+
 def test_the_first_of_several_is_named(tmp_path: Path) -> None:
     a = np.arange(128, dtype="<u4")
     b = np.where(np.arange(128) < 98, a, a + 1000).astype("<u4")  # no copy of A
