@@ -434,7 +434,7 @@ def test_any_text_comes_through_the_page(text: str) -> None:
 
 def test_the_summary_has_at_most_fifteen_lines() -> None:
     for facts in (build_facts(), build_facts(drops=False), build_hostile_facts()):
-        for warnings in ((), ("one",), ("one", "two"), tuple(map(str, range(50)))):
+        for warnings in ((), ("one\n\x1b[31m\u202e",), ("one", "two"), tuple(map(str, range(50)))):
             lines = describe(replace(facts, warnings=warnings))
             assert len(lines) <= 15
             assert all("\n" not in line and line.isprintable() for line in lines)

@@ -149,6 +149,16 @@ def test_examples_do_not_depend_on_the_order_of_counting(rows: list[tuple[str, s
     assert added.describe() == counted.describe() == count(rows).describe()
 
 
+HALVES = ["a\ud83db", "\ud83d\ude00", "\ude00\ud83d", "\ufeffx\udc80"]
+
+
+@pytest.mark.parametrize("text", HALVES)
+def test_half_characters_in_examples_travel(text: str) -> None:
+    tally = count([("train", text), ("a: few", text)])
+    for example in (*travel(tally).kept_examples, *travel(tally).dropped_examples["a: few"]):
+        assert example.text == _mend(text)
+
+
 def test_a_damaged_description_is_refused() -> None:
     rows = [("bad", ""), ("a: few", "some text"), ("train", "more\x00text"), ("val", "é")]
     content = count(rows).describe()
