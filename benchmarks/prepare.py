@@ -1,4 +1,4 @@
-"""Preparation and batches, measured: rate against tiktoken, peak memory, tokens/s of the loader.
+"""Preparation of text, measured: rate against tiktoken, peak memory.
 
     python benchmarks/prepare.py            (300 MB of text, a 200 MB line; some minutes)
     python benchmarks/prepare.py --smoke    (small; under a minute anywhere)
@@ -6,8 +6,7 @@
 
 The rate is file to verified shards, as a share of workers x one core of ``encode_ordinary`` on
 the same text, in turns, the median of three; the goal is 0.9. Memory is the peak of the whole
-process tree, less what an idle interpreter with the same imports has; the goal is under 512 MB. The
-loader's goal is 20 M tokens/s.
+process tree, less what an idle interpreter with the same imports has; the goal is under 512 MB.
 """
 
 from __future__ import annotations
@@ -46,9 +45,10 @@ if __name__ == "__main__":
                           num_workers=int(sys.argv[4]))
     print("ready", flush=True)
     sys.stdin.readline()
-    began = time.perf_counter()
+    began, used = time.perf_counter(), time.process_time()
     data = build.prepare_data(values, tokenizer)
-    print(json.dumps([time.perf_counter() - began, data.train.n_tokens + data.val.n_tokens]))
+    seconds, used = time.perf_counter() - began, time.process_time() - used
+    print(json.dumps([seconds, used, data.train.n_tokens + data.val.n_tokens]))
 """
 
 
@@ -134,9 +134,10 @@ def measure_preparation(path: Path, n_workers: int, every: float = 0.5) -> dict[
         while process.poll() is None:
             peak = max(peak, measure_tree_bytes(process.pid))
             time.sleep(every)
-        seconds, n_tokens = json.loads(process.stdout.read())
+        seconds, used, n_tokens = json.loads(process.stdout.read())
     return {
         "seconds": round(seconds, 2),
+        "parent_cpu_seconds": round(used, 2),
         "tokens": n_tokens,
         "peak_over_idle_mb": round((peak - idle) / 1e6),
         "idle_mb": round(idle / 1e6),
@@ -159,29 +160,6 @@ def measure_tree_bytes(pid: int) -> int:
     return total
 
 
-def measure_loader(path: Path, seconds: float) -> dict[str, float]:
-    """Million tokens a second of the loader alone, on the CPU, by context length."""
-    from preflight.corpus.build import prepare_data
-    from preflight.settings import DataSettings
-    from train_utils import BatchLoader
-
-    rates = {}
-    with tempfile.TemporaryDirectory(dir=path.parent) as folder:
-        values = DataSettings(text_file=(str(path),), data_dir=str(Path(folder) / "data"))
-        data = prepare_data(values, load_tokenizer("gpt2"))
-        for length in (1024, 256):
-            with BatchLoader(
-                data, "train", batch_size=8, context_length=length, seed=1, device="cpu"
-            ) as loader:
-                loader.next_batch()
-                began, n_tokens = time.perf_counter(), 0
-                while time.perf_counter() - began < seconds:
-                    for _ in range(50):
-                        n_tokens += loader.next_batch()[0].numel()
-                rates[f"B=8 T={length}"] = round(n_tokens / (time.perf_counter() - began) / 1e6, 1)
-    return rates
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--smoke", action="store_true", help="small and quick")
@@ -196,10 +174,9 @@ def main() -> None:
     n_bytes = (24 if given.smoke else given.megabytes) * 10**6
     line_bytes = (4 if given.smoke else 200) * 10**6
     with tempfile.TemporaryDirectory(dir=given.dir) as folder:
-        text, line, small = (Path(folder) / name for name in ("text", "line", "small"))
+        text, line = (Path(folder) / name for name in ("text", "line"))
         gather_text(text, n_bytes)
         write_line(line, line_bytes)
-        gather_text(small, 12 * 10**6)
         n_sample = min(n_bytes, 30 * 10**6)
         result: dict[str, Any] = {"text_mb": n_bytes // 10**6, "workers": given.workers}
         turns = []
@@ -224,7 +201,6 @@ def main() -> None:
             "mb": line_bytes // 10**6,
             **measure_preparation(line, given.workers, every=0.1),
         }
-        result["loader_m_tokens_s"] = measure_loader(small, 1 if given.smoke else 5)
     print_table(result)
     print(json.dumps(result))
 
@@ -265,10 +241,6 @@ def print_table(result: dict[str, Any]) -> None:
         ("peak memory over idle, text (MB)", text["peak_over_idle_mb"], "< 512"),
         (f"peak memory over idle, {line['mb']} MB line (MB)", line["peak_over_idle_mb"], "< 512"),
         (f"seconds, {line['mb']} MB line", line["seconds"], ""),
-    ]
-    rows += [
-        (f"loader, {name} (M tokens/s)", rate, ">= 20")
-        for name, rate in result["loader_m_tokens_s"].items()
     ]
     for name, value, goal in rows:
         print(f"{name:48} {value:>10} {goal:>8}")

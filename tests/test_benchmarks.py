@@ -21,6 +21,10 @@ NAMES = [
     "families",
     "forecast",
     "learning",
+    "loader",
+    "sources",
+    "filters",
+    "wiki",
 ]
 
 
