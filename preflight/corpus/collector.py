@@ -31,6 +31,7 @@ from preflight.settings import DataSettings
 from preflight.tokenization import Tokenizer
 
 _MAX_BAD_SHARE, _MANY_ROWS = 0.01, 1000  # rows without text; judged early from so many rows on
+MAX_TALLIES = 200  # in the journal, which is written often and has a size limit
 SAVE_SECONDS = 10.0  # at most so long between two entries of the journal
 
 
@@ -45,7 +46,7 @@ class Collector:
     Attributes:
         places: of each reader, where it continues; None: at its beginning.
         passed: pieces of each reader that were taken behind its place.
-        tallies: what was counted of each reader.
+        tallies: what was counted of each reader; the last is of all further ones.
         tried: what rules would drop that nobody asked for, see `RowCounts`.
         mix: tokens of each group of ``--mix``.
         done_bytes: of the sources.
@@ -65,7 +66,8 @@ class Collector:
         self.places: list[Any] = [None] * n_readers
         self.passed = [0] * n_readers
         n_examples = [recipe.n_examples for recipe in self._plan.recipes.values()]
-        self.tallies = [Tally(max(n_examples, default=0)) for _ in range(n_readers)]
+        n_tallies = min(n_readers, MAX_TALLIES)
+        self.tallies = [Tally(max(n_examples, default=0)) for _ in range(n_tallies)]
         self.tried: dict[str, int] = {}
         self.mix = MixState([0] * len(self._plan.groups))
         self.done_bytes = self.n_documents = 0
@@ -74,6 +76,10 @@ class Collector:
         self._index: DuplicateIndex | None = None
         self._is_whole = True  # the last document that was taken is complete
         self._is_due, self._saved_at = False, time.monotonic()
+
+    def _get_tally(self, number: int) -> Tally:
+        """The tally of a reader."""
+        return self.tallies[min(number, len(self.tallies) - 1)]
 
     # ---- the journal ----------------------------------------------------------------------------
 
@@ -111,7 +117,8 @@ class Collector:
             kind, n_documents = self._settings.deduplicate, journal["n_signatures"]
             self._index = DuplicateIndex.open(self._building, kind, n_documents)
         tallies = [Tally.read(content) for content in journal["tallies"]]
-        if not len(tallies) == len(journal["places"]) == len(journal["passed"]) == len(self.places):
+        n_places = len(journal["places"]), len(journal["passed"])
+        if n_places != (len(self.places),) * 2 or len(tallies) != len(self.tallies):
             raise ValueError("not the journal of these sources")
         self.tallies, self.places, self.passed = tallies, journal["places"], journal["passed"]
         self.tried, self.done_bytes = journal["tried"], journal["done_bytes"]
@@ -169,7 +176,7 @@ class Collector:
         end = len(encoded) if end is None else end
         counted = encoded.counted
         if counted is not None and begin == 0:
-            self.tallies[number].add(counted.tally)
+            self._get_tally(number).add(counted.tally)
             self._check_bad_rows(number, _MANY_ROWS)
             for rule, count in counted.tried.items():
                 self.tried[rule] = self.tried.get(rule, 0) + count
@@ -194,7 +201,7 @@ class Collector:
 
     def _check_bad_rows(self, number: int, least: int) -> None:
         """PreflightError (TEXT) for a table of `least` rows or more, of which too many are bad."""
-        tally, label = self.tallies[number], self._plan.readers[number].label
+        tally, label = self._get_tally(number), self._plan.readers[number].label
         too_many = tally.n_bad_rows > _MAX_BAD_SHARE * tally.n_rows
         if tally.n_rows >= least and too_many and not self._settings.allow_bad_rows:
             raise text_error(
@@ -209,7 +216,7 @@ class Collector:
     ) -> np.ndarray:
         """(N,) which documents are no copies of earlier ones; the others are counted."""
         assert self._index is not None
-        end, tally = begin + len(taken), self.tallies[number]
+        end, tally = begin + len(taken), self._get_tally(number)
         found = np.array(self._index.find(counted.signatures[begin:end]), np.int64)
         reason = f"duplicate: {self._settings.deduplicate}"
         for i in np.flatnonzero(found >= 0):
@@ -221,7 +228,7 @@ class Collector:
         self, number: int, taken: Encoded, counted: RowCounts, begin: int, kept: np.ndarray
     ) -> None:
         for i in np.flatnonzero(kept):
-            self.tallies[number].count_kept(
+            self._get_tally(number).count_kept(
                 int(counted.rows[begin + i]),
                 "val" if taken.is_val[i] else "train",
                 counted.beginnings[begin + i],
@@ -231,7 +238,7 @@ class Collector:
 
     def _count_pieces(self, number: int, taken: Encoded) -> None:
         """Count documents that are no rows by the pieces that end them."""
-        tally = self.tallies[number]
+        tally = self._get_tally(number)
         for split, own in taken.list_splits():
             tally.n_documents[split] += int(own.ends.sum())
             tally.n_bytes[split] += int(own.n_bytes.sum())

@@ -29,6 +29,7 @@ from preflight.corpus.tally import SPLITS
 
 __all__ = ["MixReport", "ReportFacts", "SourceReport", "describe", "write_report"]
 JSON_NAME, PAGE_NAME = "data_report.json", "data_report.html"
+PAGE_MARK = b"<!doctype html>\n<!-- preflight-data-report -->\n"
 LENGTHS_NAME, DROPPED_NAME = "document_lengths.png", "dropped.png"
 REPORT_NAMES = (JSON_NAME, PAGE_NAME)
 _MAX_LINES = 15  # of the summary

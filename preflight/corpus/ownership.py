@@ -9,8 +9,10 @@ import stat
 from pathlib import Path
 
 from preflight.core.errors import ExitCode, PreflightError
-from preflight.core.storage import TEMPORARY_PREFIX, has_format, remove_tree
+from preflight.core.storage import TEMPORARY_PREFIX, has_format, open_regular, remove_tree
+from preflight.corpus.data_report import JSON_NAME, PAGE_MARK, PAGE_NAME
 from preflight.corpus.metadata import FORMAT, METADATA_NAME, SPLITS, TOKENIZER_NAME, read_metadata
+from preflight.corpus.report_content import FORMAT as REPORT_FORMAT
 from preflight.corpus.shards import BUILDING_NAME, SHARD_NAME
 
 JOURNAL_NAME = "journal.json"
@@ -33,6 +35,7 @@ def refuse_foreign(data_dir: Path) -> None:
     is_ours = _exists(metadata)
     if is_ours and not _begins_with(metadata, FORMAT):
         raise _foreign_error(metadata)
+    _check_report(data_dir)
     # A build that is complete may have been moved in part.
     is_ours = is_ours or os.path.lexists(building / METADATA_NAME)
     listed = _list_files(data_dir)
@@ -42,6 +45,22 @@ def refuse_foreign(data_dir: Path) -> None:
             is_known = f"{inner}/{name}" in listed if listed else usual.fullmatch(name)
             if not is_ours or not is_known or not _exists(folder / name):
                 raise _foreign_error(folder / name)
+
+
+def _check_report(data_dir: Path) -> None:
+    """PreflightError (DATA) for files that are called as those of a report and are none."""
+    path = data_dir / JSON_NAME
+    if _exists(path) and not _begins_with(path, REPORT_FORMAT):
+        raise _foreign_error(path)
+    page = data_dir / PAGE_NAME
+    if _exists(page):
+        try:
+            with open_regular(page) as file:
+                is_ours = file.read(len(PAGE_MARK)) == PAGE_MARK
+        except OSError as error:
+            raise PreflightError(ExitCode.DATA, f"{page}: {error.strerror}") from None
+        if not is_ours:
+            raise _foreign_error(page)
 
 
 def _check_building(building: Path) -> None:

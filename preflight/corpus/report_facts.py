@@ -14,12 +14,11 @@ from preflight.corpus.mixing import MARK_TOKENS
 from preflight.corpus.plan import Plan, describe_preparation
 from preflight.corpus.reading import Reader, RowReader, TextReader, TokenReader
 from preflight.corpus.sources import ScannedSource
-from preflight.corpus.tally import SAMPLE_CHARACTERS, Tally, add_up
+from preflight.corpus.tally import SAMPLE_CHARACTERS, Tally
 from preflight.settings import DataSettings
 from preflight.settings.options import list_options
 from preflight.tokenization import Tokenizer
 
-_MAX_SOURCES = 200  # that have an entry of their own
 _SAMPLED_DOCUMENTS = 64  # of plain texts, whose characters no worker process has counted
 
 
@@ -27,15 +26,19 @@ def build_facts(
     plan: Plan, collector: Collector, settings: DataSettings, tokenizer: Tokenizer
 ) -> ReportFacts:
     """All that the report of a finished build is made of."""
+    n_single = len(collector.tallies) - (len(plan.readers) > len(collector.tallies))
     sources = [
-        _build_source(reader, tally, plan, settings)
-        for reader, tally in zip(plan.readers, collector.tallies, strict=True)
+        _build_source([reader], tally, plan, settings)
+        for reader, tally in zip(plan.readers[:n_single], collector.tallies, strict=False)
     ]
+    if n_single < len(collector.tallies):
+        rest = plan.readers[n_single:]
+        sources.append(_build_source(rest, collector.tallies[-1], plan, settings))
     n_tried = collector.tried.get("", 0)
     return ReportFacts(
         tokenizer=tokenizer.name,
         vocab_size=tokenizer.vocab_size,
-        sources=tuple(_sum_up(sources)),
+        sources=tuple(sources),
         settings={"val_split": settings.val_split, **describe_preparation(settings)},
         command=_spell_command(settings, tokenizer),
         mix=_build_mix(plan, collector),
@@ -46,15 +49,19 @@ def build_facts(
     )
 
 
-def _build_source(reader: Reader, tally: Tally, plan: Plan, settings: DataSettings) -> SourceReport:
-    own = _find_scanned(reader, plan)
-    if isinstance(reader, TextReader):
-        _sample_text(reader, tally)
+def _build_source(
+    readers: list[Reader], tally: Tally, plan: Plan, settings: DataSettings
+) -> SourceReport:
+    """The entry of a reader, or of many together."""
+    own = [item for reader in readers for item in _find_scanned(reader, plan)]
+    if isinstance(readers[0], TextReader):
+        _sample_text(readers[0], tally)
     one = own[0].facts.sha256 if len(own) == 1 else None
     digest = hashlib.sha256("".join(item.facts.sha256 for item in own).encode()).hexdigest()
+    more = " more" if len(readers) > 1 else ""
     return SourceReport(
-        name=own[0].source.name if len(own) == 1 else f"{len(own):,} files",
-        kind=_name_kind(reader),
+        name=own[0].source.name if len(own) == 1 else f"{len(own):,}{more} files",
+        kind=_name_kind(readers[0]),
         n_bytes=sum(item.facts.size for item in own),
         sha256=one or digest,
         tally=tally,
@@ -83,22 +90,6 @@ def _sample_text(reader: TextReader, tally: Tally) -> None:
         text = beginning.decode("utf-8", "ignore")
         tally.sample(row, text)
         tally.keep_example(row, text)
-
-
-def _sum_up(sources: list[SourceReport]) -> Iterator[SourceReport]:
-    """The sources; very many are one entry from some number on."""
-    yield from sources[:_MAX_SOURCES]
-    rest = sources[_MAX_SOURCES:]
-    if rest:
-        digest = hashlib.sha256("".join(source.sha256 for source in rest).encode()).hexdigest()
-        yield SourceReport(
-            name=f"{len(rest):,} more sources",
-            kind=rest[0].kind,
-            n_bytes=sum(source.n_bytes for source in rest),
-            sha256=digest,
-            tally=add_up(source.tally for source in rest),
-            license=rest[0].license,
-        )
 
 
 def _spell_command(settings: DataSettings, tokenizer: Tokenizer) -> str:

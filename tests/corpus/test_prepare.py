@@ -714,7 +714,8 @@ def test_another_programs_files_are_never_replaced(tmp_path: Path, name: str, co
 
 def test_files_beside_a_complete_folder_are_never_replaced(tmp_path: Path) -> None:
     data = build(tmp_path, GOOD)
-    for name in ("train/shard_00007.npy", "val/notes.txt"):
+    names = ("train/shard_00007.npy", "val/notes.txt", "data_report.json", "data_report.html")
+    for name in names:
         (data.path / name).write_text("mine")
         with pytest.raises(PreflightError, match="not provably Preflight's") as caught:
             build(tmp_path, GOOD + "more")
@@ -725,7 +726,8 @@ def test_files_beside_a_complete_folder_are_never_replaced(tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize(
-    "name", [".building", ".building/train", "train", "val", "metadata.json", ".lock"]
+    "name",
+    [".building", ".building/train", "train", "val", "metadata.json", ".lock", "data_report.html"],
 )
 @pytest.mark.parametrize("is_complete", [True, False])
 def test_links_in_a_data_folder_are_not_followed(

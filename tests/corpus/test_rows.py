@@ -22,6 +22,7 @@ from preflight.core.errors import ExitCode, PreflightError
 from preflight.core.signals import StopFlag
 from preflight.corpus import collector
 from preflight.corpus.build import prepare_data
+from preflight.corpus.data_report import read_report
 from preflight.corpus.shards import DataFolder
 from preflight.corpus.sources.protocol import SourceFacts, text_error
 from preflight.corpus.sources.rows import Batch, LongRow, Row, RowSource, build_row_facts
@@ -318,6 +319,19 @@ def test_few_rows_in_each_of_many_sources(tmp_path: Path) -> None:
     assert read_ids(data, "val") == encode_all(rows, "val")
     few = build(tmp_path, *paths[:3], data_dir="few")
     assert read_ids(few, "val") == [*GPT2.encoding.encode_ordinary(rows[5]), GPT2.end_of_text_id]
+
+
+def test_very_many_sources_are_counted_together(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(collector, "MAX_TALLIES", 3)
+    paths = [write_rows(tmp_path / f"{i}.rows", [f"row {i}"] * 60) for i in range(6)]
+    data = build(tmp_path, *paths)
+    report = read_report(data.path)
+    assert report is not None
+    assert [source["name"] for source in report["sources"]] == ["0.rows", "1.rows", "4 more files"]
+    assert [source["n_kept"] for source in report["sources"]] == [60, 60, 240]
+    assert report["totals"]["n_kept_tokens"] == data.train.n_tokens + data.val.n_tokens
 
 
 def test_rows_of_one_batch_are_counted_before_they_are_shared_out(

@@ -1,0 +1,179 @@
+"""Every kind of source: the ids of each document, and the same shards after any number of kills."""
+
+from __future__ import annotations
+
+import bz2
+import csv
+import gzip
+import io
+import json
+import lzma
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from backports import zstd
+from corpus.sources.hub_server import HubServer
+from corpus.test_rows import hash_tree, read_ids
+
+from preflight.corpus.build import prepare_data
+from preflight.corpus.split import is_validation
+from preflight.settings import DataSettings
+from preflight.tokenization import load_tokenizer
+
+GPT2 = load_tokenizer("gpt2")
+ROOT = Path(__file__).parents[2]
+N_KILLS = 30
+WORDS = "the quick brown f\u00f6x jumps over 12 lazy dogs\n and sleeps \u6f22\u5b57".split(" ")
+
+
+def draw_texts(n: int) -> list[str]:
+    draw = random.Random(7)
+    return [f"{i} " + " ".join(draw.choices(WORDS, k=draw.randrange(20, 400))) for i in range(n)]
+
+
+TEXTS = draw_texts(4000)
+
+
+def make_csv() -> bytes:
+    file = io.StringIO()
+    writer = csv.writer(file)
+    writer.writerows([["id", "text"], *enumerate(TEXTS)])
+    return file.getvalue().encode()
+
+
+def make_parquet() -> bytes:
+    file = io.BytesIO()
+    pq.write_table(pa.table({"text": TEXTS}), file, row_group_size=150)
+    return file.getvalue()
+
+
+def make_dump() -> bytes:
+    pages = [
+        f"<page><title>T{i}</title><ns>0</ns><id>{i}</id><revision><id>1</id>"
+        f"<text>{text}</text></revision></page>\n"
+        for i, text in enumerate(TEXTS)
+    ]
+    streams = [pages[i : i + 100] for i in range(0, len(pages), 100)]
+    head = b'<mediawiki version="0.11" xml:lang="en">\n'
+    middle = b"".join(bz2.compress("".join(stream).encode()) for stream in streams)
+    return bz2.compress(head) + middle + bz2.compress(b"</mediawiki>\n")
+
+
+def make_ids() -> bytes:
+    ids = [i for text in TEXTS for i in (*GPT2.encoding.encode_ordinary(text), 50256)]
+    return np.array(ids, np.uint16).tobytes()
+
+
+def make_jsonl() -> bytes:
+    return "".join(
+        json.dumps({"id": i, "text": text}) + "\n" for i, text in enumerate(TEXTS)
+    ).encode()
+
+
+SOURCES: dict[str, Callable[[], bytes]] = {
+    "a.jsonl": make_jsonl,
+    "a.jsonl.zst": lambda: b"".join(
+        zstd.compress(make_jsonl()[i : i + 2**18]) for i in range(0, len(make_jsonl()), 2**18)
+    ),
+    "a.json": lambda: json.dumps([{"text": text} for text in TEXTS], indent=1).encode(),
+    "a.csv.xz": lambda: lzma.compress(make_csv(), preset=0),
+    "a.parquet": make_parquet,
+    "a.xml.bz2": make_dump,
+    "a.txt.gz": lambda: gzip.compress("\x1e".join(TEXTS).encode(), 1),
+    "a.bin": make_ids,
+    "hub": make_parquet,
+}
+DRIVER = """
+import sys
+sys.path.insert(0, {root!r})
+from preflight.corpus import collector
+from preflight.corpus.build import prepare_data
+from preflight.settings import DataSettings
+from preflight.tokenization import load_tokenizer
+
+collector.SAVE_SECONDS = 0.02
+tokenizer = load_tokenizer("gpt2")
+tokenizer.fingerprint
+print("go", flush=True)
+prepare_data(DataSettings(**{values!r}), tokenizer, n_workers=0)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", SOURCES)
+def test_killed_again_and_again(tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    values: dict[str, Any] = {"shard_size": 100_000, "clean": "none"}
+    content = SOURCES[name]()
+    with HubServer("someone/pages", {"data/a.parquet": content}) as server:
+        monkeypatch.setenv("HF_ENDPOINT", server.url)
+        if name == "hub":
+            values["source"] = "hf:someone/pages"
+        else:
+            (tmp_path / name).write_bytes(content)
+            values["text_file"] = (str(tmp_path / name),)
+        if name == "a.txt.gz":
+            values["document_separator"] = "\x1e"
+        run_to_the_end(values | {"data_dir": str(tmp_path / "whole")})
+        n_killed = kill_until_done(values | {"data_dir": str(tmp_path / "cut")}, name)
+    assert n_killed >= 3
+    assert hash_tree(tmp_path / "cut") == hash_tree(tmp_path / "whole")
+    check_ids(tmp_path / "whole", name)
+
+
+def start(values: dict[str, Any]) -> subprocess.Popen[bytes]:
+    code = DRIVER.format(root=str(ROOT), values=values)
+    child = subprocess.Popen(
+        [sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+    assert child.stdout is not None
+    assert child.stdout.readline() == b"go\n"
+    return child
+
+
+def run_to_the_end(values: dict[str, Any]) -> None:
+    child = start(values)
+    _, errors = child.communicate()
+    assert child.returncode == 0, errors[-2000:]
+
+
+def kill_until_done(values: dict[str, Any], name: str) -> int:
+    draw, n_killed = random.Random(name), 0
+    while n_killed < N_KILLS:
+        child = start(values)
+        time.sleep(draw.uniform(0.05, 0.5))
+        child.send_signal(signal.SIGKILL)
+        _, errors = child.communicate()
+        if child.returncode == 0:
+            return n_killed
+        assert child.returncode == -signal.SIGKILL, errors[-2000:]
+        n_killed += 1
+    run_to_the_end(values)
+    return n_killed
+
+
+def check_ids(folder: Path, name: str) -> None:
+    """Each document encoded in one piece, with the end of the text behind it."""
+    data = prepare_data(DataSettings(data_dir=str(folder)), GPT2)
+    if name == "a.bin":
+        ids = read_ids(data, "train") + read_ids(data, "val")
+        assert np.array(ids, np.uint16).tobytes() == make_ids()
+        return
+    for split in ("train", "val"):
+        expected: list[int] = []
+        for number, text in enumerate(TEXTS):
+            if is_validation(number, 0.05) == (split == "val"):
+                shown = f"T{number}\n\n{text}" if name == "a.xml.bz2" else text
+                expected += [*GPT2.encoding.encode_ordinary(shown), GPT2.end_of_text_id]
+        assert read_ids(data, split) == expected
+    assert os.path.exists(folder / "data_report.html")
