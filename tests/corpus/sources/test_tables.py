@@ -406,6 +406,7 @@ def test_csv_equals_csv_reader(tmp_path, sizes, table, delimiter, quoting, end, 
     column=st.integers(0, 2),
 )
 @example('a"b\n"c', [], 0)
+@example('"a""\nb",c\n', [], 1)
 def test_odd_quotes_are_read_as_csv_reader_reads_them(text, cuts, column):
     """Marks within a field, behind one, doubled or not, in chunks that end anywhere."""
     data = text.encode()
