@@ -19,6 +19,7 @@ from preflight.settings import DataSettings
 from preflight.settings.options import list_options
 from preflight.tokenization import Tokenizer
 
+_OF_A_MACHINE = ("data_dir", "num_workers", "workers")  # flags that change no byte
 _SAMPLED_DOCUMENTS = 64  # of plain texts, whose characters no worker process has counted
 
 
@@ -96,7 +97,7 @@ def _spell_command(settings: DataSettings, tokenizer: Tokenizer) -> str:
     words = ["--prepare"]
     for option in list_options("data", DataSettings):
         value = getattr(settings, option.name)
-        if value != option.default and option.name != "data_dir":
+        if value != option.default and option.name not in _OF_A_MACHINE:
             words += option.spell(value)
     return format_command(*words, "--tokenizer", tokenizer.name)
 

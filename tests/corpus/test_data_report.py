@@ -25,6 +25,7 @@ from preflight.corpus.data_report import (
     ReportFacts,
     SourceReport,
     describe,
+    draw_pictures,
     write_report,
 )
 from preflight.corpus.page_parts import format_share
@@ -195,20 +196,11 @@ def build_hostile_facts() -> ReportFacts:
     )
 
 
-@pytest.fixture
-def undrawn(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Reports without their pictures, which take most of the time."""
-    for name in ("draw_lengths", "draw_dropped"):
-        monkeypatch.setattr(data_report, name, lambda *_: None)
-
-
 # ---- numbers ------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("drops", [True, False])
-def test_the_numbers_of_the_page_are_those_of_the_json(
-    tmp_path: Path, drops: bool, undrawn: None
-) -> None:
+def test_the_numbers_of_the_page_are_those_of_the_json(tmp_path: Path, drops: bool) -> None:
     write_report(tmp_path, build_facts(drops=drops))
     content = json.loads((tmp_path / "data_report.json").read_text())
     page = Page((tmp_path / "data_report.html").read_text(encoding="utf-8"))
@@ -327,7 +319,7 @@ def test_equal_facts_make_equal_files(tmp_path: Path) -> None:
         assert (folders[0] / name).read_bytes() == (folders[1] / name).read_bytes()
 
 
-def test_a_report_replaces_one_but_no_file_of_others(tmp_path: Path, undrawn: None) -> None:
+def test_a_report_replaces_one_but_no_file_of_others(tmp_path: Path) -> None:
     write_report(tmp_path, build_facts(drops=False))
     write_report(tmp_path, build_facts())
     assert json.loads((tmp_path / "data_report.json").read_text())["is_filtered"]
@@ -345,7 +337,9 @@ def test_an_empty_report_can_be_written(tmp_path: Path) -> None:
     for facts in (nothing, replace(nothing, sources=(source,))):
         page = Page(render_page(build_content(facts)))
         assert "0 documents with 0 tokens" in page.by_class["lead"][0]
-        assert describe(facts)[-1] == "nothing was dropped, since no rule was asked for"
+        assert (
+            describe(build_content(facts))[-1] == "nothing was dropped, since no rule was asked for"
+        )
 
 
 def test_counts_that_do_not_add_up_are_reported_all_the_same(tmp_path: Path) -> None:
@@ -354,16 +348,16 @@ def test_counts_that_do_not_add_up_are_reported_all_the_same(tmp_path: Path) -> 
     tally.count_bad(1)
     facts = ReportFacts("gpt2", 5, (SourceReport("a", "text", 1, "0" * 64, tally),), {}, "")
     write_report(tmp_path, facts)
-    assert "dropped: 1 documents (-)" in describe(facts)
+    assert "dropped: 1 documents (-)" in describe(build_content(facts))
 
 
 def test_pictures_show_the_numbers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     drawn: list[Any] = []
     save = pictures._save
     monkeypatch.setattr(pictures, "_save", lambda *given: (drawn.append(given[0]), save(*given)))
-    facts = build_facts()
-    write_report(tmp_path, facts)
-    content, (lengths, dropped) = build_content(facts), drawn
+    content = build_content(build_facts())
+    draw_pictures(tmp_path, content)
+    lengths, dropped = drawn
     heights = [bar.get_height() for bar in lengths.patches]
     assert heights == [entry["n_documents"] for entry in content["lengths"]]
     first = lengths.get_xticklabels()[0].get_text()
@@ -435,7 +429,7 @@ def test_any_text_comes_through_the_page(text: str) -> None:
 def test_the_summary_has_at_most_fifteen_lines() -> None:
     for facts in (build_facts(), build_facts(drops=False), build_hostile_facts()):
         for warnings in ((), ("one\n\x1b[31m\u202e",), ("one", "two"), tuple(map(str, range(50)))):
-            lines = describe(replace(facts, warnings=warnings))
+            lines = describe(build_content(replace(facts, warnings=warnings)))
             assert len(lines) <= 15
             assert all("\n" not in line and line.isprintable() for line in lines)
             told = [line for line in lines if line.startswith("warning: ")]
@@ -447,7 +441,7 @@ def test_the_summary_has_at_most_fifteen_lines() -> None:
 
 def test_the_summary_has_the_numbers() -> None:
     facts = build_facts()
-    totals, lines = build_content(facts)["totals"], describe(facts)
+    totals, lines = build_content(facts)["totals"], describe(build_content(facts))
     assert f"{totals['n_kept']:,} documents with {totals['n_kept_tokens']:,} tokens" in lines[0]
     dropped = build_content(facts)["dropped"][0]
     assert any(
@@ -455,7 +449,7 @@ def test_the_summary_has_the_numbers() -> None:
     )
     assert not any("nothing was dropped" in line for line in lines)
     spared = replace(build_facts(drops=False), settings={"filter": ["c4"]}, would_drop={})
-    assert "nothing was dropped" in describe(spared)
+    assert "nothing was dropped" in describe(build_content(spared))
 
 
 def test_many_sources_make_no_endless_page() -> None:
@@ -470,5 +464,5 @@ def test_many_sources_make_no_endless_page() -> None:
     assert len(page) < 200_000
     assert page.count("295 more sources)") == len(content["dropped"])
     assert "200 more sources are listed" in page
-    assert len(describe(replace(build_facts(), sources=sources))) <= 15
+    assert len(describe(content)) <= 15
     assert data_report.JSON_NAME in page

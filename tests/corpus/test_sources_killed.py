@@ -33,7 +33,7 @@ from preflight.tokenization import load_tokenizer
 
 GPT2 = load_tokenizer("gpt2")
 ROOT = Path(__file__).parents[2]
-N_KILLS = 30
+N_KILLS = 6
 WORDS = "the quick brown f\u00f6x jumps over 12 lazy dogs\n and sleeps \u6f22\u5b57".split(" ")
 
 

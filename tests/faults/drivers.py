@@ -37,10 +37,15 @@ from preflight.corpus import build
 from preflight.corpus.shard_reader import ShardReader
 from preflight.modes import setup
 from preflight.settings import RunConfig
+from preflight.settings.kinds import SOURCES
 from preflight.tokenization.tiktoken_bpe import TiktokenTokenizer
 from preflight.tokenization.tiktoken_cutting import GPT2_PATTERN
 from preflight.training import saving
 from trainer import Trainer
+
+# Here, since a process without rights may not be able to read the files of Python.
+for _name in SOURCES.names():
+    SOURCES.load(_name)
 
 
 @functools.cache

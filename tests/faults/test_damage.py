@@ -27,6 +27,7 @@ from preflight.checkpoints.manifest import REQUIRED_NAMES, render_manifest
 from preflight.core import storage
 from preflight.core.errors import ExitCode, PreflightError
 from preflight.corpus import metadata, shards
+from preflight.corpus.data_report import REPORT_NAMES
 
 from .drivers import build_byte_tokenizer
 from .harness import (
@@ -322,7 +323,9 @@ def load_data(folder: Path) -> None:
 
 
 def list_data_files(folder: Path) -> list[Path]:
-    return sorted(p for p in folder.rglob("*") if p.is_file() and p.name != ".lock")
+    """Those that every reader verifies. A report is for people."""
+    unverified = {".lock", *REPORT_NAMES}
+    return sorted(p for p in folder.rglob("*") if p.is_file() and p.name not in unverified)
 
 
 def find_accepted_data(folder: Path, count: int, draw: random.Random) -> list[str]:

@@ -27,7 +27,9 @@ import contextlib, io, json, os, sys
 sys.path.insert(0, {root!r})
 import main, preflight.modes.train, preflight.modes.generate, preflight.corpus.sources.builtin
 import preflight.corpus.sources.pipe, pydantic, filelock
-from preflight.settings.kinds import TOKENIZERS
+from preflight.settings.kinds import SOURCES, TOKENIZERS
+for name in SOURCES.names():
+    SOURCES.load(name)
 from preflight.tokenization import load_tokenizer
 for name in TOKENIZERS.names():
     TOKENIZERS.load(name)

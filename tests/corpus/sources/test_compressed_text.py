@@ -1,125 +1,125 @@
-"""Compressed text files as sources of rows. The oracle: `bytes.split` of the plain text."""
+"""Compressed text files are texts: the documents, the splits and the faults of the plain ones."""
 
 from __future__ import annotations
 
 import bz2
 import gzip
-import json
 import lzma
 import random
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
+from backports import zstd
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from preflight.core.errors import ExitCode, PreflightError
-from preflight.corpus.sources import rows, text
-from preflight.corpus.sources.compressed_text import CompressedText
-from preflight.corpus.sources.rows import LongRow
+from preflight.corpus.build import prepare_data
+from preflight.corpus.sources import text
 from preflight.corpus.sources.text import TextFile
 from preflight.settings import DataSettings
+from preflight.tokenization import load_tokenizer
+
+PACKERS: dict[str, Callable[[bytes], bytes]] = {
+    "gz": gzip.compress,
+    "bz2": bz2.compress,
+    "xz": lzma.compress,
+    "zst": zstd.compress,
+}
 
 
-def open_text(path: Path, separator: str | None = None) -> CompressedText:
+def open_text(path: Path, separator: str | None = None) -> TextFile:
     (source,) = text.find(str(path), DataSettings(document_separator=separator))
-    assert isinstance(source, CompressedText)
     source.scan(None)
     return source
 
 
-def read_texts(source: CompressedText, after: Any = None) -> list[tuple[int, str, Any]]:
-    """Number and text of each document, and `after` of its batch."""
-    found = []
-    for item in source.batches(after):
-        if isinstance(item, LongRow):
-            found.append((item.row, b"".join(item.document).decode(), item.after))
-        else:
-            texts = [row.text or "" for row in source.parse(item.payload, item.first_row)]
-            found += [(i, its, item.after) for i, its in enumerate(texts, item.first_row)]
-    return found
-
-
 def catch(path: Path, separator: str | None = None) -> list[str]:
     with pytest.raises(PreflightError) as caught:
-        read_texts(open_text(path, separator))
+        open_text(path, separator)
     assert caught.value.code == ExitCode.TEXT
     assert str(path) in caught.value.lines[0]
     return caught.value.lines
 
 
 @settings(
-    max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+    max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
 @given(
     parts=st.lists(st.text(st.sampled_from("<>aé\n"), max_size=12), min_size=1, max_size=8),
-    separator=st.sampled_from([None, "<>", "<<>", "\n", "é"]),
-    batch=st.sampled_from([1, 3, 20, 10**6]),
-    long=st.sampled_from([4, 15, 10**6]),
+    separator=st.sampled_from([None, "<>", "\n", "é"]),
+    kind=st.sampled_from(sorted(PACKERS)),
     mark=st.sampled_from(["", "\ufeff"]),
+    data=st.data(),
 )
-def test_documents_equal_split(tmp_path, monkeypatch, parts, separator, batch, long, mark):
-    monkeypatch.setattr(rows, "BATCH_BYTES", batch)
-    monkeypatch.setattr(rows, "MAX_ROW_BYTES", long)
-    plain = (separator or "").join(parts)
+def test_documents_are_those_of_the_plain_file(
+    tmp_path: Path,
+    parts: list[str],
+    separator: str | None,
+    kind: str,
+    mark: str,
+    data: st.DataObject,
+) -> None:
+    plain = (mark + "x" + (separator or "").join(parts)).encode()
+    (tmp_path / "a.txt").write_bytes(plain)
+    (tmp_path / f"a.txt.{kind}").write_bytes(PACKERS[kind](plain))
+    sources = [open_text(tmp_path / name, separator) for name in ("a.txt", f"a.txt.{kind}")]
+    whole = [[b"".join(document) for document in source.documents()] for source in sources]
+    assert whole[0] == whole[1]
+    start = data.draw(st.integers(0, len(whole[0]) - 1))
+    offset = data.draw(st.integers(0, len(whole[0][start])))
+    rest = [b"".join(document) for document in sources[1].documents(start, offset)]
+    assert rest == [whole[0][start][offset:], *whole[0][start + 1 :]]
+
+
+def test_documents_may_be_passed_over(tmp_path: Path) -> None:
     path = tmp_path / "a.txt.gz"
-    path.write_bytes(gzip.compress((mark + plain).encode()))
-    source = open_text(path, separator)
-    expected = plain.split(separator) if separator else [plain]
-    expected = expected if expected[-1] else expected[:-1]
-    found = read_texts(source)
-    assert [(number, its) for number, its, _ in found] == list(enumerate(expected))
-    for i, (_, _, after) in enumerate(found):
-        if i + 1 == len(found) or found[i + 1][2] != after:
-            rest = read_texts(source, json.loads(json.dumps(after)))
-            assert [its[:2] for its in rest] == [its[:2] for its in found[i + 1 :]]
+    path.write_bytes(gzip.compress(b"one|two|three"))
+    documents = open_text(path, "|").documents()
+    next(documents)
+    next(documents)
+    assert b"".join(next(documents)) == b"three"
 
 
-def test_a_long_document_is_streamed(tmp_path, monkeypatch):
-    monkeypatch.setattr(rows, "MAX_ROW_BYTES", 2**16)
-    plain = "".join(random.Random(0).choices("abcé\U0001f600 \n", k=100_000))
-    for name, pack in (("a.txt.bz2", bz2.compress), ("b.md.xz", lzma.compress)):
-        path = tmp_path / name
-        path.write_bytes(pack(plain.encode()))
-        items = open_text(path).batches()
-        item = next(items)
-        assert isinstance(item, LongRow)
-        chunks = list(item.document)
-        is_equal = b"".join(chunks) == plain.encode()  # pytest would compare for minutes
-        assert is_equal
-        assert next(items, None) is None
-        assert max(map(len, chunks)) < 2**16 + 100
-        assert item.n_bytes() == path.stat().st_size
+@pytest.mark.parametrize("kind", PACKERS)
+def test_one_compressed_file_is_shared_out_as_the_plain_one(tmp_path: Path, kind: str) -> None:
+    plain = "".join(f"line {i} of it\n" for i in range(3000)).encode()
+    (tmp_path / "a.txt").write_bytes(plain)
+    (tmp_path / f"b.txt.{kind}").write_bytes(PACKERS[kind](plain))
+    found = [
+        prepare_data(
+            DataSettings(text_file=(str(tmp_path / name),), data_dir=str(tmp_path / f"d-{name}")),
+            load_tokenizer("gpt2"),
+            n_workers=0,
+            block_bytes=5000,
+        )
+        for name in ("a.txt", f"b.txt.{kind}")
+    ]
+    assert found[0].fingerprint == found[1].fingerprint
+    assert found[0].val.n_bytes == found[1].val.n_bytes > 1000
 
 
-@pytest.mark.parametrize("long", [2**24, 50])
-@pytest.mark.parametrize("separator", [None, "|"])
-def test_what_is_no_utf_8_is_told_by_the_plain_offset(tmp_path, monkeypatch, long, separator):
+def test_what_is_no_utf_8_is_told_by_the_plain_offset(tmp_path: Path) -> None:
     path = tmp_path / "a.txt.gz"
-    path.write_bytes(gzip.compress("é|".encode() * 100 + b"a\xffb|c"))
-    monkeypatch.setattr(rows, "MAX_ROW_BYTES", long)
-    line = catch(path, separator)[0]
-    assert "byte 0xff at offset 301 of its plain text" in line
-    assert f"row {101 if separator else 1} " in line
-    path.write_bytes(gzip.compress("é|".encode() * 100 + b"abc\xc3"))
-    assert "byte 0xc3 at offset 303" in catch(path, separator)[0]
+    path.write_bytes(gzip.compress("é\n".encode() * 100 + b"a\xffb"))
+    assert "byte 0xff at offset 301 (line 101)" in catch(path)[0]
 
 
-def test_what_is_no_text(tmp_path):
+def test_what_is_no_text(tmp_path: Path) -> None:
     path = tmp_path / "a.txt.gz"
     for data, word in (
         ("abc".encode("utf-16"), "UTF-16"),
         (b"\x7fELF" + bytes(100), "ELF"),
-        (bytes(257) + b"ustar\0" + bytes(250), "tar archive"),
         (b"a\0\1\2" * 100, "NUL"),
         (gzip.compress(b"twice"), "gzip data"),
+        (b"", "empty"),
     ):
         path.write_bytes(gzip.compress(data))
         assert word in catch(path)[0]
 
 
-def test_truncation_and_change(tmp_path, monkeypatch):
+def test_truncation_and_change(tmp_path: Path) -> None:
     path = tmp_path / "a.txt.gz"
     data = gzip.compress(bytes(random.Random(0).choices(b"abc def", k=3000)))
     for size in range(1, len(data), 41):
@@ -129,18 +129,11 @@ def test_truncation_and_change(tmp_path, monkeypatch):
     source = open_text(path)
     path.write_bytes(gzip.compress(b"other"))
     with pytest.raises(PreflightError, match="changed"):
-        read_texts(source)
+        next(source.documents())
 
 
-def test_which_files_are_compressed_text(tmp_path):
-    (tmp_path / "a.txt.gz").write_bytes(gzip.compress(b"abc"))
-    (tmp_path / "b.txt").write_text("abc")
+def test_the_name_says_that_it_is_compressed(tmp_path: Path) -> None:
     (tmp_path / "c.txt").write_bytes(gzip.compress(b"abc"))
-    found = text.find(str(tmp_path), DataSettings())
-    assert [type(source) for source in found] == [CompressedText, TextFile, TextFile]
-    assert all(source.is_skippable for source in found)
-    assert found[0].name == f"{tmp_path.name}/a.txt.gz"
-    with pytest.raises(PreflightError) as caught:
-        found[2].scan(None)
-    assert "gzip data, not text" in caught.value.lines[0]
-    assert "let its name end in .gz" in caught.value.lines[1]
+    lines = catch(tmp_path / "c.txt")
+    assert "gzip data, not text" in lines[0]
+    assert "let its name end in .gz" in lines[1]
