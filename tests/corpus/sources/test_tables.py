@@ -313,6 +313,7 @@ def test_utf_16_is_refused_with_the_command(tmp_path):
     long=st.sampled_from([60, 10**6]),
 )
 @example([5], None, True, "{}", 1, 10**6)
+@example([{"text": '"}, {"'}], None, True, "{}", 1, 10**6)
 def test_lists_equal_json_loads(tmp_path, sizes, values, indent, is_ascii, wrap, batch, long):
     values = [{"text": "first"}, *values]
     text = wrap.format(json.dumps(values, indent=indent, ensure_ascii=is_ascii))
