@@ -215,7 +215,7 @@ def test_missing_shard(data: DataFolder) -> None:
 def test_a_reader_maps_a_bounded_number_of_shards(
     data: DataFolder, monkeypatch: pytest.MonkeyPatch, limit: int
 ) -> None:
-    expected = take_rows(data, 40)
+    expected = take_rows(data, 8)
     monkeypatch.setattr(shard_reader, "_MAX_OPENED", limit)
     opened = []
     real = np.load
@@ -227,7 +227,7 @@ def test_a_reader_maps_a_bounded_number_of_shards(
 
     monkeypatch.setattr(np, "load", load)
     assert len(data.train.shards) > 2 * limit
-    assert torch.equal(take_rows(data, 40), expected)
+    assert torch.equal(take_rows(data, 8), expected)
     assert len(opened) > len(data.train.shards)
     assert max(opened) <= limit + 1  # and one that is on its way out
 

@@ -827,6 +827,7 @@ build.prepare_data(settings, load_tokenizer("gpt2"), block_bytes=700, n_workers=
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 def test_killed_at_every_point_then_run_again_gives_the_same_folder(
     tmp_path: Path, capfd: pytest.CaptureFixture[str]

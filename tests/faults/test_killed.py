@@ -65,6 +65,7 @@ def test_preparation_killed_anywhere(
     print(f"{len(chosen)} of {len(points)} crash points, 0 unrecoverable")
 
 
+@pytest.mark.slow
 def test_saves_rotation_and_log_killed_anywhere(
     server: ForkServer, place: Path, full: bool
 ) -> None:

@@ -63,7 +63,7 @@ def generate_hostile(draw: random.Random) -> str:
 
 def test_generated_texts(place: Path) -> None:
     draw = random.Random(5)
-    count = 500
+    count = 200
     for number in range(count):
         text = generate_hostile(draw).encode()
         path = place / f"{number}.txt"
