@@ -209,6 +209,7 @@ def test_text_that_is_read_twice_an_epoch_counts_twice(make_config: MakeConfig) 
     assert texts[0.75]["epochs"].startswith("8.0 epochs")
 
 
+@pytest.mark.slow
 def test_run_and_check_tell_what_the_windows_do(
     make_config: MakeConfig, capsys: pytest.CaptureFixture[str]
 ) -> None:

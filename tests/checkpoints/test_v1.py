@@ -181,6 +181,7 @@ def continue_run(folder: Path, preflight: CommandRunner, output_dir: str) -> Non
     assert f"continuing from {output_dir}/milestones/checkpoint-4 " in done.stderr
 
 
+@pytest.mark.slow
 def test_the_run_continues(folder: Path, preflight: CommandRunner) -> None:
     """Equal to the stored end of the run that was not cut, but for another CPU's rounding; and,
     on this machine, bit for bit equal to the same state saved in format v2."""

@@ -66,7 +66,9 @@ def find_faults(scenario: Scenario, points: list[Point], error: str, expected: A
 
 
 @pytest.mark.parametrize("error", ERRORS)
-@pytest.mark.parametrize("name", ["preparation", "rebuild", "training"])
+@pytest.mark.parametrize(
+    "name", ["preparation", "rebuild", pytest.param("training", marks=pytest.mark.slow)]
+)
 def test_every_call_may_fail(
     server: ForkServer, place: Path, full: bool, name: str, error: str
 ) -> None:

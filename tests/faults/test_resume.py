@@ -6,6 +6,8 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from .harness import TRAIN_FLAGS, ForkServer, is_equal, make_text, read_rows, read_state
 
 STEPS = 50
@@ -51,6 +53,7 @@ def cut_and_resume(
     return *read_state(place / "cut", STEPS), read_rows(place / "cut")
 
 
+@pytest.mark.slow
 def test_resume_at_every_step(server: ForkServer, place: Path, full: bool) -> None:
     flags, expected = run_whole(server, place)
     cuts = range(1, STEPS) if full else (1, 2, 19, 20, 25, 28, 29, 30, 41, 49)

@@ -353,6 +353,7 @@ def list_children() -> list[int]:
     ]
 
 
+@pytest.mark.slow
 def test_killed_and_greedy_children_do_not_fit(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -559,7 +560,10 @@ def test_the_table_the_flags_and_the_exit_codes(
 
 @pytest.mark.parametrize(
     ("size", "context", "smaller"),
-    [("nano", 64, "--n-layers, --n-embeddings"), ("micro", 128, "--model-size nano")],
+    [
+        pytest.param("nano", 64, "--n-layers, --n-embeddings", marks=pytest.mark.slow),
+        ("micro", 128, "--model-size nano"),
+    ],
 )
 def test_nothing_fits_says_what_would_help(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, size: str, context: int, smaller: str

@@ -464,6 +464,7 @@ def test_two_runs_do_not_share_an_output_folder(
     assert "in use" in result.stderr
 
 
+@pytest.mark.slow
 def test_no_compiler_gives_one_warning_and_eager_goes_on(tiny_text: Path, tmp_path: Path) -> None:
     argv = [
         sys.executable,
