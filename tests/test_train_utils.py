@@ -288,7 +288,12 @@ def test_path_of_a_missing_folder(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "text", ["one two three four. Five six seven eight. Nine ten.", "a b", "ab"]
+    "text",
+    [
+        "one two three four. Five six seven eight. Nine ten.",
+        "a b",
+        pytest.param("ab", marks=pytest.mark.slow),
+    ],
 )
 def test_a_short_text_is_one_window_of_its_own_length(tmp_path: Path, text: str) -> None:
     (tmp_path / "text").write_text(text)

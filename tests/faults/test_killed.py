@@ -53,7 +53,7 @@ def find_unrecoverable(scenario: Scenario, points: list[Point], expected: Any) -
     return faults
 
 
-@pytest.mark.parametrize("older", [False, True])
+@pytest.mark.parametrize("older", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_preparation_killed_anywhere(
     server: ForkServer, place: Path, full: bool, older: bool
 ) -> None:

@@ -243,7 +243,10 @@ def test_a_few_chunks_of_the_loss_stand_for_all(
     assert trace_whole(case) != few
 
 
-@pytest.mark.parametrize(("device_type", "checkpointing"), [("cpu", False), ("cuda", True)])
+@pytest.mark.parametrize(
+    ("device_type", "checkpointing"),
+    [("cpu", False), pytest.param("cuda", True, marks=pytest.mark.slow)],
+)
 def test_batch_curve_agrees_with_single_estimates(device_type: str, checkpointing: bool) -> None:
     model = replace(SMALL, context_length=512) if device_type == "cuda" else SMALL
     options = MemoryOptions(BF16, device_type, checkpointing)
@@ -327,6 +330,7 @@ def test_cuda_keeps_what_its_kernels_keep() -> None:
     assert kept("cpu", 0.1) - kept("cpu", 0.0) > 4 * masks
 
 
+@pytest.mark.slow
 def test_savings() -> None:
     saved = estimate_savings(WIDE, settings(8), MemoryOptions(FP32, "cpu"))
     assert set(saved) == {

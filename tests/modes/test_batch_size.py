@@ -407,6 +407,7 @@ if __name__ == "__main__":  # the parent of the test below
         run_trial(build_spec(Path(sys.argv[1])), GIB * 64, flag)
 
 
+@pytest.mark.slow
 def test_a_killed_parent_leaves_nothing(tmp_path: Path) -> None:
     environment = os.environ | {"PYTHONPATH": os.pathsep.join((str(ROOT), str(ROOT / "tests")))}
     parent = subprocess.Popen([sys.executable, __file__, str(tmp_path)], env=environment)
@@ -558,10 +559,11 @@ def test_the_table_the_flags_and_the_exit_codes(
     assert "a step would take over 20 s; predicted to fit up to 110" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("size", "context", "smaller"),
     [
-        pytest.param("nano", 64, "--n-layers, --n-embeddings", marks=pytest.mark.slow),
+        ("nano", 64, "--n-layers, --n-embeddings"),
         ("micro", 128, "--model-size nano"),
     ],
 )

@@ -495,6 +495,7 @@ def test_no_compiler_gives_one_warning_and_eager_goes_on(tiny_text: Path, tmp_pa
     assert result.stderr.count("torch.compile failed") == 1
 
 
+@pytest.mark.slow
 def test_every_setting_that_is_not_default_is_told(
     preflight: CommandRunner, tiny_text: Path, tmp_path: Path
 ) -> None:

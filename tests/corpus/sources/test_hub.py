@@ -123,7 +123,7 @@ def expect_error(*words: str, source: hub.HubSource | None = None) -> PreflightE
 # ---- rows ---------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("workers", [1, 4])
+@pytest.mark.parametrize("workers", [pytest.param(1, marks=pytest.mark.slow), 4])
 def test_rows_are_exact_and_in_order(server: HubServer, workers: int) -> None:
     source = open_source(workers=workers)
     facts = source.scan(None)
