@@ -20,7 +20,9 @@ from preflight.corpus.tally import EXAMPLE_CHARACTERS, N_EXAMPLES, Tally, count_
 from preflight.settings.kinds import CLEANERS
 from preflight.tokenization import Tokenizer
 
-# Rules that nobody asked for are tried on a sample of the rows, for the report.
+# Rules that nobody asked for are tried on the first rows and on one of some hundred others, for the
+# report. On one of 16 they took a tenth of the time of a preparation.
+_TRIED_FIRST, _TRIED_EVERY = 64, 8
 _TRIED_RULES = ("gopher_quality", "gopher_repetition", "c4", "fineweb")
 
 
@@ -111,7 +113,7 @@ def encode_rows(batch: Batch, recipe: RowRecipe, tokenizer: Tokenizer) -> Encode
         builder.add(kept.ids, n_bytes, is_val=is_val, ends=True)
         rows.append(kept.row)
         tally.sample(kept.row, kept.text)
-        if is_sampled(kept.row):
+        if kept.row < _TRIED_FIRST or (kept.row % _TRIED_EVERY == 0 and is_sampled(kept.row)):
             _try_rules(kept, recipe, tried)
         if recipe.counts_later:
             beginnings.append(kept.text[:EXAMPLE_CHARACTERS])
