@@ -212,6 +212,8 @@ def run_all(given: argparse.Namespace) -> list[dict[str, Any]]:
                 continue
             flags = flags | ({"device": "cpu"} if given.smoke else {})
             rows.append(make_row(flags, folder, given.seconds, left, given.smoke))
+            if "error" in rows[-1]:
+                print(rows[-1]["error"], file=sys.stderr)
             for name in ("predicted", "run"):
                 shutil.rmtree(Path(folder) / name, ignore_errors=True)
             print(
@@ -245,7 +247,7 @@ def make_row(
         except subprocess.TimeoutExpired:
             return row | {"error": "no time left"}
         if done.returncode or not done.stdout.strip():
-            return row | {"error": done.stderr.strip()[-400:] or "it said nothing"}
+            return row | {"error": done.stderr.strip()[-2000:] or "it said nothing"}
         found.append(json.loads(done.stdout.strip().splitlines()[-1]))
     predicted, measured = found
     named = ("steps", "step_seconds", "guessed_step_seconds", "timed_steps")

@@ -29,7 +29,8 @@ GRACE = 10  # for foresight to print its table
 def build_command(part: str, limit: float, smoke: bool) -> list[str]:
     """The part's command line."""
     if part == "tests":
-        chosen = ["-n0", "tests/device/test_hardware.py"] if smoke else ["-n4", "-m", "cuda"]
+        on_gpu = ["-n8", "-m", "cuda", "--continue-on-collection-errors"]
+        chosen = ["-n0", "tests/device/test_hardware.py"] if smoke else on_gpu
         return [sys.executable, "-m", "pytest", "-q", *chosen]
     command = [sys.executable, str(ROOT / "benchmarks" / f"{part}.py")]
     if part == "foresight":
