@@ -1,0 +1,1 @@
+"""Evaluation of models: tasks, scores, intervals, comparison."""
