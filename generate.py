@@ -23,6 +23,7 @@ from preflight.decoding.assembling import TextAssembler
 from preflight.decoding.choosing import choose_tokens, is_greedy
 from preflight.models.base import TokenModel
 from preflight.models.building import build_on_meta
+from preflight.models.graph_decoder import GraphDecoder
 from preflight.models.kv_cache import KVCache
 from preflight.models.protocol import LanguageModel
 from preflight.models.single_row import SingleRowDecoder, one_torch_thread
@@ -223,7 +224,7 @@ class _Decoder:
                 dtype,
                 capacity=len(rows[0].tokens) + config.max_new_tokens,
             )
-        self._single_row = _find_single_row_decoder(model, self._cache)
+        self._fast = _find_fast_decoder(model, self._cache)
         self._newest: Tensor | None = None  # the rows' last tokens, while they are on the device
         self._seen: Tensor | None = None  # which ids (B V) each row holds, for the penalty
 
@@ -282,9 +283,10 @@ class _Decoder:
             for i, row in enumerate(self.rows):
                 self._seen[i, torch.tensor(row.tokens, device=self._device)] = True
         self._prefill_windows()
-        with one_torch_thread() if self._single_row else contextlib.nullcontext():
-            if self._single_row:
-                logits = self._single_row.decode(self._newest)
+        in_numpy = isinstance(self._fast, SingleRowDecoder)
+        with one_torch_thread() if in_numpy else contextlib.nullcontext():
+            if self._fast:
+                logits = self._fast.decode(self._newest)
             else:
                 logits = self.model.decode(self._newest, self._cache)
             logits = logits[:, : self._vocab_size]  # B V
@@ -319,14 +321,16 @@ class _Decoder:
         kept = [i for i, row in enumerate(self.rows) if not row.finish_reason]
         if kept and len(kept) < len(self.rows):
             self._cache.keep_rows(kept)
-            self._single_row = _find_single_row_decoder(self.model, self._cache)
+            self._fast = _find_fast_decoder(self.model, self._cache)
         self.rows = [self.rows[i] for i in kept]
         self._newest = self._seen = None
 
 
-def _find_single_row_decoder(model: LanguageModel, cache: KVCache) -> SingleRowDecoder | None:
-    """What decodes a single row faster than `model.decode`, if the model has such a thing."""
-    build = getattr(model, "single_row_decoder", None)
+def _find_fast_decoder(
+    model: LanguageModel, cache: KVCache
+) -> SingleRowDecoder | GraphDecoder | None:
+    """What decodes faster than `model.decode`, if the model has such a thing."""
+    build = getattr(model, "fast_decoder", None)
     return None if build is None else build(cache)
 
 

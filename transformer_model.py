@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from preflight.models.base import ResidualLinear, TokenModel, initialise
+from preflight.models.graph_decoder import GraphDecoder, GraphStep
 from preflight.models.kv_cache import CacheStep, DecodeStep, KVCache, PrefillStep
 from preflight.models.mlp import MLP
 from preflight.models.norms import build_norm
@@ -180,27 +181,35 @@ class DecoderOnlyTransformer(TokenModel):
             ValueError: a row is full.
         """
         cache.check_capacity(max(cache.lengths) + 1)
-        step = DecodeStep(cache, tokens.device)
+        logits = self.decode_step(tokens, DecodeStep(cache, tokens.device))
+        cache.lengths = [length + 1 for length in cache.lengths]
+        return logits
+
+    def decode_step(self, tokens: Tensor, step: DecodeStep | GraphStep) -> Tensor:
+        """What `decode` computes on the device: keys and values into the cache, logits (B V)."""
         positions = step.positions[:, None]  # B 1
         angles = self.embed_positions.compute_angles(positions)
         x = self.embed_positions.embed(self.embed_tokens(tokens[:, None]), positions)  # B 1 C
         for layer, block in enumerate(self.layers):
             x = block(x, layer, step, angles)
-        cache.lengths = [length + 1 for length in cache.lengths]
         return self.compute_logits(self.norm(x[:, 0]))  # B V
 
-    def single_row_decoder(self, cache: KVCache) -> SingleRowDecoder | None:
-        """What decodes the one row of `cache` faster than `decode`; ``None`` where nothing does.
+    def fast_decoder(self, cache: KVCache) -> SingleRowDecoder | GraphDecoder | None:
+        """What decodes into `cache` faster than `decode`; ``None`` where nothing does.
 
-        That is numpy, for weights in fp32 on the CPU that are not being trained, and for a model
-        made of nothing but the modules that it knows, which are GPT-2's.
+        On CUDA that is a graph of the step's kernels. On the CPU it is numpy, for one row in fp32
+        and a model made of nothing but the modules that it knows, which are GPT-2's. Weights that
+        are being trained have neither.
         """
         weight = self.embed_tokens.weight
+        if weight.dtype != cache.layers[0].dtype or any(p.requires_grad for p in self.parameters()):
+            return None
+        if weight.device.type == "cuda":
+            return GraphDecoder(self, cache)
         is_supported = (
             len(cache.lengths) == 1
             and weight.device.type == cache.layers[0].device.type == "cpu"
-            and weight.dtype == cache.layers[0].dtype == torch.float32
-            and not any(p.requires_grad for p in self.parameters())
+            and weight.dtype == torch.float32
             and self._has_parts_of_gpt2()
         )
         if not is_supported:

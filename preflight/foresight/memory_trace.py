@@ -19,7 +19,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -175,18 +174,6 @@ class AllocationLog(TorchDispatchMode):
         return items
 
 
-class _CudaSoftmax(TorchFunctionMode):
-    """CUDA's softmax reads 16-bit logits as they are; the CPU makes a copy in fp32 first."""
-
-    def __torch_function__(
-        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        kwargs = kwargs or {}
-        if func is torch.log_softmax and args[0].dtype != kwargs.get("dtype"):
-            return torch.empty_like(args[0], dtype=kwargs["dtype"])
-        return func(*args, **kwargs)
-
-
 class _CudaDropout(nn.Module):
     """Dropout as CUDA does it: one kernel, and a mask of bytes."""
 
@@ -211,13 +198,11 @@ def _use_cuda_dropout(model: nn.Module) -> None:
 def _pretend(device_type: str) -> Iterator[AllocationLog]:
     """Fake tensors on the CPU, with the kernels and the loss layout of `device_type`."""
     log = AllocationLog(device_type)
-    kernels = contextlib.nullcontext() if device_type == "cpu" else _CudaSoftmax()
     with (
         _loss_of(device_type, whole=False),
         _muon_of(device_type),
         torch.random.fork_rng(devices=[]),
         FakeTensorMode(),
-        kernels,
         log,
     ):
         yield log

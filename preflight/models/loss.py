@@ -12,14 +12,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from preflight.models.loss_fused import NO_TARGET, cross_entropy_
+
 # Rows of logits held at once by the loss (measured, benchmarks/LOG.md). On the CPU, GPT-2's are
 # over the 32 MiB up to which malloc keeps freed blocks; on CUDA they fill the card.
 LOSS_ROWS_CPU = 256
-LOSS_ROWS_CUDA = 2048
+LOSS_ROWS_CUDA = 4096
 # Tensor cores want every dimension to be a multiple of this; 50,257 is odd.
 CUDA_VOCAB_MULTIPLE = 64
-# In the place of a target: nothing is predicted here. The same number as torch's `ignore_index`.
-NO_TARGET = -100
 
 
 class LossLayout(NamedTuple):
@@ -30,17 +30,19 @@ class LossLayout(NamedTuple):
         vocab_multiple: the vocabulary is padded to a multiple of this.
         weight_first: whether fp32 logits are V C times C R, and lie in columns: MKL is up to 1.7
             times faster so than with R C times C V.
+        fused: whether one kernel turns logits into their gradient.
     """
 
     rows: int
     vocab_multiple: int
     weight_first: bool
+    fused: bool = False
 
 
 def loss_layout(device_type: str) -> LossLayout:
     """What is fastest on that device."""
     if device_type == "cuda":
-        return LossLayout(LOSS_ROWS_CUDA, CUDA_VOCAB_MULTIPLE, weight_first=False)
+        return LossLayout(LOSS_ROWS_CUDA, CUDA_VOCAB_MULTIPLE, weight_first=False, fused=True)
     on_cpu = device_type == "cpu"
     return LossLayout(LOSS_ROWS_CPU if on_cpu else LOSS_ROWS_CUDA, 1, weight_first=on_cpu)
 
@@ -82,8 +84,12 @@ def linear_cross_entropy(
         total = hidden.new_zeros((), dtype=torch.float32)
         buffer = _make_logits_buffer(hidden, weight)
         for rows in split_loss_rows(hidden):
-            ids, masked = _split_mask(targets[rows])
             logits = _compute_logits(hidden[rows], weight, buffer)
+            if loss_layout(device).fused:
+                n_ids = len(weight) - padding
+                total += cross_entropy_(logits, targets[rows], n_ids, softcap or 0.0, False).sum()
+                continue
+            ids, masked = _split_mask(targets[rows])
             if softcap is not None:
                 logits = logits.div_(softcap).tanh_().mul_(softcap)
             total += _score_rows(logits, ids, masked, padding, buffer)[0]
@@ -107,10 +113,10 @@ def _make_logits_buffer(hidden: Tensor, weight: Tensor) -> Tensor | None:
     ``None`` where rows are faster.
     """
     # The compiler's kernels, and matmuls in bf16, want rows.
-    rows, _, weight_first = loss_layout(hidden.device.type)
-    if not weight_first or hidden.dtype != torch.float32 or torch.compiler.is_compiling():
+    layout = loss_layout(hidden.device.type)
+    if not layout.weight_first or hidden.dtype != torch.float32 or torch.compiler.is_compiling():
         return None
-    return hidden.new_empty(len(weight) * min(rows, len(hidden)))
+    return hidden.new_empty(len(weight) * min(layout.rows, len(hidden)))
 
 
 def _compute_logits(hidden: Tensor, weight: Tensor, buffer: Tensor | None) -> Tensor:
@@ -146,6 +152,26 @@ def _score_rows(
     return losses.sum(), exponentials.div_(sums)
 
 
+def _differentiate_rows(
+    logits: Tensor,
+    ids: Tensor,
+    masked: Tensor,
+    padding: int,
+    buffer: Tensor | None,
+    softcap: float | None,
+) -> tuple[Tensor, Tensor]:
+    """As `_score_rows`, with the gradient (R V) of capped logits, in their dtype."""
+    dtype = logits.dtype
+    if softcap is not None:
+        tanh = logits.div_(softcap).tanh_()
+        logits = tanh * softcap
+    loss, grad = _score_rows(logits, ids, masked, padding, buffer)
+    grad.scatter_add_(1, ids, grad.new_full((), -1.0).expand(ids.shape))
+    if softcap is not None:  # d cap_logits(x) / d x = 1 - tanh(x / softcap)^2
+        grad.mul_(tanh.square_().neg_().add_(1))
+    return loss, grad.to(dtype)
+
+
 class _LinearCrossEntropy(torch.autograd.Function):
     """Loss and gradients of `linear_cross_entropy`, chunk by chunk."""
 
@@ -166,17 +192,15 @@ class _LinearCrossEntropy(torch.autograd.Function):
         for rows in split_loss_rows(hidden):
             ids, masked = _split_mask(targets[rows])
             logits = _compute_logits(hidden[rows], weight, buffer)
-            if softcap is not None:
-                tanh = logits.div_(softcap).tanh_()
-                logits = tanh * softcap
-            loss, grad = _score_rows(logits, ids, masked, padding, buffer)
-            total += loss
             # d loss / d logits = softmax - one-hot. What the loss is divided by comes in with the
             # backward pass, as a gradient scaler's factor does: in fp16 it would underflow here.
-            grad.scatter_add_(1, ids, grad.new_full((), -1.0).expand(ids.shape))
-            if softcap is not None:  # d cap_logits(x) / d x = 1 - tanh(x / softcap)^2
-                grad.mul_(tanh.square_().neg_().add_(1))
-            grad = grad.to(hidden.dtype)
+            if loss_layout(hidden.device.type).fused:
+                n_ids = len(weight) - padding
+                loss = cross_entropy_(logits, targets[rows], n_ids, softcap or 0.0, True).sum()
+                grad = logits
+            else:
+                loss, grad = _differentiate_rows(logits, ids, masked, padding, buffer, softcap)
+            total = total + loss  # not in place: compiled by torch 2.11, all gradients became 0
             # A masked row's gradient is dropped from what is C wide, on either side of the
             # matmuls: zeroing it in `grad` would be one more pass over R V.
             torch.mm(grad, weight, out=grad_hidden[rows])

@@ -1,4 +1,4 @@
-"""When a run has diverged: too many updates in a row whose loss or gradient is not finite."""
+"""When a run has diverged, or learns nothing: gradients that are not finite, or all zero."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from pathlib import Path
 
 from preflight.checkpoints.store import list_checkpoints
 from preflight.core.errors import ExitCode, PreflightError
+from preflight.core.log import log_once
 from preflight.training.state import StepResult
 
 # A gradient scaler starts at 2^16 and halves at each overflow, so fp16 may need more of them.
@@ -27,6 +28,11 @@ class DivergenceGuard:
         Raises:
             PreflightError: code DIVERGED, with the last good checkpoint.
         """
+        if norm == 0.0:
+            log_once(
+                f"warning: all gradients are zero in step {result.step:,}, so nothing is learned; "
+                "if it goes on, try --no-compile-model or another --precision"
+            )
         self.skipped_in_a_row = 0 if finite else self.skipped_in_a_row + 1
         if self.skipped_in_a_row < self.limit:
             return

@@ -83,12 +83,17 @@ def test_loss_equals_cross_entropy(
         torch.testing.assert_close(linear_cross_entropy(*ours, targets), loss.detach())
 
 
-@pytest.mark.parametrize("weight_first", [True, False])
-def test_loss_of_capped_logits(weight_first: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    "layout",
+    [LossLayout(R, 1, True), LossLayout(R, 1, False), LossLayout(R, 64, False, fused=True)],
+    ids=["columns", "rows", "fused"],
+)
+def test_loss_of_capped_logits(
+    layout: LossLayout, device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """With gradients and without: two paths. A cap of 3 is far from the identity here."""
-    layout = LossLayout(R, 1, weight_first)
     monkeypatch.setattr(losses, "loss_layout", lambda device_type: layout)
-    hidden, weight, targets = draw(R + 7, [3])
+    hidden, weight, targets = draw(R + 7, [3], device)
     ours = [hidden.clone().requires_grad_(), weight.clone().requires_grad_()]
     plain = [hidden.requires_grad_(), weight.requires_grad_()]
     logits = 3.0 * torch.tanh(plain[0] @ plain[1].T / 3.0)
@@ -110,6 +115,18 @@ def test_a_wrong_id_is_no_mask() -> None:
     targets[2] = -7
     with pytest.raises((IndexError, RuntimeError), match="out of bounds"):
         linear_cross_entropy(hidden.requires_grad_(), weight, targets)
+
+
+def test_a_wrong_id_has_no_loss_where_nobody_looks(
+    device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A kernel raises nothing: the loss is NaN, and the trainer leaves such an update out."""
+    layout = LossLayout(R, 64, False, fused=True)
+    monkeypatch.setattr(losses, "loss_layout", lambda device_type: layout)
+    for wrong in (-7, 53, 60):
+        hidden, weight, targets = draw(4, [1], device)
+        targets[2] = wrong
+        assert linear_cross_entropy(hidden.requires_grad_(), weight, targets).isnan()
 
 
 def test_targets_are_counted_on_their_device() -> None:

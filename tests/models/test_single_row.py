@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from generate import _find_single_row_decoder
+from generate import _find_fast_decoder
 from preflight.models.building import build_model as build_any
 from preflight.models.kv_cache import KVCache
 from preflight.models.single_row import SingleRowDecoder, one_torch_thread
@@ -31,7 +31,7 @@ def build_model(activation: str = "gelu") -> DecoderOnlyTransformer:
 
 
 def build_decoder(model: DecoderOnlyTransformer, cache: KVCache) -> SingleRowDecoder:
-    decoder = model.single_row_decoder(cache)
+    decoder = model.fast_decoder(cache)
     assert isinstance(decoder, SingleRowDecoder)
     return decoder
 
@@ -78,12 +78,12 @@ def test_torch_decodes_other_batches_and_precisions(
     rows: int, dtype: torch.dtype, cached: torch.dtype, trained: bool
 ) -> None:
     model = build_model().to(dtype).requires_grad_(trained)
-    assert model.single_row_decoder(KVCache(model.config, rows, CPU, cached)) is None
+    assert model.fast_decoder(KVCache(model.config, rows, CPU, cached)) is None
 
 
 def test_torch_decodes_on_other_devices() -> None:
     model = build_model().to("meta")
-    assert model.single_row_decoder(KVCache(model.config, 1, CPU, torch.float32)) is None
+    assert model.fast_decoder(KVCache(model.config, 1, CPU, torch.float32)) is None
 
 
 def test_torch_decodes_what_numpy_does_not_know() -> None:
@@ -103,7 +103,7 @@ def test_torch_decodes_what_numpy_does_not_know() -> None:
         cache = KVCache(model.config, 1, CPU, torch.float32)
         build_decoder(model, cache)
         replace(model)
-        assert model.requires_grad_(False).single_row_decoder(cache) is None
+        assert model.requires_grad_(False).fast_decoder(cache) is None
 
 
 @pytest.mark.parametrize(
@@ -124,7 +124,7 @@ def test_torch_decodes_what_numpy_does_not_know() -> None:
 def test_torch_decodes_the_parts_of_other_families(parts: dict[str, Any]) -> None:
     config = dataclasses.replace(build_model().config, **parts)
     model = build_any(config).eval().requires_grad_(False)
-    assert _find_single_row_decoder(model, model.build_cache(1, CPU, torch.float32)) is None
+    assert _find_fast_decoder(model, model.build_cache(1, CPU, torch.float32)) is None
 
 
 def test_numpy_knows_the_eps_of_the_norms() -> None:
