@@ -52,6 +52,8 @@ GOALS = {
 }
 EAGER: dict[str, Any] = {"compile_model": False, "tokenizer": "gpt2"}
 ON_CUDA: list[dict[str, Any]] = [
+    {"model_size": "medium", "batch_size": 8},
+    {"model_size": "nano", "batch_size": 64},
     {"model_size": "small", "batch_size": 8},
     {"model_size": "small", "batch_size": 32},
     {"model_size": "small", "batch_size": 8, "mixed_precision": False},
@@ -60,9 +62,7 @@ ON_CUDA: list[dict[str, Any]] = [
     {"model_size": "small", "batch_size": 8, "optimizer": "sgd"},
     {"model_size": "small", "batch_size": 32, "context_length": 256},
     {"model_size": "small", "batch_size": 8, "dropout": 0.1},
-    {"model_size": "nano", "batch_size": 64},
     {"model_size": "tiny", "batch_size": 32},
-    {"model_size": "medium", "batch_size": 8},
     {"model_size": "medium", "batch_size": 16, "gradient_checkpointing": True},
     {
         "model_size": "medium",

@@ -30,8 +30,8 @@ class DivergenceGuard:
         """
         if norm == 0.0:
             log_once(
-                f"warning: all gradients are zero in step {result.step:,}, so nothing is learned; "
-                "if it goes on, try --no-compile-model or another --precision"
+                "warning: all gradients are zero in a step, so that nothing is learned from it; "
+                "if the loss does not fall, try --no-compile-model"
             )
         self.skipped_in_a_row = 0 if finite else self.skipped_in_a_row + 1
         if self.skipped_in_a_row < self.limit:

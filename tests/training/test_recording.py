@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -11,6 +12,7 @@ import pytest
 import torch
 
 from preflight.core.errors import ExitCode, PreflightError
+from preflight.core.log import log_once
 from preflight.device.runtime import Runtime
 from preflight.settings import ControlSettings, TrainingSettings
 from preflight.settings.kinds import TRACKERS
@@ -137,3 +139,14 @@ def test_step_lines_and_rows_tell_bits_per_byte(
     build_recorder(tmp_path, "cpu").record(result(1, loss=4 * math.log(2)))
     assert kept.rows[0]["bits_per_byte"] == pytest.approx(1.0)  # 4 bits a token of 4 bytes
     assert "loss 2.7726  1.000 bits per byte" in capsys.readouterr().err
+
+
+def test_zero_gradients_are_told(
+    tmp_path: Path, kept: ListTracker, caplog: pytest.LogCaptureFixture
+) -> None:
+    log_once.cache_clear()
+    recorder = build_recorder(tmp_path, "cpu")
+    recorder.record(result(1))
+    assert "gradients are zero" not in caplog.text
+    recorder.record(replace(result(2), grad_norm=torch.tensor(0.0)))
+    assert "gradients are zero" in caplog.text
