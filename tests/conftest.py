@@ -13,6 +13,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, settings
 
+from preflight.core.errors import ExitCode
 from preflight.core.log import configure_logging
 from preflight.settings import RunConfig, build_config
 
@@ -121,7 +122,7 @@ def preflight(tmp_path: Path) -> CommandRunner:
 
     def run(*argv: str, stdin: str = "", timeout: float = 120) -> subprocess.CompletedProcess[str]:
         environment = os.environ | {"PYTHONPATH": "", "COLUMNS": "100"}
-        return subprocess.run(
+        done = subprocess.run(
             [sys.executable, str(ROOT / "main.py"), *argv],
             cwd=tmp_path,
             input=stdin,
@@ -131,6 +132,9 @@ def preflight(tmp_path: Path) -> CommandRunner:
             env=environment,
             check=False,
         )
+        if done.returncode == ExitCode.INTERNAL:  # what is lost with the folder says why
+            done.stderr += "".join(log.read_text() for log in tmp_path.rglob("crash.log"))
+        return done
 
     return run
 

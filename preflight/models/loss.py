@@ -17,7 +17,7 @@ from preflight.models.loss_fused import NO_TARGET, cross_entropy_
 # Rows of logits held at once by the loss (measured, benchmarks/LOG.md). On the CPU, GPT-2's are
 # over the 32 MiB up to which malloc keeps freed blocks; on CUDA they fill the card.
 LOSS_ROWS_CPU = 256
-LOSS_ROWS_CUDA = 4096
+LOSS_ROWS_CUDA = 2048
 # Tensor cores want every dimension to be a multiple of this; 50,257 is odd.
 CUDA_VOCAB_MULTIPLE = 64
 
