@@ -8,10 +8,13 @@ Shapes: R rows of one chunk, V columns of the logits.
 
 from __future__ import annotations
 
-import importlib.util
-
 import torch
 from torch import Tensor
+
+try:  # with torch for CUDA, on Linux
+    from preflight.models.loss_kernel import launch
+except ModuleNotFoundError:
+    launch = None  # type: ignore[assignment]
 
 # In the place of a target: nothing is predicted here. The same number as torch's `ignore_index`.
 NO_TARGET = -100
@@ -33,9 +36,7 @@ def cross_entropy_(
         softcap: of `cap_logits`, which the logits go through first; 0: none.
         with_gradient: whether the gradient is wanted.
     """
-    if logits.is_cuda and importlib.util.find_spec("triton") is not None:
-        from preflight.models.loss_kernel import launch
-
+    if logits.is_cuda and launch is not None:
         return launch(logits, targets, vocab_size, softcap, with_gradient)
     scores = logits[:, :vocab_size].float()
     tanh = torch.tanh(scores / softcap) if softcap else None
