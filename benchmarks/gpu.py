@@ -22,7 +22,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 # Seconds that a part may take; what is left of them goes to the last one.
-LIMITS = {"tests": 100, "loader": 40, "generate": 80, "train": 200, "foresight": 150}
+LIMITS = {"tests": 120, "loader": 30, "generate": 80, "train": 220, "foresight": 120}
 GRACE = 10  # for foresight to print its table
 
 
