@@ -28,7 +28,7 @@ from preflight.corpus.data_report import (
     draw_pictures,
     write_report,
 )
-from preflight.corpus.page_parts import format_share
+from preflight.core.page_parts import format_share
 from preflight.corpus.report_content import build_content
 from preflight.corpus.report_page import render_page
 from preflight.corpus.tally import Tally, count_utf8
