@@ -131,9 +131,20 @@ def main(argv: list[str] | None = None) -> int:
         return _run_reporting_errors(sys.argv[1:] if argv is None else argv)
 
 
+def _is_on_terminal() -> bool:
+    """Whether a person is there to answer a menu."""
+    from preflight.modes.asking import is_on_terminal
+
+    return is_on_terminal()
+
+
 def _run_reporting_errors(argv: list[str]) -> int:
     output_dir = "."
     try:
+        if not argv and _is_on_terminal():
+            from preflight.modes.menu import run_menu
+
+            return run_menu()
         mode, config = parse_command_line(argv)
         output_dir = config.control.output_dir
         code = run_mode(mode, config)

@@ -220,7 +220,7 @@ def _read_scores(facts: RunFacts) -> None:
 
 def _read_data(facts: RunFacts, data_dir: Path | None) -> None:
     """The data folder's report, if the folder is still the one that the run was trained on."""
-    described = (facts.plan.get("data"), facts.config.get("data"), {})
+    described: tuple[Any, ...] = (facts.plan.get("data"), facts.config.get("data"), {})
     saved = next(data for data in described if isinstance(data, dict))
     folder = data_dir or Path(str(saved.get("folder", "data")).replace("\0", "") or "data")
     if not os.path.lexists(folder / METADATA_NAME):
