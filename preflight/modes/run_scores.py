@@ -49,7 +49,7 @@ def _name_model(content: dict[str, Any], name: str) -> str:
 
 
 def _draw_file(content: dict[str, Any]) -> Html:
-    headers = ("task", "figure", "value (interval)", "items", "of 1")
+    headers = ("task", "figure", "value (interval)", "items", "0 to 1")
     rows = [
         (task, name, _spell(figure), _spell_count(figure), _draw_interval(figure))
         for task, name, figure in _list_rows(content)[:_MAX_ROWS]
