@@ -18,10 +18,15 @@ from preflight.core.commands import format_command
 from preflight.core.errors import ExitCode, PreflightError
 from preflight.core.registry import suggest
 from preflight.core.signals import leave_on_interrupt
-from preflight.core.streams import print_error, replace_missing_streams, silence_stdout
+from preflight.core.streams import (
+    is_on_terminal,
+    print_error,
+    replace_missing_streams,
+    silence_stdout,
+)
 from preflight.settings import RunConfig, build_config, build_options
 from preflight.settings.command_line import build_parser, explain_words
-from preflight.settings.kinds import MODES
+from preflight.settings.kinds import MENUS, MODES
 from preflight.settings.unused import drop_unused
 
 
@@ -131,20 +136,11 @@ def main(argv: list[str] | None = None) -> int:
         return _run_reporting_errors(sys.argv[1:] if argv is None else argv)
 
 
-def _is_on_terminal() -> bool:
-    """Whether a person is there to answer a menu."""
-    from preflight.modes.asking import is_on_terminal
-
-    return is_on_terminal()
-
-
 def _run_reporting_errors(argv: list[str]) -> int:
     output_dir = "."
     try:
-        if not argv and _is_on_terminal():
-            from preflight.modes.menu import run_menu
-
-            return run_menu()
+        if not argv and is_on_terminal():
+            return int(MENUS.load("menu")())
         mode, config = parse_command_line(argv)
         output_dir = config.control.output_dir
         code = run_mode(mode, config)

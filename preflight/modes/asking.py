@@ -14,7 +14,7 @@ from typing import Any, Protocol
 
 from preflight.core.errors import PreflightError
 from preflight.core.libraries import import_library
-from preflight.core.streams import is_missing
+from preflight.core.streams import is_on_terminal
 
 _ANSI = {"green": 32, "blue": 34}  # ECMA-48
 
@@ -36,12 +36,6 @@ class Asker(Protocol):
 
     def ask(self, question: str, default: str = "") -> str | None:
         """The line that was typed, without spaces around it; the default for an empty one."""
-
-
-def is_on_terminal() -> bool:
-    """Whether a person is there, who reads questions and can answer them."""
-    streams = (sys.stdin, sys.stdout, sys.stderr)
-    return all(not is_missing(stream) and stream.isatty() for stream in streams)
 
 
 def open_asker() -> Asker:

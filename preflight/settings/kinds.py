@@ -159,6 +159,8 @@ MODES: Registry[Any] = Registry(
         "detokenize": "preflight.modes.tokenize:run_detokenize",
     },
 )
+# () -> exit code: what a call without any flag shows on a terminal.
+MENUS: Registry[Any] = Registry("menu", {"menu": "preflight.modes.menu:run_menu"})
 MODE_SUMMARIES = {
     "check": "predict memory, time, cost and learning of a run before it starts",
     "validate-only": "run every part of a run once, as numbered checks",
