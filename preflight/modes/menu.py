@@ -25,8 +25,8 @@ from preflight.settings.unused import is_used
 
 _MAX_TEXTS = 5  # that are offered
 _ON_A_TEXT = ("check", "validate-only", "prepare", "train", "get-optimal-bs", "find-lr")
-# Flags that a choice asks for. A mode that is not here asks for none. A flag in `_NEEDED` cannot
-# be left empty.
+# Flags that a choice asks for. A mode that is not here asks for none but its own value. A flag in
+# `_NEEDED` cannot be left empty.
 _QUESTIONS: dict[str, tuple[str, ...]] = {
     "check": ("model_size",),
     "train": ("model_size", "max_steps", "output_dir"),
@@ -145,7 +145,7 @@ def build_command(step: Step, state: FolderState, asker: Asker) -> list[str] | N
         if state.runs and not picked:
             return None
         words += options["output_dir"].spell(str(picked[0].folder)) if picked else []
-    for name in _QUESTIONS.get(step.mode, ()):
+    for name in _QUESTIONS.get(step.mode, (step.mode,) if takes_value else ()):
         if options[name].flag in words or not is_used(options[name], step.mode):
             continue
         answer = _ask_for(name, state, asker)
