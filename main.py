@@ -18,10 +18,15 @@ from preflight.core.commands import format_command
 from preflight.core.errors import ExitCode, PreflightError
 from preflight.core.registry import suggest
 from preflight.core.signals import leave_on_interrupt
-from preflight.core.streams import print_error, replace_missing_streams, silence_stdout
+from preflight.core.streams import (
+    is_on_terminal,
+    print_error,
+    replace_missing_streams,
+    silence_stdout,
+)
 from preflight.settings import RunConfig, build_config, build_options
 from preflight.settings.command_line import build_parser, explain_words
-from preflight.settings.kinds import MODES
+from preflight.settings.kinds import MENUS, MODES
 from preflight.settings.unused import drop_unused
 
 
@@ -134,6 +139,8 @@ def main(argv: list[str] | None = None) -> int:
 def _run_reporting_errors(argv: list[str]) -> int:
     output_dir = "."
     try:
+        if not argv and is_on_terminal():
+            return int(MENUS.load("menu")())
         mode, config = parse_command_line(argv)
         output_dir = config.control.output_dir
         code = run_mode(mode, config)

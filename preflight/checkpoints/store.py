@@ -32,7 +32,9 @@ from preflight.core.log import log
 from preflight.tokenization import MissingLibraryError
 
 # What the modes write in an output folder under temporary names.
-_SCRATCH_NAMES = r"metrics\.jsonl|loss_curve\.png|\w+_report\.json|(?:trial|check|probe)(?:-.+)?"
+_SCRATCH_NAMES = (
+    r"metrics\.jsonl|loss_curve\.png|\w+_report\.json|run_plan\.json|(?:trial|check|probe)(?:-.+)?"
+)
 Check = Callable[[Checkpoint], None]
 
 

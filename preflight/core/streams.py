@@ -65,6 +65,12 @@ def is_missing(stream: TextIO | None) -> bool:
     return stream is None or stream.closed or getattr(stream, "name", "") == os.devnull
 
 
+def is_on_terminal() -> bool:
+    """Whether a person is there, who reads questions and can answer them."""
+    streams = (sys.stdin, sys.stdout, sys.stderr)
+    return all(not is_missing(stream) and stream.isatty() for stream in streams)
+
+
 def silence_stdout() -> None:
     """Point stdout at the null device, so that what is buffered does not fail again at exit."""
     with contextlib.suppress(OSError, ValueError):  # a stream without a descriptor

@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from preflight.core.errors import ExitCode, PreflightError
+from preflight.core.page_parts import build_mark, format_share, replace_unprintable
 from preflight.core.storage import open_regular, publish_file, write_json
 from preflight.core.strict_json import MAX_JSON_BYTES, parse_json
 from preflight.core.units import format_bytes
-from preflight.corpus.page_parts import format_share, replace_unprintable
 from preflight.corpus.pictures import draw_dropped, draw_lengths
 from preflight.corpus.report_content import (
     FORMAT,
@@ -24,12 +24,12 @@ from preflight.corpus.report_content import (
     SourceReport,
     build_content,
 )
-from preflight.corpus.report_page import render_page
+from preflight.corpus.report_page import MARK, render_page
 from preflight.corpus.tally import SPLITS
 
 __all__ = ["MixReport", "ReportFacts", "SourceReport", "describe", "write_report"]
 JSON_NAME, PAGE_NAME = "data_report.json", "data_report.html"
-PAGE_MARK = b"<!doctype html>\n<!-- preflight-data-report -->\n"
+PAGE_MARK = build_mark(MARK)
 LENGTHS_NAME, DROPPED_NAME = "document_lengths.png", "dropped.png"
 REPORT_NAMES = (JSON_NAME, PAGE_NAME)
 _MAX_LINES = 15  # of the summary

@@ -6,8 +6,8 @@ import os
 from pathlib import Path
 from typing import Any
 
+from preflight.core.page_parts import replace_unprintable
 from preflight.core.storage import publish_file
-from preflight.corpus.page_parts import replace_unprintable
 
 _BLUE, _RED = "#1f4e8c", "#c8501e"
 _MAX_REASONS = 16  # bars, the largest

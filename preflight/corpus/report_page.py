@@ -1,20 +1,15 @@
-"""The page of a data report: one HTML file that needs nothing else, drawn from the JSON content.
-
-Texts, names and commands may be hostile: all of them are escaped, and the page allows neither
-scripts nor requests.
-"""
+"""The page of a data report: one HTML file that needs nothing else, drawn from the JSON content."""
 
 from __future__ import annotations
 
-from pathlib import Path
-from string import Template
 from typing import Any
 
-from preflight.core.units import format_bytes
-from preflight.corpus.page_parts import (
+from preflight.core.page_parts import (
     Html,
     build_bar,
     build_example,
+    build_figures,
+    build_page,
     build_table,
     build_tag,
     format_large,
@@ -22,8 +17,9 @@ from preflight.corpus.page_parts import (
     format_setting,
     format_share,
 )
+from preflight.core.units import format_bytes
 
-_TEMPLATE_PATH = Path(__file__).parent / "assets" / "data_report.html"
+MARK = "preflight-data-report"
 _MAX_SOURCES = 100  # in the table
 _MAX_COUNTS = 5  # of sources, for each rule
 _PAPERS = {
@@ -59,8 +55,8 @@ def render_page(content: dict[str, Any]) -> str:
         _draw_examples,
         _draw_command,
     )
-    body = "\n".join(part for section in sections for part in section(content))
-    return Template(_TEMPLATE_PATH.read_text(encoding="utf-8")).substitute(body=body)
+    parts = (part for section in sections for part in section(content))
+    return build_page(MARK, "Data report", parts)
 
 
 def _draw_head(content: dict[str, Any]) -> list[Html]:
@@ -86,15 +82,11 @@ def _draw_head(content: dict[str, Any]) -> list[Html]:
         "bytes per token": "-" if per_token is None else f"{per_token:.2f}",
         "tokenizer": content["tokenizer"]["name"],
     }
-    boxes = [
-        build_tag("div", build_tag("dt", name), build_tag("dd", text))
-        for name, text in figures.items()
-    ]
     parts = [
         build_tag("h1", "Data report"),
         build_tag("p", lead, class_="lead"),
         build_tag("p", split),
-        build_tag("dl", *boxes, class_="figures"),
+        build_figures(figures),
     ]
     if content["warnings"]:
         items = [build_tag("li", warning) for warning in content["warnings"]]

@@ -25,6 +25,7 @@ from preflight.foresight.fits import explain_out_of_memory
 from preflight.foresight.learnability import find_short_text
 from preflight.models.cost import count_parameters
 from preflight.modes.forecast import compare_with_forecast
+from preflight.modes.run_plan import save_plan
 from preflight.modes.setup import RunSetup
 from preflight.modes.start import check_machine, check_start
 from preflight.settings import (
@@ -135,6 +136,7 @@ class TrainingRun:
                 f"to train longer: --max-steps {2 * self.state.step}"
             )
             return ExitCode.DONE
+        save_plan(self.setup)
         self.trackers.resume(self.state.step)
         self.curve = LossCurve(read_metrics(self.output_dir / METRICS_NAME))
         self.trackers.add(self.curve)

@@ -154,10 +154,13 @@ MODES: Registry[Any] = Registry(
         "sweep": "preflight.modes.sweep:run",
         "forecast": "preflight.modes.forecast:run",
         "generate": "preflight.modes.generate:run",
+        "report": "preflight.modes.run_report:run",
         "tokenize": "preflight.modes.tokenize:run_tokenize",
         "detokenize": "preflight.modes.tokenize:run_detokenize",
     },
 )
+# () -> exit code: what a call without any flag shows on a terminal.
+MENUS: Registry[Any] = Registry("menu", {"menu": "preflight.modes.menu:run_menu"})
 MODE_SUMMARIES = {
     "check": "predict memory, time, cost and learning of a run before it starts",
     "validate-only": "run every part of a run once, as numbered checks",
@@ -168,6 +171,7 @@ MODE_SUMMARIES = {
     "sweep": "compare values of a flag by short trainings: --sweep learning_rate=1e-3,2e-3",
     "forecast": "predict the bits per byte that a run will reach, from three short trainings",
     "generate": "generate text from a checkpoint",
+    "report": "make one page of a run: plan, outcome, curves, evaluations",
     "tokenize": "show the tokens of a text, piece by piece",
     "detokenize": "show the text that token ids stand for: --detokenize 1,2,3",
 }

@@ -18,6 +18,7 @@ from preflight.settings.model import (
     ModelSettings,
 )
 from preflight.settings.options import Option, list_options
+from preflight.settings.reporting import ReportSettings
 from preflight.settings.sampling import SamplingConfig
 from preflight.settings.search import SearchSettings
 from preflight.settings.system import SystemSettings
@@ -41,6 +42,7 @@ class RunConfig:
     search: SearchSettings = field(default_factory=SearchSettings)
     trials: TrialSettings = field(default_factory=TrialSettings)
     tokens: TokenSettings = field(default_factory=TokenSettings)
+    report: ReportSettings = field(default_factory=ReportSettings)
     sources: dict[str, str] = field(default_factory=dict)
 
     @property
@@ -75,6 +77,7 @@ GROUP_SUMMARIES = {
     "search": "How `--get-optimal-bs` searches for a batch size.",
     "trials": "How `--find-lr` and `--sweep` try a run before it starts.",
     "tokens": "What `--tokenize` and `--detokenize` show.",
+    "report": "The page that `--report` writes.",
 }
 
 

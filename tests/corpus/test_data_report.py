@@ -18,6 +18,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from preflight.core.errors import ExitCode, PreflightError
+from preflight.core.page_parts import format_share
 from preflight.corpus import data_report, pictures
 from preflight.corpus.data_report import (
     REPORT_NAMES,
@@ -28,7 +29,6 @@ from preflight.corpus.data_report import (
     draw_pictures,
     write_report,
 )
-from preflight.corpus.page_parts import format_share
 from preflight.corpus.report_content import build_content
 from preflight.corpus.report_page import render_page
 from preflight.corpus.tally import Tally, count_utf8

@@ -1,11 +1,18 @@
-"""Pieces of an HTML page whose texts may be hostile, and figures in words."""
+"""An HTML page that needs nothing else and whose texts may be hostile, and figures in words.
+
+The page allows neither scripts nor requests, and every text is escaped.
+"""
 
 from __future__ import annotations
 
 import html
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from string import Template
 from typing import Any
+
+_TEMPLATE_PATH = Path(__file__).parent / "assets" / "page.html"
 
 # What would be invisible, control a terminal, turn the direction of text or have no encoding: C0
 # but tab and line feed, DEL, C1, soft hyphen, zero width, bidi, line separators, byte order mark,
@@ -20,6 +27,26 @@ _IN_LINE = re.compile(f"[{_UNPRINTABLE}\t\n]")
 
 class Html(str):
     """Markup. Any other string is text, and is escaped before it comes into the page."""
+
+
+def build_mark(name: str) -> bytes:
+    """How a page of ours begins, so that another program's is not replaced."""
+    return f"<!doctype html>\n<!-- {name} -->\n".encode()
+
+
+def build_page(mark: str, title: str, parts: Iterable[Html]) -> str:
+    """The whole page; `mark` is the name in its second line, see `build_mark`."""
+    template = Template(_TEMPLATE_PATH.read_text(encoding="utf-8"))
+    return template.substitute(mark=mark, title=escape(title), body="\n".join(parts))
+
+
+def build_figures(figures: Mapping[str, str]) -> Html:
+    """Boxes with one figure each, by its name."""
+    boxes = [
+        build_tag("div", build_tag("dt", name), build_tag("dd", text))
+        for name, text in figures.items()
+    ]
+    return build_tag("dl", *boxes, class_="figures")
 
 
 def escape(text: str) -> Html:
