@@ -110,7 +110,7 @@ def _encode_item(
         # White space at the end of the context belongs to the first token of what follows.
         tail = item.context[len(kept) :] + continuation
         context = shared
-        if not item.context:
+        if not kept:
             tokens = _encode(tokenizer, tail)
             # A new text begins after an end of text; one that is there already is not doubled.
             begins = tokens[:1] == [tokenizer.end_of_text_id] and len(tokens) > 1

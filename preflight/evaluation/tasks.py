@@ -14,7 +14,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from preflight.core.errors import PreflightError
 from preflight.core.storage import DISK_ERRNOS, storage_error
 from preflight.core.strict_json import parse_json
 from preflight.corpus.sources.protocol import text_error
