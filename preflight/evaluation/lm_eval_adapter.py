@@ -100,7 +100,7 @@ class _Answers:
         task = Task("lm-eval", kind, "lm-eval", tuple(items))
         rows = encode_task(task, items, self.tokenizer, self.model.config.context_length).rows
         scorer = RowScorer(self.model, rows, self.batch_tokens)
-        return collect_items(rows, score_rows(scorer), len(items))
+        return collect_items(scorer.rows, score_rows(scorer), len(items))
 
     def generate(self, context: str, settings: dict[str, Any]) -> str:
         """What follows `context`, whose beginning is cut where both would not fit."""

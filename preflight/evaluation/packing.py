@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from preflight.evaluation.encoding import Row
+from preflight.evaluation.encoding import Branch, Row
 from preflight.models.protocol import LanguageModel
 from transformer_model import DecoderOnlyTransformer
 
@@ -26,6 +26,18 @@ class Batch:
 
     rows: tuple[int, ...]
     n_tokens: int  # of the longest row times the rows
+
+
+def fit_rows(rows: Sequence[Row], batch_tokens: int) -> list[Row]:
+    """The rows; those of several continuations that are longer than a batch, each continuation
+    apart. With ``batch_tokens=1`` every forward pass is so that of one continuation.
+    """
+    found: list[Row] = []
+    for row in rows:
+        is_split = row.n_tokens > batch_tokens and len(row.branches) > 1
+        parts: list[list[Branch]] = [[b] for b in row.branches] if is_split else [row.branches]
+        found += [Row(row.item, row.context, branches) for branches in parts]
+    return found
 
 
 def plan_batches(rows: Sequence[Row], batch_tokens: int, *, may_pack: bool) -> list[Batch]:

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from preflight.device.host_memory import available_host_bytes
@@ -22,6 +23,7 @@ from preflight.evaluation.packing import (
     Batch,
     can_pack,
     compute_hidden,
+    fit_rows,
     pack_rows,
     plan_batches,
 )
@@ -36,6 +38,8 @@ _MOST_TOKENS_ELSEWHERE = 4_096
 _LEAST_TOKENS = 256
 # Share of the free memory that a batch may take.
 _MEMORY_SHARE = 0.5
+# Of logits that are computed at once: with fewer, MKL's sgemm rounds otherwise (measured).
+_LEAST_ROWS = 8
 TOP_RANKS = (1, 5, 10)
 
 
@@ -79,7 +83,7 @@ class RowScorer:
 
     Args:
         model: on its device, in its dtype, in eval mode.
-        rows: of `encode_task`.
+        rows: of `encode_task`; the attribute holds them as `fit_rows` gives them.
         batch_tokens: tokens that go through the model at once.
         wants_ranks: count the tokens among the most probable.
     """
@@ -92,10 +96,11 @@ class RowScorer:
         *,
         wants_ranks: bool = False,
     ) -> None:
-        self.model, self.rows, self.wants_ranks = model, rows, wants_ranks
+        self.model, self.wants_ranks = model, wants_ranks
+        self.rows = fit_rows(rows, batch_tokens)
         self.device = next(iter(model.parameters())).device
         self._can_pack = can_pack(model)
-        self.batches = plan_batches(rows, batch_tokens, may_pack=self._can_pack)
+        self.batches = plan_batches(self.rows, batch_tokens, may_pack=self._can_pack)
 
     @torch.inference_mode()
     def score(self, batch: Batch) -> list[list[BranchScore]]:
@@ -116,7 +121,7 @@ class RowScorer:
         parts = []
         for first in range(0, len(place), loss_layout(self.device.type).rows):
             last = min(first + loss_layout(self.device.type).rows, len(place))
-            logits = model.compute_logits(hidden[place[first:last]])
+            logits = _compute_logits(model, hidden[place[first:last]])
             [here] = torch.nonzero((first <= chosen) & (chosen < last), as_tuple=True)
             parts.append((here, self._judge(logits, chosen[here] - first, target[here])))
         merged = [_scatter(parts, i, len(targets)) for i in range(3 if self.wants_ranks else 2)]
@@ -141,6 +146,16 @@ class RowScorer:
         if self.wants_ranks:
             found.append((log_p[place] > found[0][:, None]).sum(dim=1))
         return found
+
+
+def _compute_logits(model: DecoderOnlyTransformer, hidden: Tensor) -> Tensor:
+    """Logits (R V) of rows (R C), rounded as those of a whole text are.
+
+    BLAS has other kernels for a matrix of a few rows, which add in another order.
+    """
+    n_missing = max(0, _LEAST_ROWS - len(hidden))
+    logits = model.compute_logits(F.pad(hidden, (0, 0, 0, n_missing)))
+    return logits[: len(hidden)]
 
 
 def _list_predictions(rows: Sequence[Row], length: int) -> tuple[list[int], list[int]]:

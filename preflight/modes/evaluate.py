@@ -193,11 +193,11 @@ class _Evaluator:
             disable=not is_progress_shown(),
         ) as bar:
             if windows:
-                scores = self._score("text", [w.row for w in windows], bar, wants_ranks=True)
+                _, scores = self._score("text", [w.row for w in windows], bar, wants_ranks=True)
                 results.append(_build_text_result(source, windows, available, scores))
             for task, form, items, encoded in prepared:
-                scores = self._score(task.name, encoded.rows, bar)
-                found = collect_items(encoded.rows, scores, len(items))
+                scorer, scores = self._score(task.name, encoded.rows, bar)
+                found = collect_items(scorer.rows, scores, len(items))
                 results.append(
                     TaskResult(
                         *(task.name, task.kind, task.source, form),
@@ -225,8 +225,8 @@ class _Evaluator:
 
     def _score(
         self, name: str, rows: Sequence[Row], bar: tqdm, *, wants_ranks: bool = False
-    ) -> dict[int, list[BranchScore]]:
-        """The scores of rows, those that the journal has first."""
+    ) -> tuple[RowScorer, dict[int, list[BranchScore]]]:
+        """The scorer of rows, and their scores, those that the journal has first."""
         key = build_key(rows, self._facts)
         safe = re.sub(r"[^\w.-]+", "_", name)[:80]
         path = self.folder / f"{_name(self.checkpoint)}-{safe}-{key[:8]}.journal"
@@ -234,16 +234,18 @@ class _Evaluator:
         self._journals.append(journal)
         scorer = RowScorer(self.model, rows, journal.batch_tokens, wants_ranks=wants_ranks)
         if journal.done:
-            log.info(f"{name}: {len(journal.done):,} of {len(rows):,} parts were scored before")
-            bar.update(sum(rows[i].n_tokens for i in journal.done))
+            log.info(
+                f"{name}: {len(journal.done):,} of {len(scorer.rows):,} parts were scored before"
+            )
+            bar.update(sum(scorer.rows[i].n_tokens for i in journal.done))
 
         def keep(batch: Any, scores: list[list[BranchScore]]) -> None:
             journal.add(batch, scores)
-            bar.update(sum(rows[i].n_tokens for i in batch.rows))
+            bar.update(sum(scorer.rows[i].n_tokens for i in batch.rows))
             self.stop.leave_if_stopping(_STOPPED)
 
         try:
-            return score_rows(scorer, keep, journal.done)
+            return scorer, score_rows(scorer, keep, journal.done)
         finally:
             journal.close()
 

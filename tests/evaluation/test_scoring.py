@@ -50,7 +50,8 @@ def make_items(kind: TaskKind, seed: int) -> list[Item]:
 def score(model: torch.nn.Module, kind: TaskKind, items: list[Item], size: int) -> list[ItemScore]:
     task = Task("t", kind, "file", tuple(items))
     rows = encode_task(task, items, load_tokenizer("byte"), model.config.context_length).rows
-    return collect_items(rows, score_rows(RowScorer(model, rows, size)), len(items))
+    scorer = RowScorer(model, rows, size)
+    return collect_items(scorer.rows, score_rows(scorer), len(items))
 
 
 @pytest.mark.parametrize("family", FAMILIES)
