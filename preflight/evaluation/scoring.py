@@ -121,7 +121,7 @@ class RowScorer:
         parts = []
         for first in range(0, len(place), loss_layout(self.device.type).rows):
             last = min(first + loss_layout(self.device.type).rows, len(place))
-            logits = _compute_logits(model, hidden[place[first:last]])
+            logits = _compute_logits(model, hidden, place[first:last])
             [here] = torch.nonzero((first <= chosen) & (chosen < last), as_tuple=True)
             parts.append((here, self._judge(logits, chosen[here] - first, target[here])))
         merged = [_scatter(parts, i, len(targets)) for i in range(3 if self.wants_ranks else 2)]
@@ -148,14 +148,14 @@ class RowScorer:
         return found
 
 
-def _compute_logits(model: DecoderOnlyTransformer, hidden: Tensor) -> Tensor:
-    """Logits (R V) of rows (R C), rounded as those of a whole text are.
+def _compute_logits(model: DecoderOnlyTransformer, hidden: Tensor, place: Tensor) -> Tensor:
+    """Logits (R V) of the rows `place` of vectors (N C), rounded as if all N had been computed.
 
     BLAS has other kernels for a matrix of a few rows, which add in another order.
     """
-    n_missing = max(0, _LEAST_ROWS - len(hidden))
-    logits = model.compute_logits(F.pad(hidden, (0, 0, 0, n_missing)))
-    return logits[: len(hidden)]
+    n_missing = max(0, min(_LEAST_ROWS, len(hidden)) - len(place))
+    logits = model.compute_logits(F.pad(hidden[place], (0, 0, 0, n_missing)))
+    return logits[: len(place)]
 
 
 def _list_predictions(rows: Sequence[Row], length: int) -> tuple[list[int], list[int]]:

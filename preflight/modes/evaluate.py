@@ -113,6 +113,9 @@ def _evaluate(
     storage.make_folder(folder)
     with FolderLock(folder):
         storage.check_writable(folder)
+        storage.remove_leftovers(
+            folder, r"[\w.-]+\.(?:json|txt)"
+        )  # of an evaluation that was killed
         model, tokenizer = load_model(checkpoint, runtime.device, runtime.dtype)
         log.info(f"{checkpoint.path}: step {checkpoint.step:,}, {model.config.label}")
         if config.generation.replace_unknown:
