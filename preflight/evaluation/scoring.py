@@ -40,6 +40,8 @@ _LEAST_TOKENS = 256
 _MEMORY_SHARE = 0.5
 # Of logits that are computed at once: with fewer, MKL's sgemm rounds otherwise (measured).
 _LEAST_ROWS = 8
+# glibc's malloc keeps freed blocks of up to 32 MiB; larger ones are zeroed page by page, each time.
+_CHUNK_BYTES = 30 * 2**20
 TOP_RANKS = (1, 5, 10)
 
 
@@ -67,7 +69,7 @@ def choose_batch_tokens(config: ModelConfig, device: torch.device, dtype: torch.
     (8 C), two of the feed-forward part, and a row of the mask.
     """
     free = measure_free_bytes(device) if device.type == "cuda" else available_host_bytes()
-    logits = 3 * loss_layout(device.type).rows * config.vocab_size * 4
+    logits = 3 * _choose_chunk(device.type, config.vocab_size) * config.vocab_size * 4
     wide = 8 * config.n_embeddings + 2 * config.ffn_hid_dim
     per_token = wide * dtype.itemsize + 5 * config.context_length
     fitting = int((free * _MEMORY_SHARE - logits) / per_token)
@@ -119,8 +121,9 @@ class RowScorer:
         # The first token of every choice is predicted at the same place.
         place, chosen = torch.unique(place, return_inverse=True)
         parts = []
-        for first in range(0, len(place), loss_layout(self.device.type).rows):
-            last = min(first + loss_layout(self.device.type).rows, len(place))
+        n_rows = _choose_chunk(self.device.type, model.config.vocab_size)
+        for first in range(0, len(place), n_rows):
+            last = min(first + n_rows, len(place))
             logits = _compute_logits(model, hidden, place[first:last])
             [here] = torch.nonzero((first <= chosen) & (chosen < last), as_tuple=True)
             parts.append((here, self._judge(logits, chosen[here] - first, target[here])))
@@ -142,10 +145,23 @@ class RowScorer:
         the most probable token, and with `wants_ranks` how many are more probable.
         """
         log_p = torch.log_softmax(logits, dim=-1, dtype=torch.float32)
-        found = [log_p[place, target], log_p.argmax(dim=-1)[place] == target]
+        chosen = log_p[place, target]
+        is_best = chosen == log_p.amax(dim=-1)[place]
+        # Of equal ones the first is what greedy decoding gives; argmax is slow, and rarely needed.
+        [ties] = torch.nonzero(is_best, as_tuple=True)
+        is_best[ties] = log_p[place[ties]].argmax(dim=-1) == target[ties]
+        found = [chosen, is_best]
         if self.wants_ranks:
             found.append((log_p[place] > found[0][:, None]).sum(dim=1))
         return found
+
+
+def _choose_chunk(device_type: str, vocab_size: int) -> int:
+    """Positions whose logits are held at once: on the CPU as many as malloc keeps for the next."""
+    most = loss_layout(device_type).rows
+    if device_type != "cpu":
+        return most
+    return max(_LEAST_ROWS, min(most, _CHUNK_BYTES // (4 * vocab_size) // 8 * 8))
 
 
 def _compute_logits(model: DecoderOnlyTransformer, hidden: Tensor, place: Tensor) -> Tensor:
