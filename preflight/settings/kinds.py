@@ -169,7 +169,7 @@ MODE_SUMMARIES = {
     "sweep": "compare values of a flag by short trainings: --sweep learning_rate=1e-3,2e-3",
     "forecast": "predict the bits per byte that a run will reach, from three short trainings",
     "generate": "generate text from a checkpoint",
-    "evaluate": "score a checkpoint on text and tasks: --evaluate quick --tasks lambada.jsonl",
+    "evaluate": "measure a checkpoint on text and on tasks such as LAMBADA",
     "tokenize": "show the tokens of a text, piece by piece",
     "detokenize": "show the text that token ids stand for: --detokenize 1,2,3",
 }
