@@ -246,12 +246,12 @@ def test_a_journal_goes_on_in_the_batches_that_it_was_begun_with(
     n_batches = calls[0]
     storage.remove_tree(Path("training_output/evaluation"))
     with monkeypatch.context() as patch:
-        count_calls(patch, 5)
+        count_calls(patch, 2)
         assert main([*flags, "100"]) == ExitCode.SIGINT
     with monkeypatch.context() as patch:
         calls = count_calls(patch, 0)
         assert main([*flags, "5000"]) == 0
-    assert calls[0] == n_batches - 4
+    assert calls[0] == n_batches - 1 > 1
 
 
 def test_a_disk_that_is_full_at_the_end_keeps_what_was_scored(
