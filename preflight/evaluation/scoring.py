@@ -39,7 +39,7 @@ _LEAST_TOKENS = 256
 # Share of the free memory that a batch may take.
 _MEMORY_SHARE = 0.5
 # Of logits that are computed at once: with fewer, MKL's sgemm rounds otherwise (measured).
-_LEAST_ROWS = 8
+_LEAST_ROWS = 16
 # glibc's malloc keeps freed blocks of up to 32 MiB; larger ones are zeroed page by page, each time.
 _CHUNK_BYTES = 30 * 2**20
 TOP_RANKS = (1, 5, 10)
@@ -167,9 +167,12 @@ def _choose_chunk(device_type: str, vocab_size: int) -> int:
 def _compute_logits(model: DecoderOnlyTransformer, hidden: Tensor, place: Tensor) -> Tensor:
     """Logits (R V) of the rows `place` of vectors (N C), rounded as if all N had been computed.
 
-    BLAS has other kernels for a matrix of a few rows, which add in another order.
+    BLAS has other kernels for a matrix of a few rows, which add in another order, and of such a
+    matrix the last rows may be rounded unlike the first.
     """
-    n_missing = max(0, min(_LEAST_ROWS, len(hidden)) - len(place))
+    if len(hidden) <= _LEAST_ROWS:
+        return model.compute_logits(hidden)[place]
+    n_missing = max(0, _LEAST_ROWS - len(place))
     logits = model.compute_logits(F.pad(hidden[place], (0, 0, 0, n_missing)))
     return logits[: len(place)]
 
