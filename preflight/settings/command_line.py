@@ -219,7 +219,7 @@ def _render_short_help() -> str:
     lines += [
         "",
         f"--help all shows all {len(options)} flags, --help NAME those of a mode or of a group:",
-        f"  {', '.join(GROUP_SUMMARIES)}",
+        *(f"  {line}" for line in textwrap.wrap(", ".join(GROUP_SUMMARIES), MAX_COLUMNS - 2)),
         "",
         _render_end(),
     ]
