@@ -141,6 +141,8 @@ def _argument_of(option: Option) -> dict[str, Any]:
     if option.kind is bool:
         return arguments | {"action": argparse.BooleanOptionalAction}
     arguments["metavar"] = _name_value(option)
+    if option.metadata["alone"]:
+        return arguments | {"nargs": "?", "const": option.metadata["alone"]}
     return arguments | ({"nargs": "+", "action": "extend"} if option.many else {})
 
 

@@ -67,6 +67,7 @@ def setting(
     choices: tuple[str, ...] | Registry[Any] = (),
     check: Callable[[str], str] = _check_text,
     metavar: str | None = None,
+    alone: str | None = None,
     **limits: float,
 ) -> Any:
     """A dataclass field whose value can be checked.
@@ -77,9 +78,10 @@ def setting(
         choices: names of which the value must be one; those of a registry are read when needed.
         check: returns a valid text, and raises ValueError with what is allowed for another.
         metavar: the value's name in ``--help``.
+        alone: the value of a flag without one; unset: there must be one.
         limits: ``ge``, ``le``, ``gt`` and ``lt``, as `pydantic.Field` takes them.
     """
-    metadata = {"help": help_text, "choices": choices, "metavar": metavar}
+    metadata = {"help": help_text, "choices": choices, "metavar": metavar, "alone": alone}
     return field(default=default, metadata=metadata | {"check": check, "limits": limits})
 
 

@@ -10,6 +10,7 @@ from preflight.core.errors import ExitCode, PreflightError
 from preflight.settings.check import CheckSettings
 from preflight.settings.control import ControlSettings
 from preflight.settings.data import DataSettings
+from preflight.settings.evaluation import EvaluationSettings
 from preflight.settings.generation import GenerationSettings
 from preflight.settings.model import (
     CUSTOM_SIZE_FIELDS,
@@ -42,6 +43,7 @@ class RunConfig:
     search: SearchSettings = field(default_factory=SearchSettings)
     trials: TrialSettings = field(default_factory=TrialSettings)
     tokens: TokenSettings = field(default_factory=TokenSettings)
+    evaluation: EvaluationSettings = field(default_factory=EvaluationSettings)
     report: ReportSettings = field(default_factory=ReportSettings)
     sources: dict[str, str] = field(default_factory=dict)
 
@@ -77,6 +79,7 @@ GROUP_SUMMARIES = {
     "search": "How `--get-optimal-bs` searches for a batch size.",
     "trials": "How `--find-lr` and `--sweep` try a run before it starts.",
     "tokens": "What `--tokenize` and `--detokenize` show.",
+    "evaluation": "What `--evaluate` scores.",
     "report": "The page that `--report` writes.",
 }
 

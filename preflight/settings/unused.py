@@ -28,6 +28,10 @@ MODE_FLAGS: dict[str, tuple[str, ...]] = {
         *("seed", "output_dir", "device", "mixed_precision", "log_level", "config"),
         *("data_dir", "text_file"),  # no output may replace them
     ),
+    "evaluate": (
+        *("evaluation", "checkpoint_path", "replace_unknown", "output_dir", "data_dir"),
+        *("text_file", "device", "mixed_precision", "log_level", "config", "json"),
+    ),
     "report": ("report", "output_dir", "data_dir", "log_level", "config"),
     "tokenize": ("tokenize", "replace_unknown", *_OF_A_TOKENIZER),
     "detokenize": ("detokenize", *_OF_A_TOKENIZER),
