@@ -154,6 +154,7 @@ MODES: Registry[Any] = Registry(
         "sweep": "preflight.modes.sweep:run",
         "forecast": "preflight.modes.forecast:run",
         "generate": "preflight.modes.generate:run",
+        "compare": "preflight.modes.compare:run",
         "tokenize": "preflight.modes.tokenize:run_tokenize",
         "detokenize": "preflight.modes.tokenize:run_detokenize",
     },
@@ -168,6 +169,7 @@ MODE_SUMMARIES = {
     "sweep": "compare values of a flag by short trainings: --sweep learning_rate=1e-3,2e-3",
     "forecast": "predict the bits per byte that a run will reach, from three short trainings",
     "generate": "generate text from a checkpoint",
+    "compare": "complete the same prompts with several checkpoints, side by side",
     "tokenize": "show the tokens of a text, piece by piece",
     "detokenize": "show the text that token ids stand for: --detokenize 1,2,3",
 }

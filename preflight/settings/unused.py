@@ -28,6 +28,12 @@ MODE_FLAGS: dict[str, tuple[str, ...]] = {
         *("seed", "output_dir", "device", "mixed_precision", "log_level", "config"),
         *("data_dir", "text_file"),  # no output may replace them
     ),
+    "compare": (
+        *("comparison", "sampling", "prompts", "prompts_file", "num_return_sequences"),
+        *("output_file", "overwrite", "replace_unknown", "interactive"),
+        *("seed", "output_dir", "device", "mixed_precision", "log_level", "config"),
+        *("data_dir", "text_file"),  # no output may replace them; for --with-evaluation
+    ),
     "tokenize": ("tokenize", "replace_unknown", *_OF_A_TOKENIZER),
     "detokenize": ("detokenize", *_OF_A_TOKENIZER),
 }
