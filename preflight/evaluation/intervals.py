@@ -129,7 +129,7 @@ def compare_paired(
     if error > 0:
         t_values = _draw_t_values(tops, bottoms)
         half = error * _find_quantile(tops, bottoms, t_values)
-        p_value = max(p_value, _find_p_value(abs(estimate) / error, t_values))
+        p_value = max(p_value, _find_p_value(estimate / error, t_values))
     low, high = estimate - half, estimate + half
     is_shown = p_value <= 1 - LEVEL and not low <= 0 <= high
     return PairedDifference(estimate, low, high, p_value, is_shown)
@@ -174,7 +174,10 @@ def _estimate_ratio(tops: np.ndarray, bottoms: np.ndarray) -> tuple[float, float
 
 
 def _draw_t_values(tops: np.ndarray, bottoms: np.ndarray) -> np.ndarray:
-    """|t| of each resample, sorted: its distance from the estimate in its own standard errors."""
+    """t of each resample: its distance from the estimate in its own standard errors.
+
+    NaN where one item was drawn alone, which says nothing of its error.
+    """
     n = len(tops)
     if n < _MIN_BOOTSTRAP_ITEMS:
         return np.empty(0)
@@ -186,10 +189,9 @@ def _draw_t_values(tops: np.ndarray, bottoms: np.ndarray) -> np.ndarray:
         with np.errstate(divide="ignore", invalid="ignore"):
             ratio = rest / bottom
             variance = (rest2 - 2 * ratio * product + ratio**2 * bottom2) * n / (n - 1)
-            t_values = np.abs(rest) / np.sqrt(np.maximum(variance, 0))
-        # One item repeated: nothing is known of its error.
-        found.append(np.where(variance > 1e-12 * rest2, t_values, np.inf))
-    return np.sort(np.concatenate(found))
+            t_values = rest / np.sqrt(np.maximum(variance, 0))
+        found.append(np.where(variance > 1e-12 * rest2, t_values, np.nan))
+    return np.concatenate(found)
 
 
 def _draw_counts(rng: np.random.Generator, n: int) -> Iterator[np.ndarray]:
@@ -206,13 +208,19 @@ def _find_quantile(tops: np.ndarray, bottoms: np.ndarray, t_values: np.ndarray) 
     student = find_t_quantile(len(tops) - 1)
     if not len(t_values):
         return student
-    return float(t_values[math.ceil(LEVEL * (len(t_values) + 1)) - 1])
+    ordered = np.sort(np.nan_to_num(np.abs(t_values), nan=np.inf, posinf=np.inf))
+    return float(ordered[math.ceil(LEVEL * (len(ordered) + 1)) - 1])
 
 
 def _find_p_value(t_value: float, t_values: np.ndarray) -> float:
-    """The share of the resamples that lie at least as far out, itself counted."""
-    beyond = len(t_values) - int(np.searchsorted(t_values, t_value, side="left"))
-    return (1 + beyond) / (len(t_values) + 1)
+    """The share of the resamples at least as far out, on both sides or twice on the same side.
+
+    The larger of the two counts: for ten skewed differences the first alone is too small.
+    """
+    is_unknown = np.isnan(t_values)
+    both = int((is_unknown | (np.abs(t_values) >= abs(t_value))).sum())
+    same = int((is_unknown | (t_values * math.copysign(1, t_value) >= abs(t_value))).sum())
+    return min(1.0, max(1 + both, 2 * (1 + same)) / (len(t_values) + 1))
 
 
 def _find_flip_p_value(tops: np.ndarray) -> float:

@@ -194,10 +194,11 @@ def simulate(kind: str, n: int, rng: np.random.Generator) -> tuple[np.ndarray, n
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("n", [10, 50, 200])
+@pytest.mark.parametrize("n", [10, 50, 150])
 @pytest.mark.parametrize("kind", ["nats of a last word", "pages", "short pages are harder"])
-def test_ratios_are_covered_95_percent(kind: str, n: int) -> None:
+def test_ratios_are_covered_95_percent(kind: str, n: int, monkeypatch: pytest.MonkeyPatch) -> None:
     rng, held = np.random.default_rng(n), 0
+    monkeypatch.setattr(intervals, "_N_RESAMPLES", 399)  # a fifth, to take a fifth of the time
     for _ in range(N_EVALUATIONS):
         tops, bottoms, truth = simulate(kind, n, rng)
         low, high = ratio_interval(tops, bottoms)
@@ -220,9 +221,12 @@ def simulate_pair(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("n", [3, 10, 50, 200])
+@pytest.mark.parametrize("n", [3, 10, 50, 150])
 @pytest.mark.parametrize("kind", ["accuracy", "bits per byte", "skewed"])
-def test_models_that_do_not_differ_seldom_seem_to(kind: str, n: int) -> None:
+def test_models_that_do_not_differ_seldom_seem_to(
+    kind: str, n: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(intervals, "_N_RESAMPLES", 399)
     rng = np.random.default_rng(n)
     shown = sum(compare_paired(*simulate_pair(kind, n, rng)).is_shown for _ in range(N_EVALUATIONS))
-    assert shown / N_EVALUATIONS <= (0.05 if kind != "skewed" else 0.065)
+    assert shown / N_EVALUATIONS <= 0.05
