@@ -1,6 +1,7 @@
 """Every flag: its default, its limits and its help, written once. No torch."""
 
 from preflight.settings.check import CheckSettings
+from preflight.settings.comparison import ComparisonSettings
 from preflight.settings.control import ControlSettings
 from preflight.settings.data import DataSettings
 from preflight.settings.generation import OUTPUT_SUFFIXES, GenerationSettings
@@ -38,6 +39,7 @@ __all__ = [
     "OUTPUT_SUFFIXES",
     "PART_NAMES",
     "CheckSettings",
+    "ComparisonSettings",
     "ControlSettings",
     "DataSettings",
     "GenerationSettings",

@@ -8,6 +8,7 @@ from typing import Any
 from preflight.core.commands import join_words
 from preflight.core.errors import ExitCode, PreflightError
 from preflight.settings.check import CheckSettings
+from preflight.settings.comparison import ComparisonSettings
 from preflight.settings.control import ControlSettings
 from preflight.settings.data import DataSettings
 from preflight.settings.evaluation import EvaluationSettings
@@ -45,6 +46,7 @@ class RunConfig:
     tokens: TokenSettings = field(default_factory=TokenSettings)
     evaluation: EvaluationSettings = field(default_factory=EvaluationSettings)
     report: ReportSettings = field(default_factory=ReportSettings)
+    comparison: ComparisonSettings = field(default_factory=ComparisonSettings)
     sources: dict[str, str] = field(default_factory=dict)
 
     @property
@@ -78,6 +80,7 @@ GROUP_SUMMARIES = {
     "check": "What the report of `--check` holds, and for which GPU.",
     "search": "How `--get-optimal-bs` searches for a batch size.",
     "trials": "How `--find-lr` and `--sweep` try a run before it starts.",
+    "comparison": "What `--compare` compares.",
     "tokens": "What `--tokenize` and `--detokenize` show.",
     "evaluation": "What `--evaluate` scores.",
     "report": "The page that `--report` writes.",

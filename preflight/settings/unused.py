@@ -33,6 +33,13 @@ MODE_FLAGS: dict[str, tuple[str, ...]] = {
         *("text_file", "device", "mixed_precision", "log_level", "config", "json"),
     ),
     "report": ("report", "output_dir", "data_dir", "log_level", "config"),
+    "compare": (
+        *("comparison", "sampling", "prompts", "prompts_file", "num_return_sequences"),
+        *("tasks", "tasks_dir", "evaluation_batch_tokens"),  # for --with-evaluation
+        *("output_file", "overwrite", "replace_unknown", "interactive"),
+        *("seed", "output_dir", "device", "mixed_precision", "log_level", "config"),
+        *("data_dir", "text_file"),  # no output may replace them; for --with-evaluation
+    ),
     "tokenize": ("tokenize", "replace_unknown", *_OF_A_TOKENIZER),
     "detokenize": ("detokenize", *_OF_A_TOKENIZER),
 }

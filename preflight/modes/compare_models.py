@@ -1,0 +1,173 @@
+"""What `--compare` compares: checkpoints under names of their own, and their models in memory."""
+
+from __future__ import annotations
+
+import gc
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import cast
+
+import torch
+
+from generate import load_model, stream_text
+from preflight.checkpoints.format import MILESTONES_NAME, Checkpoint
+from preflight.checkpoints.manifest import FOLDER_NAME, WEIGHTS_NAME
+from preflight.checkpoints.store import open_checkpoint
+from preflight.core.commands import format_command
+from preflight.core.errors import ExitCode, PreflightError
+from preflight.core.log import log
+from preflight.core.units import format_bytes
+from preflight.device.host_memory import available_host_bytes
+from preflight.device.runtime import Runtime
+from preflight.models.base import TokenModel
+from preflight.settings import RunConfig, SamplingConfig
+from preflight.tokenization import Tokenizer
+
+ALL = "all"
+_WEIGHT_BYTES = 4  # of a weight in a checkpoint, which is trained in fp32
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A checkpoint of the comparison, by its name in tables."""
+
+    name: str
+    checkpoint: Checkpoint
+
+    @property
+    def weight_bytes(self) -> int:
+        """Size of its weights file."""
+        return self.checkpoint.manifest.files[WEIGHTS_NAME].bytes
+
+
+def find_entries(config: RunConfig) -> list[Entry]:
+    """The checkpoints to compare, each once, verified, under names of their own.
+
+    Raises:
+        PreflightError: code FLAGS, for fewer than two; code CHECKPOINT, for what is none.
+    """
+    named: list[str] = []
+    for value in config.comparison.compare:
+        is_all = value == ALL and not os.path.lexists(value)
+        named += _find_runs(config) if is_all else [value]
+    found = [open_checkpoint(path) for path in named]
+    checkpoints = list({c.path.resolve(): c for c in found}.values())
+    if len(checkpoints) < 2:
+        raise PreflightError(
+            ExitCode.FLAGS,
+            f"--compare needs at least two checkpoints, found {len(checkpoints)}",
+            f"for example: {format_command('--compare', 'run_a', 'run_b')}",
+        )
+    return [Entry(*pair) for pair in zip(_name(checkpoints), checkpoints, strict=True)]
+
+
+def _find_runs(config: RunConfig) -> list[str]:
+    """Every run below `--output-dir`, or below this folder where it is not given."""
+    root = config.control.output_dir if "output_dir" in config.sources else "."
+    found = []
+    for folder, names, _ in os.walk(root):
+        if MILESTONES_NAME in names and _has_checkpoint(Path(folder)):
+            found.append(folder)
+        names[:] = sorted(n for n in names if n != MILESTONES_NAME and not n.startswith("."))
+    return found
+
+
+def _has_checkpoint(run_folder: Path) -> bool:
+    return any(FOLDER_NAME.fullmatch(name) for name in os.listdir(run_folder / MILESTONES_NAME))
+
+
+def _name(checkpoints: Sequence[Checkpoint]) -> list[str]:
+    """The names of their runs, with the step; longer where two would be equal."""
+    paths = [checkpoint.path.absolute() for checkpoint in checkpoints]
+    folders = [p.parent.parent if p.parent.name == MILESTONES_NAME else p for p in paths]
+    for n_parts in range(1, max(len(folder.parts) for folder in folders) + 1):
+        names = [
+            f"{'/'.join(folder.parts[-n_parts:])}, step {checkpoint.step:,}"
+            for folder, checkpoint in zip(folders, checkpoints, strict=True)
+        ]
+        if len(set(names)) == len(names):
+            return names
+    return [str(path) for path in paths]
+
+
+def find_best_entry(entries: Sequence[Entry]) -> Entry | None:
+    """The one with the lowest validation loss; None where losses are missing or of other data."""
+    losses = {e.name: e.checkpoint.val_loss for e in entries}
+    data = {json.dumps(_find_data(e.checkpoint)) for e in entries}
+    if None in losses.values() or len(data) > 1 or data == {"null"}:
+        log.info("best: unknown, since not all have a validation loss on the same data")
+        return None
+    return min(entries, key=lambda entry: cast(float, losses[entry.name]))
+
+
+def _find_data(checkpoint: Checkpoint) -> str | None:
+    """The fingerprint of its data folder; it changes with the tokenizer, too."""
+    data = checkpoint.config.get("data")
+    return data.get("fingerprint") if isinstance(data, dict) else None
+
+
+# ---- memory -------------------------------------------------------------------------------------
+
+
+def measure_free_bytes(runtime: Runtime) -> int:
+    """Memory that is free where the models go."""
+    if runtime.device.type == "cuda":
+        return int(torch.cuda.mem_get_info(runtime.device)[0])
+    return available_host_bytes()
+
+
+def choose_loading(entries: Sequence[Entry], dtype_bytes: int, free_bytes: int) -> bool:
+    """Whether all are kept loaded; else one after the other is. Told before anything is loaded.
+
+    Raises:
+        PreflightError: code OUT_OF_MEMORY, when the largest does not fit alone.
+    """
+    sizes = [entry.weight_bytes * dtype_bytes // _WEIGHT_BYTES for entry in entries]
+    largest, total = max(sizes), sum(sizes)
+    if largest > free_bytes:
+        raise PreflightError(
+            ExitCode.OUT_OF_MEMORY,
+            f"{entries[sizes.index(largest)].name} needs {format_bytes(largest)} for its weights, "
+            f"{format_bytes(free_bytes)} are free",
+            "nothing was loaded; end other programs, or choose another --device",
+        )
+    # Beside the weights of all, one is read a second time while it goes to the device.
+    fits = total + largest <= free_bytes
+    how = "all are loaded at once" if fits else "one is loaded after the other, for each prompt"
+    log.info(
+        f"{len(entries)} checkpoints: {format_bytes(total)} of weights, "
+        f"{format_bytes(free_bytes)} free: {how}"
+    )
+    return fits
+
+
+class Models:
+    """The models of the entries: all of them loaded, or one at a time where memory is short."""
+
+    def __init__(self, entries: Sequence[Entry], runtime: Runtime, free_bytes: int) -> None:
+        self.entries, self._runtime = entries, runtime
+        self.keeps_all = choose_loading(entries, runtime.dtype.itemsize, free_bytes)
+        self._loaded: dict[str, tuple[TokenModel, Tokenizer]] = {}
+
+    def open(self, entry: Entry) -> tuple[TokenModel, Tokenizer]:
+        """The model and its tokenizer; another one is freed first where not all fit.
+
+        Raises:
+            PreflightError: code CHECKPOINT.
+        """
+        if entry.name not in self._loaded:
+            if not self.keeps_all:
+                self._loaded.clear()
+                gc.collect()
+            loaded = load_model(entry.checkpoint, self._runtime.device, self._runtime.dtype)
+            _warm_up(*loaded)
+            self._loaded[entry.name] = loaded
+        return self._loaded[entry.name]
+
+
+def _warm_up(model: TokenModel, tokenizer: Tokenizer) -> None:
+    """Two tokens that nobody sees: the first ones of a process take longer."""
+    list(stream_text(model, tokenizer, "", SamplingConfig(max_new_tokens=2)))
