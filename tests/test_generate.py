@@ -224,7 +224,7 @@ def test_files_hold_every_answer_in_order(
 def test_a_stopped_run_keeps_the_finished_completions(
     output_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def write(*arguments: Any) -> None:
+    def write(*arguments: Any, **options: Any) -> None:
         arguments[-1]([(0, generate.Generation("first", 3, "end"))], 3)
         signal.raise_signal(signal.SIGTERM)
         arguments[-1]([(1, generate.Generation("second", 3, "end"))], 3)
