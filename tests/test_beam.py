@@ -164,7 +164,7 @@ def test_beams_equal_those_of_hugging_face(n_beams: int, penalty: float, repetit
     for seed in range(2):
         model = build_model(60, context=32, seed=seed)
         with torch.no_grad():  # the end comes often
-            model.norm.bias.add_(2 * model.embed_tokens.weight[end])
+            model.norm.bias.add_(3 * model.embed_tokens.weight[end])
         peer, _ = build_hugging_face(model, bos_token_id=0, eos_token_id=end)
         draw = torch.Generator().manual_seed(seed)
         prompts = torch.randint(8, 60, (6, 5), generator=draw)
@@ -197,7 +197,7 @@ def test_a_prompt_of_a_batch_gets_what_it_gets_alone(
     byte_model: DecoderOnlyTransformer, tokenizer: Tokenizer, batch_size: int, device: str
 ) -> None:
     """With stop texts, so that searches end at different times, and windows that slide."""
-    stop = tuple("abcdefghijklmnopqrstuvwxyz")
+    stop = tuple(map(chr, range(32, 127)))
     config = SamplingConfig(20, beams=3, stop=stop, logprobs=2)
     model = copy.deepcopy(byte_model).to(device)
     together = generate_batch(model, tokenizer, PROMPTS, config, batch_size)
@@ -206,10 +206,11 @@ def test_a_prompt_of_a_batch_gets_what_it_gets_alone(
     assert len({each.n_tokens for each in alone}) > 1
     for each in alone:
         data = tokenizer.decode_bytes(each.tokens)
-        letters = [i for i, byte in enumerate(data) if chr(byte) in stop]
-        assert letters in ([], [len(data) - 1])  # it ends with the first
-        assert each.finish_reason == ("stop" if letters else "length")
-        assert each.text == data[: len(data) - len(letters)].decode(errors="ignore")
+        places = [i for i, byte in enumerate(data) if chr(byte) in stop]
+        assert places in ([], [len(data) - 1])  # it ends with the first
+        assert each.finish_reason == ("stop" if places else "length")
+        if places:
+            assert each.text == data[:-1].decode(errors="replace")
 
 
 def test_ids_without_a_text_are_in_no_beam(tokenizer: Tokenizer) -> None:

@@ -11,7 +11,7 @@ from typing import Protocol
 class Vocabulary(Protocol):
     """The ids that a model may generate. Every `Tokenizer` is one."""
 
-    def __hash__(self) -> int: ...  # noqa: D105
+    def __hash__(self) -> int: ...
 
     @property
     def vocab_size(self) -> int:
