@@ -48,11 +48,11 @@ def test_beams_equal_those_of_hugging_face(n_beams: int, penalty: float, repetit
             repetition_penalty=repetition,
             max_new_tokens=n_tokens,
             eos_token_id=end,
-            pad_token_id=0,
+            pad_token_id=1,  # it takes 0 for none
         )
         for index, row in enumerate(theirs[:, 5:].tolist()):
             completion, n = found[index], found[index].n_tokens
             assert list(completion.tokens) == row[:n]
-            assert not any(row[n:])
+            assert set(row[n:]) <= {1}
             ended += completion.finish_reason == "end"
     assert 2 < ended < 12  # and others reach the last token
