@@ -142,6 +142,8 @@ def test_enough_beams_find_what_trying_every_text_finds(end: int) -> None:
 def test_fewer_beams_find_what_a_plain_search_finds(n_beams: int, penalty: float) -> None:
     """Prompts of different lengths in one batch, and windows that slide three times."""
     model, end = build_model(40, context=8), 7
+    with torch.no_grad():  # the end comes often enough to be the next best
+        model.norm.bias.add_(1.5 * model.embed_tokens.weight[end])
     prompts = [[1], [2, 3, 4], [5] * 8, [9, 30], [11, 12, 13, 14, 15]]
     config = SamplingConfig(26, beams=n_beams, length_penalty=penalty)
     found = search(model, AnyIds(40, end), prompts, config, batch_size=3, n_best=n_beams)
@@ -176,14 +178,24 @@ def test_a_prompt_of_a_batch_gets_what_it_gets_alone(
             assert each.text == data[:-1].decode(errors="replace")
 
 
-def test_ids_without_a_text_are_in_no_beam(tokenizer: Tokenizer) -> None:
-    model = DecoderOnlyTransformer(ModelConfig(tokenizer.vocab_size + 4, 8, 8, 2, 1, 8))
+class Gaps(AnyIds):
+    """Ids of which every third stands for nothing."""
+
+    def token_bytes(self, token: int) -> bytes | None:
+        return b"" if token % 3 else None
+
+
+@pytest.mark.parametrize("repetition", [1.0, 1.5])
+def test_ids_without_a_text_are_in_no_beam(repetition: float) -> None:
+    """Gaps in the vocabulary, and ids that the model has beyond it."""
+    model = DecoderOnlyTransformer(ModelConfig(24, 8, 8, 2, 1, 8))
     with torch.no_grad():
         model.norm.bias.fill_(1.0)
-        model.embed_tokens.weight[tokenizer.vocab_size :] = 100.0
-    config = SamplingConfig(9, beams=3, repetition_penalty=1.5)
-    [found] = generate_batch(model, tokenizer, ["x"], config)
-    assert max(found.tokens) < tokenizer.vocab_size
+        model.embed_tokens.weight[[0, 3, 6, 9, 20, 22]] = 100.0
+    config = SamplingConfig(9, beams=3, repetition_penalty=repetition)
+    for found in search(model, Gaps(20), [[1], [3, 0]], config, n_best=3):
+        assert found.n_tokens == 9
+        assert all(token % 3 and token < 20 for token in found.tokens)
 
 
 def test_a_model_without_attention_is_searched_too() -> None:
