@@ -27,7 +27,7 @@ def test_beams_equal_those_of_hugging_face(n_beams: int, penalty: float, repetit
             for parameter in model.parameters():  # what follows depends on all that came before
                 parameter.mul_(8 if parameter.dim() > 1 else 1)
             # The end comes often.
-            model.norm.bias.add_(3 * model.embed_tokens.weight[end])
+            model.get_parameter("norm.bias").add_(3 * model.embed_tokens.weight[end])
         peer, _ = build_hugging_face(model, bos_token_id=0, eos_token_id=end)
         draw = torch.Generator().manual_seed(seed)
         prompts = torch.randint(8, 60, (6, 5), generator=draw)
