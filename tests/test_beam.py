@@ -291,7 +291,8 @@ def test_ids_that_are_none(byte_model: DecoderOnlyTransformer) -> None:
     size = byte_model.config.vocab_size
     assert [len(row) for row in generate_ids(byte_model, [[1], [2, 3]], config)] == [5, 5]
     assert generate_ids(byte_model, [], config) == []
-    for rows in ([[]], [[1], [size]], [[-1]]):
+    refused: list[list[list[int]]] = [[[]], [[1], [size]], [[-1]]]
+    for rows in refused:
         with pytest.raises(ValueError, match=f"ids from 0 to {size - 1}"):
             generate_ids(byte_model, rows, config)
     with pytest.raises(ValueError, match="only with the tokenizer"):
