@@ -8,7 +8,6 @@ rows can choose another token. Shapes: B rows, V vocabulary.
 from __future__ import annotations
 
 import contextlib
-import functools
 import random
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -18,9 +17,14 @@ from torch import Tensor
 
 from preflight.checkpoints.format import Checkpoint, load_weights
 from preflight.core.errors import ExitCode, PreflightError
-from preflight.core.log import log_once
 from preflight.decoding.assembling import TextAssembler
+from preflight.decoding.beam import BeamSearcher
 from preflight.decoding.choosing import choose_tokens, is_greedy
+from preflight.decoding.completions import Generation, TokenLogprobs
+from preflight.decoding.logprobs import measure_normalisers, read_logprobs
+from preflight.decoding.vocabulary import AnyIds, Vocabulary, list_ids_without_text
+from preflight.decoding.windows import PREFILL_TOKENS as PREFILL_TOKENS
+from preflight.decoding.windows import fit_prompts, prefill_windows, window_start
 from preflight.models.base import TokenModel
 from preflight.models.building import build_on_meta
 from preflight.models.graph_decoder import GraphDecoder
@@ -32,17 +36,6 @@ from preflight.tokenization import Tokenizer, load_saved_tokenizer
 from preflight.training.resume import check_model, check_tokenizer
 
 SAMPLE_TOKENS = 48  # of the text that a run generates at each evaluation
-# Tokens that go through the model at once in a prefill; bounds the memory of activations.
-PREFILL_TOKENS = 8192
-
-
-@dataclass(frozen=True)
-class Generation:
-    """A completion: what follows the prompt, and why it ends there."""
-
-    text: str
-    n_tokens: int  # chosen, the one that ended the completion included
-    finish_reason: str  # "stop": a stop text came; "end": of text; "length": max_new_tokens
 
 
 # Called after each step with the completions that ended in it, by index, and the tokens chosen.
@@ -65,6 +58,7 @@ def load_model(
     model = build_empty_model(checkpoint)
     shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
     model.load_state_dict(load_weights(checkpoint, shapes), assign=True)
+    model.bind_generate(_Generate(tokenizer))
     return model.to(device=device, dtype=dtype).eval().requires_grad_(False), tokenizer
 
 
@@ -97,13 +91,21 @@ def stream_text(
 
     A piece ends between two characters. What may be the start of a stop text is held back until
     it is known not to be. It is the text that `generate_batch` gives to the prompt at `index`.
+    The text of a beam search is known at its end only: it is one piece.
     """
-    decoder = _Decoder(model, tokenizer, [prompt], config, batch_size=1, first_index=index)
+    if config.beams > 1:
+        [completion] = generate_batch(model, tokenizer, [prompt], config, 1)
+        if on_step:
+            on_step([(index, completion)], completion.n_tokens)
+        yield completion.text
+        return
+    ids = [encode_prompt(tokenizer, prompt)]
+    decoder = _Decoder(model, tokenizer, ids, config, batch_size=1, first_index=index)
     row = decoder.rows[0]
     while not row.finish_reason:
         ended = decoder.step()
         if on_step:
-            on_step([(row.index, row.result()) for row in ended], 1)
+            on_step(ended, 1)
         if row.pieces[-1]:
             yield row.pieces[-1]
 
@@ -115,6 +117,7 @@ def generate_batch(
     config: SamplingConfig,
     batch_size: int = 8,
     on_step: OnStep | None = None,
+    n_best: int = 1,
 ) -> list[Generation]:
     """One completion for each prompt, in the order of the prompts.
 
@@ -125,18 +128,95 @@ def generate_batch(
         config: how tokens are chosen.
         batch_size: completions generated at once. When one ends, the next prompt takes its place.
         on_step: told of progress; what it raises ends the generation.
+        n_best: completions of each prompt in a beam search, at most its beams, best first.
     """
+    ids = [encode_prompt(tokenizer, prompt) for prompt in prompts]
+    return _complete(model, tokenizer, ids, config, batch_size, on_step, n_best)
+
+
+def generate_ids(
+    model: LanguageModel,
+    token_ids: Tensor | Sequence[Sequence[int]],
+    config: SamplingConfig,
+    tokenizer: Tokenizer | None = None,
+    batch_size: int = 8,
+) -> list[list[int]]:
+    """The ids that follow each row of ids: those of `generate_batch` on the same prompts.
+
+    Args:
+        model: computes in its own dtype, on its own device.
+        token_ids: a tensor (B T), or rows of different lengths; rows are not padded.
+        config: how tokens are chosen. `stop` needs the tokenizer.
+        tokenizer: says which id ends a text and which ids are never generated. Without it every
+            row gets `max_new_tokens` of any ids.
+        batch_size: rows generated at once.
+
+    Returns:
+        What was chosen for each row, without the row itself, with the id that ended it.
+
+    Raises:
+        ValueError: not rows of ids of the model's vocabulary, or a row is empty and no tokenizer
+            says what starts a text.
+    """
+    end = [] if tokenizer is None else [tokenizer.end_of_text_id]
+    rows = [list(map(int, row)) or end for row in token_ids]
+    vocab_size = model.config.vocab_size
+    if not all(row and 0 <= min(row) <= max(row) < vocab_size for row in rows):
+        raise ValueError(f"token_ids must be rows of one or more ids from 0 to {vocab_size - 1}")
+    if tokenizer is None and config.stop:
+        raise ValueError("a stop text can be found only with the tokenizer")
+    known = tokenizer or AnyIds(vocab_size)
+    return [list(done.tokens) for done in _complete(model, known, rows, config, batch_size)]
+
+
+@dataclass(frozen=True)
+class _Generate:
+    """`generate_ids` with a tokenizer, for `TokenModel.generate`."""
+
+    tokenizer: Tokenizer
+
+    def __call__(
+        self,
+        model: LanguageModel,
+        token_ids: Tensor | Sequence[Sequence[int]],
+        config: SamplingConfig,
+    ) -> list[list[int]]:
+        return generate_ids(model, token_ids, config, self.tokenizer)
+
+    def __deepcopy__(self, memo: object) -> _Generate:
+        return self  # copies of a model share their tokenizer
+
+
+def encode_prompt(tokenizer: Tokenizer, prompt: str) -> list[int]:
+    """Its ids. An empty prompt starts as every document does: after an end of text."""
+    return tokenizer.encode(prompt).tolist() or [tokenizer.end_of_text_id]
+
+
+def _complete(
+    model: LanguageModel,
+    tokenizer: Vocabulary,
+    prompts: Sequence[list[int]],
+    config: SamplingConfig,
+    batch_size: int,
+    on_step: OnStep | None = None,
+    n_best: int = 1,
+) -> list[Generation]:
+    """The completions of token ids, in the order of the prompts."""
     if not prompts:
         return []
-    decoder = _Decoder(model, tokenizer, prompts, config, batch_size)
+    decoder: _Decoder | BeamSearcher
+    if config.beams > 1:
+        decoder = BeamSearcher(model, tokenizer, prompts, config, batch_size, n_best)
+    else:
+        decoder = _Decoder(model, tokenizer, prompts, config, batch_size)
     done: dict[int, Generation] = {}
     while decoder.rows:
         n_tokens = len(decoder.rows)
-        ended = [(row.index, row.result()) for row in decoder.step()]
+        ended = decoder.step()
         done.update(ended)
         if on_step:
             on_step(ended, n_tokens)
-    return [done[index] for index in range(len(prompts))]
+    return [done[index] for index in sorted(done)]
 
 
 def build_random(seed: int, index: int) -> random.Random:
@@ -148,29 +228,18 @@ def build_random(seed: int, index: int) -> random.Random:
     return random.Random(f"{seed} {index}" if index else seed)
 
 
-def window_start(n_tokens: int, context_length: int) -> int:
-    """First token that the model sees of a text of `n_tokens`.
-
-    GPT-2's positions are learned and absolute, so a cache cannot be shifted. When the window is
-    full, it moves on by a quarter and is prefilled again, which costs three tokens for each one
-    generated. Moving on by one token at a time would cost the whole window for each.
-    """
-    excess = n_tokens - context_length
-    stride = max(1, context_length // 4)
-    return -(-excess // stride) * stride if excess > 0 else 0
-
-
 class _Row:
     """One completion in the making: its tokens, its random numbers, its text."""
 
     def __init__(
-        self, index: int, prompt_ids: list[int], tokenizer: Tokenizer, config: SamplingConfig
+        self, index: int, prompt_ids: list[int], tokenizer: Vocabulary, config: SamplingConfig
     ) -> None:
         self.index = index
         self.tokens = prompt_ids
         self.window_start: int | None = None  # of what the cache holds; None: nothing yet
         self.random = build_random(config.seed, index)
         self.pieces: list[str] = []  # one a token, often empty
+        self.logprobs: list[TokenLogprobs] = []  # one a token, where they are asked for
         self.finish_reason = ""
         self._tokenizer = tokenizer
         self._max_new_tokens = config.max_new_tokens
@@ -190,7 +259,9 @@ class _Row:
 
     def result(self) -> Generation:
         """The completion so far."""
-        return Generation("".join(self.pieces), len(self.pieces), self.finish_reason)
+        n_tokens = len(self.pieces)
+        tokens, logprobs = tuple(self.tokens[len(self.tokens) - n_tokens :]), tuple(self.logprobs)
+        return Generation("".join(self.pieces), n_tokens, self.finish_reason, tokens, logprobs)
 
 
 class _Decoder:
@@ -199,15 +270,16 @@ class _Decoder:
     def __init__(
         self,
         model: LanguageModel,
-        tokenizer: Tokenizer,
-        prompts: Sequence[str],
+        tokenizer: Vocabulary,
+        prompts: Sequence[list[int]],
         config: SamplingConfig,
         batch_size: int,
         first_index: int = 0,
     ) -> None:
         self.model, self.config = model, config
         self._context = model.config.context_length
-        rows = self._build_rows(prompts, tokenizer, first_index)
+        fitted = fit_prompts(prompts, self._context, config.max_new_tokens)
+        rows = [_Row(first_index + index, ids, tokenizer, config) for index, ids in fitted]
         self.rows, self._waiting = rows[:batch_size], rows[batch_size:][::-1]
         weight = next(iter(model.parameters()))
         self._device, dtype = weight.device, weight.dtype
@@ -215,7 +287,7 @@ class _Decoder:
             dtype = torch.get_autocast_dtype(self._device.type)
         self._vocab_size = min(tokenizer.vocab_size, model.config.vocab_size)
         self._banned = torch.tensor(
-            _list_ids_without_text(tokenizer), dtype=torch.long, device=self._device
+            list_ids_without_text(tokenizer), dtype=torch.long, device=self._device
         )
         with torch.inference_mode():
             self._cache = model.build_cache(
@@ -228,31 +300,9 @@ class _Decoder:
         self._newest: Tensor | None = None  # the rows' last tokens, while they are on the device
         self._seen: Tensor | None = None  # which ids (B V) each row holds, for the penalty
 
-    def _build_rows(
-        self, prompts: Sequence[str], tokenizer: Tokenizer, first_index: int
-    ) -> list[_Row]:
-        rows = []
-        for index, prompt in enumerate(prompts, first_index):
-            # An empty prompt starts as every document does: after an end of text.
-            ids = tokenizer.encode(prompt).tolist() or [tokenizer.end_of_text_id]
-            if len(ids) > self._context:
-                log_once(
-                    f"a prompt is longer than the context: its last {self._context:,} "
-                    "tokens are used"
-                )
-            rows.append(_Row(index, ids[-self._context :], tokenizer, self.config))
-        # Longest first: windows that are prefilled together then need little padding.
-        rows.sort(key=lambda row: -len(row.tokens))
-        if len(rows[0].tokens) + self.config.max_new_tokens > self._context:
-            log_once(
-                f"past {self._context:,} tokens the window slides: the start of the text "
-                "leaves the model's context"
-            )
-        return rows
-
     @torch.inference_mode()
-    def step(self) -> list[_Row]:
-        """Choose one token in each row; returns the rows that ended with it."""
+    def step(self) -> list[tuple[int, Generation]]:
+        """Choose one token in each row; the completions that ended with it, by index."""
         was_training = self.model.training
         try:
             if was_training:
@@ -263,7 +313,7 @@ class _Decoder:
                 self.model.train()
         for row, token in zip(self.rows, self._newest.tolist(), strict=True):
             row.accept(token)
-        ended = [row for row in self.rows if row.finish_reason]
+        ended = [(row.index, row.result()) for row in self.rows if row.finish_reason]
         if ended:
             self._replace_ended()
         return ended
@@ -289,29 +339,28 @@ class _Decoder:
                 logits = self._fast.decode(self._newest)
             else:
                 logits = self.model.decode(self._newest, self._cache)
+            asked = self.config.logprobs
+            normalisers = None if asked is None else measure_normalisers(logits)
             logits = logits[:, : self._vocab_size]  # B V
             if len(self._banned):
                 logits[:, self._banned] = -torch.inf
             ids = choose_tokens(logits, self.config, uniforms, self._seen)
+        if asked is not None and normalisers is not None:
+            details = read_logprobs(logits, normalisers, ids, asked)
+            for row, detail in zip(self.rows, details, strict=True):
+                row.logprobs.append(detail)
         if self._seen is not None:
             self._seen.scatter_(1, ids[:, None], True)
         return ids
 
     def _prefill_windows(self) -> None:
         """Prefill all but the last token of each window that is new or has moved."""
-        starts = [window_start(len(row.tokens), self._context) for row in self.rows]
-        moved = [i for i, row in enumerate(self.rows) if row.window_start != starts[i]]
-        moved.sort(key=lambda i: len(self.rows[i].tokens) - starts[i])
-        while moved:
-            longest = len(self.rows[moved[-1]].tokens) - starts[moved[-1]] - 1
-            n_rows = max(1, PREFILL_TOKENS // max(1, longest))
-            part, moved = sorted(moved[-n_rows:]), moved[:-n_rows]
-            windows = [self.rows[i].tokens[starts[i] : -1] for i in part]
-            padded = [window + [0] * (longest - len(window)) for window in windows]
-            tokens = torch.tensor(padded, dtype=torch.long, device=self._device)
-            self.model.prefill(tokens, self._cache, part, [len(window) for window in windows])
-            for i in part:
-                self.rows[i].window_start = starts[i]
+        windows: dict[int, list[int]] = {}
+        for i, row in enumerate(self.rows):
+            start = window_start(len(row.tokens), self._context)
+            if row.window_start != start:
+                windows[i], row.window_start = row.tokens[start:-1], start
+        prefill_windows(self.model, self._cache, windows, self._device)
 
     def _replace_ended(self) -> None:
         """Give the rows of completions that ended to waiting prompts, or drop the rows."""
@@ -332,10 +381,3 @@ def _find_fast_decoder(
     """What decodes faster than `model.decode`, if the model has such a thing."""
     build = getattr(model, "fast_decoder", None)
     return None if build is None else build(cache)
-
-
-@functools.cache
-def _list_ids_without_text(tokenizer: Tokenizer) -> list[int]:
-    """Ids never generated: gaps in the vocabulary, special tokens other than the end of text."""
-    ids = range(tokenizer.vocab_size)
-    return [i for i in ids if tokenizer.token_bytes(i) is None and i != tokenizer.end_of_text_id]

@@ -221,10 +221,74 @@ def test_files_hold_every_answer_in_order(
     ]
 
 
+def test_log_probabilities_stand_beside_tokens(output_dir: Path, run: Run, tmp_path: Path) -> None:
+    """In JSON lines with ids; in text as a table below the completion."""
+    flags = ("--prompts", "one", "two and more", *GREEDY, "--logprobs", "2")
+    assert run(*flags, "--output-file", "a.jsonl").returncode == 0
+    records = [json.loads(line) for line in (tmp_path / "a.jsonl").read_text().splitlines()]
+    assert len(records) == 2
+    for record in records:
+        assert list(record)[-4:] == ["text", "n_tokens", "finish_reason", "logprobs"]
+        assert len(record["logprobs"]) == record["n_tokens"] == 6
+        for token in record["logprobs"]:  # greedy: the first alternative is what was chosen
+            alternatives = token.pop("alternatives")
+            assert alternatives[0] == token
+            assert [list(each) for each in alternatives] == [["id", "token", "logprob"]] * 2
+            assert 0 > alternatives[0]["logprob"] > alternatives[1]["logprob"]
+    gpt2 = load_tokenizer("gpt2")
+    ids = [token["id"] for token in records[0]["logprobs"]]
+    assert gpt2.decode(ids).startswith(records[0]["text"].rstrip("\ufffd"))
+    shown = run(*flags).stdout.decode()
+    assert shown.startswith(f"one{records[0]['text']}\n\n logprob  token  (most probable)\n")
+    first = records[0]["logprobs"][0]
+    assert (
+        f"\n{first['logprob']:8.3f}  {json.dumps(first['token'], ensure_ascii=False)}  (" in shown
+    )
+    assert run(*flags, "--output-file", "a.txt").returncode == 0
+    assert (tmp_path / "a.txt").read_text() == shown
+    assert " logprob  token  (most probable)" in run("--interactive", *flags).stdout.decode()
+
+
+def test_a_beam_search_from_the_command_line(output_dir: Path, run: Run, tmp_path: Path) -> None:
+    flags = ("--prompts", "one", "two and more", "--max-new-tokens", "5", "--beams", "4")
+    checkpoint = open_checkpoint(str(output_dir / "milestones" / "checkpoint-2"))
+    model, tokenizer = load_model(checkpoint, torch.device("cpu"), torch.float32)
+    expected = [
+        generate_text(model, tokenizer, prompt, SamplingConfig(5, beams=4))
+        for prompt in ("one", "two and more")
+    ]
+    done = run(*flags, "--temperature", "0.7")
+    rule = f"\n{generate.SEPARATOR}\n"
+    assert done.stdout.decode() == f"one{expected[0]}\n{rule}two and more{expected[1]}\n"
+    assert b"--temperature is not used: --beams searches for the most probable text" in done.stderr
+    assert run(*flags, "--interactive").stdout.decode().startswith(f"one{expected[0]}\n")
+    best = (*flags, "--num-return-sequences", "3", "--output-file", "a.json")
+    assert run(*best).returncode == 0
+    records = json.loads((tmp_path / "a.json").read_text())
+    assert [(r["prompt"], r["sequence"]) for r in records] == [
+        (prompt, place) for prompt in ("one", "two and more") for place in range(3)
+    ]
+    assert [r["text"] for r in records[::3]] == expected
+    scores = [r["score"] for r in records[:3]]
+    assert scores == sorted(scores, reverse=True)
+    assert len({r["text"] for r in records[:3]}) == 3
+
+
+def test_searches_that_cannot_be(run: Run) -> None:
+    for flags, words in (
+        (("--beams", "0"), b"--beams must be at least 1, got 0"),
+        (("--logprobs", "60000"), b"--logprobs 60,000 is more than the 50,257 ids that this model"),
+        (("--beams", "2", "--num-return-sequences", "3"), b"must be at most --beams 2"),
+    ):
+        done = run("--prompts", "x", *flags)
+        assert done.returncode == 2
+        assert words in done.stderr
+
+
 def test_a_stopped_run_keeps_the_finished_completions(
     output_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def write(*arguments: Any) -> None:
+    def write(*arguments: Any, **options: Any) -> None:
         arguments[-1]([(0, generate.Generation("first", 3, "end"))], 3)
         signal.raise_signal(signal.SIGTERM)
         arguments[-1]([(1, generate.Generation("second", 3, "end"))], 3)

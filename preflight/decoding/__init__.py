@@ -1,1 +1,1 @@
-"""From logits to text: choosing tokens, assembling text."""
+"""From logits to text: choosing tokens, beam search, log-probabilities, assembling text."""

@@ -6,7 +6,8 @@ Shapes: B sequences, T tokens in each, C hidden size, V vocabulary.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 from preflight.models.kv_cache import KVCache
 from preflight.models.loss import cap_logits, linear_cross_entropy
 from preflight.models.protocol import ParameterGroup
-from preflight.settings import ModelConfig
+from preflight.settings import ModelConfig, SamplingConfig
 
 
 class ResidualLinear(nn.Linear):
@@ -32,6 +33,7 @@ class TokenModel(nn.Module):
 
     layers: nn.ModuleList
     norm: nn.Module
+    _generate: Callable[..., list[list[int]]] | None = None
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -76,6 +78,29 @@ class TokenModel(nn.Module):
     def decode(self, tokens: Tensor, cache: KVCache) -> Tensor:
         """As in `LanguageModel`."""
         raise NotImplementedError
+
+    def bind_generate(self, generate: Callable[[Any, Any, Any], list[list[int]]]) -> None:
+        """Let `generate` be that of a decoding engine, which is built on models: called with the
+        model, the token ids and the settings. `generate.load_model` does it.
+        """
+        self._generate = generate
+
+    def generate(
+        self, token_ids: Tensor | Sequence[Sequence[int]], config: SamplingConfig
+    ) -> list[list[int]]:
+        """The ids that follow each row of ids (B T, or rows of different lengths).
+
+        Without the rows themselves; the id that ended a row is the last.
+
+        Raises:
+            RuntimeError: the model did not come from `generate.load_model`.
+        """
+        if self._generate is None:
+            raise RuntimeError(
+                "no tokenizer is bound to this model: call generate.generate_ids(model, "
+                "token_ids, config, tokenizer)"
+            )
+        return self._generate(self, token_ids, config)
 
     def check_length(self, tokens: Tensor) -> None:
         """Raise `ValueError` where sequences (B T) are longer than the context."""

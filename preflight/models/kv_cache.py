@@ -18,7 +18,7 @@ class KVCache:
     """Keys and values of the tokens so far, allocated once, with a row for each sequence.
 
     `lengths` counts the tokens of each row. It is kept on the host, so that a step never waits
-    for the device.
+    for the device. `token_dim` is the dimension of a layer's tensor that counts tokens.
 
     Args:
         config: the model's architecture.
@@ -27,6 +27,8 @@ class KVCache:
         dtype: the model's.
         capacity: tokens that a row can hold, at most the context length (the default).
     """
+
+    token_dim = 3
 
     def __init__(
         self,
@@ -50,9 +52,25 @@ class KVCache:
             raise ValueError(f"{n_tokens} tokens are more than the cache's {self.capacity}")
 
     def keep_rows(self, rows: list[int]) -> None:
-        """Drop every row but these, which move up in the order given."""
+        """Drop every row but these, which move up in the order given; a row may repeat."""
         self.layers = [keys_values[:, rows] for keys_values in self.layers]
         self.lengths = [self.lengths[row] for row in rows]
+
+    def copy_rows(self, sources: list[int]) -> None:
+        """Make row i what row ``sources[i]`` is. Only tokens that are there are copied, in place,
+        so that no second cache is needed.
+        """
+        changed = [row for row, source in enumerate(sources) if source != row]
+        if not changed:
+            return
+        used = max(self.lengths[sources[row]] for row in changed)
+        device = self.layers[0].device
+        to = torch.tensor(changed, device=device)
+        origin = torch.tensor([sources[row] for row in changed], device=device)
+        for keys_values in self.layers if used else ():
+            tokens = keys_values.narrow(self.token_dim, 0, used)
+            tokens[:, to] = tokens[:, origin]
+        self.lengths = [self.lengths[source] for source in sources]
 
 
 class CacheStep(Protocol):

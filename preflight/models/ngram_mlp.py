@@ -23,6 +23,8 @@ from preflight.settings.kinds import ACTIVATIONS
 class TokenCache(KVCache):
     """The ids of the tokens so far: one tensor (1 B S), with a row for each sequence."""
 
+    token_dim = 2
+
     def __init__(
         self, config: ModelConfig, batch_size: int, device: torch.device, capacity: int | None
     ) -> None:

@@ -8,14 +8,12 @@ from __future__ import annotations
 import dataclasses
 import glob
 import io
-import json
 import os
 import stat
 import sys
 import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
 
 import torch
 from tqdm import tqdm
@@ -26,11 +24,13 @@ from preflight.checkpoints.manifest import MANIFEST_NAME
 from preflight.core.errors import ExitCode, PreflightError
 from preflight.core.log import log
 from preflight.core.signals import StopFlag
-from preflight.core.storage import TEMPORARY_PREFIX, publish_file
+from preflight.core.storage import TEMPORARY_PREFIX
 from preflight.core.streams import is_missing
 from preflight.corpus.metadata import METADATA_NAME, SPLITS
+from preflight.decoding.vocabulary import list_ids_without_text
 from preflight.device.runtime import is_out_of_memory
 from preflight.models.base import TokenModel
+from preflight.modes.completion_files import SEPARATOR, format_logprobs, save_completions
 from preflight.modes.prompts import is_interactive, read_prompts
 from preflight.modes.setup import RunSetup
 from preflight.settings import RunConfig, SamplingConfig, build_config
@@ -42,7 +42,6 @@ try:
 except ImportError:  # Windows
     readline = None  # type: ignore[assignment]
 
-SEPARATOR = "-" * 40
 HELP = """\
 Type a prompt and press Enter: the model continues it. Ctrl-C stops a completion. Commands:
   /temp X   sampling temperature, 0: greedy    /topk N   top-k, 0: all tokens
@@ -92,6 +91,7 @@ def run(config: RunConfig) -> int:
     checkpoint = setup.checkpoint
     try:
         model, tokenizer = setup.load_model()
+        check_vocabulary(config.sampling, model, tokenizer)
         log.info(
             f"{checkpoint.path}: step {checkpoint.step:,}, {model.config.label}, "
             f"{runtime.device}, {str(runtime.dtype).removeprefix('torch.')}"
@@ -105,7 +105,8 @@ def run(config: RunConfig) -> int:
         raise PreflightError(
             ExitCode.OUT_OF_MEMORY,
             "out of memory on this device",
-            f"lower --generation-batch-size {config.generation.generation_batch_size}, "
+            f"lower --generation-batch-size {config.generation.generation_batch_size}"
+            f"{f' or --beams {config.sampling.beams}' if config.sampling.beams > 1 else ''}, "
             "or use --device cpu",
         ) from None
 
@@ -121,6 +122,23 @@ def _choose_precision(config: RunConfig) -> RunConfig:
         return config
     system = dataclasses.replace(config.system, mixed_precision=False)
     return dataclasses.replace(config, system=system)
+
+
+def check_vocabulary(sampling: SamplingConfig, model: TokenModel, tokenizer: Tokenizer) -> None:
+    """Check that the model can generate as many different ids as the flags ask for.
+
+    Raises:
+        PreflightError: code FLAGS, when it cannot.
+    """
+    n_ids = min(tokenizer.vocab_size, model.config.vocab_size)
+    n_ids -= len(list_ids_without_text(tokenizer))
+    for flag, asked in (("--beams", sampling.beams), ("--logprobs", sampling.logprobs or 0)):
+        if asked > n_ids:
+            raise PreflightError(
+                ExitCode.FLAGS,
+                f"{flag} {asked:,} is more than the {n_ids:,} ids that this model can generate",
+                f"use {flag} {n_ids} or less",
+            )
 
 
 def check_output(config: RunConfig) -> None:
@@ -222,7 +240,7 @@ def _write_completions(
     model: TokenModel, tokenizer: Tokenizer, prompts: list[str], config: RunConfig
 ) -> int:
     """Complete all prompts in batches. Completions are printed in order, as soon as they can be."""
-    settings = config.generation
+    settings, is_search = config.generation, config.sampling.beams > 1
     repeated = [p for p in prompts for _ in range(settings.num_return_sequences)]
     done: dict[int, Generation] = {}
     shown = 0
@@ -242,7 +260,8 @@ def _write_completions(
         while shown in done and not settings.output_file:
             with bar.external_write_mode():
                 rule = f"\n{SEPARATOR}\n" if shown else ""
-                _show(f"{rule}{repeated[shown]}{done[shown].text}\n")
+                details = format_logprobs(done[shown], tokenizer)
+                _show(f"{rule}{repeated[shown]}{done[shown].text}\n{details}")
             shown += 1
         stop.leave_if_stopping(
             f"stopped: {len(done):,} of {len(repeated):,} completions are finished"
@@ -253,39 +272,19 @@ def _write_completions(
             generate_batch(
                 model,
                 tokenizer,
-                repeated,
+                prompts if is_search else repeated,
                 config.sampling,
                 settings.generation_batch_size,
                 note_step,
+                n_best=settings.num_return_sequences if is_search else 1,
             )
         finally:
             bar.close()
             if settings.output_file and done:
-                _save_completions(
-                    Path(settings.output_file), repeated, done, settings.num_return_sequences
-                )
+                path, n_sequences = Path(settings.output_file), settings.num_return_sequences
+                save_completions(path, repeated, done, n_sequences, tokenizer)
     _log_rate(len(done), written, time.perf_counter() - began)
     return int(ExitCode.DONE)
-
-
-def _save_completions(
-    path: Path, prompts: list[str], done: dict[int, Generation], n_sequences: int
-) -> None:
-    """Publish the finished completions, in the order of the prompts."""
-    records: list[dict[str, Any]] = [
-        {"prompt": prompts[i], "sequence": i % n_sequences, **dataclasses.asdict(done[i])}
-        for i in sorted(done)
-    ]
-    suffix = path.suffix.lower()
-    if suffix == ".json":
-        content = json.dumps(records, ensure_ascii=False, indent=2) + "\n"
-    elif suffix == ".jsonl":
-        content = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
-    else:
-        content = f"\n{SEPARATOR}\n".join(f"{r['prompt']}{r['text']}\n" for r in records)
-    with publish_file(path, len(data := content.encode())) as file:
-        file.write(data)
-    log.info(f"{len(records):,} completions in {path}")
 
 
 class Session:
@@ -327,19 +326,20 @@ class Session:
         """Stream one completion; Ctrl-C ends it, and only it."""
         index, self._n_completions = self._n_completions, self._n_completions + 1
         steps: list[int] = []
+        found: list[tuple[int, Generation]] = []
+
+        def note_step(ended: list[tuple[int, Generation]], n_tokens: int) -> None:
+            steps.append(n_tokens)
+            found.extend(ended)
+
         began = time.perf_counter()
         try:
             _show(prompt if echo else "")
             for piece in stream_text(
-                self.model,
-                self.tokenizer,
-                prompt,
-                self.sampling,
-                lambda ended, n_tokens: steps.append(n_tokens),
-                index,
+                self.model, self.tokenizer, prompt, self.sampling, note_step, index
             ):
                 _show(piece)
-            _show("\n")
+            _show("\n" + "".join(format_logprobs(each, self.tokenizer) for _, each in found))
         except KeyboardInterrupt:
             _show("\n")
             log.info("stopped")

@@ -155,6 +155,12 @@ def _find_conflicts(config: RunConfig) -> list[str]:
         faults.append("--output-file and --interactive contradict each other: drop one")
     if generation.prompts and generation.prompts_file:
         faults.append("--prompts and --prompts-file: give one of them")
+    beams = config.sampling.beams
+    if 1 < beams < generation.num_return_sequences:
+        faults.append(
+            f"--num-return-sequences {generation.num_return_sequences} must be at most --beams "
+            f"{beams}: a search gives one completion for each beam"
+        )
     if config.trials.find_lr_min >= config.trials.find_lr_max:
         faults.append("--find-lr-min must be less than --find-lr-max")
     return faults

@@ -46,4 +46,27 @@ class SamplingConfig:
         check=_read_escapes,
     )
     do_sample: bool = setting(True, "sample; --no-do-sample: greedy decoding")
+    beams: int = setting(
+        1,
+        "beam search: follow the N most probable texts at once and take the one of the best score, "
+        "without sampling; each of --generation-batch-size has N rows in memory",
+        metavar="N",
+        ge=1,
+        le=4096,
+    )
+    length_penalty: float = setting(
+        1.0,
+        "score of a beam: its log-probability / generated tokens ** X; above 0 favours longer "
+        "completions",
+        metavar="X",
+        ge=-10,
+        le=10,
+    )
+    logprobs: int | None = setting(
+        None,
+        "write the log-probability of each token, and the N most probable ones in its place",
+        metavar="N",
+        ge=0,
+        le=MAX_COUNT,
+    )
     seed: int = 42  # no flag of its own: `TrainingSettings.seed` sets it

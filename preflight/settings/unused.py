@@ -150,7 +150,19 @@ IDLE_FLAGS = (
     IdleFlags(
         ("temperature", "top_k", "top_p", "seed"),
         "--no-do-sample always takes the most probable token",
-        lambda config: not config.sampling.do_sample,
+        lambda config: not config.sampling.do_sample and config.sampling.beams == 1,
+        ("generate",),
+    ),
+    IdleFlags(
+        ("do_sample", "temperature", "top_k", "top_p", "seed"),
+        "--beams searches for the most probable text and draws nothing",
+        lambda config: config.sampling.beams > 1,
+        ("generate",),
+    ),
+    IdleFlags(
+        ("length_penalty",),
+        "one beam is no search: give --beams",
+        lambda config: config.sampling.beams == 1,
         ("generate",),
     ),
 )
