@@ -9,7 +9,7 @@ from __future__ import annotations
 import codecs
 import os
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -101,25 +101,34 @@ def read_task(path: Path) -> tuple[Task, str]:
             if path.suffix.lower() == ".txt":
                 text = _decode(path, file.read(), 0)
                 items = [build_page(p, n) for n, p in split_pages(text.splitlines(keepends=True))]
-                return _build_task(path, "pages", items), "WikiText pages"
-            form, items = None, []
-            for number, line in enumerate(file, 1):
-                record = _parse_line(path, line, number)
-                if record is None:
-                    continue
-                form = form or _recognise(path, record, number)
-                items.append(_build_item(path, form, record, number))
+                if not items:
+                    raise text_error(path, "there is no item in it", _ADVICE)
+                return Task(path.stem, "pages", str(path), tuple(items)), "WikiText pages"
+            lines = ((n, _parse_line(path, line, n)) for n, line in enumerate(file, 1))
+            return build_task(path, path.stem, lines)
     except OSError as error:
         if error.errno in DISK_ERRNOS:
             raise storage_error(path, error) from None
         raise text_error(path, error.strerror or str(error), "check the name") from None
-    return _build_task(path, form.kind if form else "pages", items), form.name if form else ""
 
 
-def _build_task(path: Path, kind: TaskKind, items: list[Item]) -> Task:
-    if not items:
-        raise text_error(path, "there is no item in it", _ADVICE)
-    return Task(path.stem, kind, str(path), tuple(items))
+def build_task(
+    place: Path | str, name: str, records: Iterable[tuple[int, Record | None]]
+) -> tuple[Task, str]:
+    """The task of records (number from 1, fields; None: nothing), and what it was taken for.
+
+    Raises:
+        PreflightError: code TEXT, naming the place, the record and the field at fault.
+    """
+    form, items = None, []
+    for number, record in records:
+        if record is None:
+            continue
+        form = form or _recognise(place, record, number)
+        items.append(_build_item(place, form, record, number))
+    if form is None:
+        raise text_error(place, "there is no item in it", _ADVICE)
+    return Task(name, form.kind, str(place), tuple(items)), form.name
 
 
 def _decode(path: Path, raw: bytes, line: int) -> str:
@@ -144,7 +153,7 @@ def _parse_line(path: Path, line: bytes, number: int) -> Record | None:
     return record
 
 
-def _recognise(path: Path, record: Record, number: int) -> _Form:
+def _recognise(path: Path | str, record: Record, number: int) -> _Form:
     """The form of a file by its first line's fields."""
     for form in _FORMS:
         if _find_field(record, form.marks) is not None:
@@ -153,7 +162,7 @@ def _recognise(path: Path, record: Record, number: int) -> _Form:
     raise text_error(path, f"line {number}: no known kind of item has {held}", _ADVICE)
 
 
-def _build_item(path: Path, form: _Form, record: Record, number: int) -> Item:
+def _build_item(path: Path | str, form: _Form, record: Record, number: int) -> Item:
     try:
         for names in form.fields:
             if _find_field(record, names) is None:

@@ -9,14 +9,12 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-import re
 import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from tqdm import tqdm
 
 from generate import load_model
 from preflight.checkpoints.format import MILESTONES_NAME, Checkpoint
@@ -25,38 +23,24 @@ from preflight.checkpoints.store import find_best, open_checkpoint
 from preflight.core import storage
 from preflight.core.errors import ExitCode, PreflightError
 from preflight.core.locks import FolderLock
-from preflight.core.log import is_progress_shown, log
+from preflight.core.log import log
 from preflight.core.signals import StopFlag
-from preflight.corpus.metadata import METADATA_NAME
-from preflight.corpus.shards import load_data_folder
 from preflight.device.runtime import Runtime, build_runtime, is_out_of_memory
-from preflight.evaluation.encoding import Row, encode_task
+from preflight.evaluation.hub_tasks import read_hub_task
 from preflight.evaluation.items import Task
-from preflight.evaluation.journal import Journal, build_key
+from preflight.evaluation.own_tasks import load_own_tasks
 from preflight.evaluation.results import (
     FORMAT,
     VERSION,
     TaskResult,
-    build_figures,
-    build_text_figures,
     format_table,
-    list_scores,
-)
-from preflight.evaluation.scoring import (
-    BranchScore,
-    RowScorer,
-    choose_batch_tokens,
-    collect_items,
-    score_rows,
 )
 from preflight.evaluation.tasks import find_task_files, read_tasks
-from preflight.evaluation.validation import TextWindow, join_windows, read_texts, read_validation
-from preflight.models.base import TokenModel
+from preflight.modes.evaluator import Evaluator, name_checkpoint
 from preflight.settings import RunConfig
 from preflight.tokenization import Tokenizer
 
 FOLDER_NAME = "evaluation"
-_STOPPED = "stopped: what was scored is kept; run the same command again to continue"
 
 
 def run(config: RunConfig) -> int:
@@ -67,11 +51,16 @@ def run(config: RunConfig) -> int:
     """
     settings = config.evaluation
     # All inputs are read before a model is loaded, so that a fault in them is told at once.
-    tasks = read_tasks(find_task_files(settings.tasks, settings.tasks_dir))
+    hub = [name for name in settings.tasks if name.startswith("hf:")]
+    files = [name for name in settings.tasks if name not in hub]
+    tasks = read_tasks(find_task_files(files, settings.tasks_dir))
+    tasks += [read_hub_task(name) for name in hub]
+    if not settings.tasks and not settings.tasks_dir:
+        tasks = [(task, "items of our own writing") for task in load_own_tasks()]
     checkpoints = find_checkpoints(config)
     runtime = _build_runtime(config)
     for task, form in tasks:
-        log.info(f"{task.source}: {form}, {len(task.items):,} items")
+        log.info(f"{task.name} ({task.source}): {form}, {len(task.items):,} items")
     with StopFlag() as stop:
         for checkpoint in checkpoints:
             evaluation = _evaluate(checkpoint, config, runtime, tasks, stop)
@@ -120,7 +109,7 @@ def _evaluate(
         log.info(f"{checkpoint.path}: step {checkpoint.step:,}, {model.config.label}")
         if config.generation.replace_unknown:
             tokenizer = tokenizer.replacing_unknown()
-        evaluator = _Evaluator(checkpoint, model, tokenizer, runtime, folder, config, stop)
+        evaluator = Evaluator(checkpoint, model, tokenizer, runtime, folder, config, stop)
         try:
             results = evaluator.evaluate(tasks)
         except RuntimeError as error:
@@ -144,136 +133,7 @@ def _find_folder(checkpoint: Checkpoint, config: RunConfig) -> Path:
     return (parent.parent if in_run else Path(config.control.output_dir)) / FOLDER_NAME
 
 
-class _Evaluator:
-    """Scores text and tasks with one model, and keeps a journal of each.
-
-    Attributes:
-        batch_tokens: that go through the model at once.
-    """
-
-    def __init__(
-        self,
-        checkpoint: Checkpoint,
-        model: TokenModel,
-        tokenizer: Tokenizer,
-        runtime: Runtime,
-        folder: Path,
-        config: RunConfig,
-        stop: StopFlag,
-    ) -> None:
-        self.checkpoint, self.model, self.tokenizer = checkpoint, model, tokenizer
-        self.folder, self.config, self.stop = folder, config, stop
-        self.batch_tokens = config.evaluation.evaluation_batch_tokens or choose_batch_tokens(
-            model.config, runtime.device, runtime.dtype
-        )
-        self._context = model.config.context_length
-        self._facts = {
-            "weights": checkpoint.manifest.files[WEIGHTS_NAME].sha256,
-            "dtype": str(runtime.dtype),
-            "device": runtime.device.type,
-            "torch": torch.__version__,
-        }
-        self._journals: list[Journal] = []
-
-    def evaluate(self, tasks: Sequence[tuple[Task, str]]) -> list[TaskResult]:
-        """The results of the text, then of the tasks in their order."""
-        limits = self.config.evaluation.limits
-        source, windows, available = self._read_text(limits["text"])
-        prepared = []
-        for task, form in tasks:
-            items = task.items[: limits[task.kind]]
-            encoded = encode_task(task, items, self.tokenizer, self._context)
-            prepared.append((task, form, items, encoded))
-        total = sum(w.row.n_tokens for w in windows)
-        total += sum(row.n_tokens for *_, encoded in prepared for row in encoded.rows)
-        results = []
-        with tqdm(
-            total=total,
-            desc=self.checkpoint.path.name,
-            unit="token",
-            unit_scale=True,
-            dynamic_ncols=True,
-            disable=not is_progress_shown(),
-        ) as bar:
-            if windows:
-                _, scores = self._score("text", [w.row for w in windows], bar, wants_ranks=True)
-                results.append(_build_text_result(source, windows, available, scores))
-            for task, form, items, encoded in prepared:
-                scorer, scores = self._score(task.name, encoded.rows, bar)
-                found = collect_items(scorer.rows, scores, len(items))
-                results.append(
-                    TaskResult(
-                        *(task.name, task.kind, task.source, form),
-                        build_figures(task.kind, items, found),
-                        len(items),
-                        len(task.items),
-                        encoded.list_notes(),
-                        list_scores(task, items, found),
-                    )
-                )
-        return results
-
-    def _read_text(self, n_windows: int | None) -> tuple[str, list[TextWindow], int]:
-        """The validation text: its name, windows, and how many there are."""
-        files = self.config.data.text_file
-        if files:
-            return ", ".join(files), *read_texts(files, self.tokenizer, self._context, n_windows)
-        data_dir = Path(self.config.data.data_dir)
-        if not os.path.lexists(data_dir / METADATA_NAME):
-            log.info(f"no data folder {data_dir} and no --text-file: no validation text is scored")
-            return "", [], 0
-        data = load_data_folder(data_dir, self.tokenizer)
-        found = read_validation(data, self.tokenizer, self._context, n_windows)
-        return f"validation part of {data_dir}", *found
-
-    def _score(
-        self, name: str, rows: Sequence[Row], bar: tqdm, *, wants_ranks: bool = False
-    ) -> tuple[RowScorer, dict[int, list[BranchScore]]]:
-        """The scorer of rows, and their scores, those that the journal has first."""
-        key = build_key(rows, self._facts)
-        safe = re.sub(r"[^\w.-]+", "_", name)[:80]
-        path = self.folder / f"{_name(self.checkpoint)}-{safe}-{key[:8]}.journal"
-        journal = Journal(path, key, self.batch_tokens)
-        self._journals.append(journal)
-        scorer = RowScorer(self.model, rows, journal.batch_tokens, wants_ranks=wants_ranks)
-        if journal.done:
-            log.info(
-                f"{name}: {len(journal.done):,} of {len(scorer.rows):,} parts were scored before"
-            )
-            bar.update(sum(scorer.rows[i].n_tokens for i in journal.done))
-
-        def keep(batch: Any, scores: list[list[BranchScore]]) -> None:
-            journal.add(batch, scores)
-            bar.update(sum(scorer.rows[i].n_tokens for i in batch.rows))
-            self.stop.leave_if_stopping(_STOPPED)
-
-        try:
-            return scorer, score_rows(scorer, keep, journal.done)
-        finally:
-            journal.close()
-
-    def remove_journals(self) -> None:
-        """Delete them, once the result is written."""
-        for journal in self._journals:
-            journal.remove()
-
-
-def _build_text_result(
-    source: str, windows: list[TextWindow], available: int, scores: dict[int, list[BranchScore]]
-) -> TaskResult:
-    found = join_windows(windows, scores)
-    rows = [dataclasses.asdict(window) for window in found]
-    figures = build_text_figures(found)
-    return TaskResult(
-        "text", "text", source, "plain text", figures, len(windows), available, scores=rows
-    )
-
-
 # ---- results ------------------------------------------------------------------------------------
-
-
-def _name(checkpoint: Checkpoint) -> str:
-    return re.sub(r"[^\w.-]+", "_", checkpoint.path.absolute().name)[:80]
 
 
 def _describe(
@@ -305,7 +165,7 @@ def _write(
     folder: Path, checkpoint: Checkpoint, content: dict[str, Any], results: list[TaskResult]
 ) -> None:
     """Write ``<name>-<time>.json`` and ``.txt``, under a name that is free."""
-    stem = f"{_name(checkpoint)}-{time.strftime('%Y%m%d-%H%M%S')}"
+    stem = f"{name_checkpoint(checkpoint)}-{time.strftime('%Y%m%d-%H%M%S')}"
     taken = {Path(name).stem for name in os.listdir(folder)}
     free = next(s for s in (stem, *(f"{stem}-{n}" for n in range(2, 10_000))) if s not in taken)
     storage.write_json(folder / f"{free}.json", content)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from preflight.core import storage
 from preflight.core.errors import ExitCode, PreflightError
 from preflight.evaluation.scoring import RowScorer
 from preflight.evaluation.tasks import read_task
+from preflight.modes import evaluate as evaluate_mode
 
 RUN = "--model-size custom --n-layers 2 --n-heads 2 --n-embeddings 32 --context-length 32"
 Evaluate = Callable[..., int]
@@ -77,7 +79,7 @@ def find_values(task: dict[str, Any]) -> dict[str, float]:
 def test_figures_are_those_of_slow_scoring(evaluate: Evaluate) -> None:
     assert evaluate("all") == 0
     found = {task["name"]: task for task in read_tasks()}
-    assert list(found) == ["text", "words", "choices", "pages"]
+    assert list(found) == ["text", "words", "choices", "pages", "generated"]
     checkpoint = open_checkpoint("training_output")
     model, tokenizer = load_model(checkpoint, torch.device("cpu"), torch.float32)
     scores = {}
@@ -150,10 +152,10 @@ def test_a_text_file_stands_for_the_validation_part(
     evaluate: Evaluate, capsys: pytest.CaptureFixture[str]
 ) -> None:
     Path("other.txt").write_text("the cat ran on a log")
-    flags = "--evaluate all --text-file other.txt --json --device cpu"
+    flags = "--evaluate all --text-file other.txt --tasks words.jsonl --json --device cpu"
     assert main(flags.split()) == 0
     [line] = capsys.readouterr().out.splitlines()
-    [task] = json.loads(line)["tasks"]
+    task, _ = json.loads(line)["tasks"]
     checkpoint = open_checkpoint("training_output")
     model, tokenizer = load_model(checkpoint, torch.device("cpu"), torch.float32)
     ids = tokenizer.encode("the cat ran on a log").tolist()
@@ -239,6 +241,7 @@ def test_a_journal_goes_on_in_the_batches_that_it_was_begun_with(
     evaluate: Evaluate, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Figures would differ in their last digits otherwise: sums depend on the shapes."""
+    monkeypatch.setattr(evaluate_mode, "load_own_tasks", list)  # the text alone
     flags = "--evaluate all --device cpu --evaluation-batch-tokens".split()
     with monkeypatch.context() as patch:
         calls = count_calls(patch, 0)
@@ -267,7 +270,7 @@ def test_a_disk_that_is_full_at_the_end_keeps_what_was_scored(
         calls = count_calls(patch, 0)
         assert evaluate("all") == 0
     assert calls[0] == 0
-    assert len(read_tasks()) == 4
+    assert len(read_tasks()) == 5
 
 
 @pytest.mark.parametrize(
@@ -305,3 +308,73 @@ def test_several_checkpoints_give_a_result_each(
     rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert sorted(row["checkpoint"] for row in rows) == sorted(folders)
     assert len(list(Path("training_output/evaluation").glob("*.json"))) == len(folders)
+
+
+def test_without_tasks_the_own_sets_are_scored_and_named_so(
+    place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(place)
+    assert main(["--evaluate", "quick", "--device", "cpu", "--json"]) == ExitCode.DONE
+    out, told = capsys.readouterr()
+    tasks = {t["name"]: t for t in json.loads(out)["tasks"]}
+    # Choices of more bytes than this model's context holds are left out: nobody asked for them.
+    assert "own-choices is left out" in told
+    own = {"own-last-word": 20, "own-pages": 3}
+    assert {name: task["n_items"] for name, task in tasks.items() if name[:4] == "own-"} == own
+    assert {tasks[name]["source"] for name in own} == {"built-in"}
+    assert all(tasks[name]["contaminated"] == 0 for name in own)
+
+
+def test_items_of_the_training_text_are_found(
+    evaluate: Evaluate, place: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    """Two of four items are lines of the text that the run learned from."""
+    lines = Path("my.txt").read_text().splitlines()
+    texts = [f"{lines[40]} {lines[41]}", "one two three four five six seven eight nine ten " * 2]
+    texts += [f"{lines[90]} {lines[91]}", "a sentence of eleven words that no cat has ever read"]
+    task = tmp_path / "planted.jsonl"
+    task.write_text("".join(json.dumps({"text": text.strip()}) + "\n" for text in texts))
+    # A line ends a document's line, not its words.
+    assert evaluate("all", "--tasks", str(task), "--json") == ExitCode.DONE
+    [found] = [t for t in json.loads(capsys.readouterr().out)["tasks"] if t["name"] == "planted"]
+    assert found["contaminated"] == 0.5
+    told = [note.split()[1] for note in found["notes"] if "stands in document" in note]
+    assert told == ["1", "3"]
+    assert evaluate("all", "--tasks", str(task), "--json", "--contamination", "no") == 0
+    [found] = [t for t in json.loads(capsys.readouterr().out)["tasks"] if t["name"] == "planted"]
+    assert found["contaminated"] is None
+
+
+def test_another_runs_text_says_nothing_of_contamination(
+    evaluate: Evaluate, place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    other = tmp_path / "other.txt"
+    other.write_text("quite another text, of which the run has learned nothing at all\n" * 300)
+    data = ["--data-dir", str(tmp_path / "data")]
+    assert main(["--prepare", "--text-file", str(other), "--tokenizer", "byte", *data]) == 0
+    capsys.readouterr()
+    assert evaluate("quick", "--json", *data) == ExitCode.DONE
+    tasks = json.loads(capsys.readouterr().out)["tasks"]
+    assert {task["contaminated"] for task in tasks} == {None}
+
+
+def test_generated_text_is_scored_against_the_held_out_one(
+    evaluate: Evaluate, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The run of three lines over and over knows its validation part nearly by heart."""
+    assert evaluate("quick", "--json") == ExitCode.DONE
+    [found] = [t for t in json.loads(capsys.readouterr().out)["tasks"] if t["kind"] == "generated"]
+    figures = {figure["name"]: figure for figure in found["figures"]}
+    assert set(figures) >= {"rouge1", "rouge2", "rougeL"}
+    assert all(f["low"] <= f["value"] <= f["high"] for f in figures.values())
+    assert any("sacrebleu" in note and "tok:" in note for note in found["notes"])
+
+
+def test_without_the_scorers_the_rest_is_evaluated(
+    evaluate: Evaluate, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, "sacrebleu", None)
+    assert evaluate("quick", "--json") == ExitCode.DONE
+    out, told = capsys.readouterr()
+    assert "pip install sacrebleu" in told
+    assert "generated" not in {task["kind"] for task in json.loads(out)["tasks"]}

@@ -96,9 +96,9 @@ class HubSource(RowSource):
         revision = urllib.parse.quote(self._revision, safe="")
         info, _ = client.read_json(f"/revision/{revision}")
         self._commit = str(info["sha"])
-        files = _list_files(client, self._commit)
+        files = list_files(client, self._commit)
         config = self._settings.source_config
-        card = _read_card(client, self._commit, files)
+        card = read_card(client, self._commit, files)
         choice = choose_files(files, card, config, self.label)
         self._files = choice.files
         stream = _Stream(client, self._commit, self._files, self._settings, first=0)
@@ -143,7 +143,8 @@ class HubSource(RowSource):
         return client
 
 
-def _list_files(client: HubClient, commit: str) -> list[HubFile]:
+def list_files(client: HubClient, commit: str) -> list[HubFile]:
+    """All files of the data set at that commit."""
     files, page = [], f"/tree/{commit}?recursive=true&expand=false"
     while page:
         entries, following = client.read_json(page)
@@ -156,7 +157,7 @@ def _list_files(client: HubClient, commit: str) -> list[HubFile]:
     return files
 
 
-def _read_card(client: HubClient, commit: str, files: list[HubFile]) -> dict[str, Any]:
+def read_card(client: HubClient, commit: str, files: list[HubFile]) -> dict[str, Any]:
     """The metadata at the beginning of the data set's README.md; empty without any."""
     if not any(file.path == "README.md" for file in files):
         return {}

@@ -38,13 +38,20 @@ class Choice:
 
 
 def choose_files(
-    files: list[HubFile], card: dict[str, Any], wanted: str | None, label: str
+    files: list[HubFile],
+    card: dict[str, Any],
+    wanted: str | None,
+    label: str,
+    preferred: tuple[str, ...] = ("train",),
 ) -> Choice:
     """The parquet files of the configuration `wanted`, or of the only one.
 
     Args:
         files: all files of the data set.
         card: the metadata of its card.
+        wanted: the configuration's name.
+        label: of the data set, for messages.
+        preferred: splits, of which the first that is there is taken.
 
     Raises:
         PreflightError: code FLAGS, when a configuration must be chosen; TEXT, when there are no
@@ -54,7 +61,7 @@ def choose_files(
     configs = _read_configs(card)
     if configs:
         chosen = _choose_config(configs, wanted, label)
-        patterns, notes = _choose_split(configs[chosen], label)
+        patterns, notes = _choose_split(configs[chosen], label, preferred)
         found = _match_all(patterns, files)
         kept = [file for file in found if file.path.lower().endswith(".parquet")]
         if kept:
@@ -62,7 +69,7 @@ def choose_files(
         raise _no_parquet_error(found or files, label)
     if not parquet:
         raise _no_parquet_error(files, label)
-    return _choose_folder(parquet, wanted, label)
+    return _choose_folder(parquet, wanted, label, preferred)
 
 
 def _no_parquet_error(files: list[HubFile], label: str) -> PreflightError:
@@ -124,10 +131,13 @@ def _config_error(names: list[str], wanted: str | None, label: str) -> Preflight
     )
 
 
-def _choose_split(splits: dict[str, list[str]], label: str) -> tuple[list[str], tuple[str, ...]]:
-    name = "train" if "train" in splits else next(iter(splits), "")
-    if name != "train" and len(splits) != 1:
-        raise text_error(label, f"no split 'train'; there are: {', '.join(splits) or 'none'}")
+def _choose_split(
+    splits: dict[str, list[str]], label: str, preferred: tuple[str, ...]
+) -> tuple[list[str], tuple[str, ...]]:
+    name = next((split for split in (*preferred, *splits) if split in splits), "")
+    if name not in preferred and len(splits) != 1:
+        told = f"no split '{preferred[0]}'; there are: {', '.join(splits) or 'none'}"
+        raise text_error(label, told)
     others = [split for split in splits if split != name]
     note = f"the split '{name}' is read; left out: {', '.join(others)}"
     return splits[name], (note,) if others else ()
@@ -158,14 +168,16 @@ def _translate(pattern: str) -> str:
 # ---- by the folders -----------------------------------------------------------------------------
 
 
-def _choose_folder(parquet: list[HubFile], wanted: str | None, label: str) -> Choice:
+def _choose_folder(
+    parquet: list[HubFile], wanted: str | None, label: str, preferred: tuple[str, ...]
+) -> Choice:
     """Without a card: the files in the folder called `wanted`, in data/, or at the top."""
     if wanted is not None:
         inside = [file for file in parquet if wanted in file.path.split("/")[:-1]]
         inside = inside or [file for file in parquet if f"/{file.path}".find(f"/{wanted}/") >= 0]
         if not inside:
             raise _config_error(_list_folders(parquet) or ["none"], wanted, label)
-        return _keep_train(inside)
+        return _keep_split(inside, preferred)
     plain = [
         file
         for file in parquet
@@ -174,7 +186,7 @@ def _choose_folder(parquet: list[HubFile], wanted: str | None, label: str) -> Ch
     folders = _list_folders(parquet)
     if not plain and len(folders) > 1:
         raise _config_error(folders, None, label)
-    return _keep_train(plain or parquet)
+    return _keep_split(plain or parquet, preferred)
 
 
 def _list_folders(parquet: list[HubFile]) -> list[str]:
@@ -188,12 +200,13 @@ def _find_split(path: str) -> str | None:
     return next((_SPLITS[word] for word in reversed(words) if word in _SPLITS), None)
 
 
-def _keep_train(files: list[HubFile]) -> Choice:
-    """The files of the split train, or those of no split, or those of the only split."""
+def _keep_split(files: list[HubFile], preferred: tuple[str, ...]) -> Choice:
+    """The files of a preferred split, or those of no split, or those of the only split."""
     by_split: dict[str | None, list[HubFile]] = {}
     for file in sorted(files, key=lambda file: file.path):
         by_split.setdefault(_find_split(file.path), []).append(file)
-    name = next((split for split in ("train", None) if split in by_split), next(iter(by_split)))
+    order = (*preferred, None, *by_split)
+    name = next(split for split in order if split in by_split)
     others = {
         str(split or "no split"): len(own) for split, own in by_split.items() if split != name
     }
