@@ -19,14 +19,16 @@ from preflight.checkpoints.store import open_checkpoint
 from preflight.core.commands import format_command
 from preflight.core.errors import ExitCode, PreflightError
 from preflight.core.log import log
+from preflight.core.streams import is_on_terminal
 from preflight.core.units import format_bytes
 from preflight.device.host_memory import available_host_bytes
 from preflight.device.runtime import Runtime
 from preflight.models.base import TokenModel
+from preflight.modes.picking import pick_checkpoints
 from preflight.settings import RunConfig, SamplingConfig
 from preflight.tokenization import Tokenizer
 
-ALL = "all"
+ALL, ASK = "all", "ask"
 _WEIGHT_BYTES = 4  # of a weight in a checkpoint, which is trained in fp32
 
 
@@ -51,8 +53,9 @@ def find_entries(config: RunConfig) -> list[Entry]:
     """
     named: list[str] = []
     for value in config.comparison.compare:
-        is_all = value == ALL and not os.path.lexists(value)
-        named += _find_runs(config) if is_all else [value]
+        is_word = value in (ALL, ASK) and not os.path.lexists(value)
+        choose = {ALL: _find_runs, ASK: _ask_for_checkpoints}[value] if is_word else None
+        named += choose(config) if choose else [value]
     found = [open_checkpoint(path) for path in named]
     checkpoints = list({c.path.resolve(): c for c in found}.values())
     if len(checkpoints) < 2:
@@ -66,13 +69,33 @@ def find_entries(config: RunConfig) -> list[Entry]:
 
 def _find_runs(config: RunConfig) -> list[str]:
     """Every run below `--output-dir`, or below this folder where it is not given."""
-    root = config.control.output_dir if "output_dir" in config.sources else "."
     found = []
-    for folder, names, _ in os.walk(root):
+    for folder, names, _ in os.walk(_find_root(config)):
         if MILESTONES_NAME in names and _has_checkpoint(Path(folder)):
             found.append(folder)
         names[:] = sorted(n for n in names if n != MILESTONES_NAME and not n.startswith("."))
     return found
+
+
+def _ask_for_checkpoints(config: RunConfig) -> list[str]:
+    """Those that a person chooses: "all", or one after another until there are two."""
+    if not is_on_terminal():
+        raise PreflightError(
+            ExitCode.FLAGS,
+            "--compare ask: there is no terminal to ask on",
+            f"name them: {format_command('--compare', 'run_a', 'run_b')}",
+        )
+    found: list[str] = []
+    while len(found) < 2:
+        picked = [str(path) for path in pick_checkpoints(Path(_find_root(config)))]
+        if not picked:
+            break
+        found += [path for path in picked if path not in found]
+    return found
+
+
+def _find_root(config: RunConfig) -> str:
+    return config.control.output_dir if "output_dir" in config.sources else "."
 
 
 def _has_checkpoint(run_folder: Path) -> bool:

@@ -32,6 +32,8 @@ _QUESTIONS: dict[str, tuple[str, ...]] = {
     "train": ("model_size", "max_steps", "output_dir"),
     "sweep": ("sweep", "model_size"),
     "generate": ("prompts",),
+    "evaluate": ("evaluate",),
+    "compare": ("prompts",),
     "tokenize": ("tokenize",),
     "detokenize": ("detokenize",),
 }
@@ -112,7 +114,11 @@ def suggest_steps(state: FolderState) -> list[Step]:
             steps.append(Step(f"go on training {name}", "train", run.command[1:], asks=False))
         if run.checkpoints:
             steps.append(Step(f"generate text with {name}", "generate", folder))
+            flags = ("--evaluate", "quick", *folder)
+            steps.append(Step(f"measure {name}", "evaluate", flags, asks=False))
         steps.append(Step(f"make the report of {name}", "report", folder, asks=False))
+    if len([run for run in state.runs if run.checkpoints]) > 1:
+        steps.append(Step("compare two of the runs", "compare"))
     if state.data:
         steps.append(Step("check a run on this data before it starts", "check"))
         steps.append(Step("train a new model on this data", "train"))
@@ -132,6 +138,7 @@ def build_command(step: Step, state: FolderState, asker: Asker) -> list[str] | N
     options = build_options()
     takes_value = step.mode in options
     words = [] if takes_value else [f"--{step.mode}"]
+    words += ["--compare", "ask"] if step.mode == "compare" else []
     words += step.words
     if not step.asks:
         return words

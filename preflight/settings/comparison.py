@@ -12,7 +12,7 @@ class ComparisonSettings:
     compare: tuple[str, ...] = setting(
         (),
         "runs or checkpoints; a run stands for its best checkpoint; all: every run below "
-        "--output-dir, or below this folder",
+        "--output-dir, or below this folder; ask: choose on the terminal",
         metavar="RUN",
     )
     with_evaluation: str | None = setting(

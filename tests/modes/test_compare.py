@@ -309,3 +309,19 @@ def test_results_of_the_same_weights_are_found_and_told(
     assert compare.run(build(values | {"with_evaluation": "quick"}), evaluate) == 0
     out = capsys.readouterr().out
     assert "b, step 2 is better by 0.144 ± 0.000 bits per byte (p, 40 items)" in out
+
+
+def test_a_person_chooses_until_there_are_two(
+    runs: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    answers = [[runs[0]], [runs[0]], [runs[1]]]
+    monkeypatch.setattr(compare_models, "pick_checkpoints", lambda root: answers.pop(0))
+    with pytest.raises(PreflightError, match="no terminal") as caught:
+        compare_entries("ask")
+    assert caught.value.code == ExitCode.FLAGS
+    monkeypatch.setattr(compare_models, "is_on_terminal", lambda: True)
+    assert [entry.name for entry in compare_entries("ask")] == ["a, step 1", "b, step 2"]
+    assert not answers
+    answers[:] = [[runs[0]], []]  # the second question was left
+    with pytest.raises(PreflightError, match="at least two"):
+        compare_entries("ask")

@@ -140,7 +140,9 @@ def test_what_is_sensible_comes_first(tmp_path):
     assert list_suggestions(tmp_path)[0] == "check a run on this data before it starts"
     make_run(tmp_path / "a", 10)
     add_checkpoint(tmp_path / "a", 10, 2.0)
-    assert list_suggestions(tmp_path)[:2] == ["generate text with a", "make the report of a"]
+    of_a = ["generate text with a", "measure a", "make the report of a"]
+    assert list_suggestions(tmp_path)[:3] == of_a
+    assert "compare two of the runs" not in list_suggestions(tmp_path)
     plan = tmp_path / "a" / "run_plan.json"
     commands = ["python main.py --train --max-steps 20 --text-file 'a b.txt'"]
     plan.write_text(json.dumps({"plan": {"total_steps": 20}, "commands": commands}))
@@ -148,6 +150,12 @@ def test_what_is_sensible_comes_first(tmp_path):
     assert step.text == "go on training a"
     words = menu.build_command(step, read_state(tmp_path), Answers())
     assert words == ["--train", "--max-steps", "20", "--text-file", "a b.txt"]
+    make_run(tmp_path / "b", 10)
+    add_checkpoint(tmp_path / "b", 10, 2.0)
+    assert "compare two of the runs" in list_suggestions(tmp_path)
+    steps = {step.mode: step for step in menu.suggest_steps(read_state(tmp_path))}
+    words = menu.build_command(steps["compare"], read_state(tmp_path), Answers(""))
+    assert words == ["--compare", "ask"]
 
 
 ANSWERS = {
