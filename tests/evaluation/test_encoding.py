@@ -43,7 +43,7 @@ def test_a_row_is_the_encoded_whole_behind_the_encoded_context(
 
 
 def test_a_token_over_the_border_is_counted() -> None:
-    encoded = encode(Item("He said hel", ("lo",)))
+    encoded = encode(Item("He said wo", ("rld",)))
     assert encoded.n_joined == 1
     assert "encoded apart" in encoded.list_notes()[0]
 
