@@ -133,7 +133,9 @@ class Difference:
         found, items = self.found, f"{self.task}, {self.n_items:,} items"
         if not found.is_shown:
             range_ = ""
-            if math.isfinite(found.low) and found.high > found.low:
+            if found.low > 0 or found.high < 0:  # only with few items
+                range_ = ": too few for the difference seen"
+            elif math.isfinite(found.low) and found.high > found.low:
                 range_ = f"; {self.second} less {self.first}: {found.low:+.3f} to {found.high:+.3f}"
             return f"no difference shown in {self.measure.name} ({items}{range_})"
         is_second = (found.difference > 0) == self.measure.higher_is_better
@@ -181,12 +183,14 @@ def compare_results(
     others = {(task["name"], task["kind"]): task for task in second["tasks"]}
     found, left_out = [], []
     for task in first["tasks"]:
+        if task["kind"] not in MEASURES:  # BLEU is no mean over items
+            continue
         other = others.get((task["name"], task["kind"]))
         if other is None:
             left_out.append(f"{task['name']}: only {names[0]} was evaluated on it")
             continue
         fault = _find_item_fault(task, other)
-        measures = [m for m in MEASURES.get(task["kind"], ()) if same or m.any_tokenizer]
+        measures = [m for m in MEASURES[task["kind"]] if same or m.any_tokenizer]
         if not measures:
             fault = "the tokenizers differ, and it has no bits per byte"
         if fault:

@@ -67,8 +67,8 @@ Evaluate = Callable[[RunConfig, Sequence[Entry], str], None]
 def run_evaluation(config: RunConfig, entries: Sequence[Entry], level: str) -> None:
     """`--evaluate` of these checkpoints, which writes its results into their runs' folders."""
     paths = tuple(str(entry.checkpoint.path) for entry in entries)
-    settings = dataclasses.replace(vars(config)["evaluation"], evaluate=level, checkpoints=paths)
-    MODES.load("evaluate")(dataclasses.replace(config, **{"evaluation": settings}))
+    settings = dataclasses.replace(config.evaluation, evaluate=level, checkpoints=paths)
+    MODES.load("evaluate")(dataclasses.replace(config, evaluation=settings))
 
 
 def run(config: RunConfig, evaluate: Evaluate = run_evaluation) -> int:

@@ -281,6 +281,17 @@ def test_other_tokenizers_are_compared_in_bits_per_byte_alone() -> None:
     assert left_out == ["c: the tokenizers differ, and it has no bits per byte"]
 
 
+def test_three_items_show_nothing_and_bleu_is_not_paired() -> None:
+    """Three signs alone are equal once in four times: no p-value below 0.05 can come of them."""
+    first, second = build_result(1, n=3), build_result(0, n=3)
+    for result in (first, second):
+        result["tasks"].append({"name": "g", "kind": "generated", "source": "s", "scores": []})
+    found, left_out = compare_results(first, second, ("A", "B"))
+    assert left_out == []
+    told = "no difference shown in bits per byte (p, 3 items: too few for the difference seen)"
+    assert found[0].describe() == told
+
+
 def test_scores_of_other_items_are_not_compared() -> None:
     first, second = build_result(0), build_result(1)
     second["tasks"][0]["scores"][3]["n_bytes"] += 1
