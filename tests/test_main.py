@@ -296,7 +296,8 @@ def test_closed_streams_change_no_exit_code(tmp_path: Path, closing: str) -> Non
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("closing", [pytest.param(">&-", marks=pytest.mark.slow), ">&- 2>&-"])
+@pytest.mark.parametrize("closing", [">&-", ">&- 2>&-"])
+@pytest.mark.slow
 def test_training_with_closed_streams_is_complete(
     tmp_path: Path, tiny_text: Path, closing: str
 ) -> None:

@@ -69,6 +69,7 @@ def list_points(server: ForkServer, folder: Path, *, opening: bool, full: bool) 
     return points if full else points[:: max(1, len(points) // 8)]
 
 
+@pytest.mark.slow
 def test_a_kill_at_any_write_loses_nothing_that_was_kept(
     server: ForkServer, folder: Path, full: bool
 ) -> None:
@@ -81,6 +82,7 @@ def test_a_kill_at_any_write_loses_nothing_that_was_kept(
         assert evaluate(server, folder) == expected, point
 
 
+@pytest.mark.slow
 def test_a_full_disk_ends_with_a_message_and_keeps_what_was_scored(
     server: ForkServer, folder: Path, full: bool
 ) -> None:

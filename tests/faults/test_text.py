@@ -61,6 +61,7 @@ def generate_hostile(draw: random.Random) -> str:
     return "words before " + "".join(parts).replace("\0", "\x01") + " and words after"
 
 
+@pytest.mark.slow
 def test_generated_texts(place: Path) -> None:
     draw = random.Random(5)
     count = 200

@@ -532,6 +532,7 @@ def run_in_process(
     return find_batch_size.run(build_config(values, dict.fromkeys(values, "the command line")))
 
 
+@pytest.mark.slow
 def test_the_table_the_flags_and_the_exit_codes(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -77,6 +77,7 @@ def test_check_and_validation_make_the_tokenizer(
     assert validate.run(tiny(data_dir="other")) == 1
 
 
+@pytest.mark.slow
 def test_the_batch_search_makes_the_tokenizer(
     tiny: MakeConfig, capsys: pytest.CaptureFixture[str]
 ) -> None:
