@@ -173,6 +173,7 @@ def read_weights(folder: str) -> bytes:
     return Path(folder, "milestones/checkpoint-6/model.safetensors").read_bytes()
 
 
+@pytest.mark.slow
 def test_a_run_is_the_same_and_tells_where_its_data_is(
     make_config: MakeConfig, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -23,6 +23,8 @@ def test_a_signal_is_recorded_and_the_old_handler_returns(
     name: str, code: ExitCode, capfd: pytest.CaptureFixture[str]
 ) -> None:
     number = getattr(signal, name)
+    if signal.getsignal(number) is signal.SIG_IGN:  # below nohup, whose wish the flag respects
+        signal.signal(number, signal.SIG_DFL)
     before = signal.getsignal(number)
     with StopFlag() as flag:
         assert (flag.stopping, flag.exit_code) == (False, ExitCode.DONE)

@@ -122,6 +122,7 @@ def start_preparation(place: Path) -> subprocess.Popen[str]:
     )
 
 
+@pytest.mark.slow
 def test_preparation_stopped_or_its_parent_killed_alone(place: Path) -> None:
     """No worker stays, no lock stays, and the next run goes on; a stop changes nothing."""
     (place / "text.txt").write_text(make_text(2_000_000))

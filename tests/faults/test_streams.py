@@ -75,7 +75,8 @@ CHILDREN = {
 }
 
 
-@pytest.mark.parametrize("kind", ["workers", pytest.param("trial", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("kind", ["workers", "trial"])
+@pytest.mark.slow
 def test_children_without_streams(tmp_path: Path, kind: str) -> None:
     """Child processes inherit what is missing."""
     (tmp_path / "text.txt").write_text(make_text(IN_PROCESS_BYTES + 1000))

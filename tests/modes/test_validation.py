@@ -132,6 +132,7 @@ def test_text_that_cannot_be_read_is_told_once(
     assert numbers(results, "passed") == [1, 2, 6, 7, 8, 9, 11, 12]  # on random ids
 
 
+@pytest.mark.slow
 def test_as_a_command(preflight: CommandRunner, tiny_text: Path) -> None:
     flags = [*TINY_FLAGS, "--text-file", str(tiny_text), "--max-steps", "5"]
     assert preflight("--validate-only", *flags).returncode == 0
