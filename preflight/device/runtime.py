@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import dataclasses
 import importlib.util
 from dataclasses import dataclass
 from pathlib import Path
@@ -98,6 +99,20 @@ def build_runtime(settings: SystemSettings, planned_steps: int | None = None) ->
         f"compilation: {'on' if compile_model else 'off'} ({why_compile})",
     )
     return Runtime(device, dtype, compile_model, notes)
+
+
+def build_exact_runtime(settings: SystemSettings) -> Runtime:
+    """As `build_runtime`, in fp32 unless a flag says otherwise, for figures that are compared.
+
+    Raises:
+        PreflightError: code FLAGS, when the device that the flags name is not there.
+    """
+    if settings.mixed_precision is None:
+        settings = dataclasses.replace(settings, mixed_precision=False)
+    runtime = build_runtime(settings)
+    if runtime.dtype == torch.float32:
+        torch.set_float32_matmul_precision("highest")  # TF32 rounds nearly as coarsely as bf16
+    return runtime
 
 
 def _keep_freed_memory() -> None:

@@ -205,7 +205,7 @@ def format_table(results: Sequence[TaskResult]) -> list[str]:
                     f"{result.n_items:,}" if first else "",
                     figure.name + (" (higher is better)" if figure.higher_is_better else ""),
                     format_value(figure.value),
-                    f"{format_value(figure.low)} to {format_value(figure.high)}",
+                    _format_interval(figure),
                     _format_share(result.contaminated) if first else "",
                 )
             )
@@ -238,6 +238,13 @@ def _list_remarks(results: Sequence[TaskResult]) -> list[str]:
             )
         lines += [f"{result.name}: {note}" for note in result.notes]
     return ["", *lines] if lines else []
+
+
+def _format_interval(figure: Figure) -> str:
+    """The ends of the interval; a single item says nothing of them."""
+    if figure.n_items < 2 and not math.isfinite(figure.high):
+        return "unknown"
+    return f"{format_value(figure.low)} to {format_value(figure.high)}"
 
 
 def _format_share(share: float | None) -> str:

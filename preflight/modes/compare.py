@@ -17,8 +17,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
-import torch
-
 from generate import stream_text
 from preflight.checkpoints.format import MILESTONES_NAME, Checkpoint
 from preflight.checkpoints.manifest import WEIGHTS_NAME
@@ -27,7 +25,7 @@ from preflight.core.errors import ExitCode, PreflightError
 from preflight.core.log import log
 from preflight.core.storage import publish_file
 from preflight.core.strict_json import read_json
-from preflight.device.runtime import Runtime, build_runtime, is_out_of_memory
+from preflight.device.runtime import build_exact_runtime, is_out_of_memory
 from preflight.evaluation.comparing import Column, compare_results, format_columns, make_printable
 from preflight.modes.compare_models import (
     Entry,
@@ -82,7 +80,7 @@ def run(config: RunConfig, evaluate: Evaluate = run_evaluation) -> int:
     _check_output_file(config, entries)
     prompts = read_prompts(config)
     interactive = is_interactive(config)
-    runtime = _build_runtime(config)
+    runtime = build_exact_runtime(config.system)
     level = config.comparison.with_evaluation
     if level is not None:
         evaluate(config, entries, level)
@@ -103,17 +101,6 @@ def run(config: RunConfig, evaluate: Evaluate = run_evaluation) -> int:
         ) from None
     _show_differences(entries)
     return int(ExitCode.DONE)
-
-
-def _build_runtime(config: RunConfig) -> Runtime:
-    """Device and precision: fp32 unless a flag says otherwise, as for `--generate`."""
-    system = config.system
-    if system.mixed_precision is None:
-        system = dataclasses.replace(system, mixed_precision=False)
-    runtime = build_runtime(system)
-    if runtime.dtype == torch.float32:
-        torch.set_float32_matmul_precision("highest")
-    return runtime
 
 
 def _check_output_file(config: RunConfig, entries: Sequence[Entry]) -> None:

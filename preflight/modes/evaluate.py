@@ -6,7 +6,6 @@ same command goes on after an interruption.
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import os
 import time
@@ -25,7 +24,7 @@ from preflight.core.errors import ExitCode, PreflightError
 from preflight.core.locks import FolderLock
 from preflight.core.log import log
 from preflight.core.signals import StopFlag
-from preflight.device.runtime import Runtime, build_runtime, is_out_of_memory
+from preflight.device.runtime import Runtime, build_exact_runtime, is_out_of_memory
 from preflight.evaluation.hub_tasks import read_hub_task
 from preflight.evaluation.items import Task
 from preflight.evaluation.own_tasks import load_own_tasks
@@ -58,7 +57,7 @@ def run(config: RunConfig) -> int:
     if not settings.tasks and not settings.tasks_dir:
         tasks = [(task, "items of our own writing") for task in load_own_tasks()]
     checkpoints = find_checkpoints(config)
-    runtime = _build_runtime(config)
+    runtime = build_exact_runtime(config.system)
     for task, form in tasks:
         log.info(f"{task.name} ({task.source}): {form}, {len(task.items):,} items")
     with StopFlag() as stop:
@@ -77,17 +76,6 @@ def find_checkpoints(config: RunConfig) -> list[Checkpoint]:
     named = config.evaluation.checkpoints or (config.generation.checkpoint_path,)
     found = [open_checkpoint(p) if p else find_best(Path(config.control.output_dir)) for p in named]
     return list({checkpoint.path.resolve(): checkpoint for checkpoint in found}.values())
-
-
-def _build_runtime(config: RunConfig) -> Runtime:
-    """Device and precision: fp32 unless a flag says otherwise, since figures are compared."""
-    system = config.system
-    if system.mixed_precision is None:
-        system = dataclasses.replace(system, mixed_precision=False)
-    runtime = build_runtime(system)
-    if runtime.dtype == torch.float32:
-        torch.set_float32_matmul_precision("highest")  # TF32 rounds nearly as coarsely as bf16
-    return runtime
 
 
 def _evaluate(

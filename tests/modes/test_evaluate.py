@@ -19,6 +19,8 @@ from main import main
 from preflight.checkpoints.store import open_checkpoint
 from preflight.core import storage
 from preflight.core.errors import ExitCode, PreflightError
+from preflight.evaluation.items import Figure
+from preflight.evaluation.results import TaskResult, format_table
 from preflight.evaluation.scoring import RowScorer
 from preflight.evaluation.tasks import read_task
 from preflight.modes import evaluate as evaluate_mode
@@ -378,3 +380,15 @@ def test_without_the_scorers_the_rest_is_evaluated(
     out, told = capsys.readouterr()
     assert "pip install sacrebleu" in told
     assert "generated" not in {task["kind"] for task in json.loads(out)["tasks"]}
+
+
+def test_the_interval_of_a_single_item_is_unknown() -> None:
+    one = Figure("loss", 2.0, -math.inf, math.inf, 1, False)
+    two = Figure("loss", 2.0, 1.0, 3.0, 2, False)
+    results = [
+        TaskResult("a", "text", "s", "f", [one], 1, 1),
+        TaskResult("b", "text", "s", "f", [two], 2, 2),
+    ]
+    lines = format_table(results)
+    assert lines[2].endswith("unknown")
+    assert lines[3].endswith("1.0000 to 3.0000")
