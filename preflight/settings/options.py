@@ -68,6 +68,7 @@ def setting(
     check: Callable[[str], str] = _check_text,
     metavar: str | None = None,
     alone: str | None = None,
+    flag: str | None = None,
     **limits: float,
 ) -> Any:
     """A dataclass field whose value can be checked.
@@ -79,10 +80,12 @@ def setting(
         check: returns a valid text, and raises ValueError with what is allowed for another.
         metavar: the value's name in ``--help``.
         alone: the value of a flag without one; unset: there must be one.
+        flag: how the flag is spelled; unset: as the field, whose name cannot be Python's `from`.
         limits: ``ge``, ``le``, ``gt`` and ``lt``, as `pydantic.Field` takes them.
     """
     metadata = {"help": help_text, "choices": choices, "metavar": metavar, "alone": alone}
-    return field(default=default, metadata=metadata | {"check": check, "limits": limits})
+    metadata |= {"check": check, "limits": limits, "flag": flag}
+    return field(default=default, metadata=metadata)
 
 
 @dataclass(frozen=True)
@@ -104,7 +107,7 @@ class Option:
     @property
     def flag(self) -> str:
         """How the option is spelled on the command line."""
-        return "--" + self.name.replace("_", "-")
+        return self.metadata["flag"] or "--" + self.name.replace("_", "-")
 
     def spell(self, value: Any) -> list[str]:
         """The words that set it to `value` on the command line."""

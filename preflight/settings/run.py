@@ -12,6 +12,7 @@ from preflight.settings.comparison import ComparisonSettings
 from preflight.settings.control import ControlSettings
 from preflight.settings.data import DataSettings
 from preflight.settings.evaluation import EvaluationSettings
+from preflight.settings.finetuning import FinetuningSettings
 from preflight.settings.generation import GenerationSettings
 from preflight.settings.model import (
     CUSTOM_SIZE_FIELDS,
@@ -35,6 +36,7 @@ class RunConfig:
 
     model: ModelSettings = field(default_factory=ModelSettings)
     training: TrainingSettings = field(default_factory=TrainingSettings)
+    finetuning: FinetuningSettings = field(default_factory=FinetuningSettings)
     data: DataSettings = field(default_factory=DataSettings)
     control: ControlSettings = field(default_factory=ControlSettings)
     system: SystemSettings = field(default_factory=SystemSettings)
@@ -72,6 +74,7 @@ GROUPS: dict[str, Any] = {
 GROUP_SUMMARIES = {
     "model": "The model's architecture; unset values come from the preset or the tokenizer.",
     "training": "Batch size, optimizer, learning rate and length of the run.",
+    "finetuning": "What `--finetune` learns from, and which weights learn.",
     "data": "The training text, and the token shards made from it.",
     "control": "Checkpoints, evaluation, logging and resuming.",
     "system": "Device, precision and compilation.",
