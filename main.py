@@ -26,7 +26,7 @@ from preflight.core.streams import (
 )
 from preflight.settings import RunConfig, build_config, build_options
 from preflight.settings.command_line import build_parser, explain_words
-from preflight.settings.kinds import MENUS, MODES
+from preflight.settings.kinds import FINETUNING_MODES, MENUS, MODES
 from preflight.settings.unused import drop_unused
 
 
@@ -41,6 +41,8 @@ def parse_command_line(argv: list[str]) -> tuple[str, RunConfig]:
     given = vars(parsed)
     given.pop("help")
     chosen = [mode for mode in MODES.names() if mode.replace("-", "_") in given]
+    if len(chosen) == 2 and "finetune" in chosen and {*chosen} & {*FINETUNING_MODES}:
+        chosen.remove("finetune")  # foreseen or tried, not done
     # A mode that takes values is a flag too, and stays.
     given = {name: value for name, value in given.items() if name in build_options()}
     faults, is_clear = explain_words(rest, argv)

@@ -1,13 +1,15 @@
 """Token shards to batches: a permutation of windows per epoch, from the disk or from the device.
 
-Shapes: B batch, T tokens of a window (see `preflight.corpus.windows`).
+And chats to batches of like length. Shapes: B batch, T tokens of a window (see
+`preflight.corpus.windows`), or of the longest chat of a batch.
 """
 
 from __future__ import annotations
 
+import functools
 import queue
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from types import TracebackType
 from typing import Protocol
 
@@ -15,6 +17,8 @@ import numpy as np
 import torch
 
 from preflight.core.errors import ExitCode, PreflightError
+from preflight.corpus.chats.rows import ChatFolder
+from preflight.corpus.length_buckets import order_rows, pad_length
 from preflight.corpus.shard_reader import ShardReader
 from preflight.corpus.shards import DataFolder, Split
 from preflight.corpus.windows import (
@@ -24,6 +28,7 @@ from preflight.corpus.windows import (
     count_windows,
 )
 from preflight.device.token_store import DataPlace, TokenStore, choose_place, count_stored_bytes
+from preflight.models.loss import TargetRows, Targets
 from preflight.settings import SystemSettings, TrainingSettings
 
 _CHUNK_TOKENS = 256 * 1024  # read and converted at once: one queue item for many batches
@@ -31,6 +36,22 @@ _POLL_SECONDS = 0.5
 
 
 # ---- batches ------------------------------------------------------------------------------------
+
+
+class Loader(Protocol):
+    """Batches of a run's data. ``cursor`` is the global index after the last one returned."""
+
+    cursor: int
+
+    def next_batch(self) -> tuple[torch.Tensor, Targets]:
+        """Inputs (B T) and targets, on the device."""
+
+    def close(self) -> None:
+        """Free what it holds."""
+
+    def __enter__(self) -> Loader: ...  # noqa: D105
+
+    def __exit__(self, *_: object) -> None: ...  # noqa: D105
 
 
 class _Rows(Protocol):
@@ -257,6 +278,98 @@ def _split_rows(rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return rows[:, :-1].contiguous(), rows[:, 1:].contiguous()
 
 
+# ---- chats --------------------------------------------------------------------------------------
+
+
+class ChatLoader:
+    """Batches of chats of like length, padded on the right; a `Loader`.
+
+    Padding is never seen: attention looks back only, and padding has no targets. The order is a
+    pure function of (`seed`, ``chats.fingerprint``, global index), as that of `BatchLoader`.
+    """
+
+    def __init__(
+        self,
+        chats: ChatFolder,
+        *,
+        batch_size: int,
+        seed: int,
+        device: torch.device | str,
+        cursor: int = 0,
+    ) -> None:
+        self.cursor = cursor
+        self._rows = chats.open_rows("train")
+        self._order = functools.partial(
+            order_rows, self._rows.lengths, seed, chats.fingerprint
+        )
+        self._epoch, self._of_epoch = -1, np.empty(0, np.int64)
+        self._longest = chats.longest_tokens
+        self._batch_size, self._device = batch_size, torch.device(device)
+
+    def next_batch(self) -> tuple[torch.Tensor, TargetRows]:
+        """Inputs (B T) int64 and their targets, on the device.
+
+        Raises:
+            PreflightError: code DATA when a file was damaged or changed meanwhile.
+        """
+        chosen = []
+        end = self.cursor + self._batch_size
+        while self.cursor < end:
+            epoch, first = divmod(self.cursor, self._rows.n_rows)
+            if epoch != self._epoch:
+                self._epoch, self._of_epoch = epoch, self._order(epoch)
+            chosen.append(self._of_epoch[first : first + end - self.cursor])
+            self.cursor += len(chosen[-1])
+        return _pad_chats(self._rows.read(np.concatenate(chosen)), self._longest, self._device)
+
+    def close(self) -> None:
+        """Close the files."""
+        self._rows.close()
+
+    def __enter__(self) -> ChatLoader:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def _pad_chats(
+    chats: Sequence[tuple[np.ndarray, np.ndarray]], longest: int, device: torch.device
+) -> tuple[torch.Tensor, TargetRows]:
+    """Ids and masks (T,) of some chats as inputs (B T) and the rows with a target."""
+    width = pad_length(max(len(ids) for ids, _ in chats) - 1, longest)
+    inputs = np.zeros((len(chats), width), np.int64)
+    rows, targets = [], []
+    for number, (ids, mask) in enumerate(chats):
+        inputs[number, : len(ids) - 1] = ids[:-1]
+        places = np.flatnonzero(mask[1:])
+        rows.append(number * width + places)
+        targets.append(ids[1:][places])
+    n_tokens = sum(len(ids) - 1 for ids, _ in chats)
+    packed = torch.from_numpy(np.stack([np.concatenate(rows), np.concatenate(targets)]))
+    tensors = [torch.from_numpy(inputs), packed.long()]
+    if device.type == "cuda":
+        tensors = [tensor.pin_memory() for tensor in tensors]
+    tokens, both = (tensor.to(device, non_blocking=True) for tensor in tensors)
+    return tokens, TargetRows(both[0], both[1], n_tokens)
+
+
+def _iterate_chats(
+    chats: ChatFolder, split: str, batch_size: int, n_rows: int, device: torch.device | str
+) -> Iterator[tuple[torch.Tensor, TargetRows]]:
+    """`n_rows` fixed chats of a split, evenly spaced over it; like lengths share a batch."""
+    rows = chats.open_rows(split)
+    try:
+        count = min(n_rows, rows.n_rows)
+        chosen = np.arange(count, dtype=np.int64) * rows.n_rows // count
+        chosen = chosen[np.argsort(rows.lengths[chosen], kind="stable")]
+        for first in range(0, count, batch_size):
+            batch = rows.read(chosen[first : first + batch_size])
+            yield _pad_chats(batch, chats.longest_tokens, torch.device(device))
+    finally:
+        rows.close()
+
+
 # ---- of a run -----------------------------------------------------------------------------------
 
 
@@ -269,9 +382,26 @@ def choose_data_place(
     free_bytes: int,
 ) -> DataPlace:
     """Where the training part is kept: see `token_store.choose_place`."""
+    if isinstance(data, ChatFolder):
+        return DataPlace(False, 0, "chats are read from disk")
     windows = count_run_windows(data, training, context_length)
     n_bytes = count_stored_bytes(data.train.n_tokens, data.vocab_size, windows.n_train)
     return choose_place(system.data_on_gpu, device_type, n_bytes, free_bytes)
+
+
+def measure_target_share(data: DataFolder | None, training: TrainingSettings) -> float:
+    """Of the tokens of the largest micro-batch, those that are learned; of a text all are."""
+    if not isinstance(data, ChatFolder):
+        return 1.0
+    n_targets = data.find_largest_batch(training)[1]
+    return n_targets / (training.batch_size * data.longest_tokens)
+
+
+def find_heaviest_sample(data: DataFolder, training: TrainingSettings) -> int:
+    """The cursor of the micro-batch that needs most memory; windows are all alike."""
+    if not isinstance(data, ChatFolder):
+        return 0
+    return data.find_largest_batch(training)[0] * training.batch_size
 
 
 def open_training_loader(
@@ -282,8 +412,16 @@ def open_training_loader(
     *,
     on_device: bool,
     cursor: int = 0,
-) -> BatchLoader:
+) -> Loader:
     """The training part as a run with these settings reads it, from sample `cursor` on."""
+    if isinstance(data, ChatFolder):
+        return ChatLoader(
+            data,
+            batch_size=training.batch_size,
+            seed=training.seed,
+            device=device,
+            cursor=cursor,
+        )
     return BatchLoader(
         data,
         "train",
@@ -305,15 +443,18 @@ def iterate_windows(
     context_length: int,
     n_windows: int,
     device: torch.device | str,
-) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """`n_windows` fixed windows, evenly spaced over the split, for evaluation.
+) -> Iterator[tuple[torch.Tensor, Targets]]:
+    """`n_windows` fixed windows, or chats, evenly spaced over the split, for evaluation.
 
-    Yields inputs and targets, (B, T) int64 on the device; the last batch may be smaller. With
+    Yields inputs (B, T) int64 and targets, on the device; the last batch may be smaller. With
     fewer windows than asked for, each comes once.
 
     Raises:
         PreflightError: code DATA when a shard cannot be read or was changed.
     """
+    if isinstance(data, ChatFolder):
+        yield from _iterate_chats(data, split, batch_size, n_windows, device)
+        return
     part: Split = getattr(data, split)
     window = choose_window(part.n_tokens, context_length)
     available = count_windows(part.n_tokens, window)

@@ -17,7 +17,8 @@ from preflight.core.log import log
 from preflight.core.signals import StopFlag
 from preflight.device.runtime import Runtime, is_out_of_memory
 from preflight.models.building import build_model
-from preflight.models.loss import count_targets
+from preflight.models.lora import add_adapters, list_trained_weights, load_trained_weights
+from preflight.models.loss import Targets, count_targets, count_tokens
 from preflight.models.protocol import LanguageModel
 from preflight.settings import ModelConfig, TrainingSettings
 from preflight.settings.kinds import OPTIMIZERS
@@ -28,7 +29,7 @@ from preflight.training.recording import StepRecorder
 from preflight.training.saving import CheckpointSaver
 from preflight.training.schedules import learning_rate_at
 from preflight.training.state import Evaluation, StepResult, TrainState, convert_to_bits_per_byte
-from train_utils import BatchLoader
+from train_utils import Loader
 
 
 def build_trainer(
@@ -38,11 +39,25 @@ def build_trainer(
     runtime: Runtime,
     *,
     gradient_checkpointing: bool = False,
+    weights: dict[str, Tensor] | None = None,
 ) -> Trainer:
-    """A trainer of a new model: initialised from the seed, with the optimizer of the flags."""
+    """A trainer of a new model: initialised from the seed, with the optimizer of the flags.
+
+    Args:
+        model_config: the architecture.
+        training: the optimizer's settings; with an `adapter`, only adapters are trained.
+        plan: as in `Trainer`.
+        runtime: as in `Trainer`.
+        gradient_checkpointing: recompute each block in the backward pass.
+        weights: that the model begins with; unset: random ones.
+    """
     torch.manual_seed(training.seed)
     with runtime.device:
         model = build_model(model_config, gradient_checkpointing=gradient_checkpointing)
+        if weights is not None:
+            model.load_state_dict(weights)
+        if training.adapter is not None:
+            add_adapters(model, training.adapter)
     optimizer = build_optimizer(model, training, plan.peak_learning_rate)
     skips_on_device = OPTIMIZERS.load(training.optimizer).skips_on_device
     return Trainer(model, optimizer, plan, runtime, skips_on_device=skips_on_device)
@@ -74,8 +89,8 @@ class Trainer:
         self._parameters = [p for p in self.model.parameters() if p.requires_grad]
         self._forward = torch.compile(model) if runtime.compile_model else model
 
-    def train_step(self, step: int, batches: Iterable[tuple[Tensor, Tensor]]) -> StepResult:
-        """One update from `plan.accumulation_steps` batches of (inputs, targets), each (B T).
+    def train_step(self, step: int, batches: Iterable[tuple[Tensor, Targets]]) -> StepResult:
+        """One update from `plan.accumulation_steps` batches of inputs (B T) and targets.
 
         The loss is the mean over all targets of the update, however the batches share them. An
         update without any target has no loss (NaN) and changes nothing. Nothing here waits for
@@ -100,12 +115,13 @@ class Trainer:
         # Freed, not zeroed: the next backward pass writes instead of adding. Those of the model,
         # since a gradient that is not finite must not stay where the optimizer has no part.
         self.model.zero_grad(set_to_none=True)
-        return StepResult(step + 1, self.plan.tokens_per_step, learning_rate, total, norm)
+        n_tokens = sum(count_tokens(targets) for _, targets in batches)
+        return StepResult(step + 1, n_tokens, learning_rate, total, norm)
 
     def train(
         self,
         state: TrainState,
-        loader: BatchLoader,
+        loader: Loader,
         recorder: StepRecorder,
         saver: CheckpointSaver,
         evaluator: Evaluator,
@@ -132,7 +148,7 @@ class Trainer:
         is_patient = patience is None or state.stale_evaluations < patience
         return is_patient and state.step < self.plan.total_steps
 
-    def _compute_loss(self, inputs: Tensor, targets: Tensor) -> Tensor:
+    def _compute_loss(self, inputs: Tensor, targets: Targets) -> Tensor:
         try:
             with self.runtime.autocast():
                 return self._forward(inputs, targets)
@@ -163,7 +179,7 @@ class Trainer:
     @torch.no_grad()
     def evaluate(
         self,
-        batches: Iterable[tuple[Tensor, Tensor]],
+        batches: Iterable[tuple[Tensor, Targets]],
         tokens_per_byte: float,
         stop: StopFlag | None = None,
     ) -> Evaluation | None:
@@ -189,6 +205,10 @@ class Trainer:
         loss = total / n_targets if n_targets else math.nan
         return Evaluation(loss, convert_to_bits_per_byte(loss, tokens_per_byte))
 
+    def list_weights(self) -> dict[str, Tensor]:
+        """What training changes: all weights, or those of the adapters."""
+        return list_trained_weights(self.model)
+
     def state_dict(self) -> dict[str, Any]:
         """Optimizer, scaler and random state: all of a step's memory besides the weights."""
         rng = {"cpu": torch.get_rng_state()}
@@ -202,12 +222,12 @@ class Trainer:
         }
 
     def load_state_dict(self, weights: dict[str, Tensor], state: dict[str, Any]) -> None:
-        """Restore what `state_dict` gave, and the weights.
+        """Restore what `state_dict` and `list_weights` gave.
 
         Raises:
             PreflightError: code CHECKPOINT, when the state belongs to another optimizer.
         """
-        self.model.load_state_dict(weights)
+        load_trained_weights(self.model, weights)
         try:
             # Hyperparameters stay those of the flags: a checkpoint's are never used.
             groups = self.optimizer.state_dict()["param_groups"]

@@ -22,6 +22,7 @@ from torch.utils.checkpoint import checkpoint
 from preflight.models.base import ResidualLinear, TokenModel, initialise
 from preflight.models.graph_decoder import GraphDecoder, GraphStep
 from preflight.models.kv_cache import CacheStep, DecodeStep, KVCache, PrefillStep
+from preflight.models.loss import Targets
 from preflight.models.mlp import MLP
 from preflight.models.norms import build_norm
 from preflight.models.positions import LearnedPositions
@@ -119,12 +120,13 @@ class DecoderOnlyTransformer(TokenModel):
         for module in self.modules():  # norms are made with ones and zeros
             initialise(module, residual_std if isinstance(module, ResidualLinear) else 0.02)
 
-    def forward(self, tokens: Tensor, targets: Tensor | None = None) -> Tensor:
+    def forward(self, tokens: Tensor, targets: Targets | None = None) -> Tensor:
         """Logits (B T V), or the summed cross-entropy (scalar, fp32) when `targets` are given.
 
         Args:
             tokens: ids (B T), T at most the context length.
-            targets: the ids that follow (B T); -100 where nothing is to be predicted.
+            targets: the ids that follow (B T), -100 where nothing is to be predicted; or the rows
+                of those that are to be.
 
         Raises:
             ValueError: T is longer than the context.

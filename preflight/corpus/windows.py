@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from preflight.corpus.chats.rows import ChatFolder
 from preflight.corpus.shards import DataFolder
 from preflight.settings import TrainingSettings
 
@@ -44,12 +45,21 @@ class RunWindows:
     stride_tokens: int
     n_train: int
     n_val: int
+    mean_tokens: float | None = None  # of chats, which differ in length
 
 
 def count_run_windows(
     data: DataFolder, training: TrainingSettings, context_length: int
 ) -> RunWindows:
-    """What `build_plan` needs to know. Windows of the validation part never overlap."""
+    """What `build_plan` needs to know. Windows of the validation part never overlap.
+
+    Chats are windows of different lengths; the longest one counts.
+    """
+    if isinstance(data, ChatFolder):
+        longest = data.longest_tokens
+        return RunWindows(
+            longest, longest, data.train.n_documents, data.val.n_documents, data.mean_tokens
+        )
     longest = training.choose_window(context_length)
     window = choose_window(data.train.n_tokens, longest)
     return RunWindows(

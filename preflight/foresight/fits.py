@@ -129,11 +129,8 @@ def check_memory(
     model_config: ModelConfig,
     training: TrainingSettings,
     runtime: Runtime,
-    *,
-    gradient_checkpointing: bool,
+    options: MemoryOptions,
     last_checkpoint: Path | str,
-    window_tokens: int | None = None,
-    data_bytes: int = 0,
 ) -> None:
     """Refuse a run that cannot fit before it starts; asked on the CPU only.
 
@@ -146,20 +143,13 @@ def check_memory(
     least = estimate_least_bytes(model_config, training)
     if runtime.device.type != "cpu" or _SLACK * least < reachable:
         return
-    options = MemoryOptions.of(runtime, gradient_checkpointing, window_tokens, data_bytes)
     required = estimate_memory(model_config, training, options).required_bytes
     if required > reachable:
+        error = MemoryError(
+            f"{format_bytes(required)} are needed, {format_bytes(reachable)} are available"
+        )
         raise explain_out_of_memory(
-            MemoryError(
-                f"{format_bytes(required)} are needed, {format_bytes(reachable)} are available"
-            ),
-            model_config,
-            training,
-            runtime,
-            gradient_checkpointing=gradient_checkpointing,
-            last_checkpoint=last_checkpoint,
-            window_tokens=window_tokens,
-            data_bytes=data_bytes,
+            error, model_config, training, runtime, options, last_checkpoint
         )
 
 
@@ -168,17 +158,13 @@ def explain_out_of_memory(
     model_config: ModelConfig,
     training: TrainingSettings,
     runtime: Runtime,
-    *,
-    gradient_checkpointing: bool,
+    options: MemoryOptions,
     last_checkpoint: Path | str,
-    window_tokens: int | None = None,
-    data_bytes: int = 0,
 ) -> PreflightError:
     """What was tried, the flags that keep the tokens per step, and which checkpoint is safe."""
-    options = MemoryOptions.of(runtime, gradient_checkpointing, window_tokens, data_bytes)
     batch = training.batch_size
     lines = [
-        f"out of memory with {batch} sequences of {window_tokens or model_config.context_length} "
+        f"out of memory with {batch} sequences of {options.window_tokens or model_config.context_length} "
         f"tokens: "
         f"{_describe_shortage(error, runtime)}"
     ]
@@ -188,7 +174,7 @@ def explain_out_of_memory(
             f"try {format_batch_flags(*found)}: the same update of {found[0] * found[1]} "
             "sequences, in less memory"
         )
-    if not gradient_checkpointing:
+    if not options.gradient_checkpointing:
         saved = estimate_savings(model_config, training, options).get("--gradient-checkpointing")
         lines.append(
             f"--gradient-checkpointing would save {format_bytes(saved)}"

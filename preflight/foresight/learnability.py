@@ -181,7 +181,7 @@ def find_plan_warnings(
         *find_short_text(model_config, plan, data),
         *_find_size_warnings(config, model_config, plan, data),
         *_find_rate_warnings(config, model_config, plan),
-        *_find_interval_warnings(config, plan),
+        *find_interval_warnings(config, plan),
     ]
 
 
@@ -307,7 +307,7 @@ def _find_rate_warnings(
     return found
 
 
-def _find_interval_warnings(config: RunConfig, plan: TrainingPlan) -> list[Advice]:
+def find_interval_warnings(config: RunConfig, plan: TrainingPlan) -> list[Advice]:
     """Evaluations or checkpoints that come only at the end."""
     return [
         Advice(

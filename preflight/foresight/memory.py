@@ -17,8 +17,9 @@ from preflight.foresight.memory_trace import Peaks, TraceCase, extend_peaks, tra
 from preflight.models import loss as losses
 from preflight.models.building import build_on_meta
 from preflight.models.cost import count_layer_inputs, count_parameters
+from preflight.models.lora import add_adapters
 from preflight.models.protocol import ParameterKind
-from preflight.settings import ModelConfig, TrainingSettings
+from preflight.settings import AdapterConfig, ModelConfig, TrainingSettings
 from preflight.settings.kinds import OPTIMIZERS
 
 MIB = 2**20
@@ -51,6 +52,7 @@ class MemoryOptions:
         generation_batch_size: sequences generated at once; a training run generates one.
         window_tokens: tokens of a training window, where they are fewer than the context length.
         data_bytes: of training tokens that are kept in the device's memory.
+        target_share: of the tokens of the largest micro-batch, those that are learned.
         hopper_or_newer: decides the size of the cuBLAS workspace. Unset: asks the card that is
             present, and assumes an older one where there is none.
     """
@@ -63,6 +65,7 @@ class MemoryOptions:
     window_tokens: int | None = None
     data_bytes: int = 0
     hopper_or_newer: bool | None = None
+    target_share: float = 1.0
 
     @classmethod
     def of(
@@ -71,6 +74,7 @@ class MemoryOptions:
         gradient_checkpointing: bool,
         window_tokens: int | None = None,
         data_bytes: int = 0,
+        target_share: float = 1.0,
     ) -> MemoryOptions:
         """The options of a training run on a device that is present."""
         return cls(
@@ -80,6 +84,7 @@ class MemoryOptions:
             runtime.compile_model,
             window_tokens=window_tokens,
             data_bytes=data_bytes,
+            target_share=target_share,
         )
 
     @property
@@ -153,6 +158,7 @@ def _build_case(
         options.compile_model,
         options.generation_batch_size,
         options.window_tokens or model_config.context_length,
+        options.target_share,
     )
 
 
@@ -199,7 +205,7 @@ def estimate_checkpoint_bytes(model_config: ModelConfig, training: TrainingSetti
     """Disk space of one checkpoint: weights and optimizer state in fp32, and their headers."""
     copies = OPTIMIZERS.load(training.optimizer).state_copies
     total = 0.0
-    for kind, n_tensors, n_parameters in _count_by_kind(model_config):
+    for kind, n_tensors, n_parameters in _count_by_kind(model_config, training.adapter):
         held = copies(training, kind)
         headers = 120 * n_tensors * (1 + 3 * held)  # names, shapes and alignment
         total += 4 * n_parameters * (1 + held) + headers
@@ -207,9 +213,14 @@ def estimate_checkpoint_bytes(model_config: ModelConfig, training: TrainingSetti
 
 
 @functools.lru_cache(maxsize=64)
-def _count_by_kind(model_config: ModelConfig) -> list[tuple[ParameterKind, int, int]]:
-    """The kinds of parameters, with the tensors and the numbers of each."""
-    groups = build_on_meta(model_config).parameter_groups()
+def _count_by_kind(
+    model_config: ModelConfig, adapter: AdapterConfig | None
+) -> list[tuple[ParameterKind, int, int]]:
+    """The kinds of trainable parameters, with the tensors and the numbers of each."""
+    model = build_on_meta(model_config)
+    if adapter is not None:
+        add_adapters(model, adapter)
+    groups = model.parameter_groups()
     return [(g.kind, len(g.parameters), sum(p.numel() for p in g.parameters)) for g in groups]
 
 

@@ -29,6 +29,8 @@ from preflight.foresight.memory_compiled import capture_graphs, trace_compiled_s
 from preflight.models import loss as losses
 from preflight.models.base import TokenModel
 from preflight.models.building import build_model
+from preflight.models.lora import add_adapters
+from preflight.models.loss import TargetRows, Targets
 from preflight.settings import ControlSettings, ModelConfig, SamplingConfig, TrainingSettings
 from preflight.training import muon
 from preflight.training.plan import build_plan
@@ -253,6 +255,7 @@ class TraceCase:
     compile_model: bool
     generation_batch_size: int
     window_tokens: int
+    target_share: float = 1.0
 
     @property
     def batch_shape(self) -> tuple[int, int]:
@@ -262,9 +265,20 @@ class TraceCase:
     @property
     def batch_bytes(self) -> int:
         """Inputs and targets of one micro-step, 8 bytes an id."""
-        n_bytes = 8 * self.batch_shape[0] * self.batch_shape[1]
+        inputs, targets = self.build_batch(*self.batch_shape)
+        tensors = [inputs, *([targets] if isinstance(targets, Tensor) else targets[:2])]
         block = CUDA_BLOCK_BYTES if self.device_type == "cuda" else 1
-        return 2 * -(-n_bytes // block) * block
+        return sum(-(-tensor.nbytes // block) * block for tensor in tensors)
+
+    def build_batch(self, batch_size: int, n_tokens: int) -> tuple[Tensor, Targets]:
+        """Inputs and targets of a micro-step of this shape."""
+        shape = (batch_size, n_tokens)
+        inputs = torch.zeros(shape, dtype=torch.long)
+        if self.target_share == 1.0:
+            return inputs, torch.zeros(shape, dtype=torch.long)
+        n_targets = max(1, round(self.target_share * inputs.numel()))
+        rows, ids = (torch.zeros(n_targets, dtype=torch.long) for _ in range(2))
+        return inputs, TargetRows(rows, ids, inputs.numel())
 
 
 @functools.lru_cache(maxsize=64)
@@ -309,15 +323,15 @@ def trace_whole(case: TraceCase) -> Peaks:
             _use_cuda_dropout(model)
         log.label(list(model.parameters()), "weights")
         # The optimizer's state is there from the second step on; a tiny first one makes it.
-        trainer.train_step(0, [_build_batch(1, 1)])
+        trainer.train_step(0, [case.build_batch(1, 1)])
         states = [tree_leaves(state) for state in optimizer.state.values()]
         log.label([x for state in states for x in state if isinstance(x, Tensor)], "optimizer")
         _StepWatcher(log, model).watch(optimizer)
-        batches = (_build_batch(*case.batch_shape) for _ in range(n_traced))
+        batches = (case.build_batch(*case.batch_shape) for _ in range(n_traced))
         log.mark("training step", "start")
         trainer.train_step(1, batches)
         log.mark("evaluation", "all")
-        trainer.evaluate((_build_batch(*case.batch_shape) for _ in range(2)), 1.0)
+        trainer.evaluate((case.build_batch(*case.batch_shape) for _ in range(2)), 1.0)
         log.mark("generation", "all")
         with runtime.autocast():
             generate_longest(model, case)
@@ -346,9 +360,11 @@ def _replace_step(peaks: Peaks, case: TraceCase) -> Peaks:
         FakeTensorMode(allow_non_fake_inputs=True),
     ):
         model = build_model(config, gradient_checkpointing=case.gradient_checkpointing)
+        if training.adapter is not None:
+            add_adapters(model, training.adapter)
         if case.device_type != "cpu":
             _use_cuda_dropout(model)
-        graphs = capture_graphs(model, runtime, _build_batch(*case.batch_shape))
+        graphs = capture_graphs(model, runtime, case.build_batch(*case.batch_shape))
     start = peaks["training step", "start"]
     # From the second micro-step on, the gradients are there throughout.
     gradients = start["weights"] if training.gradient_accumulation_steps > 1 else 0.0
@@ -365,11 +381,6 @@ def _replace_step(peaks: Peaks, case: TraceCase) -> Peaks:
             item: held.get(item, 0.0) + top.get(item, 0) for item in ITEMS
         }
     return result
-
-
-def _build_batch(batch_size: int, n_tokens: int) -> tuple[Tensor, Tensor]:
-    shape = (batch_size, n_tokens)
-    return torch.zeros(shape, dtype=torch.long), torch.zeros(shape, dtype=torch.long)
 
 
 class _StepWatcher:

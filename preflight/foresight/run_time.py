@@ -20,14 +20,17 @@ import torch
 from generate import SAMPLE_TOKENS, generate_text
 from preflight.checkpoints.format import save_checkpoint
 from preflight.core.storage import TEMPORARY_PREFIX
+from preflight.corpus.chats.rows import ChatFolder
 from preflight.corpus.shards import DataFolder
 from preflight.corpus.windows import choose_window, count_windows
 from preflight.device.cards import Card
 from preflight.device.runtime import Runtime
 from preflight.device.token_store import measure_free_bytes
+from preflight.foresight.chat_time import measure_chat_steps
 from preflight.foresight.memory import estimate_checkpoint_bytes
 from preflight.foresight.timing import Batch, time_steps
 from preflight.models.cost import count_parameters, estimate_flops_per_token
+from preflight.models.lora import estimate_adapter_flops_per_token
 from preflight.settings import (
     ControlSettings,
     ModelConfig,
@@ -39,7 +42,7 @@ from preflight.tokenization import Tokenizer
 from preflight.training.curve import CURVE_EVERY_SECONDS
 from preflight.training.plan import TrainingPlan
 from preflight.training.schedules import find_extension_step
-from train_utils import BatchLoader, choose_data_place, iterate_windows, open_training_loader
+from train_utils import Loader, choose_data_place, iterate_windows, open_training_loader
 from trainer import Trainer, build_trainer
 
 TIMED_STEPS = 5
@@ -208,7 +211,7 @@ def estimate_cost(
     compile_seconds = _ASSUMED_COMPILE_SECONDS if compile_model else 0.0
     if card is None:
         assert cpu_flops is not None
-        step, token_seconds, basis = _estimate_on_cpu(model_config, samples, again, cpu_flops)
+        step, token_seconds, basis = _estimate_on_cpu(model_config, training, again, cpu_flops)
     else:
         step, token_seconds, basis = _estimate_on_card(
             model_config, training, again, card, dtype, compile_model
@@ -226,11 +229,20 @@ def estimate_cost(
     )
 
 
+def count_training_flops(model_config: ModelConfig, training: TrainingSettings) -> int:
+    """Floating-point operations of a training step per token; frozen weights need no gradient."""
+    if training.adapter is not None:
+        return estimate_adapter_flops_per_token(model_config, training.adapter)
+    return estimate_flops_per_token(model_config)
+
+
 def _estimate_on_cpu(
-    model_config: ModelConfig, samples: int, again: float, cpu_flops: float
+    model_config: ModelConfig, training: TrainingSettings, again: float, cpu_flops: float
 ) -> tuple[float, float, str]:
     """Seconds of a step and of a generated token, and where the figures come from."""
-    flops = estimate_flops_per_token(model_config) * samples * model_config.context_length * again
+    samples = training.batch_size * training.gradient_accumulation_steps
+    per_token = count_training_flops(model_config, training)
+    flops = per_token * samples * model_config.context_length * again
     token_seconds = estimate_flops_per_token(model_config, training=False) / cpu_flops * 3
     basis = (
         f"{CPU_MATMUL_SHARE:.0%} of a matrix product's rate here, {cpu_flops / 1e9:,.0f} GFLOP/s"
@@ -250,7 +262,7 @@ def _estimate_on_card(
     name, accumulation = str(dtype).removeprefix("torch."), training.gradient_accumulation_steps
     tokens = training.batch_size * accumulation * model_config.context_length
     parameters = count_parameters(model_config)
-    flops = estimate_flops_per_token(model_config) * tokens * again
+    flops = count_training_flops(model_config, training) * tokens * again
     rate = card.rate_tflops(name) * 1e12 * CUDA_MATMUL_SHARE
     bandwidth = card.bandwidth_gb_per_second * 1e9 * CUDA_BANDWIDTH_SHARE
     # Each micro-step reads the weights, and reads and writes the gradients: 12 bytes in fp32.
@@ -404,9 +416,15 @@ def _measure_training(
     with open_training_loader(
         data, training, context, runtime.device, on_device=place.on_device
     ) as loader:
-        first, times, step = _measure_steps(trainer, loader, model_config, low, high, full)
-        windowed = dataclasses.replace(model_config, context_length=training.choose_window(context))
-        window = _measure_evaluation(trainer, data, plan, windowed, high)
+        if isinstance(data, ChatFolder):
+            low = None
+            first, times, step = measure_chat_steps(trainer, loader, data, training)
+            window = _measure_chat_evaluation(trainer, data, plan)
+        else:
+            first, times, step = _measure_steps(trainer, loader, model_config, low, high, full)
+            window_tokens = training.choose_window(context)
+            windowed = dataclasses.replace(model_config, context_length=window_tokens)
+            window = _measure_evaluation(trainer, data, plan, windowed, high)
         sample = _measure_sample(trainer, tokenizer)
     median = statistics.median(times)
     warm_up = max(0.0, first - median)
@@ -442,7 +460,7 @@ def _describe_part(low: _Load | None, high: _Load, full: _Load) -> str:
 
 def _measure_steps(
     trainer: Trainer,
-    loader: BatchLoader,
+    loader: Loader,
     config: ModelConfig,
     low: _Load | None,
     high: _Load,
@@ -504,6 +522,23 @@ def _measure_evaluation(
         _Load(1, 1, tokens),
     )
     return seconds * window.count_flops(config) / part.count_flops(config)
+
+
+def _measure_chat_evaluation(trainer: Trainer, chats: ChatFolder, plan: TrainingPlan) -> float:
+    """Seconds of evaluating one chat."""
+    rows = plan.samples_per_step // plan.accumulation_steps
+    n_chats = min(plan.eval_windows, chats.val.n_documents, 2 * rows)
+    batches = iterate_windows(
+        chats,
+        "val",
+        batch_size=rows,
+        context_length=plan.window_tokens,
+        n_windows=n_chats,
+        device=trainer.runtime.device,
+    )
+    began = time.perf_counter()
+    trainer.evaluate(batches, 1.0)
+    return (time.perf_counter() - began) / n_chats
 
 
 def _measure_sample(trainer: Trainer, tokenizer: Tokenizer) -> float:

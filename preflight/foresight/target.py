@@ -41,6 +41,7 @@ class Target:
         gradient_checkpointing: bool,
         window_tokens: int | None = None,
         data_bytes: int = 0,
+        target_share: float = 1.0,
     ) -> MemoryOptions:
         """What `estimate_memory` needs to know of it."""
         hopper = None
@@ -54,6 +55,7 @@ class Target:
             window_tokens=window_tokens,
             data_bytes=data_bytes,
             hopper_or_newer=hopper,
+            target_share=target_share,
         )
 
 

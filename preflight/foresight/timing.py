@@ -10,9 +10,19 @@ from collections.abc import Callable, Generator, Iterable
 
 from torch import Tensor
 
+from preflight.models.loss import TargetRows, Targets
 from trainer import Trainer
 
-Batch = tuple[Tensor, Tensor]  # inputs and targets, each (B T)
+Batch = tuple[Tensor, Targets]  # inputs (B T) and targets
+
+
+def take_first_row(batch: Batch) -> Batch:
+    """A batch of one sequence, which has a target; of chats, not necessarily its own."""
+    inputs, targets = batch
+    if isinstance(targets, TargetRows):
+        first = targets.rows[:1].clamp(max=inputs.shape[1] - 1)
+        return inputs[:1], TargetRows(first, targets.ids[:1], inputs.shape[1])
+    return inputs[:1], targets[:1]
 
 
 def iterate_step_seconds(

@@ -22,18 +22,24 @@ import torch
 from generate import SAMPLE_TOKENS, generate_text
 from preflight.checkpoints import format as checkpoint_format
 from preflight.core.signals import StopFlag
+from preflight.corpus.chats.rows import ChatFolder
 from preflight.corpus.shards import DataFolder
 from preflight.corpus.windows import count_run_windows
 from preflight.device.host_memory import release_freed_memory
 from preflight.device.runtime import Runtime, build_runtime, is_out_of_memory
 from preflight.device.token_store import DataPlace, measure_free_bytes
 from preflight.foresight.child import ChildRules, LackOfMemory, Report, run_in_child
-from preflight.foresight.timing import Batch, choose_lag, iterate_step_seconds
+from preflight.foresight.timing import Batch, choose_lag, iterate_step_seconds, take_first_row
 from preflight.settings import ControlSettings, ModelConfig, RunConfig, SamplingConfig
 from preflight.tokenization import Tokenizer, load_tokenizer
 from preflight.training.curve import CURVE_NAME, LossCurve
 from preflight.training.plan import TrainingPlan, build_plan
-from train_utils import choose_data_place, iterate_windows, open_training_loader
+from train_utils import (
+    choose_data_place,
+    find_heaviest_sample,
+    iterate_windows,
+    open_training_loader,
+)
 from trainer import Trainer, build_trainer
 
 TIMED_STEPS, TIMED_SECONDS, SLOW_STEP_SECONDS = 5, 6.0, 4.0
@@ -103,11 +109,14 @@ class TrialSpec:
             windows.n_train,
             windows.n_val,
             stride_tokens=windows.stride_tokens,
+            tokens_per_sample=windows.mean_tokens,
         )
 
     @property
     def window(self) -> int:
-        """Tokens of a window; data that is shorter is not used."""
+        """Tokens of a window, or of the longest chat; data that is shorter is not used."""
+        if isinstance(self.data, ChatFolder):
+            return self.data.longest_tokens
         return self.config.training.choose_window(self.model_config.context_length)
 
     def choose_data_place(self, device: torch.device) -> DataPlace:
@@ -251,12 +260,13 @@ def _run_phases(
         saved = checkpoint_format.save_checkpoint(
             spec.folder,
             1,
-            trainer.model.state_dict(),
+            trainer.list_weights(),
             {"trainer": trainer.state_dict()},
             {"model": dataclasses.asdict(spec.model_config)},
             {"val_loss": None},
+            adapter=spec.config.training.adapter,
         )
-    shapes = {name: tuple(p.shape) for name, p in trainer.model.named_parameters()}
+    shapes = {name: tuple(w.shape) for name, w in trainer.list_weights().items()}
     del trainer
     with meter.phase("resume"):
         build().load_state_dict(
@@ -284,7 +294,7 @@ def _time_steps(trainer: Trainer, next_batch: Callable[[], Batch], seconds: list
     n_micro_steps, compiled = trainer.plan.accumulation_steps, trainer.runtime.compile_model
     if not compiled:  # compiled, another shape would be compiled as well
         # It allocates the optimizer's state before the first full step, as in every later step.
-        trainer.train_step(0, [tuple(part[:1] for part in next_batch())])  # type: ignore[list-item]
+        trainer.train_step(0, [take_first_row(next_batch())])
     steps = iterate_step_seconds(
         trainer, lambda: (next_batch() for _ in range(n_micro_steps)), choose_lag(trainer)
     )
@@ -309,6 +319,7 @@ def _open_batches(
         spec.model_config.context_length,
         runtime.device,
         on_device=place.on_device,
+        cursor=find_heaviest_sample(spec.data, spec.config.training),
     ) as loader:
         yield loader.next_batch
 

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from preflight.models.kv_cache import KVCache
-from preflight.models.loss import cap_logits, linear_cross_entropy
+from preflight.models.loss import TargetRows, Targets, cap_logits, linear_cross_entropy
 from preflight.models.protocol import ParameterGroup
 from preflight.settings import ModelConfig, SamplingConfig
 
@@ -54,12 +54,16 @@ class TokenModel(nn.Module):
         """The weight (V C) that turns a hidden vector into logits."""
         return (self.embed_tokens if self.config.tied else self.lm_head).weight
 
-    def compute_output(self, x: Tensor, targets: Tensor | None) -> Tensor:
+    def compute_output(self, x: Tensor, targets: Targets | None) -> Tensor:
         """Logits (B T V) of hidden vectors (B T C), or the summed loss against `targets`."""
         if targets is None:
             return self.compute_logits(x)
-        softcap = self.config.logit_softcap
-        return linear_cross_entropy(x.flatten(0, 1), self.head_weight, targets.flatten(), softcap)
+        hidden = x.flatten(0, 1)
+        if isinstance(targets, TargetRows):
+            hidden, ids = hidden.index_select(0, targets.rows), targets.ids
+        else:
+            ids = targets.flatten()
+        return linear_cross_entropy(hidden, self.head_weight, ids, self.config.logit_softcap)
 
     def compute_logits(self, x: Tensor) -> Tensor:
         """Logits (... V) of hidden vectors (... C)."""

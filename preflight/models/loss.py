@@ -47,9 +47,33 @@ def loss_layout(device_type: str) -> LossLayout:
     return LossLayout(LOSS_ROWS_CPU if on_cpu else LOSS_ROWS_CUDA, 1, weight_first=on_cpu)
 
 
-def count_targets(targets: Tensor) -> Tensor:
+class TargetRows(NamedTuple):
+    """The targets of a batch that has few: only their rows go through the output head.
+
+    Attributes:
+        rows: (N,) int64, where they stand in the flattened batch (B * T).
+        ids: (N,) int64, the targets there.
+        n_tokens: of the batch without padding.
+    """
+
+    rows: Tensor
+    ids: Tensor
+    n_tokens: int
+
+
+Targets = Tensor | TargetRows  # ids (B T), in which -100 is no target; or the rows with one
+
+
+def count_targets(targets: Targets) -> Tensor:
     """How many of these ids are targets; a scalar on their device, so that nobody waits for it."""
+    if isinstance(targets, TargetRows):
+        return targets.ids.new_full((), len(targets.ids))
     return (targets != NO_TARGET).sum()
+
+
+def count_tokens(targets: Targets) -> int:
+    """Tokens of a batch, padding left out."""
+    return targets.n_tokens if isinstance(targets, TargetRows) else targets.numel()
 
 
 def cap_logits(logits: Tensor, softcap: float) -> Tensor:

@@ -16,6 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 from preflight.models.base import TokenModel, initialise
 from preflight.models.kv_cache import KVCache
+from preflight.models.loss import Targets
 from preflight.settings import ModelConfig
 from preflight.settings.kinds import ACTIVATIONS
 
@@ -76,7 +77,7 @@ class NgramMLP(TokenModel):
             else:
                 initialise(module, 0.02)
 
-    def forward(self, tokens: Tensor, targets: Tensor | None = None) -> Tensor:
+    def forward(self, tokens: Tensor, targets: Targets | None = None) -> Tensor:
         """Logits (B T V), or the summed cross-entropy (scalar, fp32) when `targets` are given.
 
         Raises:

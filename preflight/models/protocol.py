@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from preflight.models.kv_cache import KVCache
+from preflight.models.loss import Targets
 from preflight.settings import ModelConfig
 
 ParameterKind = Literal["matrix", "embedding", "scalar"]
@@ -39,8 +40,8 @@ class LanguageModel(Protocol):
     config: ModelConfig
     training: bool
 
-    def forward(self, tokens: Tensor, targets: Tensor | None = None) -> Tensor:
-        """Logits (B T V), or the sum of the losses over the targets that are not -100."""
+    def forward(self, tokens: Tensor, targets: Targets | None = None) -> Tensor:
+        """Logits (B T V), or the sum of the losses over the targets."""
         ...
 
     def build_cache(
@@ -62,7 +63,7 @@ class LanguageModel(Protocol):
         ...
 
     # Of nn.Module:
-    def __call__(self, tokens: Tensor, targets: Tensor | None = None) -> Tensor: ...  # noqa: D102
+    def __call__(self, tokens: Tensor, targets: Targets | None = None) -> Tensor: ...  # noqa: D102
     def parameters(self) -> Iterator[nn.Parameter]: ...  # noqa: D102
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]: ...  # noqa: D102
     def state_dict(self) -> dict[str, Any]: ...  # noqa: D102

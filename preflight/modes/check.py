@@ -19,7 +19,10 @@ from preflight.core.log import log
 from preflight.core.signals import StopFlag
 from preflight.core.storage import check_writable, foreign_error, refuse_other_kind, write_json
 from preflight.core.units import format_bytes
+from preflight.corpus.chats.preview import pick_examples
+from preflight.corpus.chats.rows import ChatFolder
 from preflight.device.runtime import MIN_STEPS_TO_COMPILE, is_out_of_memory
+from preflight.foresight.chat_warnings import find_chat_warnings
 from preflight.foresight.fits import find_bf16_fault, judge_fit
 from preflight.foresight.learnability import (
     Advice,
@@ -40,8 +43,8 @@ from preflight.modes import check_sections as sections
 from preflight.modes.check_answers import answer_questions
 from preflight.modes.check_losses import describe_losses
 from preflight.modes.check_sections import Findings
+from preflight.modes.finetune_setup import FinetuneSetup, build_setup
 from preflight.modes.report import Problem, Report, is_in_colour
-from preflight.modes.setup import RunSetup
 from preflight.modes.start import check_machine
 from preflight.settings import RunConfig
 from preflight.training.schedule_picture import SCHEDULE_NAME, draw_schedule
@@ -79,7 +82,7 @@ def build_report(config: RunConfig) -> Report:
 def find_all(config: RunConfig) -> Findings:
     """The report, and what it was made from."""
     with StopFlag() as stop:
-        found = Findings(RunSetup(config, stop), Report())
+        found = Findings(build_setup(config, stop), Report())
         gather(found)
     return found
 
@@ -118,6 +121,9 @@ def read_data(found: Findings) -> None:
     """Prepare and verify the data, and look at what is in it."""
     rows = found.report.sections["dataset"]
     setup = found.setup
+    if isinstance(setup, FinetuneSetup):
+        read_chats(found, setup)
+        return
     try:
         setup.tokenizer_choice  # noqa: B018
     except PreflightError:
@@ -138,6 +144,15 @@ def read_data(found: Findings) -> None:
     )
     window = tokenizer.decode(next(iter(windows))[0][0].tolist())
     sections.describe_data(found, content, window)
+
+
+def read_chats(found: Findings, setup: FinetuneSetup) -> None:
+    """Prepare and verify the chats, and show some with what is learned of them."""
+    chats = setup.data
+    setup.stop.leave_if_stopping("stopped; the prepared chats are complete")
+    found.data = chats
+    sections.describe_chats(found, chats)
+    found.report.examples = pick_examples(chats, setup.tokenizer)
 
 
 def choose_target(found: Findings) -> None:
@@ -185,7 +200,7 @@ def time_run(found: Findings) -> None:
         cpu_flops=cpu_flops,
         compile_model=target.compile_model,
         gradient_checkpointing=found.config.system.gradient_checkpointing,
-        window_tokens=found.window_tokens,
+        window_tokens=found.mean_tokens,
     )
     measured = measure(found, estimated) if may_measure(found) else None
     found.cost = measured or estimated
@@ -249,7 +264,10 @@ def advise(found: Findings) -> None:
     """Warnings about what the run will learn, and what to do next."""
     report, target, config = found.report, found.target, found.config
     if found.plan is not None and found.model is not None and found.data is not None:
-        report.warnings += find_plan_warnings(config, found.model, found.plan, found.data)
+        if isinstance(found.data, ChatFolder):
+            report.warnings += find_chat_warnings(config, found.plan, found.data)
+        else:
+            report.warnings += find_plan_warnings(config, found.model, found.plan, found.data)
     runtime = target.runtime if target else None
     fault = find_bf16_fault(runtime, config.system.mixed_precision) if runtime else None
     if fault:
@@ -269,6 +287,8 @@ def advise(found: Findings) -> None:
     report.recommendations.append(
         "fix the problems below, then run --check again"
         if report.problems
+        else "the same flags without --check begin the run"
+        if config.finetuning.finetune
         else f"{format_command('--validate-only')} with the same flags tries every part once; "
         "then --train"
     )

@@ -16,15 +16,23 @@ import torch
 from preflight.core.errors import PreflightError
 from preflight.core.storage import free_bytes
 from preflight.core.units import format_bytes
+from preflight.corpus.chats import preview
+from preflight.corpus.chats.rows import ChatFolder
 from preflight.corpus.shards import DataFolder
 from preflight.device.host_memory import available_host_bytes, reachable_host_bytes
 from preflight.device.token_store import DataPlace
 from preflight.foresight.fits import check_disk, judge_fit, suggest_fit
 from preflight.foresight.learnability import Advice, Content
 from preflight.foresight.memory import MemoryEstimate, MemoryOptions, estimate_savings
-from preflight.foresight.run_time import RunCost, RunTime, find_earliest_stop
+from preflight.foresight.run_time import (
+    RunCost,
+    RunTime,
+    count_training_flops,
+    find_earliest_stop,
+)
 from preflight.foresight.target import Target
-from preflight.models.cost import count_parameters, estimate_flops_per_token
+from preflight.models.cost import count_parameters
+from preflight.models.lora import count_adapter_parameters
 from preflight.modes.report import Problem, Report, compare
 from preflight.modes.setup import RunSetup
 from preflight.settings import ModelConfig, RunConfig, TrainingSettings, describe_choices
@@ -68,6 +76,7 @@ class Findings:
             gradient_checkpointing=checkpointing,
             window_tokens=self.window_tokens,
             data_bytes=self.data_place.n_bytes if self.data_place else 0,
+            target_share=self.setup.target_share if self.data else 1.0,
         )
 
     @property
@@ -86,6 +95,22 @@ class Findings:
         if self.plan is not None:
             return self.plan.window_tokens
         return self.training.choose_window(self.model.context_length)
+
+    @property
+    def tokens_per_step(self) -> int:
+        """Tokens of an update; of chats their mean."""
+        if self.plan is not None:
+            return self.plan.tokens_per_step
+        training = self.training
+        sequences = training.batch_size * training.gradient_accumulation_steps
+        return sequences * self.window_tokens
+
+    @property
+    def mean_tokens(self) -> int:
+        """Tokens of a sequence; of chats their mean."""
+        training = self.training
+        sequences = training.batch_size * training.gradient_accumulation_steps
+        return max(1, round(self.tokens_per_step / sequences))
 
     def find_model(self) -> None:
         """The architecture, unless its vocabulary is made from the text: see `find_made_model`."""
@@ -124,14 +149,17 @@ def describe_model(found: Findings) -> None:
     parameters = count_parameters(model)
     rows["shape"] = model.label
     rows["parameters"] = parameters
-    rows["trainable_parameters"] = parameters
+    adapter = found.training.adapter
+    rows["trainable_parameters"] = (
+        count_adapter_parameters(model, adapter) if adapter else parameters
+    )
     rows["size_fp32_bytes"] = 4 * parameters
     rows["size_16_bit_bytes"] = 2 * parameters
     if found.memory is not None:
         rows["optimizer_bytes"] = found.memory.items["optimizer"]
     rows["context"] = model.context_length
     rows["vocabulary"] = model.vocab_size
-    rows["flops_per_token"] = estimate_flops_per_token(model)
+    rows["flops_per_token"] = count_training_flops(model, found.training)
 
 
 def describe_data(found: Findings, content: Content, window: str) -> None:
@@ -151,6 +179,17 @@ def describe_data(found: Findings, content: Content, window: str) -> None:
     # repr shows line breaks and whatever a terminal would act on.
     rows["the_model_will_read"] = repr(window[:_SHOWN_CHARACTERS])
     rows["bytes_per_token"] = round(n_bytes / n_tokens, 3)
+
+
+def describe_chats(found: Findings, chats: ChatFolder) -> None:
+    """How many chats and tokens there are, and what is learned of them."""
+    rows = found.report.sections["dataset"]
+    for name, split in (("train", chats.train), ("validation", chats.val)):
+        rows[f"{name}_chats"] = split.n_documents
+        rows[f"{name}_tokens"] = split.n_tokens
+    rows["longest_chat_tokens"] = chats.longest_tokens
+    for number, line in enumerate(preview.describe_chats(chats.metadata), 1):
+        rows[f"chats_{number}"] = line
 
 
 def describe_plan(found: Findings) -> None:
@@ -289,7 +328,7 @@ def describe_rate(
     assert target is not None
     assert model is not None
     rows, cost = found.report.sections["performance estimation"], measured or estimate
-    tokens = training.batch_size * training.gradient_accumulation_steps * found.window_tokens
+    tokens = found.tokens_per_step
     predicted, rate = tokens / estimate.step_seconds, tokens / cost.step_seconds
     rows["basis"] = cost.basis if measured else f"estimate, not measured: {estimate.basis}"
     rows["step_seconds"] = cost.step_seconds
@@ -297,7 +336,7 @@ def describe_rate(
         rows["timed_steps"] = measured.n_timed
         rows["spread_share"] = round(measured.spread_share, 4)
     rows["tokens_per_second"] = compare(round(predicted, 1), round(rate, 1) if measured else None)
-    used = estimate_flops_per_token(model) * rate / peak_flops
+    used = count_training_flops(model, training) * rate / peak_flops
     rows["model_flops_utilisation_share"] = round(used, 4)
     if target.card:
         source = f"the {target.card.name}'s data sheet"

@@ -40,9 +40,11 @@ from preflight.foresight.memory import (
     estimate_savings,
 )
 from preflight.foresight.trials import TrialResult, TrialSpec, run_trial
+from preflight.modes.finetune_setup import FinetuneSetup
 from preflight.modes.setup import RunSetup
 from preflight.modes.trying import format_train_command, open_output
 from preflight.settings import MODEL_PRESETS, RunConfig
+from train_utils import measure_target_share
 
 REPORT_NAME = "batch_size_report.json"
 FORMAT = "preflight-batch-size"
@@ -69,7 +71,7 @@ def run(config: RunConfig) -> int:
         model_config = setup.model_config
         data, source = _find_data(setup, stack)
         folder = output_dir / f"{storage.TEMPORARY_PREFIX}trial"
-        trials = BatchTrials(TrialSpec(config, model_config, data, folder), setup.stop)
+        trials = BatchTrials(TrialSpec(setup.config, model_config, data, folder), setup.stop)
         report = BatchSizeReport(trials, trials.search(), source)
         report.publish(output_dir / REPORT_NAME)
         if report.result.chosen is None:
@@ -80,7 +82,9 @@ def run(config: RunConfig) -> int:
 
 def _find_data(setup: RunSetup, stack: contextlib.ExitStack) -> tuple[DataFolder | None, str]:
     """The data if it is prepared and fits the run, and in words what the batches are made of."""
-    folder = Path(setup.given.data.data_dir)
+    folder = setup.data_dir
+    if isinstance(setup, FinetuneSetup):
+        return setup.data, f"chats in {folder}"
     if not os.path.exists(folder / METADATA_NAME):
         return None, f"random tokens ({folder} holds no prepared data)"
     stack.enter_context(FolderLock(folder, shared=True))
@@ -169,7 +173,7 @@ class BatchTrials:
             accumulation = -(-self.n_kept // size)
         return self.spec.at(size, min(2, accumulation))
 
-    def build_options(self, runtime: Runtime) -> MemoryOptions:
+    def build_options(self, runtime: Runtime, spec: TrialSpec) -> MemoryOptions:
         """The options of a prediction."""
         context = self.spec.model_config.context_length
         return MemoryOptions.of(
@@ -177,6 +181,7 @@ class BatchTrials:
             self.config.system.gradient_checkpointing,
             self.window if self.window < context else None,
             self.spec.choose_data_place(runtime.device).n_bytes,
+            measure_target_share(self.spec.data, spec.config.training),
         )
 
     def estimate(self, size: int) -> MemoryEstimate:
@@ -184,7 +189,7 @@ class BatchTrials:
         spec = self.spec_at(size)
         accumulation = spec.config.training.gradient_accumulation_steps
         # Fewer and larger steps may not be worth compiling: the options depend on the size.
-        return self._get_curve(accumulation, self.build_options(spec.runtime()))(size)
+        return self._get_curve(accumulation, self.build_options(spec.runtime(), spec))(size)
 
     def _build_curve(
         self, accumulation: int, options: MemoryOptions
@@ -352,7 +357,7 @@ def explain_no_fit(trials: BatchTrials) -> PreflightError:
     """Not even one sequence fits: what would help, and by how much."""
     model_config = trials.spec.model_config
     training = trials.spec_at(1).config.training
-    options = trials.build_options(trials.runtime)
+    options = trials.build_options(trials.runtime, trials.spec_at(1))
     saved = estimate_savings(model_config, training, options)
     shorter = replace(model_config, context_length=max(2, model_config.context_length // 2))
     window = options.window_tokens and min(options.window_tokens, shorter.context_length)

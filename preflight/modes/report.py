@@ -28,6 +28,8 @@ SECTIONS = (
 )
 
 
+Example = list[tuple[str, bool]]  # a chat in stretches: the text, and whether it is learned
+
 # Green, yellow and red of a terminal (ECMA-48, "select graphic rendition").
 _COLOURS = {"yes": 32, "tight": 33, "doubtful": 33, "unknown": 33, "no": 31}
 
@@ -67,6 +69,7 @@ class Report:
     recommendations: list[str] = field(default_factory=list)
     problems: list[Problem] = field(default_factory=list)
     answers: list[Answer] = field(default_factory=list)
+    examples: list[Example] = field(default_factory=list)
     is_writable: bool = False
 
     @contextlib.contextmanager
@@ -90,6 +93,10 @@ class Report:
             **{name.replace(" ", "_"): rows for name, rows in self.sections.items()},
             "warnings": [vars(advice) for advice in self.warnings],
             "recommendations": self.recommendations,
+            "examples": [
+                [{"text": text, "learned": learned} for text, learned in example]
+                for example in self.examples
+            ],
             "problems": [vars(problem) for problem in self.problems],
         }
 
@@ -104,6 +111,13 @@ class Report:
                 f"  {format_label(key):<28} {format_value(key, value)}"
                 for key, value in rows.items()
             ]
+        if self.examples:
+            lines += ["", "Chats, with what is learned " + _mark("marked", in_colour=in_colour)]
+        for example in self.examples:
+            stretches = (
+                _mark(text, in_colour=in_colour) if learned else text for text, learned in example
+            )
+            lines += [f"  {line}" for line in "".join(stretches).split("\n")] + ["  --"]
         lines += ["", "Warnings"]
         for advice in self.warnings:
             lines += [f"  - {advice.text}", f"    {advice.fix}"]
@@ -119,6 +133,12 @@ class Report:
         else:
             lines.append("All checks passed.")
         return "\n".join(lines[1:]) + "\n"
+
+
+def _mark(text: str, *, in_colour: bool) -> str:
+    """Text that is learned: inverse on a terminal, each line by itself; else in brackets."""
+    before, after = ("\x1b[7m", "\x1b[27m") if in_colour else ("[[", "]]")
+    return "\n".join(f"{before}{line}{after}" if line else "" for line in text.split("\n"))
 
 
 def is_in_colour(stream: TextIO) -> bool:

@@ -11,6 +11,7 @@ import dataclasses
 import math
 import os
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
@@ -21,16 +22,19 @@ from preflight.checkpoints.format import Checkpoint, load_weights
 from preflight.checkpoints.store import find_best, open_checkpoint
 from preflight.core.commands import join_words
 from preflight.core.errors import ExitCode, PreflightError
+from preflight.core.locks import FolderLock
 from preflight.core.log import log
 from preflight.core.signals import StopFlag
 from preflight.corpus.build import prepare_data
-from preflight.corpus.shards import DataFolder
+from preflight.corpus.shards import DataFolder, Split
 from preflight.corpus.windows import choose_window, count_run_windows
 from preflight.device.runtime import MIN_STEPS_TO_COMPILE, Runtime, build_runtime
 from preflight.device.token_store import DataPlace, measure_free_bytes
 from preflight.foresight.fits import check_memory
+from preflight.foresight.memory import MemoryOptions
 from preflight.models.base import TokenModel
-from preflight.settings import ModelConfig, RunConfig, TrainingSettings
+from preflight.models.loss import Targets
+from preflight.settings import ControlSettings, ModelConfig, RunConfig, TrainingSettings
 from preflight.tokenization import (
     Tokenizer,
     TokenizerChoice,
@@ -50,7 +54,7 @@ from preflight.training.resume import (
 )
 from preflight.training.saved_state import load_saved_state
 from preflight.training.state import TrainState
-from train_utils import BatchLoader, choose_data_place, iterate_windows, open_training_loader
+from train_utils import Loader, choose_data_place, iterate_windows, open_training_loader
 from trainer import Trainer, build_trainer
 
 T = TypeVar("T")
@@ -104,6 +108,11 @@ class RunSetup:
         self.continues, self.resumes = continues, resumes
         self.output_dir = Path(given.control.output_dir)
 
+    @property
+    def data_dir(self) -> Path:
+        """The folder of the run's data."""
+        return Path(self.given.data.data_dir)
+
     @part
     def origin(self) -> Checkpoint | None:
         """The checkpoint that `--train` continues from, if any: the newest that can be used."""
@@ -115,6 +124,9 @@ class RunSetup:
         """Refuse a checkpoint that a run cannot continue from, and keep the state of another."""
         settings = read_saved_settings(origin)
         model = build_empty_model(origin)
+        adapter = read_adapter(origin)
+        if adapter is not None:
+            add_adapters(model, adapter)
         if self.resumes:
             if "kind" in (facts := origin.config["tokenizer"]):  # format v1 has no files of it
                 check_tokenizer(origin, load_saved_tokenizer(origin.path, facts))
@@ -155,10 +167,13 @@ class RunSetup:
     def tokenizer_choice(self) -> TokenizerChoice:
         """The tokenizer inside the origin, or that of the flags, which may need the text first."""
         if self.known_origin is not None:
-            return load_saved_tokenizer(
-                self.known_origin.path, self.known_origin.config["tokenizer"]
-            )
+            return self.load_tokenizer_of(self.known_origin)
         return choose_tokenizer(self.known_config.model)
+
+    @staticmethod
+    def load_tokenizer_of(checkpoint: Checkpoint) -> Tokenizer:
+        """The tokenizer inside a checkpoint."""
+        return load_saved_tokenizer(checkpoint.path, checkpoint.config["tokenizer"])
 
     @part
     def tokenizer(self) -> Tokenizer:
@@ -291,15 +306,20 @@ class RunSetup:
         return plan
 
     def _build_plan(self, training: TrainingSettings) -> TrainingPlan:
+        return self.build_plan_of(training, self.known_config.control)
+
+    def build_plan_of(self, training: TrainingSettings, control: ControlSettings) -> TrainingPlan:
+        """The plan with these settings, on the run's data and from where it stands."""
         windows = count_run_windows(self.data, training, self.window_length)
         return build_plan(
             training,
-            self.known_config.control,
+            control,
             windows.window_tokens,
             windows.n_train,
             windows.n_val,
             self.state,
             stride_tokens=windows.stride_tokens,
+            tokens_per_sample=windows.mean_tokens,
         )
 
     def describe_machine(self) -> dict[str, Any]:
@@ -343,15 +363,42 @@ class RunSetup:
             model: the architecture, where the data is not made yet.
             data_bytes: of `data_place`, where the data is not made yet.
         """
+        options = MemoryOptions.of(
+            runtime,
+            self.config.system.gradient_checkpointing,
+            window_tokens,
+            self.data_place.n_bytes if data_bytes is None else data_bytes,
+            self.target_share,
+        )
         return {
             "model_config": model or self.model_config,
             "training": self.config.training,
             "runtime": runtime,
-            "gradient_checkpointing": self.config.system.gradient_checkpointing,
+            "options": options,
             "last_checkpoint": self.origin.path if self.origin else "none yet",
-            "window_tokens": window_tokens,
-            "data_bytes": self.data_place.n_bytes if data_bytes is None else data_bytes,
         }
+
+    @property
+    def target_share(self) -> float:
+        """Of the tokens of the largest micro-batch, those that are learned."""
+        return 1.0
+
+    def measure_tokens_per_byte(self, split: str) -> float:
+        """Targets of a split for each byte that they spell, for bits per byte."""
+        part: Split = getattr(self.data, split)
+        return part.n_tokens / max(1, part.n_bytes)
+
+    def describe_extra(self) -> dict[str, Any]:
+        """What ``config.json`` says besides: see `train.describe_run`."""
+        return {}
+
+    def list_extra_files(self) -> dict[str, bytes]:
+        """Files that a checkpoint holds besides, by name."""
+        return {}
+
+    def lock_data(self) -> AbstractContextManager[Any]:
+        """Readers share the data folder; a preparation that would replace it is locked out."""
+        return FolderLock(self.data_dir, shared=True)
 
     def check_before_data(self) -> None:
         """Raise whatever can refuse the run before its data is made or replaced."""
@@ -428,15 +475,20 @@ class RunSetup:
             self.plan,
             self.runtime,
             gradient_checkpointing=self.config.system.gradient_checkpointing,
+            weights=self.load_base_weights(),
         )
         if self.origin is not None and self.resumes:
-            shapes = {name: tuple(p.shape) for name, p in trainer.model.named_parameters()}
+            shapes = {name: tuple(w.shape) for name, w in trainer.list_weights().items()}
             # Taken out, not kept: on CUDA the run would hold a second copy in the host's memory.
             state = self.saved.pop("trainer", {})
             trainer.load_state_dict(load_weights(self.origin, shapes), state)
         return trainer
 
-    def open_loader(self, cursor: int = 0, batch_size: int | None = None) -> BatchLoader:
+    def load_base_weights(self) -> dict[str, Tensor] | None:
+        """What a new model begins with; none: random weights."""
+        return None
+
+    def open_loader(self, cursor: int = 0, batch_size: int | None = None) -> Loader:
         """The training part, read from sample `cursor` on."""
         training = self.known_config.training
         return open_training_loader(
@@ -450,7 +502,7 @@ class RunSetup:
 
     def list_validation(
         self, n_windows: int, batch_size: int | None = None
-    ) -> Iterator[tuple[Tensor, Tensor]]:
+    ) -> Iterator[tuple[Tensor, Targets]]:
         """Evenly spaced windows of the validation part, the same every time."""
         return iterate_windows(
             self.data,

@@ -7,7 +7,6 @@ import importlib.util
 import os
 import shutil
 import sys
-from pathlib import Path
 
 from preflight.core.errors import ExitCode, PreflightError
 from preflight.core.locks import FolderLock
@@ -65,7 +64,7 @@ def check_start(setup: RunSetup) -> None:
         raise storage_error(setup.output_dir / "milestones", full, one)
     if disk.fault:
         log.warning("; ".join(disk.fault))
-    data_dir = Path(config.data.data_dir)
+    data_dir = setup.data_dir
     if not os.path.exists(data_dir / METADATA_NAME):  # else it may serve as it is
         refuse_foreign(data_dir)
         check_access(data_dir)

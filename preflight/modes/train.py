@@ -52,11 +52,21 @@ def run(config: RunConfig) -> int:
         PreflightError: with the code of whatever stands in the way.
     """
     find_sources(config.data)  # a misspelt file is told before any folder is made
+    with StopFlag() as stop:
+        return train(RunSetup(config, stop, resumes=True))
+
+
+def train(setup: RunSetup, kind: type[TrainingRun] | None = None) -> int:
+    """Lock the output folder, check whatever can be checked, and train.
+
+    Args:
+        setup: of the run.
+        kind: of run; unset: `TrainingRun`.
+    """
+    config, output_dir = setup.given, setup.output_dir
     check_machine(config.system)
     load_trackers(config.control)  # a missing library is told before any folder is made
-    output_dir = Path(config.control.output_dir)
-    with StopFlag() as stop, contextlib.ExitStack() as stack:
-        setup = RunSetup(config, stop, resumes=True)
+    with contextlib.ExitStack() as stack:
         if config.control.resume_from:  # the newest checkpoint is asked for under the lock
             setup.config  # noqa: B018
         refuse_foreign_output(output_dir)
@@ -67,9 +77,8 @@ def run(config: RunConfig) -> int:
         check_start(setup)
         setup.check_before_data()
         setup.data  # noqa: B018
-        # Readers share the data folder; a preparation that would replace it is locked out.
-        with FolderLock(Path(config.data.data_dir), shared=True):
-            return TrainingRun(setup).run()
+        with setup.lock_data():
+            return (kind or TrainingRun)(setup).run()
 
 
 def refuse_foreign_output(output_dir: Path) -> None:
@@ -97,14 +106,13 @@ class TrainingRun:
         setup.check_memory(self.runtime, self.plan.window_tokens)
         self.trainer = setup.build_trainer()
         guard = DivergenceGuard(self.output_dir, fp16=self.runtime.needs_scaler)
-        train = setup.data.train
         self.recorder = StepRecorder(
             self.plan,
             self.runtime,
             self.state,
             self.trackers,
             guard,
-            tokens_per_byte=train.n_tokens / max(1, train.n_bytes),
+            tokens_per_byte=setup.measure_tokens_per_byte("train"),
         )
         self.saver = CheckpointSaver(
             self.output_dir,
@@ -166,7 +174,7 @@ class TrainingRun:
     def _take_snapshot(self) -> dict[str, Any]:
         """What a checkpoint of this moment holds."""
         return {
-            "weights": self.trainer.model.state_dict(),
+            "weights": self.trainer.list_weights(),
             "training_state": {
                 "state": dataclasses.asdict(self.state),
                 "trainer": self.trainer.state_dict(),
@@ -176,12 +184,14 @@ class TrainingRun:
             "config": describe_run(self.setup),
             "losses": {"val_loss": None},
             "tokenizer": self.setup.tokenizer,
+            "adapter": self.config.training.adapter,
+            "extra_files": self.setup.list_extra_files(),
         }
 
     def _evaluate(self) -> Evaluation | None:
-        val = self.setup.data.val
         windows = self.setup.list_validation(self.plan.eval_windows)
-        return self.trainer.evaluate(windows, val.n_tokens / val.n_bytes, self.stop)
+        tokens_per_byte = self.setup.measure_tokens_per_byte("val")
+        return self.trainer.evaluate(windows, tokens_per_byte, self.stop)
 
     def _sample(self) -> str:
         sampling = SamplingConfig(max_new_tokens=SAMPLE_TOKENS, seed=self.config.training.seed)
@@ -221,8 +231,8 @@ class TrainingRun:
             f"peak memory {format_bytes(self.runtime.peak_memory_bytes())}"
         )
         if best.val_loss is not None:
-            val = self.setup.data.val
-            bits = convert_to_bits_per_byte(best.val_loss, val.n_tokens / val.n_bytes)
+            tokens_per_byte = self.setup.measure_tokens_per_byte("val")
+            bits = convert_to_bits_per_byte(best.val_loss, tokens_per_byte)
             log.info(
                 f"best: {best.path} (step {best.step:,}, validation loss {best.val_loss:.4f}, "
                 f"{bits:.3f} bits per byte)"
@@ -231,9 +241,13 @@ class TrainingRun:
         if compared:
             log.info(compared)
         log.info(f"loss curve: {self.output_dir / CURVE_NAME}")
+        self._suggest()
+        return ExitCode.DONE
+
+    def _suggest(self) -> None:
+        """What to do with the model."""
         command = format_command("--generate", "--output-dir", self.output_dir)
         log.info(f"generate text: {command}")
-        return ExitCode.DONE
 
 
 def describe_run(setup: RunSetup) -> dict[str, Any]:
@@ -249,13 +263,15 @@ def describe_run(setup: RunSetup) -> dict[str, Any]:
             "val_tokens": data.val.n_tokens,
         },
         "runtime": setup.describe_machine(),
+        **setup.describe_extra(),
     }
 
 
 def announce(setup: RunSetup) -> None:
     """Log every choice that was made for this run."""
-    for advice in find_short_text(setup.model_config, setup.plan, setup.data):
-        log.warning(advice.text)
+    if not setup.given.finetuning.finetune:
+        for advice in find_short_text(setup.model_config, setup.plan, setup.data):
+            log.warning(advice.text)
     config, plan, state, data = setup.config, setup.plan, setup.state, setup.data
     model, parameters = setup.model_config, count_parameters(setup.model_config)
     for line in describe_choices(setup.adopted):

@@ -25,12 +25,13 @@ from preflight.corpus.sources import find_sources
 from preflight.device.host_memory import available_host_bytes
 from preflight.foresight.child import ChildRules
 from preflight.foresight.short_training import TrainingResult, TrainingSpec, describe_training
+from preflight.modes.finetune_setup import build_setup
 from preflight.modes.setup import RunSetup
 from preflight.modes.start import check_machine
 from preflight.settings import RunConfig, build_options
 from preflight.training.time_left import TimeLeft
 
-_OF_A_RUN = ("model", "training", "data", "control", "system")
+_OF_A_RUN = ("model", "training", "finetuning", "data", "control", "system")
 _KNOWN_AFTER = 4  # steps; then their time is told
 
 
@@ -89,7 +90,7 @@ def open_output(config: RunConfig, report_name: str, report_format: str) -> Iter
         storage.check_writable(output_dir)  # under the lock: two probes would disturb each other
         storage.refuse_foreign_json(output_dir / report_name, report_format)
         remove_leftovers(output_dir)
-        yield RunSetup(config, stop, continues=False)
+        yield build_setup(config, stop, continues=False)
 
 
 class Progress:
@@ -187,11 +188,13 @@ def read_report(path: Path) -> dict[str, Any]:
 def format_train_command(config: RunConfig, *flags: str, without: tuple[str, ...] = ()) -> str:
     """`--train` with the run's flags of this call but those in `without`, and then `flags`."""
     words = ["--train"]
+    if config.finetuning.finetune:
+        words = ["--finetune", *config.finetuning.finetune]
     for option in build_options().values():
         if (
             config.sources.get(option.name) == "the command line"
             and option.group in _OF_A_RUN
-            and option.name not in without
+            and option.name not in ("finetune", *without)
         ):
             words += option.spell(config.get(option))
     return format_command(*words, *flags)

@@ -4,6 +4,7 @@ from preflight.settings.check import CheckSettings
 from preflight.settings.comparison import ComparisonSettings
 from preflight.settings.control import ControlSettings
 from preflight.settings.data import DataSettings
+from preflight.settings.finetuning import AdapterConfig, FinetuningSettings
 from preflight.settings.generation import OUTPUT_SUFFIXES, GenerationSettings
 from preflight.settings.model import (
     CUSTOM_SIZE_FIELDS,
@@ -38,10 +39,12 @@ __all__ = [
     "MODEL_PRESETS",
     "OUTPUT_SUFFIXES",
     "PART_NAMES",
+    "AdapterConfig",
     "CheckSettings",
     "ComparisonSettings",
     "ControlSettings",
     "DataSettings",
+    "FinetuningSettings",
     "GenerationSettings",
     "ModelConfig",
     "ModelPreset",

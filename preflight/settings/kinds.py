@@ -149,6 +149,7 @@ MODES: Registry[Any] = Registry(
         "validate-only": "preflight.modes.validate:run",
         "prepare": "preflight.modes.prepare:run",
         "train": "preflight.modes.train:run",
+        "finetune": "preflight.modes.finetune:run",
         "get-optimal-bs": "preflight.modes.find_batch_size:run",
         "find-lr": "preflight.modes.find_lr:run",
         "sweep": "preflight.modes.sweep:run",
@@ -161,6 +162,8 @@ MODES: Registry[Any] = Registry(
         "detokenize": "preflight.modes.tokenize:run_detokenize",
     },
 )
+# Modes that foresee or try a run: beside `--finetune` they do so for a fine-tuning.
+FINETUNING_MODES = ("check", "get-optimal-bs")
 # () -> exit code: what a call without any flag shows on a terminal.
 MENUS: Registry[Any] = Registry("menu", {"menu": "preflight.modes.menu:run_menu"})
 MODE_SUMMARIES = {
@@ -168,6 +171,7 @@ MODE_SUMMARIES = {
     "validate-only": "run every part of a run once, as numbered checks",
     "prepare": "prepare the data alone, with a report of what is in it",
     "train": "prepare the data where needed, then train",
+    "finetune": "teach a trained model to answer, from a file of chats",
     "get-optimal-bs": "find the largest batch size that fits, and the fastest",
     "find-lr": "find a good learning rate by a range test",
     "sweep": "compare values of a flag by short trainings: --sweep learning_rate=1e-3,2e-3",

@@ -29,6 +29,10 @@ from preflight.settings.tokens import TokenSettings
 from preflight.settings.training import TrainingSettings
 from preflight.settings.trials import TrialSettings
 
+FINETUNING_LEARNING_RATE, LORA_LEARNING_RATE = 5e-5, 2e-4
+FINETUNING_EPOCHS = 2.0
+FINETUNING_OUTPUT = "finetuning_output"  # beside the run that it begins from
+
 
 @dataclass(frozen=True)
 class RunConfig:
@@ -53,7 +57,13 @@ class RunConfig:
 
     @property
     def peak_learning_rate(self) -> float:
-        """The learning rate given, else the preset's; a custom size uses micro's."""
+        """The learning rate given, else the preset's; a custom size uses micro's.
+
+        Fine-tuning has its own: trained weights want small steps, and adapters larger ones.
+        """
+        if self.finetuning.finetune:
+            default = LORA_LEARNING_RATE if self.finetuning.adapter else FINETUNING_LEARNING_RATE
+            return self.training.learning_rate or default
         preset = MODEL_PRESETS.get(self.model.model_size, MODEL_PRESETS["micro"])
         return self.training.learning_rate or preset.learning_rate
 
@@ -62,8 +72,14 @@ class RunConfig:
         return getattr(getattr(self, option.group), option.name)
 
     def resolve_training(self) -> TrainingSettings:
-        """The training flags, with the preset's learning rate where none was given."""
-        return dataclasses.replace(self.training, learning_rate=self.peak_learning_rate)
+        """The training flags, with the learning rate and length that unset ones stand for."""
+        training = dataclasses.replace(self.training, learning_rate=self.peak_learning_rate)
+        if not self.finetuning.finetune:
+            return training
+        is_unset = training.num_epochs is None and training.max_steps is None
+        epochs = FINETUNING_EPOCHS if is_unset else training.num_epochs
+        adapter = self.finetuning.adapter
+        return dataclasses.replace(training, num_epochs=epochs, adapter=adapter)
 
 
 # By the name of the group, in the order of `--help`.
@@ -120,6 +136,9 @@ def build_config(given: dict[str, Any], sources: dict[str, str]) -> RunConfig:
             faults.append(str(error))
     if "seed" in values["training"]:
         values["sampling"]["seed"] = values["training"]["seed"]
+    if values["finetuning"].get("finetune"):
+        values["control"].setdefault("output_dir", FINETUNING_OUTPUT)
+        sources = {"output_dir": "the default of --finetune"} | sources
     values["data"]["output_dir"] = values["control"].get("output_dir", ControlSettings.output_dir)
     groups = {group: settings(**values[group]) for group, settings in GROUPS.items()}
     config = RunConfig(**groups, sources=dict(sources))

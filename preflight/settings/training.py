@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+from preflight.settings.finetuning import AdapterConfig
 from preflight.settings.kinds import OPTIMIZERS, SCHEDULES
 from preflight.settings.options import MAX_COUNT, setting
 
@@ -60,6 +61,7 @@ class TrainingSettings:
     seed: int = setting(
         42, "random seed of initialization, data order, dropout and sampling", ge=0, le=2**63 - 1
     )
+    adapter: AdapterConfig | None = None  # of the flags of --finetune, no flag of this group
 
     def choose_window(self, context_length: int) -> int:
         """Tokens of a window at most: `--window`, or the context length."""

@@ -7,19 +7,25 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from preflight.settings.kinds import FINETUNING_MODES
 from preflight.settings.options import Option
 from preflight.settings.run import RunConfig, build_options
 
 # What each mode uses: groups of flags, and single flags of other groups. A run's own flags apply to
 # every mode that foresees or tries that run. A mode without a row uses all.
 _OF_A_RUN = ("model", "training", "data", "control", "system")
+_OF_A_FINETUNING = (
+    *("finetuning", "training", "control", "system"),
+    *("dropout", "val_split", "data_dir", "log_level", "config"),
+)
 _OF_A_TOKENIZER = ("tokenizer", "checkpoint_path", "output_dir", "data_dir", "log_level", "config")
 MODE_FLAGS: dict[str, tuple[str, ...]] = {
-    "check": (*_OF_A_RUN, "check"),
+    "check": (*_OF_A_RUN, "finetuning", "check"),
     "validate-only": (*_OF_A_RUN, "json"),
     "train": _OF_A_RUN,
+    "finetune": _OF_A_FINETUNING,
     "prepare": ("model", "data", "seed", "output_dir", "log_level", "config", "json"),
-    "get-optimal-bs": (*_OF_A_RUN, "search", "json"),
+    "get-optimal-bs": (*_OF_A_RUN, "finetuning", "search", "json"),
     "find-lr": (*_OF_A_RUN, "find_lr_steps", "find_lr_min", "find_lr_max", "json"),
     "sweep": (*_OF_A_RUN, "sweep", "sweep_steps", "json"),
     "forecast": (*_OF_A_RUN, "json", "price_per_hour"),
@@ -76,7 +82,41 @@ def _is_for_absent_gpu(config: RunConfig) -> bool:
     return config.check.target_gpu is not None or config.check.gpu_memory is not None
 
 
+def _learns_from_text(config: RunConfig) -> bool:
+    return not config.finetuning.finetune
+
+
+# What `--finetune` takes from the checkpoint or does not have.
+_OF_A_NEW_MODEL = tuple(
+    option.name
+    for option in build_options().values()
+    if option.group in ("model", "data") and option.name not in _OF_A_FINETUNING
+)
 IDLE_FLAGS = (
+    IdleFlags(
+        (
+            *("from_checkpoint", "chat_template", "learn_from"),
+            *("lora_rank", "lora_alpha", "lora_targets"),
+        ),
+        "no --finetune is given",
+        _learns_from_text,
+        FINETUNING_MODES,
+    ),
+    IdleFlags(
+        _OF_A_NEW_MODEL,
+        "--finetune takes the model from the checkpoint, and its data from the chats",
+        lambda config: not _learns_from_text(config),
+        FINETUNING_MODES,
+    ),
+    IdleFlags(
+        ("overlap",), "chats do not overlap", lambda config: True, ("finetune",)
+    ),
+    IdleFlags(
+        ("lora_alpha", "lora_targets"),
+        "--lora-rank is not given: all weights learn",
+        lambda config: not config.finetuning.lora_rank,
+        ("finetune", *FINETUNING_MODES),
+    ),
     IdleFlags(
         (
             *("shard_size", "val_split", "num_workers", "val_file", "mix", "clean", "filter"),

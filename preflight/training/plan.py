@@ -77,6 +77,7 @@ def build_plan(
     state: TrainState | None = None,
     *,
     stride_tokens: int | None = None,
+    tokens_per_sample: float | None = None,
 ) -> TrainingPlan:
     """Choose what the flags leave unset: intervals and warm-up are shares of the run.
 
@@ -88,6 +89,7 @@ def build_plan(
         n_val_windows: windows of the validation part.
         state: where a resumed run stands; the rest of its epochs is counted from there.
         stride_tokens: from one training window to the next; unset: they do not overlap.
+        tokens_per_sample: their mean, where samples differ in length; unset: `window_tokens`.
     """
     state = state or TrainState()
     samples = training.batch_size * training.gradient_accumulation_steps
@@ -115,7 +117,7 @@ def build_plan(
         eval_windows=eval_windows,
         patience=control.early_stopping_patience,
         samples_per_step=samples,
-        tokens_per_step=samples * window_tokens,
+        tokens_per_step=round(samples * (tokens_per_sample or window_tokens)),
         window_tokens=window_tokens,
         stride_tokens=stride_tokens or window_tokens,
         accumulation_steps=training.gradient_accumulation_steps,

@@ -21,10 +21,12 @@ from preflight.settings import (
     TrainingSettings,
     build_config,
 )
+from preflight.settings.options import list_options
 from preflight.tokenization import Tokenizer, is_choice
 
 # What the order of the samples depends on, and what a checkpoint without them was trained with.
 ORDER_DEFAULTS = {"window": None, "overlap": 0.0}
+_FINETUNING_SETTINGS = ("learn_from", "lora_rank", "lora_alpha", "lora_targets")
 LENGTH_FLAGS = {"max_steps", "num_epochs"}  # giving one of them replaces both
 
 
@@ -96,12 +98,43 @@ def adopt_settings(config: RunConfig, origin: Checkpoint) -> RunConfig:
     return dataclasses.replace(config, training=training, model=model, sources=sources)
 
 
+def adopt_finetuning(config: RunConfig, origin: Checkpoint) -> RunConfig:
+    """`config` with what the checkpoint's run learns from, and which of its weights learn.
+
+    Raises:
+        PreflightError: code CHECKPOINT, for a flag that says otherwise, or a checkpoint that does
+            not come from a fine-tuning.
+    """
+    saved = origin.config.get("finetuning")
+    if not isinstance(saved, dict):
+        raise PreflightError(
+            ExitCode.CHECKPOINT,
+            f"{origin.path} does not come from --finetune: it cannot continue as one",
+            "choose another --output-dir, and name it with --from",
+        )
+    names = [name for name in _FINETUNING_SETTINGS if name in saved]
+    before = _read_as_flags(origin, {name: saved[name] for name in names}).finetuning
+    for name in names:
+        was, asked = getattr(before, name), getattr(config.finetuning, name)
+        if name in config.sources and asked != was:
+            flag = name.replace("_", "-")
+            raise PreflightError(
+                ExitCode.CHECKPOINT,
+                f"{origin.path}: --{flag} was {was}, now {asked}; it cannot change within a run",
+                "leave the flag out, or start a new run in another --output-dir",
+            )
+    values = {name: getattr(before, name) for name in names}
+    return dataclasses.replace(
+        config, finetuning=dataclasses.replace(config.finetuning, **values)
+    )
+
+
 def read_saved_settings(origin: Checkpoint) -> dict[str, Any]:
     """The training settings in a checkpoint, validated as flags are."""
     saved = origin.config.get("training", {})
     if not isinstance(saved, dict):
         raise damage_error(origin.path / CONFIG_NAME, "the training section is not an object")
-    names = [f.name for f in dataclasses.fields(TrainingSettings) if f.name in saved]
+    names = [o.name for o in list_options("training", TrainingSettings) if o.name in saved]
     training = _read_as_flags(origin, {name: saved[name] for name in names}).training
     return {name: getattr(training, name) for name in names}
 

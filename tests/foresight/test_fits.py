@@ -133,8 +133,8 @@ def explain(monkeypatch: pytest.MonkeyPatch) -> Any:
             MODEL,
             training,
             RUNTIME,
-            gradient_checkpointing=checkpointing,
-            last_checkpoint="out/checkpoint-3",
+            replace(ON_CPU, gradient_checkpointing=checkpointing),
+            "out/checkpoint-3",
         )
         assert error.code == ExitCode.OUT_OF_MEMORY
         return error.lines
@@ -180,13 +180,7 @@ def test_the_allocators_message_in_few_words(explain: Any, message: str, told: s
 def test_a_run_that_cannot_fit_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     def check(reachable: int, runtime: Runtime = RUNTIME) -> None:
         monkeypatch.setattr(fits, "measure_reachable_bytes", lambda runtime: reachable)
-        check_memory(
-            MODEL,
-            settings(1024),
-            runtime,
-            gradient_checkpointing=False,
-            last_checkpoint="none",
-        )
+        check_memory(MODEL, settings(1024), runtime, ON_CPU, "none")
 
     monkeypatch.setattr(fits, "estimate_least_bytes", lambda *_: 10**9)
     required = require(1024, accumulation=1)
@@ -202,7 +196,7 @@ def test_a_run_that_cannot_fit_is_refused(monkeypatch: pytest.MonkeyPatch) -> No
 def test_plenty_of_memory_is_seen_without_a_trace(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(fits, "measure_reachable_bytes", lambda runtime: 10**12)
     monkeypatch.setattr(fits, "estimate_memory", lambda *_: pytest.fail("traced"))
-    check_memory(MODEL, settings(4), RUNTIME, gradient_checkpointing=False, last_checkpoint="none")
+    check_memory(MODEL, settings(4), RUNTIME, ON_CPU, "none")
 
 
 def test_memory_within_reach(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,15 +10,19 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from preflight.models import loss as losses
+from preflight.models.building import build_model
 from preflight.models.loss import (
     LOSS_ROWS_CPU,
     NO_TARGET,
     LossLayout,
+    TargetRows,
     cap_logits,
     count_targets,
+    count_tokens,
     linear_cross_entropy,
     loss_layout,
 )
+from preflight.settings import ModelSettings
 
 R = LOSS_ROWS_CPU
 MASKS = {
@@ -165,3 +169,37 @@ def test_a_mask_costs_no_pass_over_the_logits(
         False: ["mm.default", "_log_softmax.default", "exp_.default"],
     }[weight_first]
     assert passes.names == [*expected, "scatter_add_.default"]
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama", "mlp"])
+@pytest.mark.parametrize("n_targets", [0, 1, 20, 63])
+def test_rows_with_a_target_equal_masked_targets(family: str, n_targets: int) -> None:
+    """Loss and gradients, for every family; without any target the loss is zero."""
+    config = ModelSettings(
+        model_size="custom",
+        model_family=family,
+        n_layers=2,
+        n_heads=1 if family == "mlp" else 2,
+        n_embeddings=16,
+        context_length=16,
+    ).resolve(vocab_size=53)
+    torch.manual_seed(1)
+    model = build_model(config)
+    tokens = torch.randint(0, 53, (4, 16))
+    rows = torch.randperm(64)[:n_targets]
+    ids = torch.randint(0, 53, (n_targets,))
+    masked = torch.full((64,), NO_TARGET)
+    masked[rows] = ids
+    results = []
+    for targets in (masked.view(4, 16), TargetRows(rows, ids, 64)):
+        model.zero_grad()
+        loss = model(tokens, targets)
+        loss.backward()
+        gradients = [p.grad.clone() for p in model.parameters() if p.grad is not None]
+        results.append((loss.detach(), gradients, count_targets(targets), count_tokens(targets)))
+    (loss, gradients, count, n_tokens), (loss2, gradients2, count2, n_tokens2) = results
+    assert count == count2 == n_targets
+    assert n_tokens == n_tokens2 == 64
+    torch.testing.assert_close(loss, loss2, rtol=1e-6, atol=1e-6)
+    for one, other in zip(gradients, gradients2, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)

@@ -1,0 +1,233 @@
+"""What a fine-tuning run is made of: a base, a chat template, and chats in place of a text."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from generate import build_empty_model, load_merged_weights
+from preflight.checkpoints.adapters import find_base, link_base
+from preflight.checkpoints.format import Checkpoint
+from preflight.checkpoints.store import find_best, open_checkpoint
+from preflight.core.errors import ExitCode, PreflightError
+from preflight.core.signals import StopFlag
+from preflight.corpus.chats.build import prepare_chats
+from preflight.corpus.chats.rows import ChatFolder
+from preflight.corpus.shards import Split
+from preflight.device.runtime import Runtime, build_runtime
+from preflight.modes.setup import RunSetup, part
+from preflight.settings import ControlSettings, ModelConfig, RunConfig, TrainingSettings
+from preflight.tokenization import Tokenizer
+from preflight.tokenization.chat_encoding import ChatEncoder
+from preflight.tokenization.chat_template import (
+    DEFAULT_TEMPLATE,
+    TEMPLATE_NAME,
+    ChatTemplate,
+    load_chat_template,
+    read_chat_template,
+)
+from preflight.training.plan import TrainingPlan
+from preflight.training.resume import adopt_finetuning, resolve_model
+from train_utils import measure_target_share
+
+CHATS_NAME = "chats"  # the folder of the prepared chats, in the output folder
+EVALUATIONS_PER_EPOCH = 5
+
+
+def build_setup(given: RunConfig, stop: StopFlag, **choices: bool) -> RunSetup:
+    """The parts of a run: of a fine-tuning where the flags name chats."""
+    kind = FinetuneSetup if given.finetuning.finetune else RunSetup
+    return kind(given, stop, **choices)
+
+
+class FinetuneSetup(RunSetup):
+    """`RunSetup` of a run that begins from a trained model and learns from chats.
+
+    It continues from a checkpoint of its own as every run does. Then the base is asked for only by
+    adapters, and it is the one that the run began from.
+    """
+
+    data: ChatFolder
+
+    @property
+    def data_dir(self) -> Path:
+        """The folder of the prepared chats."""
+        return self.output_dir / CHATS_NAME
+
+    @part
+    def base(self) -> Checkpoint:
+        """The checkpoint whose weights the run begins with.
+
+        Raises:
+            PreflightError: code CHECKPOINT, when there is none, or it is not the one that the run
+                began from.
+        """
+        named = self.given.finetuning.from_checkpoint
+        origin = self.known_origin
+        if origin is not None:
+            if named is not None:
+                _check_same_base(open_checkpoint(named), origin)
+            return find_base(origin) if self.config.training.adapter else origin
+        found = open_checkpoint(named) if named else find_best(Path(ControlSettings.output_dir))
+        if found.path.parent.parent.resolve() == self.output_dir.resolve():
+            raise PreflightError(
+                ExitCode.FLAGS,
+                f"--output-dir {self.output_dir} holds the run that --from names",
+                "choose another --output-dir, so that neither run loses its checkpoints",
+            )
+        return found
+
+    @property
+    def known_source(self) -> Checkpoint:
+        """The checkpoint that says what the model is: the origin's, else the base's."""
+        return self.known_origin or self.base
+
+    @part
+    def adopted(self) -> RunConfig:
+        """The flags, with the origin's settings where no flag says otherwise."""
+        adopted = RunSetup.adopted._make(self)  # type: ignore[attr-defined]
+        if self.origin is None:
+            return adopted
+        return adopt_finetuning(adopted, self.origin)
+
+    @part
+    def tokenizer_choice(self) -> Tokenizer:
+        """The tokenizer inside the checkpoint."""
+        return self.load_tokenizer_of(self.known_source)
+
+    @part
+    def model_config(self) -> ModelConfig:
+        """The checkpoint's architecture."""
+        return resolve_model(self.known_config, self.tokenizer, self.known_source)
+
+    @part
+    def context_length(self) -> int:
+        """Tokens of the model's context."""
+        return self.known_source.model_config.context_length
+
+    @part
+    def template(self) -> ChatTemplate:
+        """The chat template: of the flag, else the checkpoint's, else the default one."""
+        named = self.given.finetuning.chat_template
+        if named is not None:
+            return load_chat_template(Path(named))
+        return read_chat_template(self.known_source) or DEFAULT_TEMPLATE
+
+    @part
+    def encoder(self) -> ChatEncoder:
+        """What turns chats into ids and masks."""
+        return ChatEncoder(
+            self.tokenizer,
+            self.template,
+            self.window_length,
+            learn_from=self.known_config.finetuning.learn_from,
+        )
+
+    @part
+    def data(self) -> ChatFolder:  # type: ignore[no-redef]
+        """The chats, prepared where they are not yet, and verified."""
+        return prepare_chats(
+            [Path(name) for name in self.given.finetuning.finetune],
+            self.encoder,
+            self.data_dir,
+            val_split=self.given.data.val_split,
+            stop=self.stop,
+        )
+
+    def _build_plan(self, training: TrainingSettings) -> TrainingPlan:
+        """As of any run; evaluated every fifth of an epoch where no flag says otherwise."""
+        control = self.known_config.control
+        if control.eval_every is None:
+            samples = training.batch_size * training.gradient_accumulation_steps
+            every = self.data.train.n_documents / samples / EVALUATIONS_PER_EPOCH
+            control = dataclasses.replace(control, eval_every=max(1, math.ceil(every)))
+        return self.build_plan_of(training, control)
+
+    @property
+    def target_share(self) -> float:
+        """Of the tokens of the largest micro-batch, those that are learned."""
+        return measure_target_share(self.data, self.known_config.training)
+
+    @part
+    def runtime(self) -> Runtime:
+        """Device and precision. Nothing is compiled unasked: every length would be anew."""
+        return build_runtime(self.given.system, n_steps=1)
+
+    def check_before_data(self) -> None:
+        """Raise whatever can refuse the run before its chats are read."""
+        self.model_config  # noqa: B018
+        self.encoder  # noqa: B018
+        if self.origin is not None:
+            self.saved  # noqa: B018
+
+    def measure_tokens_per_byte(self, split: str) -> float:
+        """Targets of a split for each byte that they spell."""
+        part: Split = getattr(self.data, split)
+        return self.data.count_targets(split) / max(1, part.n_bytes)
+
+    def load_base_weights(self) -> dict[str, Tensor] | None:
+        """The base's weights; a full run that resumes has its own."""
+        if self.origin is not None and self.config.training.adapter is None:
+            return None
+        return load_merged_weights(self.base)
+
+    def link_base(self) -> None:
+        """Keep the base beside the adapters, which are nothing without it."""
+        if self.config.training.adapter is not None:
+            link_base(self.base, self.output_dir)
+
+    @part
+    def base_facts(self) -> dict[str, Any]:
+        """From where the run began, as its checkpoints say it."""
+        if self.origin is not None:
+            return dict(self.origin.config["finetuning"]["base"])
+        base = self.base
+        return {
+            "path": str(base.path),
+            "step": base.step,
+            "weights_sha256": _digest_weights(base),
+            "data_fingerprint": (base.config.get("data") or {}).get("fingerprint"),
+        }
+
+    @property
+    def bits_before(self) -> float | None:
+        """Bits per byte of the base on its own text, where they were measured."""
+        return self.base_facts.get("text_bits_per_byte")
+
+    def describe_extra(self) -> dict[str, Any]:
+        """How the run learns, and from where it began."""
+        finetuning = self.config.finetuning
+        return {
+            "finetuning": {
+                "learn_from": finetuning.learn_from,
+                "lora_rank": finetuning.lora_rank,
+                "lora_alpha": finetuning.lora_alpha,
+                "lora_targets": list(finetuning.lora_targets),
+                "template": self.template.name,
+                "base": self.base_facts,
+            }
+        }
+
+    def list_extra_files(self) -> dict[str, bytes]:
+        """The chat template, so that whoever talks to the model uses the one that it learned."""
+        return {TEMPLATE_NAME: self.template.source.encode()}
+
+
+def _digest_weights(checkpoint: Checkpoint) -> str:
+    return checkpoint.manifest.files[checkpoint.manifest.weights_name].sha256
+
+
+def _check_same_base(named: Checkpoint, origin: Checkpoint) -> None:
+    """PreflightError (CHECKPOINT) where `--from` is not what the run of `origin` began from."""
+    began = origin.config["finetuning"]["base"]
+    if _digest_weights(named) != began["weights_sha256"]:
+        raise PreflightError(
+            ExitCode.CHECKPOINT,
+            f"{origin.path} began from {began['path']}, and --from names other weights",
+            "leave --from out to continue, or choose another --output-dir for a new run",
+        )
