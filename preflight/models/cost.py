@@ -99,20 +99,31 @@ def list_linear_shapes(config: ModelConfig) -> list[dict[str, tuple[int, int]]]:
     return [block | {"down_proj": (hidden, C)}] * config.n_layers
 
 
+def resolve_adapter(config: ModelConfig, adapter: AdapterConfig) -> AdapterConfig:
+    """`adapter` with the targets that this model has, in the order of their names.
+
+    Raises:
+        PreflightError: code FLAGS, when the model has none of them.
+    """
+    present = set(list_linear_shapes(config)[0])
+    targets = tuple(sorted(present & set(adapter.targets)))
+    if not targets:
+        raise no_target_error(adapter, present)
+    return dataclasses.replace(adapter, targets=targets)
+
+
 def count_adapter_parameters(config: ModelConfig, adapter: AdapterConfig) -> int:
     """Parameters of the adapters that `add_adapters` gives this model, by a closed formula.
 
     Raises:
         PreflightError: code FLAGS, when the model has none of the targets.
     """
-    blocks = list_linear_shapes(config)
-    if not set(blocks[0]) & set(adapter.targets):
-        raise no_target_error(adapter, set(blocks[0]))
+    targets = resolve_adapter(config, adapter).targets
     return sum(
         adapter.rank * sum(shape)
-        for block in blocks
+        for block in list_linear_shapes(config)
         for name, shape in block.items()
-        if name in adapter.targets
+        if name in targets
     )
 
 

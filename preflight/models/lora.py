@@ -1,4 +1,4 @@
-"""Low-rank adapters (LoRA): a frozen linear layer W, and beside it the product of two thin matrices.
+"""Low-rank adapters (LoRA): a frozen linear layer, and beside it a product of two thin matrices.
 
 y = W x + b + alpha / r * B A x (Hu et al. 2021, arXiv:2106.09685, section 4.1). A and B alone are
 trained. They are named as the library PEFT names them, so that either reads the other's files.
@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from preflight.core.errors import ExitCode, PreflightError
 from preflight.models.base import TokenModel
+from preflight.models.protocol import LanguageModel
 from preflight.settings.finetuning import ADAPTER_TARGETS, AdapterConfig
 
 _PEFT_PREFIX = "base_model.model."
@@ -88,7 +89,7 @@ def no_target_error(adapter: AdapterConfig, present: set[str]) -> PreflightError
     )
 
 
-def list_adapter_weights(model: nn.Module) -> dict[str, Tensor]:
+def list_adapter_weights(model: LanguageModel) -> dict[str, Tensor]:
     """A (r in) and B (out r) of every adapter, by PEFT's names; empty for a model without any."""
     weights = {}
     for path, module in model.named_modules():
@@ -98,7 +99,21 @@ def list_adapter_weights(model: nn.Module) -> dict[str, Tensor]:
     return weights
 
 
-def load_adapter_weights(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
+def derive_adapter_shapes(
+    shapes: Mapping[str, tuple[int, ...]], adapter: AdapterConfig
+) -> dict[str, tuple[int, ...]]:
+    """Shapes of `list_adapter_weights`, from those of the model's weights without adapters."""
+    result: dict[str, tuple[int, ...]] = {}
+    for name, shape in shapes.items():
+        path, _, kind = name.rpartition(".")
+        is_target = path.startswith("layers.") and path.rpartition(".")[2] in adapter.targets
+        if is_target and kind == "weight":
+            result[f"{_PEFT_PREFIX}{path}.lora_A.weight"] = (adapter.rank, shape[1])
+            result[f"{_PEFT_PREFIX}{path}.lora_B.weight"] = (shape[0], adapter.rank)
+    return result
+
+
+def load_adapter_weights(model: LanguageModel, weights: Mapping[str, Tensor]) -> None:
     """Copy what `list_adapter_weights` gave into the adapters of `model`.
 
     Raises:
@@ -113,12 +128,12 @@ def load_adapter_weights(model: nn.Module, weights: Mapping[str, Tensor]) -> Non
         tensor.copy_(weights[name])
 
 
-def list_trained_weights(model: nn.Module) -> dict[str, Tensor]:
+def list_trained_weights(model: LanguageModel) -> dict[str, Tensor]:
     """What a checkpoint of this model holds: its adapters where it has some, else all weights."""
     return list_adapter_weights(model) or dict(model.state_dict())
 
 
-def load_trained_weights(model: nn.Module, weights: dict[str, Tensor]) -> None:
+def load_trained_weights(model: LanguageModel, weights: dict[str, Tensor]) -> None:
     """Copy what `list_trained_weights` gave into `model`.
 
     Raises:
