@@ -112,7 +112,7 @@ def prepare_data(
         Builder(building, job, build_plan(scanned, settings, made, block_bytes)).build()
         if reason and may_replace is not None:
             _ask(may_replace, building, reason, None, load_data_folder(building, made))
-        _finish_swap(data_dir)
+        finish_swap(data_dir)
         return load_data_folder(data_dir, made)
 
 
@@ -142,7 +142,7 @@ def _find_or_ask(
     data_dir = Path(settings.data_dir)
     building = data_dir / BUILDING_NAME
     refuse_foreign(data_dir)
-    _finish_swap(data_dir)
+    finish_swap(data_dir)
     is_complete = os.path.lexists(data_dir / METADATA_NAME)
     if not settings.has_text:
         if is_complete:
@@ -237,7 +237,7 @@ def _find_change(
     return ""
 
 
-def _finish_swap(data_dir: Path) -> None:
+def finish_swap(data_dir: Path) -> None:
     """Move a complete build into place. Killed anywhere, calling it again finishes the move."""
     building = data_dir / BUILDING_NAME
     if os.path.lexists(building / METADATA_NAME):
@@ -260,7 +260,7 @@ def _refuse_leftovers(data_dir: Path) -> None:
     """Never replace an unfinished build without its text: PreflightError (DATA)."""
     building = data_dir / BUILDING_NAME
     is_own_sample = os.path.lexists(building / SAMPLE_NAME)
-    if _is_begun(building) and not is_own_sample:
+    if is_begun(building) and not is_own_sample:
         raise PreflightError(
             ExitCode.DATA,
             f"{data_dir} is unfinished: it has no {METADATA_NAME}",
@@ -268,7 +268,7 @@ def _refuse_leftovers(data_dir: Path) -> None:
         )
 
 
-def _is_begun(building: Path) -> bool:
+def is_begun(building: Path) -> bool:
     """Whether a build has finished shards, as far as its journal can be read."""
     try:
         return bool(read_json(building / JOURNAL_NAME)["key"])

@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import os
-import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tqdm import tqdm
-
 from preflight.core.errors import ExitCode, PreflightError
-from preflight.core.log import is_progress_shown, log
+from preflight.core.log import log
 from preflight.core.signals import StopFlag
 from preflight.core.storage import (
     free_bytes,
@@ -42,6 +39,7 @@ from preflight.corpus.metadata import (
 from preflight.corpus.mixing import choose_group, count_pieces
 from preflight.corpus.ownership import remove_build
 from preflight.corpus.plan import Plan, describe_preparation
+from preflight.corpus.progress import Progress
 from preflight.corpus.reading import Work
 from preflight.corpus.report_facts import build_facts
 from preflight.corpus.shards import check_long_enough
@@ -81,40 +79,29 @@ def _choose_workers(plan: Plan, job: Job) -> int:
     return os.cpu_count() or 1
 
 
-class _Progress:
-    """A bar in bytes with the time left on a terminal; elsewhere a plain line now and then."""
+def save_tokenizer(building: Path, tokenizer: Tokenizer) -> list[FileEntry]:
+    """Write the tokenizer's files, from which workers and later runs load it.
 
-    EVERY_SECONDS = 5.0
-
-    def __init__(self, total: int, done: int) -> None:
-        """`done`: bytes that an earlier run finished."""
-        self._bar = tqdm(
-            total=total,
-            initial=done,
-            unit="B",
-            unit_scale=True,
-            desc="preparing",
-            disable=not is_progress_shown(),
-        )
-        self._total, self._first, self._done = total, done, done
-        self._began = self._said = time.monotonic()
-
-    def add(self, n_bytes: int, n_documents: int) -> None:
-        self._bar.set_postfix_str(f"{n_documents:,} documents", refresh=False)
-        self._bar.update(n_bytes)
-        self._done += n_bytes
-        now = time.monotonic()
-        if self._bar.disable and now - self._said >= self.EVERY_SECONDS:
-            self._said = now
-            rate = max(self._done - self._first, 1) / (now - self._began)
-            log.info(
-                f"preparing: {format_bytes(self._done)} of {format_bytes(self._total)}, "
-                f"{format_bytes(rate)}/s, {n_documents:,} documents, "
-                f"{max(0, self._total - self._done) / rate:.0f} s left"
+    Raises:
+        PreflightError: code STORAGE.
+    """
+    folder, entries = building / TOKENIZER_NAME, []
+    if refuse_other_kind(folder, folder=True):  # of a build that was cut
+        remove_tree(folder)
+    make_own_folder(folder)
+    try:
+        for path in tokenizer.save(folder):
+            fsync_file(path)
+            entry = FileEntry(
+                name=f"{TOKENIZER_NAME}/{path.name}",
+                n_bytes=path.stat().st_size,
+                sha256=hash_file(path),
             )
-
-    def close(self) -> None:
-        self._bar.close()
+            entries.append(entry)
+        fsync_folder(folder)
+    except OSError as error:
+        raise storage_error(folder, error) from error
+    return entries
 
 
 class Builder:
@@ -133,14 +120,14 @@ class Builder:
         self._check_space()
         for split in SPLITS:
             make_own_folder(self._building / split)
-        self._save_tokenizer()
+        self._files = save_tokenizer(self._building, self._tokenizer)
         encoders = Encoders(
             self._tokenizer,
             _choose_workers(self._plan, self._job),
             self._building / TOKENIZER_NAME,
             self._plan.recipes,
         )
-        progress = _Progress(self._plan.n_bytes, collector.done_bytes)
+        progress = Progress(self._plan.n_bytes, collector.done_bytes)
         try:
             if self._plan.groups:
                 self._build_mixed(encoders, progress)
@@ -155,7 +142,7 @@ class Builder:
             item.source.check_unchanged(item.facts)
         self._publish_metadata()
 
-    def _build_in_order(self, encoders: Encoders, progress: _Progress) -> None:
+    def _build_in_order(self, encoders: Encoders, progress: Progress) -> None:
         """One reader after the other."""
         numbers = range(len(self._plan.readers))
         for number, work, encoded, is_last in self._encode(encoders, numbers):
@@ -163,7 +150,7 @@ class Builder:
             if is_last:
                 self._report(work, progress)
 
-    def _build_mixed(self, encoders: Encoders, progress: _Progress) -> None:
+    def _build_mixed(self, encoders: Encoders, progress: Progress) -> None:
         """Documents of all groups in turns, until one of them is used up."""
         collector, groups = self._collector, self._plan.groups
         shares = [share for _, share, _ in groups]
@@ -213,7 +200,7 @@ class Builder:
             if is_last:
                 order.pop(0)
 
-    def _report(self, work: Work, progress: _Progress) -> None:
+    def _report(self, work: Work, progress: Progress) -> None:
         progress.add(work.n_bytes, self._collector.n_documents)
         self._collector.done_bytes += work.n_bytes
         self._collector.save_now_and_then()
@@ -224,25 +211,6 @@ class Builder:
                 "stopped while preparing the text; what is done is kept",
                 "run the same command to continue",
             )
-
-    def _save_tokenizer(self) -> None:
-        """Write the tokenizer's files, from which workers and later runs load it."""
-        folder = self._building / TOKENIZER_NAME
-        if refuse_other_kind(folder, folder=True):  # of a build that was cut
-            remove_tree(folder)
-        make_own_folder(folder)
-        try:
-            for path in self._tokenizer.save(folder):
-                fsync_file(path)
-                entry = FileEntry(
-                    name=f"{TOKENIZER_NAME}/{path.name}",
-                    n_bytes=path.stat().st_size,
-                    sha256=hash_file(path),
-                )
-                self._files.append(entry)
-            fsync_folder(folder)
-        except OSError as error:
-            raise storage_error(folder, error) from error
 
     def _check_space(self) -> None:
         """Refuse a disk that cannot hold the shards before the work, not after it."""

@@ -23,6 +23,8 @@ VERSION = 2
 SPLITS = ("val", "train")  # in the order of building; each split's ids are one stream
 METADATA_NAME = "metadata.json"
 TOKENIZER_NAME = "tokenizer"  # the folder of the tokenizer's files, beside the splits
+# Beside the shards of chats: which tokens are learned, and where each row begins.
+MASK_NAME, OFFSETS_NAME = "mask.npy", "offsets.npy"
 
 Count = Annotated[int, Field(ge=0, lt=2**63)]
 Sha256 = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]

@@ -11,13 +11,24 @@ from pathlib import Path
 from preflight.core.errors import ExitCode, PreflightError
 from preflight.core.storage import TEMPORARY_PREFIX, has_format, open_regular, remove_tree
 from preflight.corpus.data_report import JSON_NAME, PAGE_MARK, PAGE_NAME
-from preflight.corpus.metadata import FORMAT, METADATA_NAME, SPLITS, TOKENIZER_NAME, read_metadata
+from preflight.corpus.metadata import (
+    FORMAT,
+    MASK_NAME,
+    METADATA_NAME,
+    OFFSETS_NAME,
+    SPLITS,
+    TOKENIZER_NAME,
+    read_metadata,
+)
 from preflight.corpus.report_content import FORMAT as REPORT_FORMAT
 from preflight.corpus.shards import BUILDING_NAME, SHARD_NAME
 
 JOURNAL_NAME = "journal.json"
 BUILD_FORMAT = "preflight-build"
 _TOKENIZER_FILE = re.compile(r"tokenizer[\w.-]*")  # what every kind calls its files
+_SPLIT_FILE = re.compile(
+    "|".join([SHARD_NAME.pattern, re.escape(MASK_NAME), re.escape(OFFSETS_NAME)])
+)
 
 
 def refuse_foreign(data_dir: Path) -> None:
@@ -40,7 +51,8 @@ def refuse_foreign(data_dir: Path) -> None:
     is_ours = is_ours or os.path.lexists(building / METADATA_NAME)
     listed = _list_files(data_dir)
     for inner in (*SPLITS, TOKENIZER_NAME):
-        folder, usual = data_dir / inner, _TOKENIZER_FILE if inner == TOKENIZER_NAME else SHARD_NAME
+        usual = _TOKENIZER_FILE if inner == TOKENIZER_NAME else _SPLIT_FILE
+        folder = data_dir / inner
         for name in sorted(os.listdir(folder)) if _exists(folder, folder=True) else ():
             is_known = f"{inner}/{name}" in listed if listed else usual.fullmatch(name)
             if not is_ours or not is_known or not _exists(folder / name):

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import codecs
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 from preflight.corpus.sources.columns import ColumnPath, Wanted, choose_column, list_columns
 from preflight.corpus.sources.compressed import open_stream
-from preflight.corpus.sources.cutting import RowForm, read_first_rows, row_error
+from preflight.corpus.sources.cutting import RowForm, Splitter, read_first_rows, row_error
 from preflight.corpus.sources.encoding import read_head
 from preflight.corpus.sources.json_rows import (
     JsonParser,
@@ -22,22 +22,42 @@ from preflight.corpus.sources.json_stream import JsonFault, JsonStream
 from preflight.corpus.sources.protocol import Document, text_error
 
 
-def examine_lines(path: Path, wanted: Wanted, notes: tuple[str, ...] = ()) -> RowForm:
-    """How a file of JSON Lines is read.
+@dataclass(frozen=True)
+class RowPlace:
+    """Where the rows of a file are.
+
+    Attributes:
+        begin: the offset of the plain byte at which the first row begins.
+        splitter: builds what finds the rows' ends.
+        notes: what a user should know.
+    """
+
+    begin: int
+    splitter: Callable[[], Splitter]
+    notes: tuple[str, ...] = ()
+
+    @property
+    def is_list(self) -> bool:
+        """Whether the rows are elements of a list, not lines."""
+        return self.splitter is not LineSplitter
+
+
+def find_lines(path: Path, notes: tuple[str, ...] = ()) -> RowPlace:
+    """Where the rows of a file of JSON Lines are.
 
     Raises:
-        PreflightError: code TEXT, when its beginning is none, or has no such column.
+        PreflightError: code TEXT, when its beginning is none.
     """
     with open_stream(path) as reader:
         begin = len(codecs.BOM_UTF8) * read_head(reader).startswith(codecs.BOM_UTF8)
-    return _examine(path, wanted, begin, LineSplitter, notes)
+    return RowPlace(begin, LineSplitter, notes)
 
 
-def examine_list(path: Path, wanted: Wanted) -> RowForm:
-    """How a ``.json`` file is read: a list, an object with one list of rows, or lines after all.
+def find_list(path: Path) -> RowPlace:
+    """Where the rows of a ``.json`` file are: in a list, in an object with one list, or lines.
 
     Raises:
-        PreflightError: code TEXT, when it is none of them, or has no such column.
+        PreflightError: code TEXT, when it is none of them.
     """
     with open_stream(path) as reader:
         has_mark = read_head(reader).startswith(codecs.BOM_UTF8)
@@ -48,43 +68,59 @@ def examine_list(path: Path, wanted: Wanted) -> RowForm:
             byte = stream.peek()
             if byte == b"[":
                 stream.expect(b"[")
-                return _examine(path, wanted, stream.offset, ListSplitter)
+                return RowPlace(stream.offset, ListSplitter)
             if byte == b"{":
                 lists, kinds = _find_lists(stream)
                 if stream.peek() == b"{":
-                    return examine_lines(path, wanted, ("its rows are lines (JSON Lines)",))
+                    return find_lines(path, ("its rows are lines (JSON Lines)",))
                 key, begin = _choose_list(path, lists, kinds)
-                note = (f'rows: the list "{key}"',)
-                return _examine(path, wanted, begin, partial(ListSplitter, False), note)
+                return RowPlace(begin, partial(ListSplitter, False), (f'rows: the list "{key}"',))
         except JsonFault as error:
             raise text_error(path, f"no JSON: {error}") from None
     found = {b"": "nothing", b'"': "a string"}.get(byte, f"{byte.decode('latin-1')!a} ...")
     raise text_error(path, f"a list of rows was expected; it holds {found}")
 
 
-def _examine(
-    path: Path, wanted: Wanted, begin: int, splitter: Any, notes: tuple[str, ...] = ()
-) -> RowForm:
+def examine_lines(path: Path, wanted: Wanted) -> RowForm:
+    """How a file of JSON Lines is read.
+
+    Raises:
+        PreflightError: code TEXT, when its beginning is none, or has no such column.
+    """
+    return _examine(path, wanted, find_lines(path))
+
+
+def examine_list(path: Path, wanted: Wanted) -> RowForm:
+    """How a ``.json`` file is read, see `find_list`.
+
+    Raises:
+        PreflightError: code TEXT, when it is no such file, or has no such column.
+    """
+    return _examine(path, wanted, find_list(path))
+
+
+def _examine(path: Path, wanted: Wanted, place: RowPlace) -> RowForm:
     """The form by the first rows, once it is known where they begin and what splits them."""
     found: dict[ColumnPath, bool] = {}
-    is_list = splitter is not LineSplitter
-    payload = read_first_rows(path, begin, splitter(), partial(_collect_keys, path, found))
-    probe = JsonParser(str(path), (), is_list=is_list)
-    read = probe.read_list if is_list else probe.read_lines
+    collect = partial(_collect_keys, path, found)
+    payload = read_first_rows(path, place.begin, place.splitter(), collect)
+    probe = JsonParser(str(path), (), is_list=place.is_list)
+    read = probe.read_list if place.is_list else probe.read_lines
     values = [value for _, _, value in read(*payload, 0)] if payload[1] else []
     found |= list_columns(values)
     n_strings = found.pop((), False) + sum(isinstance(v, str) and v != "" for v in values)
     if not found and not n_strings:
         raise text_error(path, "no row with a text", "each row is an object, or a string")
     keys: ColumnPath = ()
+    notes = place.notes
     is_mostly_strings = n_strings > sum(isinstance(value, dict) for value in values)
     if not is_mostly_strings or wanted.text_column is not None:
         chosen = choose_column(path, wanted, found)
         keys, notes = chosen.path, notes + chosen.notes
     return RowForm(
-        begin,
-        splitter,
-        JsonParser(str(path), keys, wanted.columns, is_list),
+        place.begin,
+        place.splitter,
+        JsonParser(str(path), keys, wanted.columns, place.is_list),
         partial(read_long_text, path, keys),
         notes,
     )

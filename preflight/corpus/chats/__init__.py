@@ -1,0 +1,1 @@
+"""Chats from files to a verified data folder of ids and masks."""
