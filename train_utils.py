@@ -6,19 +6,17 @@ And chats to batches of like length. Shapes: B batch, T tokens of a window (see
 
 from __future__ import annotations
 
-import functools
+import abc
 import queue
 import threading
 from collections.abc import Iterator, Sequence
-from types import TracebackType
-from typing import Protocol
+from typing import Protocol, Self
 
 import numpy as np
 import torch
 
 from preflight.core.errors import ExitCode, PreflightError
-from preflight.corpus.chats.rows import ChatFolder
-from preflight.corpus.length_buckets import order_rows, pad_length
+from preflight.corpus.chats.data import ChatData
 from preflight.corpus.shard_reader import ShardReader
 from preflight.corpus.shards import DataFolder, Split
 from preflight.corpus.windows import (
@@ -38,20 +36,33 @@ _POLL_SECONDS = 0.5
 # ---- batches ------------------------------------------------------------------------------------
 
 
-class Loader(Protocol):
-    """Batches of a run's data. ``cursor`` is the global index after the last one returned."""
+class Loader(abc.ABC):
+    """Batches of a run's data.
+
+    Attributes:
+        cursor: the global index after the last sample that was returned: the only number to save.
+    """
 
     cursor: int
 
+    @abc.abstractmethod
     def next_batch(self) -> tuple[torch.Tensor, Targets]:
-        """Inputs (B T) and targets, on the device."""
+        """Inputs (B T) int64 and their targets, on the device.
 
+        Raises:
+            PreflightError: code DATA when a file was damaged or changed meanwhile; WORKER_LOST
+                when a reading thread ended for any other reason.
+        """
+
+    @abc.abstractmethod
     def close(self) -> None:
-        """Free what it holds."""
+        """Stop reading, and free what it holds."""
 
-    def __enter__(self) -> Loader: ...  # noqa: D105
+    def __enter__(self) -> Self:
+        return self
 
-    def __exit__(self, *_: object) -> None: ...  # noqa: D105
+    def __exit__(self, *_: object) -> None:
+        self.close()
 
 
 class _Rows(Protocol):
@@ -64,7 +75,7 @@ class _Rows(Protocol):
         """Free what it holds."""
 
 
-class BatchLoader:
+class BatchLoader(Loader):
     """Batches of one split, in an order that is a pure function of the sample's global index.
 
     The order follows from (`seed`, ``data.fingerprint``, global sample index), so that a resumed
@@ -122,12 +133,7 @@ class BatchLoader:
             self._rows = _RowsAhead(reader, order, cursor, batch_size, place, prefetch)
 
     def next_batch(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Inputs and targets, both (B, T) int64 on the device.
-
-        Raises:
-            PreflightError: code DATA when a shard was damaged or changed meanwhile; WORKER_LOST
-                when the reading thread ended for any other reason.
-        """
+        """Inputs and targets, both (B, T)."""
         rows = self._rows.take()
         self.cursor += self._batch_size
         return _split_rows(rows)
@@ -135,17 +141,6 @@ class BatchLoader:
     def close(self) -> None:
         """Stop reading ahead and close the shards."""
         self._rows.close()
-
-    def __enter__(self) -> BatchLoader:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.close()
 
 
 class _RowsAhead:
@@ -281,7 +276,7 @@ def _split_rows(rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 # ---- chats --------------------------------------------------------------------------------------
 
 
-class ChatLoader:
+class ChatLoader(Loader):
     """Batches of chats of like length, padded on the right; a `Loader`.
 
     Padding is never seen: attention looks back only, and padding has no targets. The order is a
@@ -290,7 +285,7 @@ class ChatLoader:
 
     def __init__(
         self,
-        chats: ChatFolder,
+        chats: ChatData,
         *,
         batch_size: int,
         seed: int,
@@ -298,54 +293,42 @@ class ChatLoader:
         cursor: int = 0,
     ) -> None:
         self.cursor = cursor
-        self._rows = chats.open_rows("train")
-        self._order = functools.partial(
-            order_rows, self._rows.lengths, seed, chats.fingerprint
-        )
+        self._chats, self._rows = chats, chats.open_rows("train")
+        self._seed = seed
         self._epoch, self._of_epoch = -1, np.empty(0, np.int64)
-        self._longest = chats.longest_tokens
         self._batch_size, self._device = batch_size, torch.device(device)
 
     def next_batch(self) -> tuple[torch.Tensor, TargetRows]:
-        """Inputs (B T) int64 and their targets, on the device.
-
-        Raises:
-            PreflightError: code DATA when a file was damaged or changed meanwhile.
-        """
+        """Inputs (B T), and the rows with a target."""
         chosen = []
         end = self.cursor + self._batch_size
         while self.cursor < end:
-            epoch, first = divmod(self.cursor, self._rows.n_rows)
+            epoch, first = divmod(self.cursor, len(self._rows))
             if epoch != self._epoch:
-                self._epoch, self._of_epoch = epoch, self._order(epoch)
+                self._epoch, self._of_epoch = epoch, self._chats.order(self._seed, epoch)
             chosen.append(self._of_epoch[first : first + end - self.cursor])
             self.cursor += len(chosen[-1])
-        return _pad_chats(self._rows.read(np.concatenate(chosen)), self._longest, self._device)
+        rows = self._rows.read(np.concatenate(chosen))
+        return _pad_chats(rows, self._chats, self._device)
 
     def close(self) -> None:
         """Close the files."""
         self._rows.close()
 
-    def __enter__(self) -> ChatLoader:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
 
 def _pad_chats(
-    chats: Sequence[tuple[np.ndarray, np.ndarray]], longest: int, device: torch.device
+    rows_read: Sequence[tuple[np.ndarray, np.ndarray]], chats: ChatData, device: torch.device
 ) -> tuple[torch.Tensor, TargetRows]:
-    """Ids and masks (T,) of some chats as inputs (B T) and the rows with a target."""
-    width = pad_length(max(len(ids) for ids, _ in chats) - 1, longest)
-    inputs = np.zeros((len(chats), width), np.int64)
+    """Ids and masks (T,) of some rows as inputs (B T) and their targets."""
+    width = int(chats.pad(np.array([len(ids) - 1 for ids, _ in rows_read])).max())
+    inputs = np.zeros((len(rows_read), width), np.int64)
     rows, targets = [], []
-    for number, (ids, mask) in enumerate(chats):
+    for number, (ids, mask) in enumerate(rows_read):
         inputs[number, : len(ids) - 1] = ids[:-1]
         places = np.flatnonzero(mask[1:])
         rows.append(number * width + places)
         targets.append(ids[1:][places])
-    n_tokens = sum(len(ids) - 1 for ids, _ in chats)
+    n_tokens = sum(len(ids) - 1 for ids, _ in rows_read)
     packed = torch.from_numpy(np.stack([np.concatenate(rows), np.concatenate(targets)]))
     tensors = [torch.from_numpy(inputs), packed.long()]
     if device.type == "cuda":
@@ -355,17 +338,17 @@ def _pad_chats(
 
 
 def _iterate_chats(
-    chats: ChatFolder, split: str, batch_size: int, n_rows: int, device: torch.device | str
+    chats: ChatData, split: str, batch_size: int, n_rows: int, device: torch.device | str
 ) -> Iterator[tuple[torch.Tensor, TargetRows]]:
     """`n_rows` fixed chats of a split, evenly spaced over it; like lengths share a batch."""
     rows = chats.open_rows(split)
     try:
-        count = min(n_rows, rows.n_rows)
-        chosen = np.arange(count, dtype=np.int64) * rows.n_rows // count
+        count = min(n_rows, len(rows))
+        chosen = np.arange(count, dtype=np.int64) * len(rows) // count
         chosen = chosen[np.argsort(rows.lengths[chosen], kind="stable")]
         for first in range(0, count, batch_size):
             batch = rows.read(chosen[first : first + batch_size])
-            yield _pad_chats(batch, chats.longest_tokens, torch.device(device))
+            yield _pad_chats(batch, chats, torch.device(device))
     finally:
         rows.close()
 
@@ -382,7 +365,7 @@ def choose_data_place(
     free_bytes: int,
 ) -> DataPlace:
     """Where the training part is kept: see `token_store.choose_place`."""
-    if isinstance(data, ChatFolder):
+    if isinstance(data, ChatData):
         return DataPlace(False, 0, "chats are read from disk")
     windows = count_run_windows(data, training, context_length)
     n_bytes = count_stored_bytes(data.train.n_tokens, data.vocab_size, windows.n_train)
@@ -391,7 +374,7 @@ def choose_data_place(
 
 def measure_target_share(data: DataFolder | None, training: TrainingSettings) -> float:
     """Of the tokens of the largest micro-batch, those that are learned; of a text all are."""
-    if not isinstance(data, ChatFolder):
+    if not isinstance(data, ChatData):
         return 1.0
     n_targets = data.find_largest_batch(training)[1]
     return n_targets / (training.batch_size * data.longest_tokens)
@@ -399,7 +382,7 @@ def measure_target_share(data: DataFolder | None, training: TrainingSettings) ->
 
 def find_heaviest_sample(data: DataFolder, training: TrainingSettings) -> int:
     """The cursor of the micro-batch that needs most memory; windows are all alike."""
-    if not isinstance(data, ChatFolder):
+    if not isinstance(data, ChatData):
         return 0
     return data.find_largest_batch(training)[0] * training.batch_size
 
@@ -414,7 +397,7 @@ def open_training_loader(
     cursor: int = 0,
 ) -> Loader:
     """The training part as a run with these settings reads it, from sample `cursor` on."""
-    if isinstance(data, ChatFolder):
+    if isinstance(data, ChatData):
         return ChatLoader(
             data,
             batch_size=training.batch_size,
@@ -452,7 +435,7 @@ def iterate_windows(
     Raises:
         PreflightError: code DATA when a shard cannot be read or was changed.
     """
-    if isinstance(data, ChatFolder):
+    if isinstance(data, ChatData):
         yield from _iterate_chats(data, split, batch_size, n_windows, device)
         return
     part: Split = getattr(data, split)

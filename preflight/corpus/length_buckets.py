@@ -17,9 +17,9 @@ CHUNK_ROWS = 64 * BUCKET_ROWS
 LENGTH_MULTIPLE = 8  # of a padded row: tensor cores want it, and fewer shapes occur
 
 
-def pad_length(n_tokens: int, longest: int) -> int:
-    """The tokens of a padded row: a multiple of `LENGTH_MULTIPLE`, at most `longest`."""
-    return min(longest, -(-n_tokens // LENGTH_MULTIPLE) * LENGTH_MULTIPLE)
+def pad_lengths(n_tokens: np.ndarray, longest: int) -> np.ndarray:
+    """The tokens of padded rows: multiples of `LENGTH_MULTIPLE`, at most `longest`."""
+    return np.minimum(longest, -(-n_tokens // LENGTH_MULTIPLE) * LENGTH_MULTIPLE)
 
 
 def order_rows(lengths: np.ndarray, seed: int, fingerprint: str, epoch: int) -> np.ndarray:

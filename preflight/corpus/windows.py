@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from preflight.corpus.chats.rows import ChatFolder
+from preflight.corpus.chats.data import ChatData
 from preflight.corpus.shards import DataFolder
 from preflight.settings import TrainingSettings
 
@@ -55,10 +55,10 @@ def count_run_windows(
 
     Chats are windows of different lengths; the longest one counts.
     """
-    if isinstance(data, ChatFolder):
+    if isinstance(data, ChatData):
         longest = data.longest_tokens
         return RunWindows(
-            longest, longest, data.train.n_documents, data.val.n_documents, data.mean_tokens
+            longest, longest, data.n_rows, data.facts.counts.n_rows - data.n_rows, data.mean_tokens
         )
     longest = training.choose_window(context_length)
     window = choose_window(data.train.n_tokens, longest)

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from preflight.corpus.chats.rows import ChatFolder
+from preflight.corpus.chats.data import ChatData
 from preflight.foresight.timing import Batch, take_first_row, time_steps
 from preflight.settings import TrainingSettings
 from train_utils import Loader
@@ -17,7 +17,7 @@ TIMED_STEPS, LONG_TOTAL_SECONDS = 7, 15.0
 
 
 def measure_chat_steps(
-    trainer: Trainer, loader: Loader, chats: ChatFolder, training: TrainingSettings
+    trainer: Trainer, loader: Loader, chats: ChatData, training: TrainingSettings
 ) -> tuple[float, list[float], float]:
     """Seconds of the first step, of each timed one, and of a step of mean length.
 

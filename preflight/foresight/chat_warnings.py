@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from preflight.corpus.chats.rows import ChatFolder
+from preflight.corpus.chats.data import ChatData
 from preflight.foresight.learnability import Advice, find_interval_warnings
 from preflight.settings import RunConfig
 from preflight.training.plan import TrainingPlan
@@ -11,7 +11,7 @@ FEW_CHATS, MANY_EPOCHS = 50, 5
 _CUT_SHARE = 0.1  # of the chats that lose turns or their end, above which it is said
 
 
-def find_chat_warnings(config: RunConfig, plan: TrainingPlan, chats: ChatFolder) -> list[Advice]:
+def find_chat_warnings(config: RunConfig, plan: TrainingPlan, chats: ChatData) -> list[Advice]:
     """Too few chats, too many epochs, answers without an end, chats that are cut."""
     counts = chats.facts.counts
     found = []

@@ -162,10 +162,9 @@ def explain_out_of_memory(
     last_checkpoint: Path | str,
 ) -> PreflightError:
     """What was tried, the flags that keep the tokens per step, and which checkpoint is safe."""
-    batch = training.batch_size
+    batch, window = training.batch_size, options.window_tokens or model_config.context_length
     lines = [
-        f"out of memory with {batch} sequences of {options.window_tokens or model_config.context_length} "
-        f"tokens: "
+        f"out of memory with {batch} sequences of {window} tokens: "
         f"{_describe_shortage(error, runtime)}"
     ]
     found = _find_smaller_batch(model_config, training, options, measure_reachable_bytes(runtime))

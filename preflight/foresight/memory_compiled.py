@@ -19,6 +19,7 @@ from torch.utils._pytree import tree_leaves
 
 from preflight.device.runtime import Runtime
 from preflight.models.base import TokenModel
+from preflight.models.loss import Targets
 
 _aten = torch.ops.aten
 _VIEWS = {
@@ -151,7 +152,7 @@ def _count_bytes(node: fx.Node, *, several: bool = False) -> int:
 
 
 def capture_graphs(
-    model: TokenModel, runtime: Runtime, batch: tuple[Tensor, Tensor]
+    model: TokenModel, runtime: Runtime, batch: tuple[Tensor, Targets]
 ) -> tuple[fx.GraphModule, fx.GraphModule]:
     """Forward and backward graph of one loss, as torch.compile's own backend would receive them.
 

@@ -411,6 +411,8 @@ class _StepWatcher:
         optimizer.register_step_pre_hook(self._before_update)
 
     def _mark_when_backward_leaves(self, tensor: Tensor, entered: str) -> None:
+        if not tensor.requires_grad:  # frozen: the backward pass does not go on from here
+            return
         tensor.register_hook(lambda _: self.log.mark("training step", f"backward {entered}"))
 
     def _before_model(self, *_: Any) -> None:

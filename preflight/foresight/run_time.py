@@ -16,11 +16,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from generate import SAMPLE_TOKENS, generate_text
 from preflight.checkpoints.format import save_checkpoint
 from preflight.core.storage import TEMPORARY_PREFIX
-from preflight.corpus.chats.rows import ChatFolder
+from preflight.corpus.chats.data import ChatData
 from preflight.corpus.shards import DataFolder
 from preflight.corpus.windows import choose_window, count_windows
 from preflight.device.cards import Card
@@ -29,8 +30,11 @@ from preflight.device.token_store import measure_free_bytes
 from preflight.foresight.chat_time import measure_chat_steps
 from preflight.foresight.memory import estimate_checkpoint_bytes
 from preflight.foresight.timing import Batch, time_steps
-from preflight.models.cost import count_parameters, estimate_flops_per_token
-from preflight.models.lora import estimate_adapter_flops_per_token
+from preflight.models.cost import (
+    count_parameters,
+    estimate_adapter_flops_per_token,
+    estimate_flops_per_token,
+)
 from preflight.settings import (
     ControlSettings,
     ModelConfig,
@@ -323,8 +327,10 @@ class _Load:
 
     def cut(self, batch: Batch) -> Batch:
         """The first sequences of a batch, and of these the first tokens."""
-        inputs, targets = (x[: self.sequences, : self.tokens] for x in batch)
-        return inputs.contiguous(), targets.contiguous()
+        inputs, targets = batch
+        assert isinstance(targets, Tensor)  # of windows, which are alike
+        rows, columns = slice(self.sequences), slice(self.tokens)
+        return inputs[rows, columns].contiguous(), targets[rows, columns].contiguous()
 
 
 def _choose_loads(
@@ -416,7 +422,7 @@ def _measure_training(
     with open_training_loader(
         data, training, context, runtime.device, on_device=place.on_device
     ) as loader:
-        if isinstance(data, ChatFolder):
+        if isinstance(data, ChatData):
             low = None
             first, times, step = measure_chat_steps(trainer, loader, data, training)
             window = _measure_chat_evaluation(trainer, data, plan)
@@ -524,7 +530,7 @@ def _measure_evaluation(
     return seconds * window.count_flops(config) / part.count_flops(config)
 
 
-def _measure_chat_evaluation(trainer: Trainer, chats: ChatFolder, plan: TrainingPlan) -> float:
+def _measure_chat_evaluation(trainer: Trainer, chats: ChatData, plan: TrainingPlan) -> float:
     """Seconds of evaluating one chat."""
     rows = plan.samples_per_step // plan.accumulation_steps
     n_chats = min(plan.eval_windows, chats.val.n_documents, 2 * rows)

@@ -21,7 +21,7 @@ from preflight.settings import ModelConfig, RunConfig, TrainingSettings
 from preflight.training.divergence import DivergenceGuard
 from preflight.training.plan import TrainingPlan, build_plan
 from preflight.training.state import StepResult
-from train_utils import BatchLoader, choose_data_place, iterate_windows, open_training_loader
+from train_utils import Loader, choose_data_place, iterate_windows, open_training_loader
 from trainer import Trainer, build_trainer
 
 
@@ -97,7 +97,7 @@ class TrainingSpec:
             measure_free_bytes(runtime.device),
         )
 
-    def open_loader(self, runtime: Runtime, place: DataPlace) -> BatchLoader:
+    def open_loader(self, runtime: Runtime, place: DataPlace) -> Loader:
         """The training part from its beginning, in the run's order."""
         return open_training_loader(
             self.data,

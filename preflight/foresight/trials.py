@@ -15,6 +15,7 @@ import statistics
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import psutil
 import torch
@@ -22,7 +23,7 @@ import torch
 from generate import SAMPLE_TOKENS, generate_text
 from preflight.checkpoints import format as checkpoint_format
 from preflight.core.signals import StopFlag
-from preflight.corpus.chats.rows import ChatFolder
+from preflight.corpus.chats.data import ChatData
 from preflight.corpus.shards import DataFolder
 from preflight.corpus.windows import count_run_windows
 from preflight.device.host_memory import release_freed_memory
@@ -115,7 +116,7 @@ class TrialSpec:
     @property
     def window(self) -> int:
         """Tokens of a window, or of the longest chat; data that is shorter is not used."""
-        if isinstance(self.data, ChatFolder):
+        if isinstance(self.data, ChatData):
             return self.data.longest_tokens
         return self.config.training.choose_window(self.model_config.context_length)
 
@@ -262,7 +263,7 @@ def _run_phases(
             1,
             trainer.list_weights(),
             {"trainer": trainer.state_dict()},
-            {"model": dataclasses.asdict(spec.model_config)},
+            {"model": dataclasses.asdict(spec.model_config), **_describe_adapter(spec)},
             {"val_loss": None},
             adapter=spec.config.training.adapter,
         )
@@ -273,6 +274,17 @@ def _run_phases(
             checkpoint_format.load_weights(saved, shapes),
             checkpoint_format.load_training_state(saved)["trainer"],
         )
+
+
+def _describe_adapter(spec: TrialSpec) -> dict[str, Any]:
+    """As in a checkpoint of adapters, whose base does not matter here."""
+    adapter = spec.config.training.adapter
+    if adapter is None:
+        return {}
+    targets = list(adapter.targets)
+    return {
+        "adapter": dataclasses.asdict(adapter) | {"targets": targets, "base_sha256": "0" * 64}
+    }
 
 
 def _load_libraries(spec: TrialSpec, runtime: Runtime) -> None:

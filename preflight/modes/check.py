@@ -19,8 +19,8 @@ from preflight.core.log import log
 from preflight.core.signals import StopFlag
 from preflight.core.storage import check_writable, foreign_error, refuse_other_kind, write_json
 from preflight.core.units import format_bytes
+from preflight.corpus.chats.data import ChatData
 from preflight.corpus.chats.preview import pick_examples
-from preflight.corpus.chats.rows import ChatFolder
 from preflight.device.runtime import MIN_STEPS_TO_COMPILE, is_out_of_memory
 from preflight.foresight.chat_warnings import find_chat_warnings
 from preflight.foresight.fits import find_bf16_fault, judge_fit
@@ -264,7 +264,7 @@ def advise(found: Findings) -> None:
     """Warnings about what the run will learn, and what to do next."""
     report, target, config = found.report, found.target, found.config
     if found.plan is not None and found.model is not None and found.data is not None:
-        if isinstance(found.data, ChatFolder):
+        if isinstance(found.data, ChatData):
             report.warnings += find_chat_warnings(config, found.plan, found.data)
         else:
             report.warnings += find_plan_warnings(config, found.model, found.plan, found.data)

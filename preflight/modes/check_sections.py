@@ -17,7 +17,7 @@ from preflight.core.errors import PreflightError
 from preflight.core.storage import free_bytes
 from preflight.core.units import format_bytes
 from preflight.corpus.chats import preview
-from preflight.corpus.chats.rows import ChatFolder
+from preflight.corpus.chats.data import ChatData
 from preflight.corpus.shards import DataFolder
 from preflight.device.host_memory import available_host_bytes, reachable_host_bytes
 from preflight.device.token_store import DataPlace
@@ -31,8 +31,7 @@ from preflight.foresight.run_time import (
     find_earliest_stop,
 )
 from preflight.foresight.target import Target
-from preflight.models.cost import count_parameters
-from preflight.models.lora import count_adapter_parameters
+from preflight.models.cost import count_adapter_parameters, count_parameters
 from preflight.modes.report import Problem, Report, compare
 from preflight.modes.setup import RunSetup
 from preflight.settings import ModelConfig, RunConfig, TrainingSettings, describe_choices
@@ -181,7 +180,7 @@ def describe_data(found: Findings, content: Content, window: str) -> None:
     rows["bytes_per_token"] = round(n_bytes / n_tokens, 3)
 
 
-def describe_chats(found: Findings, chats: ChatFolder) -> None:
+def describe_chats(found: Findings, chats: ChatData) -> None:
     """How many chats and tokens there are, and what is learned of them."""
     rows = found.report.sections["dataset"]
     for name, split in (("train", chats.train), ("validation", chats.val)):

@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+import numpy as np
+
 from generate import stream_ids
 from preflight.core.commands import format_command
 from preflight.core.errors import PreflightError
@@ -50,7 +52,7 @@ class FinetuneRun(TrainingRun):
         """What the model answers to the first chat of the validation part."""
         encoder = self.setup.encoder
         with self.setup.data.open_rows("val") as rows:
-            [(ids, mask)] = rows.read_first()
+            [(ids, mask)] = rows.read(np.array([0]))
         prompt = ids[: int(mask.argmax())].tolist()
         sampling = SamplingConfig(
             max_new_tokens=ANSWER_TOKENS, temperature=0.0, seed=self.config.training.seed

@@ -4,33 +4,34 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
-from generate import build_empty_model, load_merged_weights
-from preflight.checkpoints.adapters import find_base, link_base
+from generate import build_empty_model
+from preflight.checkpoints.adapters import describe_adapter, find_base, link_base
 from preflight.checkpoints.format import Checkpoint
 from preflight.checkpoints.store import find_best, open_checkpoint
 from preflight.core.errors import ExitCode, PreflightError
 from preflight.core.signals import StopFlag
 from preflight.corpus.chats.build import prepare_chats
-from preflight.corpus.chats.rows import ChatFolder
-from preflight.corpus.shards import Split
+from preflight.corpus.chats.data import ChatData
 from preflight.device.runtime import Runtime, build_runtime
+from preflight.models.cost import resolve_adapter
 from preflight.modes.setup import RunSetup, part
 from preflight.settings import ControlSettings, ModelConfig, RunConfig, TrainingSettings
 from preflight.tokenization import Tokenizer
 from preflight.tokenization.chat_encoding import ChatEncoder
 from preflight.tokenization.chat_template import (
     DEFAULT_TEMPLATE,
+    MAX_TEMPLATE_BYTES,
     TEMPLATE_NAME,
     ChatTemplate,
     load_chat_template,
-    read_chat_template,
+    parse_chat_template,
 )
+from preflight.training.merging import load_merged_weights
 from preflight.training.plan import TrainingPlan
 from preflight.training.resume import adopt_finetuning, resolve_model
 from train_utils import measure_target_share
@@ -52,27 +53,20 @@ class FinetuneSetup(RunSetup):
     adapters, and it is the one that the run began from.
     """
 
-    data: ChatFolder
-
     @property
     def data_dir(self) -> Path:
         """The folder of the prepared chats."""
         return self.output_dir / CHATS_NAME
 
     @part
-    def base(self) -> Checkpoint:
-        """The checkpoint whose weights the run begins with.
+    def named_base(self) -> Checkpoint:
+        """The checkpoint that `--from` names, or the best of the default run.
 
         Raises:
-            PreflightError: code CHECKPOINT, when there is none, or it is not the one that the run
-                began from.
+            PreflightError: code CHECKPOINT, when there is none; code FLAGS, when the run would
+                write beside its checkpoints.
         """
         named = self.given.finetuning.from_checkpoint
-        origin = self.known_origin
-        if origin is not None:
-            if named is not None:
-                _check_same_base(open_checkpoint(named), origin)
-            return find_base(origin) if self.config.training.adapter else origin
         found = open_checkpoint(named) if named else find_best(Path(ControlSettings.output_dir))
         if found.path.parent.parent.resolve() == self.output_dir.resolve():
             raise PreflightError(
@@ -82,18 +76,37 @@ class FinetuneSetup(RunSetup):
             )
         return found
 
+    def resolve_training(self, config: RunConfig) -> TrainingSettings:
+        """The training flags; adapters only for layers that the model has."""
+        training = super().resolve_training(config)
+        if training.adapter is None:
+            return training
+        model = (self.origin or self.named_base).model_config
+        return dataclasses.replace(training, adapter=resolve_adapter(model, training.adapter))
+
+    @part
+    def base(self) -> Checkpoint:
+        """The checkpoint whose weights the run begins with.
+
+        Raises:
+            PreflightError: code CHECKPOINT, when there is none, or it is not the one that the run
+                began from.
+        """
+        origin = self.known_origin
+        if origin is None:
+            return self.named_base
+        if self.given.finetuning.from_checkpoint is not None:
+            _check_same_base(self.named_base, origin)
+        return find_base(origin) if self.config.training.adapter else origin
+
     @property
     def known_source(self) -> Checkpoint:
         """The checkpoint that says what the model is: the origin's, else the base's."""
         return self.known_origin or self.base
 
-    @part
-    def adopted(self) -> RunConfig:
-        """The flags, with the origin's settings where no flag says otherwise."""
-        adopted = RunSetup.adopted._make(self)  # type: ignore[attr-defined]
-        if self.origin is None:
-            return adopted
-        return adopt_finetuning(adopted, self.origin)
+    def adopt(self, origin: Checkpoint) -> RunConfig:
+        """The flags, with the settings of a checkpoint where no flag says otherwise."""
+        return adopt_finetuning(super().adopt(origin), origin)
 
     @part
     def tokenizer_choice(self) -> Tokenizer:
@@ -115,8 +128,8 @@ class FinetuneSetup(RunSetup):
         """The chat template: of the flag, else the checkpoint's, else the default one."""
         named = self.given.finetuning.chat_template
         if named is not None:
-            return load_chat_template(Path(named))
-        return read_chat_template(self.known_source) or DEFAULT_TEMPLATE
+            return load_chat_template(named)
+        return find_template(self.known_source) or DEFAULT_TEMPLATE
 
     @part
     def encoder(self) -> ChatEncoder:
@@ -129,22 +142,23 @@ class FinetuneSetup(RunSetup):
         )
 
     @part
-    def data(self) -> ChatFolder:  # type: ignore[no-redef]
+    def data(self) -> ChatData:
         """The chats, prepared where they are not yet, and verified."""
-        return prepare_chats(
-            [Path(name) for name in self.given.finetuning.finetune],
+        chats = prepare_chats(
+            self.given.finetuning.finetune,
             self.encoder,
             self.data_dir,
             val_split=self.given.data.val_split,
             stop=self.stop,
         )
+        return ChatData.of(chats)
 
     def _build_plan(self, training: TrainingSettings) -> TrainingPlan:
         """As of any run; evaluated every fifth of an epoch where no flag says otherwise."""
         control = self.known_config.control
         if control.eval_every is None:
             samples = training.batch_size * training.gradient_accumulation_steps
-            every = self.data.train.n_documents / samples / EVALUATIONS_PER_EPOCH
+            every = self.data.n_rows / samples / EVALUATIONS_PER_EPOCH
             control = dataclasses.replace(control, eval_every=max(1, math.ceil(every)))
         return self.build_plan_of(training, control)
 
@@ -156,7 +170,7 @@ class FinetuneSetup(RunSetup):
     @part
     def runtime(self) -> Runtime:
         """Device and precision. Nothing is compiled unasked: every length would be anew."""
-        return build_runtime(self.given.system, n_steps=1)
+        return build_runtime(self.given.system, planned_steps=1)
 
     def check_before_data(self) -> None:
         """Raise whatever can refuse the run before its chats are read."""
@@ -167,14 +181,13 @@ class FinetuneSetup(RunSetup):
 
     def measure_tokens_per_byte(self, split: str) -> float:
         """Targets of a split for each byte that they spell."""
-        part: Split = getattr(self.data, split)
-        return self.data.count_targets(split) / max(1, part.n_bytes)
+        return self.data.measure_tokens_per_byte(split)
 
     def load_base_weights(self) -> dict[str, Tensor] | None:
         """The base's weights; a full run that resumes has its own."""
         if self.origin is not None and self.config.training.adapter is None:
             return None
-        return load_merged_weights(self.base)
+        return load_merged_weights(self.base, build_empty_model(self.base))
 
     def link_base(self) -> None:
         """Keep the base beside the adapters, which are nothing without it."""
@@ -201,8 +214,9 @@ class FinetuneSetup(RunSetup):
 
     def describe_extra(self) -> dict[str, Any]:
         """How the run learns, and from where it began."""
-        finetuning = self.config.finetuning
-        return {
+        finetuning, adapter = self.config.finetuning, self.config.training.adapter
+        section = {"adapter": describe_adapter(adapter, self.base)} if adapter else {}
+        return section | {
             "finetuning": {
                 "learn_from": finetuning.learn_from,
                 "lora_rank": finetuning.lora_rank,
@@ -231,3 +245,17 @@ def _check_same_base(named: Checkpoint, origin: Checkpoint) -> None:
             f"{origin.path} began from {began['path']}, and --from names other weights",
             "leave --from out to continue, or choose another --output-dir for a new run",
         )
+
+
+def find_template(checkpoint: Checkpoint) -> ChatTemplate | None:
+    """The chat template inside a checkpoint, if it has one.
+
+    Raises:
+        PreflightError: code CHECKPOINT, when it cannot be used.
+    """
+    if TEMPLATE_NAME not in checkpoint.manifest.files:
+        return None
+    with checkpoint.open(TEMPLATE_NAME) as file:
+        content = file.read(MAX_TEMPLATE_BYTES + 1)
+    name = f"that of {checkpoint.path}"
+    return parse_chat_template(content, name, ExitCode.CHECKPOINT)

@@ -18,6 +18,7 @@ from typing import Any, Generic, TypeVar
 from torch import Tensor
 
 from generate import build_empty_model, load_model
+from preflight.checkpoints.adapters import read_adapter
 from preflight.checkpoints.format import Checkpoint, load_weights
 from preflight.checkpoints.store import find_best, open_checkpoint
 from preflight.core.commands import join_words
@@ -33,6 +34,7 @@ from preflight.device.token_store import DataPlace, measure_free_bytes
 from preflight.foresight.fits import check_memory
 from preflight.foresight.memory import MemoryOptions
 from preflight.models.base import TokenModel
+from preflight.models.lora import add_adapters
 from preflight.models.loss import Targets
 from preflight.settings import ControlSettings, ModelConfig, RunConfig, TrainingSettings
 from preflight.tokenization import (
@@ -136,16 +138,26 @@ class RunSetup:
     @part
     def adopted(self) -> RunConfig:
         """The flags, with the origin's settings where no flag says otherwise."""
-        return adopt_settings(self.given, self.origin) if self.origin else self.given
+        return self.adopt(self.origin) if self.origin else self.given
+
+    def adopt(self, origin: Checkpoint) -> RunConfig:
+        """The flags, with the settings of a checkpoint where no flag says otherwise."""
+        return adopt_settings(self.given, origin)
 
     @part
     def config(self) -> RunConfig:
-        """`adopted`, with the preset's learning rate where none was given."""
-        return dataclasses.replace(self.adopted, training=self.adopted.resolve_training())
+        """`adopted`, with what unset training flags stand for."""
+        return dataclasses.replace(self.adopted, training=self.resolve_training(self.adopted))
+
+    def resolve_training(self, config: RunConfig) -> TrainingSettings:
+        """The training flags, with what unset ones stand for in this run."""
+        return config.resolve_training()
 
     @property
     def known_config(self) -> RunConfig:
         """`config`, or the flags as given where the origin is refused."""
+        with contextlib.suppress(PreflightError):
+            return self.config
         known = self.known_adopted
         return dataclasses.replace(known, training=known.resolve_training())
 

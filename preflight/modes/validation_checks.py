@@ -44,7 +44,7 @@ from preflight.modes.setup import RunSetup
 from preflight.settings import ControlSettings, RunConfig, SamplingConfig
 from preflight.tokenization import Tokenizer, TokenizerRecipe
 from preflight.training.plan import build_plan
-from train_utils import BatchLoader
+from train_utils import Loader
 from trainer import Trainer, build_trainer
 
 MAX_SEQUENCES = 2
@@ -158,7 +158,7 @@ class Subject:
         """Inputs and targets: the user's own text, or random ids where it cannot be had."""
         try:
             with self.open_loader() as loader:
-                return loader.next_batch()
+                return take_windows(loader)
         except (PreflightError, Lacking):
             model_config = self.setup.model_config
             shape = (self.batch_size, model_config.context_length + 1)
@@ -167,7 +167,7 @@ class Subject:
             ids = ids.to(self.runtime.device)
             return ids[:, :-1].contiguous(), ids[:, 1:].contiguous()
 
-    def open_loader(self, cursor: int = 0) -> BatchLoader:
+    def open_loader(self, cursor: int = 0) -> Loader:
         """The training part as a run reads it."""
         self.runtime  # noqa: B018  # without one, the loader is not at fault
         self.data  # noqa: B018
@@ -178,6 +178,13 @@ class Subject:
         context = self.trainer.runtime.autocast() if mixed else contextlib.nullcontext()
         with context:
             return self.trainer.model(*self.batch) / count_targets(self.batch[1])
+
+
+def take_windows(loader: Loader) -> tuple[Tensor, Tensor]:
+    """The next batch of a text: inputs and targets (B T)."""
+    inputs, targets = loader.next_batch()
+    assert isinstance(targets, Tensor)
+    return inputs, targets
 
 
 @contextlib.contextmanager
@@ -316,7 +323,7 @@ def check_loader(subject: Subject) -> str:
     batches = []
     for cursor in (0, 0, subject.batch_size):
         with subject.open_loader(cursor) as loader:
-            batches.append([loader.next_batch() for _ in range(2)])
+            batches.append([take_windows(loader) for _ in range(2)])
     for inputs, targets in batches[0]:
         if inputs.shape != shape or targets.shape != shape or inputs.dtype != torch.int64:
             raise Fault.of(

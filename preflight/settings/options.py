@@ -83,9 +83,9 @@ def setting(
         flag: how the flag is spelled; unset: as the field, whose name cannot be Python's `from`.
         limits: ``ge``, ``le``, ``gt`` and ``lt``, as `pydantic.Field` takes them.
     """
-    metadata = {"help": help_text, "choices": choices, "metavar": metavar, "alone": alone}
-    metadata |= {"check": check, "limits": limits, "flag": flag}
-    return field(default=default, metadata=metadata)
+    words = {"help": help_text, "choices": choices, "metavar": metavar, "alone": alone}
+    rules = {"check": check, "limits": limits, "flag": flag}
+    return field(default=default, metadata=words | rules)
 
 
 @dataclass(frozen=True)

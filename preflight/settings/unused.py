@@ -108,9 +108,7 @@ IDLE_FLAGS = (
         lambda config: not _learns_from_text(config),
         FINETUNING_MODES,
     ),
-    IdleFlags(
-        ("overlap",), "chats do not overlap", lambda config: True, ("finetune",)
-    ),
+    IdleFlags(("overlap",), "chats do not overlap", lambda config: True, ("finetune",)),
     IdleFlags(
         ("lora_alpha", "lora_targets"),
         "--lora-rank is not given: all weights learn",

@@ -13,7 +13,7 @@ from preflight.corpus.length_buckets import (
     count_padded_tokens,
     find_largest_batch,
     order_rows,
-    pad_length,
+    pad_lengths,
 )
 
 
@@ -75,5 +75,5 @@ def test_the_largest_batch(batch_size: int) -> None:
 
 
 def test_padded_lengths() -> None:
-    assert [pad_length(n, 100) for n in (1, 8, 9, 97, 100)] == [8, 8, 16, 100, 100]
-    assert pad_length(3, 5) == 5
+    assert pad_lengths(np.array([1, 8, 9, 97, 100]), 100).tolist() == [8, 8, 16, 100, 100]
+    assert pad_lengths(np.int64(3), 5) == 5

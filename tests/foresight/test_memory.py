@@ -16,7 +16,7 @@ from torch.profiler import ProfilerActivity, profile
 
 import trainer
 from preflight.checkpoints.format import save_checkpoint
-from preflight.device.runtime import Runtime
+from preflight.device.runtime import Runtime, has_fast_bf16
 from preflight.foresight import memory_trace
 from preflight.foresight.memory import (
     PHASES,
@@ -34,7 +34,15 @@ from preflight.foresight.memory_trace import (
     trace_peaks,
     trace_whole,
 )
-from preflight.settings import ControlSettings, ModelConfig, ModelSettings, TrainingSettings
+from preflight.models.loss import TargetRows, Targets
+from preflight.settings import (
+    AdapterConfig,
+    ControlSettings,
+    ModelConfig,
+    ModelSettings,
+    TrainingSettings,
+)
+from preflight.settings.finetuning import ADAPTER_TARGETS
 from preflight.training.plan import build_plan
 from trainer import Trainer
 
@@ -48,15 +56,25 @@ class Case:
     training: TrainingSettings
     dtype: torch.dtype = FP32
     gradient_checkpointing: bool = False
+    n_targets: int | None = None  # of a batch of chats; None: of a text
 
     @property
     def options(self) -> MemoryOptions:
-        return MemoryOptions(self.dtype, "cpu", self.gradient_checkpointing)
+        options = MemoryOptions(self.dtype, "cpu", self.gradient_checkpointing)
+        if self.n_targets is None:
+            return options
+        n_tokens = self.training.batch_size * self.model.context_length
+        return replace(options, target_share=self.n_targets / n_tokens)
 
 
-def settings(batch: int, accumulation: int = 1, optimizer: str = "adamw") -> TrainingSettings:
+def settings(
+    batch: int, accumulation: int = 1, optimizer: str = "adamw", rank: int = 0
+) -> TrainingSettings:
     return TrainingSettings(
-        batch_size=batch, gradient_accumulation_steps=accumulation, optimizer=optimizer
+        batch_size=batch,
+        gradient_accumulation_steps=accumulation,
+        optimizer=optimizer,
+        adapter=AdapterConfig(rank, 2.0 * rank, ADAPTER_TARGETS) if rank else None,
     )
 
 
@@ -112,6 +130,21 @@ CASES = [
         "mlp, bf16", of_family("mlp", n_heads=None, n_layers=6, dropout=0.1), settings(4, 2), BF16
     ),
     Case("rope, bf16", of_family("gpt2", **ROPE), settings(6), BF16),
+    Case("chats", SMALL, settings(4), n_targets=100),
+    Case("chats, few targets, accumulation 2", NANO, settings(4, 2), n_targets=1),
+    Case("chats, bf16, deep", DEEP, settings(6), BF16, n_targets=150),
+    Case("adapters", SMALL, settings(4, 1, "adamw", 8), n_targets=100),
+    Case("adapters, bf16", SMALL, settings(4, 1, "adamw", 8), BF16, n_targets=100),
+    Case("adapters, deep, accumulation 2", DEEP, settings(6, 2, "adamw", 4), n_targets=150),
+    Case("adapters, checkpointing", DEEP, settings(6, 1, "sgd", 64), BF16, True, 150),
+    Case(
+        "adapters, llama, bf16",
+        of_family("llama", n_kv_heads=2, n_layers=6),
+        settings(4, 2, "adamw", 16),
+        BF16,
+        n_targets=77,
+    ),
+    Case("adapters, muon, dropout", MODERN_ALL, settings(4, 1, "muon", 16), n_targets=200),
 ]
 
 
@@ -127,10 +160,15 @@ def build_trainer(case: Case, compile_model: bool = False) -> Trainer:
     )
 
 
-def build_batches(case: Case, n_batches: int) -> Iterator[tuple[Tensor, Tensor]]:
+def build_batches(case: Case, n_batches: int) -> Iterator[tuple[Tensor, Targets]]:
     shape = (case.training.batch_size, case.model.context_length)
     for _ in range(n_batches):
-        yield torch.zeros(shape, dtype=torch.long), torch.zeros(shape, dtype=torch.long)
+        inputs = torch.zeros(shape, dtype=torch.long)
+        if case.n_targets is None:
+            yield inputs, torch.zeros(shape, dtype=torch.long)
+        else:
+            rows = torch.arange(case.n_targets)
+            yield inputs, TargetRows(rows, torch.zeros_like(rows), inputs.numel())
 
 
 def measure_allocations(work: Callable[[], Any]) -> tuple[int, int]:
@@ -169,7 +207,11 @@ def test_training_step_is_predicted_within_one_percent(case: Case) -> None:
     print(f"| {case.name} | {steps:,} | {measured:,} | {steps / measured:.4f} |")
     assert steps == pytest.approx(measured, rel=0.01)
     peak, _ = measure_allocations(lambda: trainer.evaluate(build_batches(case, 3), 1.0))
-    assert estimate.phases["evaluation"] == pytest.approx(held + peak, rel=0.01)
+    # On a CPU with bf16 in hardware oneDNN borrows memory for a matmul, and does not say how much:
+    # up to 0.6 MiB at these sizes, and a few MiB for GPT-2's.
+    borrowed = 0.6 * 2**20 if case.dtype == BF16 and has_fast_bf16(torch.device("cpu")) else 0
+    limit = max(borrowed, 0.01 * (held + peak))
+    assert estimate.phases["evaluation"] == pytest.approx(held + peak, rel=0, abs=limit)
 
 
 COMPILED = [

@@ -84,6 +84,12 @@ class ChatRows:
         self._ids.close()
         self._mask.close()
 
+    def __enter__(self) -> ChatRows:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
     def _count_targets(self, path: Path) -> np.ndarray:
         """(R,) the targets of each row; PreflightError (DATA) for a row without one."""
         sums = []
