@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
+import numpy as np
+
 from preflight.tokenization.tokenizer_files import FileTokenizer
 
 _SPACE = "\u2581"  # stands for a space in a piece
@@ -11,6 +15,7 @@ class SentencePieceTokenizer(FileTokenizer):
     """The library's ids, without those that begin and end a text.
 
     No place is known where a text may be cut: the model also puts a space before its beginning.
+    The file does not say whether a beginning-of-text id belongs before a text, so there is none.
     """
 
     kind = "sentencepiece"
@@ -36,6 +41,21 @@ class SentencePieceTokenizer(FileTokenizer):
         return not (
             library.is_control(token) or library.is_unknown(token) or library.is_unused(token)
         )
+
+    def _list_specials(self) -> Iterable[str]:
+        return [piece for piece, token in self._ids.items() if self._library.is_control(token)]
+
+    def encode_with_offsets(self, text: str) -> tuple[np.ndarray, np.ndarray]:
+        """From the part of the text that the library says each piece came from.
+
+        A piece without one, as the first bytes of a character are, goes with the next that has one.
+        """
+        with self._telling_failure(text):
+            pieces = self._library.encode(text, return_type="proto").pieces
+        lengths = np.array([len(piece.surface) for piece in pieces], np.int64)
+        ends = lengths.cumsum()
+        offsets = np.stack([ends - lengths, np.minimum(ends + (lengths == 0), len(text))], axis=1)
+        return np.array([piece.id for piece in pieces], np.int64), offsets
 
     def _spell(self, piece: str) -> bytes:
         if self._library.is_byte(self._ids[piece]):  # <0x0A>
