@@ -40,6 +40,17 @@ def build_damage_error(
     )
 
 
+def count_characters(data: bytes, offsets: np.ndarray) -> np.ndarray:
+    """Where tokens begin and end in a text, in characters (T 2), from `offsets` in its bytes.
+
+    A part of a character covers the whole character. `data` is the text as UTF-8.
+    """
+    begins = (np.frombuffer(data, np.uint8) & 0xC0) != 0x80  # bytes that begin a character
+    character = begins.cumsum() - 1  # that each byte belongs to
+    last = np.minimum(offsets[:, 1], len(data)) - 1
+    return np.stack([character[np.minimum(offsets[:, 0], last)], character[last] + 1], axis=1)
+
+
 class MissingLibraryError(PreflightError):
     """A library that a tokenizer needs is not installed. Nothing is damaged."""
 
@@ -152,12 +163,7 @@ class Tokenizer(Protocol):
         if len(ids) and ends[-1] != len(data):
             raise ValueError(f"the tokens of {self.name} are not the bytes of the text")
         offsets = np.stack([ends - self._byte_counts[ids], ends], axis=1)
-        if len(data) == len(text):
-            return ids, offsets
-        begins = (np.frombuffer(data, np.uint8) & 0xC0) != 0x80  # bytes that begin a character
-        character = begins.cumsum() - 1  # that each byte belongs to
-        first, last = character[offsets[:, 0]], character[offsets[:, 1] - 1]
-        return ids, np.stack([first, last + 1], axis=1)
+        return ids, offsets if len(data) == len(text) else count_characters(data, offsets)
 
     @functools.cached_property
     def _byte_counts(self) -> np.ndarray:

@@ -6,6 +6,7 @@ from collections.abc import Iterable
 
 import numpy as np
 
+from preflight.tokenization.protocol import count_characters
 from preflight.tokenization.tokenizer_files import FileTokenizer
 
 _SPACE = "\u2581"  # stands for a space in a piece
@@ -46,15 +47,14 @@ class SentencePieceTokenizer(FileTokenizer):
         return [piece for piece, token in self._ids.items() if self._library.is_control(token)]
 
     def encode_with_offsets(self, text: str) -> tuple[np.ndarray, np.ndarray]:
-        """From the part of the text that the library says each piece came from.
+        """Where the library says that each piece came from: its normalisation changes the text.
 
-        A piece without one, as the first bytes of a character are, goes with the next that has one.
+        A piece without a place, as the first bytes of a character are, has that of the next byte.
         """
         with self._telling_failure(text):
             pieces = self._library.encode(text, return_type="proto").pieces
-        lengths = np.array([len(piece.surface) for piece in pieces], np.int64)
-        ends = lengths.cumsum()
-        offsets = np.stack([ends - lengths, np.minimum(ends + (lengths == 0), len(text))], axis=1)
+        places = [(piece.begin, max(piece.end, piece.begin + 1)) for piece in pieces]
+        offsets = count_characters(text.encode(), np.array(places, np.int64).reshape(-1, 2))
         return np.array([piece.id for piece in pieces], np.int64), offsets
 
     def _spell(self, piece: str) -> bytes:
