@@ -67,6 +67,7 @@ class Tokenizer(Protocol):
         end_of_text_id: comes after each document.
         is_trained: it is made from the text by `train`; otherwise its name says all, for `load`.
         max_unit_bytes: a document without a place to cut is held in memory up to this size.
+        adds_end: its file has no token that ends a text, so that an id beyond its own was added.
         bos_id: the id that the tokenizer's own file puts before every text; None: none does.
     """
 
@@ -76,6 +77,7 @@ class Tokenizer(Protocol):
     name: str
     vocab_size: int
     end_of_text_id: int
+    adds_end: bool = False
     bos_id: int | None = None
 
     @classmethod

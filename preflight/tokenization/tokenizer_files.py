@@ -64,10 +64,11 @@ class FileTokenizer(Tokenizer):
             raise ValueError(f"its largest id is {self.vocab_size - 1:,}")
         known = [end for end in (end_of_text, *_ENDS) if end in pieces and not self._is_text(end)]
         self.end_of_text = known[0] if known else ""
+        self.adds_end = not known
         self.end_of_text_id = pieces.get(self.end_of_text, self.vocab_size)
         self.vocab_size = max(self.vocab_size, self.end_of_text_id + 1)
         self._specials = {piece: pieces[piece] for piece in self._list_specials()}
-        if not self.end_of_text and END_OF_TEXT not in pieces:  # its id is not in the file
+        if self.adds_end and END_OF_TEXT not in pieces:
             self._specials[END_OF_TEXT] = self.end_of_text_id
         self._bytes = {i: self._spell(piece) for piece, i in pieces.items() if self._is_text(piece)}
         self._adds_space = self.decode_bytes(self.encode("x")) == b" x"
