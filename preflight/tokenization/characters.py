@@ -99,6 +99,11 @@ class CharTokenizer(Tokenizer):
             raise self._unknown_error({chr(code) for code in codes[ids == _UNKNOWN]})
         return ids
 
+    def encode_with_offsets(self, text: str) -> tuple[np.ndarray, np.ndarray]:
+        """A character each, also where it is replaced."""
+        starts = np.arange(len(text))
+        return self.encode(text), np.stack([starts, starts + 1], axis=1)
+
     def replacing_unknown(self) -> CharTokenizer:
         """The same table; unknown characters become U+FFFD, "?" or a space: the first it holds.
 

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import re
+from collections.abc import Iterable
 from typing import Any
+
+import numpy as np
 
 from preflight.tokenization.tiktoken_cutting import find_last_cut
 from preflight.tokenization.tokenizer_files import FileTokenizer, iterate_parts, load_document
@@ -59,7 +63,10 @@ class HuggingFaceTokenizer(FileTokenizer):
         self._library.no_padding()
         self._library.encode_special_tokens = True
         added = document.get("added_tokens") or []
-        self._special = {token["content"] for token in added if token.get("special")}
+        specials = {token["content"]: token for token in added if token.get("special")}
+        self._special = set(specials)
+        self._eats_before = {name for name, token in specials.items() if token.get("lstrip")}
+        self._eats_after = {name for name, token in specials.items() if token.get("rstrip")}
         self._added = {token["content"] for token in added} - self._special
         self._is_byte_level = "ByteLevel" in names
         self._has_bytes = "ByteFallback" in names
@@ -68,7 +75,34 @@ class HuggingFaceTokenizer(FileTokenizer):
             "\u2581" if "Replace" in names else None,
         )
         self._is_cut = self._is_byte_level and _is_proven(document) and not self._added
+        self.bos_id = self._find_bos()
         return dict(self._library.get_vocab(with_added_tokens=True))
+
+    def _find_bos(self) -> int | None:
+        """What the file's post-processor puts before a text."""
+        plain = self._library.encode("x", add_special_tokens=False).ids
+        ids = self._library.encode("x").ids
+        return ids[0] if len(ids) > len(plain) and ids[: len(plain)] != plain else None
+
+    def _list_specials(self) -> Iterable[str]:
+        return self._special
+
+    @functools.cached_property
+    def special_pattern(self) -> re.Pattern[str]:
+        """With the white space around a token that the file gives to it."""
+        parts = []
+        for name in sorted(self.special_tokens, key=len, reverse=True):
+            before = r"\s*" if name in self._eats_before else ""
+            after = r"\s*" if name in self._eats_after else ""
+            parts.append(f"{before}({re.escape(name)}){after}")
+        return re.compile("|".join(parts))
+
+    def encode_with_offsets(self, text: str) -> tuple[np.ndarray, np.ndarray]:
+        """The library's own places: a normaliser may change the bytes."""
+        with self._telling_failure(text):
+            encoded = self._library.encode(text, add_special_tokens=False)
+        offsets = np.array(encoded.offsets, np.int64).reshape(-1, 2)
+        return np.array(encoded.ids, np.int64), offsets
 
     def _is_text(self, piece: str) -> bool:
         return piece not in self._special

@@ -11,8 +11,8 @@ import tiktoken
 from preflight.core.errors import ExitCode, PreflightError
 from preflight.core.log import log
 from preflight.core.units import format_bytes
-from preflight.tokenization.protocol import TrainingText
-from preflight.tokenization.tiktoken_bpe import END_OF_TEXT, TiktokenTokenizer
+from preflight.tokenization.protocol import END_OF_TEXT, TrainingText
+from preflight.tokenization.tiktoken_bpe import TiktokenTokenizer
 from preflight.tokenization.tiktoken_cutting import CL100K_PATTERN
 
 SAMPLED_BYTES = 200 * 2**20  # of a longer text, pieces of this size altogether are trained on

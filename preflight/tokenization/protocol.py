@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import re
 from abc import abstractmethod
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
@@ -10,6 +12,10 @@ from typing import Any, ClassVar, Protocol, Self
 import numpy as np
 
 from preflight.core.errors import ExitCode, PreflightError
+
+
+# How the end of text is spelled where the tokenizer itself has no spelling for it: as GPT-2 has it.
+END_OF_TEXT = "<|endoftext|>"
 
 
 class TrainingText(Protocol):
@@ -34,6 +40,17 @@ def build_damage_error(
     )
 
 
+def count_characters(data: bytes, offsets: np.ndarray) -> np.ndarray:
+    """Where tokens begin and end in a text, in characters (T 2), from `offsets` in its bytes.
+
+    A part of a character covers the whole character. `data` is the text as UTF-8.
+    """
+    begins = (np.frombuffer(data, np.uint8) & 0xC0) != 0x80  # bytes that begin a character
+    character = begins.cumsum() - 1  # that each byte belongs to
+    last = np.minimum(offsets[:, 1], len(data)) - 1
+    return np.stack([character[np.minimum(offsets[:, 0], last)], character[last] + 1], axis=1)
+
+
 class MissingLibraryError(PreflightError):
     """A library that a tokenizer needs is not installed. Nothing is damaged."""
 
@@ -50,6 +67,8 @@ class Tokenizer(Protocol):
         end_of_text_id: comes after each document.
         is_trained: it is made from the text by `train`; otherwise its name says all, for `load`.
         max_unit_bytes: a document without a place to cut is held in memory up to this size.
+        adds_end: its file has no token that ends a text, so that an id beyond its own was added.
+        bos_id: the id that the tokenizer's own file puts before every text; None: none does.
     """
 
     kind: ClassVar[str]
@@ -58,6 +77,8 @@ class Tokenizer(Protocol):
     name: str
     vocab_size: int
     end_of_text_id: int
+    adds_end: bool = False
+    bos_id: int | None = None
 
     @classmethod
     @abstractmethod
@@ -115,6 +136,42 @@ class Tokenizer(Protocol):
     @abstractmethod
     def save(self, folder: Path) -> list[Path]:
         """Write the files that `load_saved` reads into `folder`, and return their paths."""
+
+    @property
+    def special_tokens(self) -> Mapping[str, int]:
+        """Ids of the tokens that a chat template may write, by their spelling.
+
+        `encode` never gives them. The end of text is one of them.
+        """
+        return {END_OF_TEXT: self.end_of_text_id}
+
+    @functools.cached_property
+    def special_pattern(self) -> re.Pattern[str]:
+        """Finds special tokens in a text, the longest first; a group holds the spelling alone."""
+        spellings = sorted(self.special_tokens, key=len, reverse=True)
+        return re.compile(f"({'|'.join(map(re.escape, spellings))})")
+
+    def encode_with_offsets(self, text: str) -> tuple[np.ndarray, np.ndarray]:
+        """The ids (T,) of `encode`, and where each begins and ends in `text`, in characters (T 2).
+
+        A token of a part of a character covers the whole character.
+
+        Args:
+            text: Unicode without halves of surrogate pairs.
+        """
+        ids = self.encode(text)
+        ends = self._byte_counts[ids].cumsum()
+        data = text.encode()
+        if len(ids) and ends[-1] != len(data):
+            raise ValueError(f"the tokens of {self.name} are not the bytes of the text")
+        offsets = np.stack([ends - self._byte_counts[ids], ends], axis=1)
+        return ids, offsets if len(data) == len(text) else count_characters(data, offsets)
+
+    @functools.cached_property
+    def _byte_counts(self) -> np.ndarray:
+        """Bytes (V,) that each id stands for."""
+        spelled = (self.token_bytes(token) or b"" for token in range(self.vocab_size))
+        return np.fromiter(map(len, spelled), np.int64, self.vocab_size)
 
     def last_cut(self, text: str) -> int:
         """The last index in `text` where it may be cut; 0 where no such place is known.

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
+import numpy as np
+
+from preflight.tokenization.protocol import count_characters
 from preflight.tokenization.tokenizer_files import FileTokenizer
 
 _SPACE = "\u2581"  # stands for a space in a piece
@@ -11,6 +16,7 @@ class SentencePieceTokenizer(FileTokenizer):
     """The library's ids, without those that begin and end a text.
 
     No place is known where a text may be cut: the model also puts a space before its beginning.
+    The file does not say whether a beginning-of-text id belongs before a text, so there is none.
     """
 
     kind = "sentencepiece"
@@ -36,6 +42,20 @@ class SentencePieceTokenizer(FileTokenizer):
         return not (
             library.is_control(token) or library.is_unknown(token) or library.is_unused(token)
         )
+
+    def _list_specials(self) -> Iterable[str]:
+        return [piece for piece, token in self._ids.items() if self._library.is_control(token)]
+
+    def encode_with_offsets(self, text: str) -> tuple[np.ndarray, np.ndarray]:
+        """Where the library says that each piece came from: its normalisation changes the text.
+
+        A piece without a place, as the first bytes of a character are, has that of the next byte.
+        """
+        with self._telling_failure(text):
+            pieces = self._library.encode(text, return_type="proto").pieces
+        places = [(piece.begin, max(piece.end, piece.begin + 1)) for piece in pieces]
+        offsets = count_characters(text.encode(), np.array(places, np.int64).reshape(-1, 2))
+        return np.array([piece.id for piece in pieces], np.int64), offsets
 
     def _spell(self, piece: str) -> bytes:
         if self._library.is_byte(self._ids[piece]):  # <0x0A>

@@ -24,7 +24,7 @@ from preflight.core.errors import ExitCode, PreflightError
 from preflight.core.schema import Schema
 from preflight.core.storage import open_regular
 from preflight.core.strict_json import parse_json
-from preflight.tokenization.protocol import Tokenizer, build_damage_error
+from preflight.tokenization.protocol import END_OF_TEXT, Tokenizer, build_damage_error
 from preflight.tokenization.tiktoken_cutting import (
     GPT2_PATTERN,
     PROVEN_PATTERNS,
@@ -34,7 +34,6 @@ from preflight.tokenization.tiktoken_cutting import (
 
 GPT2_RANKS_PATH = Path(__file__).parent / "assets" / "gpt2.tiktoken"
 GPT2_RANKS_SHA256 = "306cd27f03c1a714eca7108e03d66b7dc042abe8c258b44c199a7ed9838dd930"
-END_OF_TEXT = "<|endoftext|>"
 RANKS_NAME = "tokenizer.tiktoken"
 CONFIG_NAME = "tokenizer_config.json"
 # Limits for files that a stranger may have written; o200k, the largest encoding, has 3.6 MB.
@@ -99,6 +98,11 @@ class TiktokenTokenizer(Tokenizer):
         for text, rank in sorted(self.encoding._special_tokens.items()):
             digest.update(f"{text} {rank}".encode())
         return digest.hexdigest()
+
+    @property
+    def special_tokens(self) -> Mapping[str, int]:
+        """Those of the encoding."""
+        return self.encoding._special_tokens
 
     def encode(self, text: str) -> np.ndarray:
         """Ids (uint32) of `text`, exactly those of tiktoken's ``encode_ordinary``.

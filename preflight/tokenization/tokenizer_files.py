@@ -19,7 +19,12 @@ from preflight.core.errors import ExitCode, PreflightError
 from preflight.core.schema import Schema
 from preflight.core.storage import open_regular
 from preflight.core.strict_json import parse_json
-from preflight.tokenization.protocol import MissingLibraryError, Tokenizer, build_damage_error
+from preflight.tokenization.protocol import (
+    END_OF_TEXT,
+    MissingLibraryError,
+    Tokenizer,
+    build_damage_error,
+)
 
 FACTS_NAME = "tokenizer_facts.json"
 _MAX_FILE_BYTES = 128 * 2**20  # the largest published ones have about 40 MB
@@ -59,8 +64,12 @@ class FileTokenizer(Tokenizer):
             raise ValueError(f"its largest id is {self.vocab_size - 1:,}")
         known = [end for end in (end_of_text, *_ENDS) if end in pieces and not self._is_text(end)]
         self.end_of_text = known[0] if known else ""
+        self.adds_end = not known
         self.end_of_text_id = pieces.get(self.end_of_text, self.vocab_size)
         self.vocab_size = max(self.vocab_size, self.end_of_text_id + 1)
+        self._specials = {piece: pieces[piece] for piece in self._list_specials()}
+        if self.adds_end and END_OF_TEXT not in pieces:
+            self._specials[END_OF_TEXT] = self.end_of_text_id
         self._bytes = {i: self._spell(piece) for piece, i in pieces.items() if self._is_text(piece)}
         self._adds_space = self.decode_bytes(self.encode("x")) == b" x"
 
@@ -71,6 +80,10 @@ class FileTokenizer(Tokenizer):
     @abc.abstractmethod
     def _is_text(self, piece: str) -> bool:
         """Whether a piece stands for text: special tokens do not."""
+
+    @abc.abstractmethod
+    def _list_specials(self) -> Iterable[str]:
+        """The special tokens, those that a chat template may write."""
 
     @abc.abstractmethod
     def _spell(self, piece: str) -> bytes:
@@ -138,6 +151,11 @@ class FileTokenizer(Tokenizer):
         digest.update(self.content)
         return digest.hexdigest()
 
+    @property
+    def special_tokens(self) -> Mapping[str, int]:
+        """Those of the file, and an end of text where it has none."""
+        return self._specials
+
     def encode(self, text: str) -> np.ndarray:
         """Ids (int64) of `text` in one piece.
 
@@ -145,15 +163,20 @@ class FileTokenizer(Tokenizer):
             PreflightError: code TEXT, when the library gives up on it.
         """
         text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+        with self._telling_failure(text):
+            return np.array(self._encode(text), np.int64)
+
+    @contextlib.contextmanager
+    def _telling_failure(self, text: str) -> Iterator[None]:
+        """Whatever the library raises becomes a PreflightError (TEXT)."""
         try:
-            ids = self._encode(text)
+            yield
         except (KeyboardInterrupt, SystemExit, MemoryError):
             raise
         except BaseException as error:  # a panic in Rust is no Exception
             raise PreflightError(
                 ExitCode.TEXT, f"{self.name} cannot encode {text[:40]!r}...: {str(error)[:100]}"
             ) from None
-        return np.array(ids, np.int64)
 
     def token_bytes(self, token: int) -> bytes | None:
         """The bytes of an ordinary token; None for special tokens and gaps."""
