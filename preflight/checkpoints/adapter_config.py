@@ -81,7 +81,7 @@ class _PeftConfig(Schema):
 def render_adapter_config(
     adapter: AdapterConfig, config: Mapping[str, Any], weights: Iterable[str]
 ) -> bytes:
-    """The file for a checkpoint, whose base is the folder ``base`` beside its milestones.
+    """The file for a checkpoint.
 
     Raises:
         ValueError: `config` does not describe these adapters, or `weights` are of other targets.
@@ -91,7 +91,8 @@ def render_adapter_config(
         {
             "peft_type": "LORA",
             "task_type": "CAUSAL_LM",
-            "base_model_name_or_path": "../../base",
+            # PEFT would look for a path here on the Hugging Face hub.
+            "base_model_name_or_path": None,
             "r": adapter.rank,
             "lora_alpha": adapter.alpha,
             "target_modules": sorted(adapter.targets),
