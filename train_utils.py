@@ -316,6 +316,12 @@ class ChatLoader(Loader):
         self._rows.close()
 
 
+def select_targets(labels: np.ndarray, mask: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Where a row has targets, and the labels there; those that are masked go nowhere."""
+    places = np.flatnonzero(mask)
+    return places, labels[places]
+
+
 def _pad_chats(
     rows_read: Sequence[tuple[np.ndarray, np.ndarray]], chats: ChatData, device: torch.device
 ) -> tuple[torch.Tensor, TargetRows]:
@@ -325,9 +331,9 @@ def _pad_chats(
     rows, targets = [], []
     for number, (ids, mask) in enumerate(rows_read):
         inputs[number, : len(ids) - 1] = ids[:-1]
-        places = np.flatnonzero(mask[1:])
+        places, labels = select_targets(ids[1:], mask[1:])
         rows.append(number * width + places)
-        targets.append(ids[1:][places])
+        targets.append(labels)
     n_tokens = sum(len(ids) - 1 for ids, _ in rows_read)
     packed = torch.from_numpy(np.stack([np.concatenate(rows), np.concatenate(targets)]))
     tensors = [torch.from_numpy(inputs), packed.long()]

@@ -28,6 +28,7 @@ from preflight.checkpoints.format import save_checkpoint
 from preflight.checkpoints.store import open_checkpoint
 from preflight.core.errors import PreflightError
 from preflight.core.log import log
+from preflight.core.streams import escape_controls
 from preflight.device import runtime
 from preflight.modes import generate, prompts
 from preflight.modes.prompts import DEFAULT_PROMPTS, read_prompts
@@ -462,7 +463,7 @@ def test_line_ends_on_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_invisible_characters_are_escaped() -> None:
     text = "a\n\tb\r\x1b\x7f\x9b\u202e\u2066\u200f \u00e9\U0001f600"
-    assert text.translate(generate._INVISIBLE) == (
+    assert escape_controls(text) == (
         "a\n\tb\\x0d\\x1b\\x7f\\x9b\\u202e\\u2066\\u200f \u00e9\U0001f600"
     )
 

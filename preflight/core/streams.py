@@ -9,6 +9,22 @@ import sys
 from collections.abc import Iterator
 from typing import TextIO
 
+# Characters that control a terminal instead of being shown: C0 but newline and tab, DEL, C1, and
+# the marks that turn the direction of text (Boucher and Anderson 2021, "Trojan Source").
+_INVISIBLE = {
+    code: f"\\x{code:02x}" if code < 256 else f"\\u{code:04x}"
+    for code in (
+        *range(9),
+        *range(11, 32),
+        *range(127, 160),
+        0x61C,
+        0x200E,
+        0x200F,
+        *range(0x202A, 0x202F),
+        *range(0x2066, 0x206A),
+    )
+}
+
 
 @contextlib.contextmanager
 def replace_missing_streams() -> Iterator[None]:
@@ -58,6 +74,11 @@ def _buffer_stdout() -> Iterator[None]:
         with contextlib.suppress(OSError, ValueError):
             buffered.detach()
             buffer.detach()
+
+
+def escape_controls(text: str) -> str:
+    """A stranger's text for a terminal: characters that would control it are spelled out."""
+    return text.translate(_INVISIBLE)
 
 
 def is_missing(stream: TextIO | None) -> bool:

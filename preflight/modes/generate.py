@@ -25,7 +25,7 @@ from preflight.core.errors import ExitCode, PreflightError
 from preflight.core.log import log
 from preflight.core.signals import StopFlag
 from preflight.core.storage import TEMPORARY_PREFIX
-from preflight.core.streams import is_missing
+from preflight.core.streams import escape_controls, is_missing
 from preflight.corpus.metadata import METADATA_NAME, SPLITS
 from preflight.decoding.vocabulary import list_ids_without_text
 from preflight.device.runtime import is_out_of_memory
@@ -53,22 +53,6 @@ COMMANDS = {
     "/topp": "top_p",
     "/len": "max_new_tokens",
     "/seed": "seed",
-}
-# Characters that control a terminal instead of being shown: C0 but
-# newline and tab, DEL, C1, and the marks that
-# turn the direction of text (Boucher and Anderson 2021, "Trojan Source").
-_INVISIBLE = {
-    code: f"\\x{code:02x}" if code < 256 else f"\\u{code:04x}"
-    for code in (
-        *range(9),
-        *range(11, 32),
-        *range(127, 160),
-        0x61C,
-        0x200E,
-        0x200F,
-        *range(0x202A, 0x202F),
-        *range(0x2066, 0x206A),
-    )
 }
 
 
@@ -380,7 +364,7 @@ _line_ends = io.IncrementalNewlineDecoder(None, translate=True)
 def _show(text: str) -> None:
     """Print text at once. On a terminal, control characters are made visible."""
     if sys.stdout.isatty():
-        text = _line_ends.decode(text).translate(_INVISIBLE)
+        text = escape_controls(_line_ends.decode(text))
     try:
         sys.stdout.write(text)
         sys.stdout.flush()

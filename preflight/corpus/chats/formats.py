@@ -63,7 +63,7 @@ def read_messages(row: Any, form: ChatFormat) -> tuple[tuple[Message, ...], bool
         ChatFault: it has another form, or is no chat that can be learned from.
     """
     if not form.fits(row):
-        raise ChatFault(f"{_describe(row)} where {form.name} was expected: {form.example}")
+        raise ChatFault(f"{describe_row(row)} where {form.name} was expected: {form.example}")
     messages = tuple(form.read(row))
     if not messages:
         raise ChatFault("an empty chat; a user's message and an answer were expected")
@@ -90,8 +90,8 @@ def _explain_order(role: str, number: int, is_first: bool) -> str:
     return f"message {number} is of the {role} again; user and assistant were expected in turns"
 
 
-def _describe(row: Any) -> str:
-    """A row that does not have the expected form, in words."""
+def describe_row(row: Any) -> str:
+    """A row in words: its form, or else its keys, or what it is."""
     other = find_format(row)
     if other is not None:
         return other.name

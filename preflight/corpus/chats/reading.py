@@ -20,6 +20,7 @@ from preflight.corpus.chats.formats import (
     FORMATS,
     ChatFault,
     ChatFormat,
+    describe_row,
     find_format,
     read_messages,
     shorten,
@@ -130,11 +131,9 @@ def _detect(file: ChatFile, place: str, value: Any) -> ChatFormat:
     form = find_format(value)
     if form is not None:
         return form
-    keys = ", ".join(f'"{shorten(key)}"' for key in list(value)[:8]) if value else ""
-    found = f"its keys are {keys or 'none'}" if isinstance(value, dict) else "it is no object"
     raise text_error(
         file.label,
-        f"{place} is not a chat of a known form: {found}",
+        f"{place} is not a chat of a known form: {describe_row(value)}",
         f"known are: {', '.join(form.name for form in FORMATS)}",
         f"such as {FORMATS[0].example}",
     )
