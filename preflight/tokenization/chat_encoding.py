@@ -145,7 +145,7 @@ class ChatEncoder:
         return parts
 
     def _fit(self, drafts: Sequence[Draft], limit: int, *, prompt: bool = False) -> None:
-        """Drop the earliest turns of each draft until its ids fit, or until nothing can be dropped."""
+        """Drop the earliest turns of each draft until its ids fit, or the last exchange is left."""
         pending = list(drafts)
         while pending:
             jobs = [RenderJob(draft.kept, draft.place, prompt) for draft in pending]
@@ -221,9 +221,7 @@ class ChatEncoder:
         """The ids after which the model answers `messages`, see `fit_prompt`."""
         return self.fit_prompt(messages, max_tokens=max_tokens)[0]
 
-    def fit_prompt(
-        self, messages: Sequence[Message], *, max_tokens: int
-    ) -> tuple[list[int], int]:
+    def fit_prompt(self, messages: Sequence[Message], *, max_tokens: int) -> tuple[list[int], int]:
         """The ids after which the model answers, and how many messages they leave out.
 
         The earliest turns are dropped until the rest fits; a system message is kept.

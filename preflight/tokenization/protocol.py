@@ -13,7 +13,6 @@ import numpy as np
 
 from preflight.core.errors import ExitCode, PreflightError
 
-
 # How the end of text is spelled where the tokenizer itself has no spelling for it: as GPT-2 has it.
 END_OF_TEXT = "<|endoftext|>"
 

@@ -1,8 +1,8 @@
 """Special tokens in a chat: the template writes them, and a message never does.
 
-Where a message spells one, a character of the spelling is replaced by a stand-in before the template
-sees it, and put back after the text has been cut at the template's own special tokens. Everything
-else in the message stays as it is, so that a template can strip and split it.
+Where a message spells one, a character of the spelling is replaced by a stand-in before the
+template sees it, and put back after the text has been cut at the template's own special tokens.
+Everything else in the message stays as it is, so that a template can strip and split it.
 """
 
 from __future__ import annotations
@@ -45,12 +45,14 @@ class SpecialSpellings:
             return messages, {}
         used = set().union(*(message.content for message in messages))
         free = (code for code in _STAND_INS if chr(code) not in used)
-        found = {message.content[i] for message, at in zip(messages, places, strict=True) for i in at}
+        found = {
+            message.content[i] for message, at in zip(messages, places, strict=True) for i in at
+        }
         stand_ins = dict(zip(sorted(found), free, strict=False))
         if len(stand_ins) < len(found):
             raise PreflightError(ExitCode.TEXT, "a chat holds every character for private use")
         hidden = []
-        for message, at in zip(messages, places, strict=True):
+        for message, at in pairs:
             characters = list(message.content)
             for i in at:
                 characters[i] = chr(stand_ins[characters[i]])

@@ -68,6 +68,7 @@ class TemplateProcess:
         self._lock = threading.Lock()
         self._process: BaseProcess | None = None
         self._connection: Connection | None = None
+        self._n_awaited = 0  # answers to the request that is being answered
         self._owner = 0  # the id of the process that started it: a fork does not own it
 
     @contextlib.contextmanager
@@ -105,16 +106,14 @@ class TemplateProcess:
             ],
         }
         with self._lock:
-            is_done = False
+            connection = self._start(template)
+            self._n_awaited = len(jobs)
             try:
-                connection = self._start(template)
                 with contextlib.suppress(ConnectionError):  # told when the answer is missing
                     connection.send_bytes(json.dumps(request).encode())
-                answers = self._receive(connection, template, jobs)
-                yield answers
-                is_done = next(answers, None) is None
+                yield self._receive(connection, template, jobs)
             finally:
-                if not is_done:
+                if self._n_awaited:  # nobody takes these answers any more
                     self._end()
 
     def _receive(
@@ -129,6 +128,7 @@ class TemplateProcess:
             patience = _PATIENCE_SECONDS
             if found is None:
                 raise _describe_fault(template, job, "it needs more than 1 s or 512 MiB")
+            self._n_awaited -= 1
             answer = json.loads(found)
             if "refusal" in answer:
                 raise PreflightError(

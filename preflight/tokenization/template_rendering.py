@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import datetime
 import json
-import os
 import re
 import secrets
 import signal
@@ -139,8 +138,7 @@ class Renderer:
         if job["answers"] == "last":
             before = render(n - 1, prompt=True) if n > 1 else ""
             # A prompt may begin what the answer does not have, such as a thought.
-            begin = len(before if text.startswith(before) else os.path.commonprefix([before, text]))
-            spans.append([begin, len(text)])
+            spans.append([_count_common(before, text), len(text)])
         if job["answers"] == "all":
             for i in (i for i in range(n) if messages[i]["role"] == "assistant"):
                 before = render(i, prompt=True) if i else ""
@@ -175,6 +173,14 @@ class Renderer:
                 if length > limit:
                     raise OverflowError(f"the text has more than {limit:,} characters")
         return "".join(pieces)
+
+
+def _count_common(first: str, second: str) -> int:
+    """Characters at the beginning that two texts have in common."""
+    if second.startswith(first):
+        return len(first)
+    pairs = enumerate(zip(first, second, strict=False))
+    return next((i for i, (one, other) in pairs if one != other), len(second))
 
 
 def _take_marks_out(text: str) -> tuple[str, list[list[int]]]:
