@@ -152,7 +152,10 @@ def read_chats(found: Findings, setup: FinetuneSetup) -> None:
     setup.stop.leave_if_stopping("stopped; the prepared chats are complete")
     found.data = chats
     sections.describe_chats(found, chats)
-    found.report.examples = pick_examples(chats, setup.tokenizer)
+    specials = setup.tokenizer.special_tokens
+    with chats.open_rows("train") as rows:
+        picked = pick_examples(chats.facts, rows, setup.tokenizer, specials=specials)
+    found.report.examples = [list(example.stretches) for example in picked]
 
 
 def choose_target(found: Findings) -> None:

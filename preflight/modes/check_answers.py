@@ -73,7 +73,7 @@ def _judge_learning(found: Findings) -> tuple[str, str]:
     if not facts:
         rows = report.sections["training configuration"]
         if found.config.finetuning.finetune:
-            return "yes", report.sections["dataset"].get("chats_1", "no warning")
+            return "yes", report.sections["dataset"].get("chats_2", "no warning")
         return "yes", f"{rows['tokens_per_parameter']:,.1f} tokens per parameter, no warning"
     more = len(facts) - _SHOWN_WARNINGS
     rest = f"; {more} more under Warnings" if more > 0 else "; see Warnings"

@@ -187,7 +187,7 @@ def describe_chats(found: Findings, chats: ChatData) -> None:
         rows[f"{name}_chats"] = split.n_documents
         rows[f"{name}_tokens"] = split.n_tokens
     rows["longest_chat_tokens"] = chats.longest_tokens
-    for number, line in enumerate(preview.describe_chats(chats.metadata), 1):
+    for number, line in enumerate(preview.describe_chats(chats.facts), 1):
         rows[f"chats_{number}"] = line
 
 

@@ -42,7 +42,7 @@ class FinetuneRun(TrainingRun):
     def run(self) -> int:
         """Train to the end of the plan, or until a signal; the exit code."""
         self.setup.link_base()
-        for line in describe_chats(self.setup.data.metadata):
+        for line in describe_chats(self.setup.data.facts):
             log.info(f"chats: {line}")
         if self.state.step == 0:
             self.setup.base_facts["text_bits_per_byte"] = self._measure_text()

@@ -125,7 +125,9 @@ def adopt_finetuning(config: RunConfig, origin: Checkpoint) -> RunConfig:
                 "leave the flag out, or start a new run in another --output-dir",
             )
     values = {name: getattr(before, name) for name in names}
-    return dataclasses.replace(config, finetuning=dataclasses.replace(config.finetuning, **values))
+    sources = dict.fromkeys(names, "the checkpoint") | config.sources
+    finetuning = dataclasses.replace(config.finetuning, **values)
+    return dataclasses.replace(config, finetuning=finetuning, sources=sources)
 
 
 def read_saved_settings(origin: Checkpoint) -> dict[str, Any]:

@@ -10,7 +10,7 @@ import numpy as np
 
 from preflight.core.streams import escape_controls
 from preflight.corpus.chats.facts import ChatFacts
-from preflight.corpus.chats.rows import ChatFolder
+from preflight.corpus.chats.rows import ChatRows
 from preflight.tokenization import Tokenizer
 
 MAX_CHARACTERS = 600  # of an example
@@ -34,7 +34,8 @@ class Example:
 
 
 def pick_examples(
-    folder: ChatFolder,
+    facts: ChatFacts,
+    rows: ChatRows,
     tokenizer: Tokenizer,
     n: int = 3,
     *,
@@ -44,7 +45,8 @@ def pick_examples(
     """Up to three rows of the training part, the same ones each time.
 
     Args:
-        folder: the chats.
+        facts: of the chats.
+        rows: of the training part.
         tokenizer: of the ids.
         n: examples at most.
         specials: special tokens by their spelling; unset: the end of text alone.
@@ -55,9 +57,9 @@ def pick_examples(
     """
     spellings = {token: spelling for spelling, token in (specials or {}).items()}
     spellings.setdefault(tokenizer.end_of_text_id, "<|endoftext|>")
-    chosen = [entry for entry in folder.facts.examples if entry.row < len(folder.train)][:n]
-    rows = folder.train.read(np.array([entry.row for entry in chosen], np.int64))
-    stretches = [decode_stretches(ids, mask, tokenizer, spellings) for ids, mask in rows]
+    chosen = [entry for entry in facts.examples if entry.row < len(rows)][:n]
+    read = rows.read(np.array([entry.row for entry in chosen], np.int64))
+    stretches = [decode_stretches(ids, mask, tokenizer, spellings) for ids, mask in read]
     return [
         Example(entry.place, _shorten(found, max_characters))
         for entry, found in zip(chosen, stretches, strict=True)

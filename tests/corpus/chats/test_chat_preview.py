@@ -51,7 +51,7 @@ def test_special_tokens_and_cut_characters() -> None:
 
 def test_examples(tmp_path: Path) -> None:
     folder = prepare(tmp_path, [f"{i}\x1b[31m \u202e\n\u6f22" for i in range(30)])
-    examples = pick_examples(folder, BYTES)
+    examples = pick_examples(folder.facts, folder.train, BYTES)
     assert len(examples) == 3
     for example in examples:
         number = int(example.place.removeprefix("chats.jsonl, line ")) - 1
@@ -59,16 +59,16 @@ def test_examples(tmp_path: Path) -> None:
             (f"User: {number}?\nAssistant: ", False),
             (f"{number}\\x1b[31m \\u202e\n\u6f22<|endoftext|>", True),
         )
-    assert pick_examples(folder, BYTES, 1) == examples[:1]
-    assert pick_examples(folder, BYTES) == examples
-    named = pick_examples(folder, BYTES, specials={"</s>": 256})
+    assert pick_examples(folder.facts, folder.train, BYTES, 1) == examples[:1]
+    assert pick_examples(folder.facts, folder.train, BYTES) == examples
+    named = pick_examples(folder.facts, folder.train, BYTES, specials={"</s>": 256})
     assert named[0].stretches[1][0].endswith("</s>")
 
 
 def test_long_examples_are_shortened(tmp_path: Path) -> None:
     """Begin and end stay, whole stretches that are short too."""
     folder = prepare(tmp_path, [str(i) + "x" * 5000 + "y" for i in range(3)])
-    for example in pick_examples(folder, BYTES):
+    for example in pick_examples(folder.facts, folder.train, BYTES):
         head, answer = (text for text, _ in example.stretches)
         assert head.startswith("User: ")
         assert head.endswith("?\nAssistant: ")
@@ -82,7 +82,7 @@ def test_examples_of_many_turns_are_shortened(tmp_path: Path) -> None:
     rows = [{"conversations": ["question", f"answer {i}"] * 200} for i in range(2)]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     folder = prepare_chats([path], FakeEncoder(), tmp_path / "data", val_split=0.5)
-    (example,) = pick_examples(folder, BYTES)
+    (example,) = pick_examples(folder.facts, folder.train, BYTES)
     text = "".join(part for part, _ in example.stretches)
     assert len(text) <= 650
     assert text.startswith("User: question")
