@@ -99,8 +99,25 @@ def stream_text(
             on_step([(index, completion)], completion.n_tokens)
         yield completion.text
         return
-    ids = [encode_prompt(tokenizer, prompt)]
-    decoder = _Decoder(model, tokenizer, ids, config, batch_size=1, first_index=index)
+    yield from stream_ids(model, tokenizer, encode_prompt(tokenizer, prompt), config, on_step, index)
+
+
+def stream_ids(
+    model: LanguageModel,
+    tokenizer: Tokenizer,
+    token_ids: Sequence[int],
+    config: SamplingConfig,
+    on_step: OnStep | None = None,
+    index: int = 0,
+    stop_ids: frozenset[int] | None = None,
+) -> Iterator[str]:
+    """What follows one or more ids, in pieces, as `stream_text`; not for a beam search.
+
+    `stop_ids` end it, and are no part of its text; unset: the end of text alone.
+    """
+    decoder = _Decoder(
+        model, tokenizer, [list(token_ids)], config, 1, first_index=index, stop_ids=stop_ids
+    )
     row = decoder.rows[0]
     while not row.finish_reason:
         ended = decoder.step()
@@ -232,7 +249,12 @@ class _Row:
     """One completion in the making: its tokens, its random numbers, its text."""
 
     def __init__(
-        self, index: int, prompt_ids: list[int], tokenizer: Vocabulary, config: SamplingConfig
+        self,
+        index: int,
+        prompt_ids: list[int],
+        tokenizer: Vocabulary,
+        config: SamplingConfig,
+        stop_ids: frozenset[int],
     ) -> None:
         self.index = index
         self.tokens = prompt_ids
@@ -241,14 +263,14 @@ class _Row:
         self.pieces: list[str] = []  # one a token, often empty
         self.logprobs: list[TokenLogprobs] = []  # one a token, where they are asked for
         self.finish_reason = ""
-        self._tokenizer = tokenizer
+        self._tokenizer, self._stop_ids = tokenizer, stop_ids
         self._max_new_tokens = config.max_new_tokens
         self._text = TextAssembler(config.stop)
 
     def accept(self, token: int) -> None:
         """Append the token that was chosen, and decide whether the completion ends with it."""
         self.tokens.append(token)
-        ends = token == self._tokenizer.end_of_text_id
+        ends = token in self._stop_ids
         last = ends or len(self.pieces) + 1 >= self._max_new_tokens
         data = b"" if ends else self._tokenizer.decode_bytes([token])
         self.pieces.append(self._text.push(data, final=last, cut=not ends))
@@ -275,20 +297,21 @@ class _Decoder:
         config: SamplingConfig,
         batch_size: int,
         first_index: int = 0,
+        stop_ids: frozenset[int] | None = None,
     ) -> None:
         self.model, self.config = model, config
+        stops = frozenset([tokenizer.end_of_text_id]) if stop_ids is None else stop_ids
         self._context = model.config.context_length
         fitted = fit_prompts(prompts, self._context, config.max_new_tokens)
-        rows = [_Row(first_index + index, ids, tokenizer, config) for index, ids in fitted]
+        rows = [_Row(first_index + i, ids, tokenizer, config, stops) for i, ids in fitted]
         self.rows, self._waiting = rows[:batch_size], rows[batch_size:][::-1]
         weight = next(iter(model.parameters()))
         self._device, dtype = weight.device, weight.dtype
         if torch.is_autocast_enabled(self._device.type):
             dtype = torch.get_autocast_dtype(self._device.type)
         self._vocab_size = min(tokenizer.vocab_size, model.config.vocab_size)
-        self._banned = torch.tensor(
-            list_ids_without_text(tokenizer), dtype=torch.long, device=self._device
-        )
+        banned = [i for i in list_ids_without_text(tokenizer) if i not in stops]
+        self._banned = torch.tensor(banned, dtype=torch.long, device=self._device)
         with torch.inference_mode():
             self._cache = model.build_cache(
                 len(self.rows),

@@ -12,13 +12,12 @@ import contextlib
 import dataclasses
 import functools
 import hashlib
-from collections.abc import Iterator, Sequence
-
-import numpy as np
+from collections.abc import Generator, Sequence
 
 from preflight.core.errors import ExitCode, PreflightError
 from preflight.core.log import log_once
 from preflight.tokenization.chat_drafts import Draft, cut_batches, drop_behind, start_draft
+from preflight.tokenization.chat_rows import RowBuilder
 from preflight.tokenization.chat_template import ChatTemplate
 from preflight.tokenization.chats import Chat, EncodedChat, Message
 from preflight.tokenization.protocol import Tokenizer
@@ -130,7 +129,7 @@ class ChatEncoder:
             parts = [draft]
             if draft.rewrites and self.learn_from == "answers":
                 parts = self._split(draft)
-            rows[i] = [row for part in parts for row in self._build_rows(part)]
+            rows[i] = [row for part in parts for row in self._rows.build(part)]
         return rows
 
     def _split(self, draft: Draft) -> list[Draft]:
@@ -162,58 +161,11 @@ class ChatEncoder:
             for draft, (rendering, _) in zip(drafts, renderings, strict=True):
                 draft.spans, draft.rewrites = rendering.spans, rendering.rewrites
 
-    def _build_rows(self, draft: Draft) -> list[EncodedChat]:
-        """The row of a draft, or none where it has nothing to learn."""
-        ids = draft.ids
-        n_kept = min(len(ids), self._limit)
-        begins, ends = draft.offsets[:, 0], draft.offsets[:, 1]
-        mask = np.zeros(len(ids), bool)
-        answers, n_ended = [], 0
-        for begin, end in draft.spans:
-            # As transformers counts: a token of which a part lies within.
-            low = int(ends.searchsorted(begin, "right"))
-            high = int(begins.searchsorted(end, "left"))
-            high, ended = self._include_end(ids, low, high)
-            mask[low:high] = True
-            answers.append((low, high))
-            n_ended += ended is not None and ended < n_kept
-        mask[:1] = False
-        n_answers = sum(bool(mask[low : min(high, n_kept)].any()) for low, high in answers)
-        if self.learn_from == "all":
-            mask[1:] = True
-            if draft.rewrites:  # where the answers are is not known, nor does it matter
-                n_answers = sum(message.role == "assistant" for message in draft.kept)
-                n_ended = sum(token in self.stop_ids for token in ids[1:n_kept].tolist())
-        if not mask[:n_kept].any():
-            return []
-        n_cut = len(ids) - n_kept
-        kept = (ids[:n_kept], mask[:n_kept])
-        return [EncodedChat(*kept, n_answers, min(n_ended, n_answers), draft.n_dropped, n_cut)]
-
-    def _include_end(self, ids: np.ndarray, low: int, high: int) -> tuple[int, int | None]:
-        """Where the answer ends with its end token, and the place of that token, if it has one."""
-        for i in range(high - 1, low - 1, -1):
-            if int(ids[i]) in self.stop_ids:
-                return high, i
-            if int(ids[i]) not in self._blanks:
-                break
-        if high < len(ids) and int(ids[high]) in self._special_ids and self.template.marks_answers:
-            log_once(
-                f"{self.template.name} leaves the token that ends an answer out of "
-                "{% generation %}; it is learned too"
-            )
-            return high + 1, high
-        return high, None
-
     @functools.cached_property
-    def _special_ids(self) -> frozenset[int]:
-        return frozenset(self.tokenizer.special_tokens.values())
-
-    @functools.cached_property
-    def _blanks(self) -> frozenset[int]:
-        """Ids of white space, which may follow the end token."""
-        spelled = ((i, self.tokenizer.token_bytes(i)) for i in range(self.tokenizer.vocab_size))
-        return frozenset(i for i, data in spelled if data is not None and not data.strip())
+    def _rows(self) -> RowBuilder:
+        return RowBuilder(
+            self.tokenizer, self.template, self._limit, self.learn_from, self.stop_ids
+        )
 
     # ---- generation -------------------------------------------------------------------------
 
@@ -244,7 +196,7 @@ class ChatEncoder:
 
     def _render(
         self, jobs: Sequence[RenderJob], *, today: bool = False
-    ) -> Iterator[tuple[Rendering, Table]]:
+    ) -> Generator[tuple[Rendering, Table], None, None]:
         """The renderings in order, and what undoes the hiding of special tokens."""
         hidden, tables = [], []
         for job in jobs:

@@ -45,9 +45,8 @@ class SpecialSpellings:
             return messages, {}
         used = set().union(*(message.content for message in messages))
         free = (code for code in _STAND_INS if chr(code) not in used)
-        found = {
-            message.content[i] for message, at in zip(messages, places, strict=True) for i in at
-        }
+        pairs = list(zip(messages, places, strict=True))
+        found = {message.content[i] for message, at in pairs for i in at}
         stand_ins = dict(zip(sorted(found), free, strict=False))
         if len(stand_ins) < len(found):
             raise PreflightError(ExitCode.TEXT, "a chat holds every character for private use")

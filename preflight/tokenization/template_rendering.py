@@ -96,6 +96,7 @@ class Renderer:
     """Renders chats. Templates are compiled once."""
 
     def __init__(self) -> None:
+        self._now = _FIXED_DAY
         self._environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
             trim_blocks=True,
             lstrip_blocks=True,
@@ -107,7 +108,6 @@ class Renderer:
             "strftime_now": lambda form: self._now.strftime(form),
             "namespace": _Namespace,
         }
-        self._now = _FIXED_DAY
         self._templates: dict[str, jinja2.Template] = {}
 
     def answer(self, request: dict[str, Any]) -> Iterator[dict[str, Any]]:
