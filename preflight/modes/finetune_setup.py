@@ -174,6 +174,7 @@ class FinetuneSetup(RunSetup):
 
     def check_before_data(self) -> None:
         """Raise whatever can refuse the run before its chats are read."""
+        self.base  # noqa: B018
         self.model_config  # noqa: B018
         self.encoder  # noqa: B018
         if self.origin is not None:

@@ -284,7 +284,7 @@ def announce(setup: RunSetup) -> None:
     )
     log.info(
         f"data: {data.train.n_tokens:,} tokens to train on, {data.val.n_tokens:,} to validate "
-        f"({plan.eval_windows} windows each time)"
+        f"({plan.eval_windows} {'chats' if config.finetuning.finetune else 'windows'} each time)"
     )
     log.info(setup.data_place.note)
     windows = describe_windows(config.training, plan, model.context_length)
