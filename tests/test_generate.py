@@ -29,7 +29,7 @@ from preflight.checkpoints.store import open_checkpoint
 from preflight.core.errors import PreflightError
 from preflight.core.log import log
 from preflight.device import runtime
-from preflight.modes import generate, prompts
+from preflight.modes import generate, prompts, session
 from preflight.modes.prompts import DEFAULT_PROMPTS, read_prompts
 from preflight.settings import (
     GenerationSettings,
@@ -456,13 +456,13 @@ def test_line_ends_on_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(shown, "isatty", lambda terminal=terminal: terminal)
         monkeypatch.setattr(sys, "stdout", shown)
         for piece in pieces:
-            generate._show(piece)
+            session.show(piece)
         assert shown.getvalue() == expected
 
 
 def test_invisible_characters_are_escaped() -> None:
     text = "a\n\tb\r\x1b\x7f\x9b\u202e\u2066\u200f \u00e9\U0001f600"
-    assert text.translate(generate._INVISIBLE) == (
+    assert text.translate(session.INVISIBLE) == (
         "a\n\tb\\x0d\\x1b\\x7f\\x9b\\u202e\\u2066\\u200f \u00e9\U0001f600"
     )
 
