@@ -99,7 +99,9 @@ def stream_text(
             on_step([(index, completion)], completion.n_tokens)
         yield completion.text
         return
-    yield from stream_ids(model, tokenizer, encode_prompt(tokenizer, prompt), config, on_step, index)
+    yield from stream_ids(
+        model, tokenizer, encode_prompt(tokenizer, prompt), config, on_step, index
+    )
 
 
 def stream_ids(

@@ -30,7 +30,7 @@ from preflight.core.errors import PreflightError
 from preflight.core.log import log
 from preflight.core.streams import escape_controls
 from preflight.device import runtime
-from preflight.modes import generate, prompts
+from preflight.modes import generate, prompts, session
 from preflight.modes.prompts import DEFAULT_PROMPTS, read_prompts
 from preflight.settings import (
     GenerationSettings,
@@ -457,7 +457,7 @@ def test_line_ends_on_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(shown, "isatty", lambda terminal=terminal: terminal)
         monkeypatch.setattr(sys, "stdout", shown)
         for piece in pieces:
-            generate._show(piece)
+            session.show(piece)
         assert shown.getvalue() == expected
 
 

@@ -30,7 +30,7 @@ class Generation:
 
     text: str
     n_tokens: int  # chosen, the one that ended the completion included
-    finish_reason: str  # "stop": a stop text came; "end": an id that ends it; "length": max_new_tokens
+    finish_reason: str  # "stop": a stop text; "end": an id that ends; "length": max_new_tokens
     tokens: tuple[int, ...] = ()  # the ids that were chosen
     logprobs: tuple[TokenLogprobs, ...] = ()  # one a token, where they were asked for
     score: float | None = None  # of a beam search: see `preflight.decoding.beam`

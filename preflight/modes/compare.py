@@ -34,8 +34,9 @@ from preflight.modes.compare_models import (
     find_entries,
     measure_free_bytes,
 )
-from preflight.modes.generate import Session, check_output
+from preflight.modes.generate import check_output
 from preflight.modes.prompts import is_interactive, read_prompts
+from preflight.modes.session import Session
 from preflight.settings import RunConfig
 from preflight.settings.kinds import MODES
 from preflight.training.metrics import METRICS_NAME

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import dataclasses
 import glob
-import io
 import os
 import stat
 import sys
@@ -18,42 +17,26 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from generate import Generation, generate_batch, stream_text
+from generate import Generation, generate_batch
 from preflight.checkpoints.format import MILESTONES_NAME
 from preflight.checkpoints.manifest import MANIFEST_NAME
 from preflight.core.errors import ExitCode, PreflightError
 from preflight.core.log import log
 from preflight.core.signals import StopFlag
 from preflight.core.storage import TEMPORARY_PREFIX
-from preflight.core.streams import escape_controls, is_missing
+from preflight.core.streams import is_missing
 from preflight.corpus.metadata import METADATA_NAME, SPLITS
 from preflight.decoding.vocabulary import list_ids_without_text
 from preflight.device.runtime import is_out_of_memory
 from preflight.models.base import TokenModel
+from preflight.modes.chat import ChatSession, choose_template
 from preflight.modes.completion_files import SEPARATOR, format_logprobs, save_completions
 from preflight.modes.prompts import is_interactive, read_prompts
+from preflight.modes.session import Session, log_rate, show
 from preflight.modes.setup import RunSetup
-from preflight.settings import RunConfig, SamplingConfig, build_config
+from preflight.settings import RunConfig, SamplingConfig
 from preflight.tokenization import Tokenizer
 from preflight.training.metrics import METRICS_NAME
-
-try:
-    import readline  # line editing and history for input()
-except ImportError:  # Windows
-    readline = None  # type: ignore[assignment]
-
-HELP = """\
-Type a prompt and press Enter: the model continues it. Ctrl-C stops a completion. Commands:
-  /temp X   sampling temperature, 0: greedy    /topk N   top-k, 0: all tokens
-  /topp X   top-p (nucleus sampling), 0 to 1   /len N    tokens to generate at most
-  /seed N   seed of the next completions       /help     this text      /quit   leave"""
-COMMANDS = {
-    "/temp": "temperature",
-    "/topk": "top_k",
-    "/topp": "top_p",
-    "/len": "max_new_tokens",
-    "/seed": "seed",
-}
 
 
 def run(config: RunConfig) -> int:
@@ -70,9 +53,11 @@ def run(config: RunConfig) -> int:
     runtime = setup.runtime  # a device that is not there is told before a prompt is waited for
     if runtime.dtype == torch.float32:
         torch.set_float32_matmul_precision("highest")  # TF32 rounds nearly as coarsely as bf16
-    prompts = read_prompts(config)
+    chats = config.generation.chat
+    prompts = [] if chats else read_prompts(config)
     interactive = is_interactive(config)
     checkpoint = setup.checkpoint
+    template = choose_template(config, checkpoint) if chats else None
     try:
         model, tokenizer = setup.load_model()
         check_vocabulary(config.sampling, model, tokenizer)
@@ -80,6 +65,8 @@ def run(config: RunConfig) -> int:
             f"{checkpoint.path}: step {checkpoint.step:,}, {model.config.label}, "
             f"{runtime.device}, {str(runtime.dtype).removeprefix('torch.')}"
         )
+        if template is not None:
+            return ChatSession(model, tokenizer, config, template).run([])
         if interactive:
             return Session(model, tokenizer, config.sampling).run(prompts)
         return _write_completions(model, tokenizer, prompts, config)
@@ -245,7 +232,7 @@ def _write_completions(
             with bar.external_write_mode():
                 rule = f"\n{SEPARATOR}\n" if shown else ""
                 details = format_logprobs(done[shown], tokenizer)
-                _show(f"{rule}{repeated[shown]}{done[shown].text}\n{details}")
+                show(f"{rule}{repeated[shown]}{done[shown].text}\n{details}")
             shown += 1
         stop.leave_if_stopping(
             f"stopped: {len(done):,} of {len(repeated):,} completions are finished"
@@ -267,122 +254,5 @@ def _write_completions(
             if settings.output_file and done:
                 path, n_sequences = Path(settings.output_file), settings.num_return_sequences
                 save_completions(path, repeated, done, n_sequences, tokenizer)
-    _log_rate(len(done), written, time.perf_counter() - began)
+    log_rate(len(done), written, time.perf_counter() - began)
     return int(ExitCode.DONE)
-
-
-class Session:
-    """The interactive prompt. Commands change the sampling; every completion streams."""
-
-    def __init__(self, model: TokenModel, tokenizer: Tokenizer, sampling: SamplingConfig) -> None:
-        self.model, self.tokenizer, self.sampling = model, tokenizer, sampling
-        self._n_completions = 0  # since the seed was set: a prompt given twice has two completions
-
-    def run(self, prompts: list[str]) -> int:
-        """Complete `prompts`, then what is typed until /quit, Ctrl-D or Ctrl-C at the prompt."""
-        for prompt in prompts:
-            self.complete(prompt)
-        if sys.stdin is None:
-            return int(ExitCode.DONE)
-        terminal = sys.stdin.isatty()
-        if terminal:
-            log.info("/help lists the commands, Ctrl-D quits")
-        elif hasattr(sys.stdin, "reconfigure"):  # without it a line of a CRLF text ends in \r
-            sys.stdin.reconfigure(newline=None)
-        while True:
-            try:
-                line = input("> " if terminal else "")
-            except EOFError:
-                return int(ExitCode.DONE)
-            except KeyboardInterrupt:
-                if readline is None or not readline.get_line_buffer():
-                    raise
-                _show("\n")  # half a line was typed: only it is dropped
-                continue
-            if line.strip() == "/quit":
-                return int(ExitCode.DONE)
-            if line.startswith("/"):
-                self.command(line)
-            elif line.strip():
-                self.complete(line, echo=not terminal)
-
-    def complete(self, prompt: str, *, echo: bool = True) -> None:
-        """Stream one completion; Ctrl-C ends it, and only it."""
-        index, self._n_completions = self._n_completions, self._n_completions + 1
-        steps: list[int] = []
-        found: list[tuple[int, Generation]] = []
-
-        def note_step(ended: list[tuple[int, Generation]], n_tokens: int) -> None:
-            steps.append(n_tokens)
-            found.extend(ended)
-
-        began = time.perf_counter()
-        try:
-            _show(prompt if echo else "")
-            for piece in stream_text(
-                self.model, self.tokenizer, prompt, self.sampling, note_step, index
-            ):
-                _show(piece)
-            _show("\n" + "".join(format_logprobs(each, self.tokenizer) for _, each in found))
-        except KeyboardInterrupt:
-            _show("\n")
-            log.info("stopped")
-        except PreflightError as error:
-            if error.code != ExitCode.TEXT:  # a character that the tokenizer does not know
-                raise
-            _show("\n")
-            log.info("\n".join(error.lines))
-        _log_rate(1, sum(steps), time.perf_counter() - began)
-
-    def command(self, line: str) -> None:
-        """Execute a line that starts with a slash; a wrong one changes nothing."""
-        name, _, value = line.strip().partition(" ")
-        if name == "/help":
-            log.info(HELP)
-            return
-        field = COMMANDS.get(name)
-        if field is None:
-            log.info(f"{name}: no such command; /help lists them")
-            return
-        if not value.strip():
-            log.info(f"{name} is {getattr(self.sampling, field)}")
-            return
-        try:
-            checked = build_config({field: value.strip()}, {}).sampling
-        except PreflightError as error:
-            log.info(error.lines[0].replace("--" + field.replace("_", "-"), name))
-            return
-        self.sampling = dataclasses.replace(self.sampling, **{field: getattr(checked, field)})
-        self._n_completions = 0 if field == "seed" else self._n_completions
-        log.info(f"{name} is now {getattr(self.sampling, field)}")
-
-
-# \r\n and \r are line ends too, also where \n comes in a later piece.
-_line_ends = io.IncrementalNewlineDecoder(None, translate=True)
-
-
-def _show(text: str) -> None:
-    """Print text at once. On a terminal, control characters are made visible."""
-    if sys.stdout.isatty():
-        text = escape_controls(_line_ends.decode(text))
-    try:
-        sys.stdout.write(text)
-        sys.stdout.flush()
-    except BrokenPipeError:
-        raise
-    except OSError as error:
-        # What is buffered cannot be written at exit either: point stdout elsewhere.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        raise PreflightError(
-            ExitCode.STORAGE,
-            f"cannot write to stdout: {error.strerror}",
-            "free space or use --output-file on another disk",
-        ) from None
-
-
-def _log_rate(n_completions: int, n_tokens: int, seconds: float) -> None:
-    what = "completion" if n_completions == 1 else "completions"
-    log.info(
-        f"{n_completions:,} {what}, {n_tokens:,} tokens in {seconds:.1f} s, "
-        f"{n_tokens / max(seconds, 1e-9):,.1f} tokens/s"
-    )

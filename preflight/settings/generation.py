@@ -40,6 +40,12 @@ class GenerationSettings:
     prompts_file: str | None = setting(
         None, 'file of prompts, one per line; .jsonl: objects with a "prompt" key', metavar="FILE"
     )
+    chat: bool = setting(
+        False, "talk with the model: every line is a message, on a terminal or from a pipe"
+    )
+    system_prompt: str | None = setting(
+        None, "the system message that --chat begins with", metavar="TEXT", check=_check_prompt
+    )
     num_return_sequences: int = setting(1, "completions per prompt", ge=1, le=100_000)
     generation_batch_size: int = setting(
         8,

@@ -178,6 +178,15 @@ def _find_conflicts(config: RunConfig) -> list[str]:
     if generation.prompts and generation.prompts_file:
         faults.append("--prompts and --prompts-file: give one of them")
     beams = config.sampling.beams
+    if generation.chat:
+        excluded = {
+            "--output-file": generation.output_file,
+            "--prompts": generation.prompts,
+            "--prompts-file": generation.prompts_file,
+            "--beams": beams > 1,
+            "--num-return-sequences": generation.num_return_sequences > 1,
+        }
+        faults += [f"--chat and {flag}: give one of them" for flag in excluded if excluded[flag]]
     if 1 < beams < generation.num_return_sequences:
         faults.append(
             f"--num-return-sequences {generation.num_return_sequences} must be at most --beams "

@@ -30,7 +30,7 @@ MODE_FLAGS: dict[str, tuple[str, ...]] = {
     "sweep": (*_OF_A_RUN, "sweep", "sweep_steps", "json"),
     "forecast": (*_OF_A_RUN, "json", "price_per_hour"),
     "generate": (
-        *("model", "sampling", "generation"),
+        *("model", "sampling", "generation", "chat_template"),
         *("seed", "output_dir", "device", "mixed_precision", "log_level", "config"),
         *("data_dir", "text_file"),  # no output may replace them
     ),
@@ -195,6 +195,18 @@ IDLE_FLAGS = (
         ("do_sample", "temperature", "top_k", "top_p", "seed"),
         "--beams searches for the most probable text and draws nothing",
         lambda config: config.sampling.beams > 1,
+        ("generate",),
+    ),
+    IdleFlags(
+        ("system_prompt", "chat_template"),
+        "it belongs to a conversation: give --chat",
+        lambda config: not config.generation.chat,
+        ("generate",),
+    ),
+    IdleFlags(
+        ("interactive", "generation_batch_size"),
+        "--chat answers one message after the other",
+        lambda config: config.generation.chat,
         ("generate",),
     ),
     IdleFlags(
