@@ -12,11 +12,13 @@ import torch
 from pydantic import AfterValidator, Field, model_validator
 from torch import Tensor, nn
 
+from preflight.checkpoints.adapters import read_adapter
 from preflight.checkpoints.damage import damage_error
 from preflight.checkpoints.format import Checkpoint, load_training_state, load_weights
 from preflight.checkpoints.manifest import STATE_NAME, Loss, Step
+from preflight.core.errors import ExitCode, PreflightError
 from preflight.core.schema import Schema
-from preflight.models.lora import list_trained_weights
+from preflight.models.lora import list_adapter_weights, list_trained_weights
 from preflight.models.protocol import LanguageModel, ParameterGroup
 from preflight.settings import TrainingSettings
 from preflight.settings.kinds import OPTIMIZERS
@@ -113,6 +115,7 @@ def load_saved_state(
     Raises:
         PreflightError: code CHECKPOINT.
     """
+    _check_kind(origin, model)
     shapes = {name: tuple(p.shape) for name, p in list_trained_weights(model).items()}
     load_weights(origin, shapes)
     saved = load_training_state(origin)
@@ -125,6 +128,18 @@ def load_saved_state(
     except ValueError as error:
         raise damage_error(origin.path / STATE_NAME, str(error)) from None
     return saved
+
+
+def _check_kind(origin: Checkpoint, model: LanguageModel) -> None:
+    """Raise PreflightError where one holds adapters, and the other all weights."""
+    holds = "all weights" if read_adapter(origin) is None else "adapters"
+    trains = "adapters" if list_adapter_weights(model) else "all weights"
+    if holds != trains:
+        raise PreflightError(
+            ExitCode.CHECKPOINT,
+            f"{origin.path} holds {holds}, and this run trains {trains}",
+            "continue it with the flags that it was started with, or choose another --output-dir",
+        )
 
 
 def _check_cursor(content: _TrainingState, training: TrainingSettings) -> None:

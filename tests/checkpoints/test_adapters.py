@@ -232,8 +232,14 @@ def test_a_cut_run_continues_bit_equal(made: Run, tmp_path: Path) -> None:
     resumed.load_state_dict(dict(resumed.model.state_dict()), saved["trainer"])
     train(resumed, 4, 7)
     assert same(dict(resumed.model.state_dict()), dict(whole.model.state_dict()))
-    with refused(ExitCode.CHECKPOINT, "not those of this model"):
+    with refused(ExitCode.CHECKPOINT, "holds adapters, and this run trains all weights"):
         load_saved_state(origin, build_empty_model(origin), TRAINING)
+    with refused(ExitCode.CHECKPOINT, "holds all weights, and this run trains adapters"):
+        load_saved_state(base, empty, TRAINING)
+    other = build_empty_model(origin)
+    add_adapters(other, dataclasses.replace(adapter, rank=2))
+    with refused(ExitCode.CHECKPOINT, "not those of this model"):
+        load_saved_state(origin, other, TRAINING)
 
 
 def test_the_same_adapters_on_another_base_are_other_weights(tmp_path: Path) -> None:
