@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from preflight.core.errors import ExitCode, PreflightError
@@ -94,32 +94,44 @@ def prepare_chats(
         refuse_foreign(folder)
         finish_swap(folder)
         _refuse_text(folder)
-        reason = ""
-        if os.path.lexists(folder / METADATA_NAME):
-            complete = _load_if_same(job)
-            if isinstance(complete, ChatFolder):
-                if os.path.lexists(building):
-                    remove_build(building)
-                return _reuse(complete)
-            reason = complete.lines[0] if isinstance(complete, PreflightError) else complete
-        if reason and may_replace is not None and isinstance(complete, str):
-            may_replace(reason, _compute_old_fingerprint(folder), None)
-        checked = job.check()  # all faults show before anything is written
-        if reason:
-            log.info(f"rebuilding {folder} because {reason}")
-        begin_build(building)
-        try:
-            job.build(checked)
-            if reason and may_replace is not None:
-                built = load_chat_folder(building, encoder.tokenizer)
-                built.close()
-                may_replace(reason, None, built.data)
-        except PreflightError:
-            with contextlib.suppress(OSError):
+        complete = "" if not os.path.lexists(folder / METADATA_NAME) else _load_if_same(job)
+        if isinstance(complete, ChatFolder):
+            if os.path.lexists(building):
                 remove_build(building)
-            raise
-        finish_swap(folder)
-        return load_chat_folder(folder, encoder.tokenizer)
+            return _reuse(complete)
+        return _build(job, complete, may_replace)
+
+
+def _build(
+    job: ChatJob, replaced: str | PreflightError, may_replace: MayReplace | None
+) -> ChatFolder:
+    """Build the folder, whose lock is held.
+
+    Args:
+        replaced: what has changed since the complete folder was built, or its damage; empty where
+            there is none.
+    """
+    folder, tokenizer = job.folder, job.encoder.tokenizer
+    building = folder / BUILDING_NAME
+    if replaced and may_replace is not None and isinstance(replaced, str):
+        may_replace(replaced, _compute_old_fingerprint(folder), None)
+    reason = replaced.lines[0] if isinstance(replaced, PreflightError) else replaced
+    checked = job.check()  # all faults show before anything is written
+    if reason:
+        log.info(f"rebuilding {folder} because {reason}")
+    begin_build(building)
+    try:
+        job.build(checked)
+        if reason and may_replace is not None:
+            built = load_chat_folder(building, tokenizer)
+            built.close()
+            may_replace(reason, None, built.data)
+    except PreflightError:
+        with contextlib.suppress(OSError):
+            remove_build(building)
+        raise
+    finish_swap(folder)
+    return load_chat_folder(folder, tokenizer)
 
 
 def _reuse(chats: ChatFolder) -> ChatFolder:
@@ -129,10 +141,14 @@ def _reuse(chats: ChatFolder) -> ChatFolder:
 
 def _refuse_text(folder: Path) -> None:
     """PreflightError (DATA) for a data folder of text, complete, damaged or being built."""
-    is_complete = os.path.lexists(folder / METADATA_NAME)
-    has_masks = os.path.lexists(folder / "train" / MASK_NAME)
-    if (is_complete and not has_masks) or is_begun(folder / BUILDING_NAME):
+    if _holds_text(folder) or is_begun(folder / BUILDING_NAME):
         raise build_text_error(folder)
+
+
+def _holds_text(folder: Path) -> bool:
+    """Whether it is a complete data folder without masks; its metadata may be damaged."""
+    has_masks = os.path.lexists(folder / "train" / MASK_NAME)
+    return os.path.lexists(folder / METADATA_NAME) and not has_masks
 
 
 def _compute_old_fingerprint(folder: Path) -> str:
@@ -159,8 +175,11 @@ def _find_without_files(paths: list[Path], encoder: Encoder, folder: Path) -> Ch
         raise PreflightError(
             ExitCode.DATA, f"{folder} holds no chats", "name the files: --finetune CHATS.jsonl"
         )
-    metadata = read_metadata(folder)
-    facts = read_facts(folder, metadata)
+    if paths and _holds_text(folder):
+        return None
+    with _telling_what_mends():
+        metadata = read_metadata(folder)
+        facts = read_facts(folder, metadata)
     names = [entry.name for entry in metadata.sources]
     if paths and names != [path.name for path in paths]:
         return None
@@ -174,7 +193,18 @@ def _find_without_files(paths: list[Path], encoder: Encoder, folder: Path) -> Ch
         )
     if paths:
         log.info(f"{paths[0]}: no such file; {folder}, which was made of it, is complete")
-    return _reuse(load_chat_folder(folder, encoder.tokenizer))
+    with _telling_what_mends():
+        return _reuse(load_chat_folder(folder, encoder.tokenizer))
+
+
+@contextlib.contextmanager
+def _telling_what_mends() -> Iterator[None]:
+    """Damage is mended with the files of chats, not with those of text."""
+    try:
+        yield
+    except PreflightError as error:
+        fix = "give the files of chats to rebuild the data folder, or restore the file"
+        raise PreflightError(error.code, error.lines[0], fix) from None
 
 
 def find_encoder_change(metadata: Metadata, facts: ChatFacts, encoder: Encoder) -> str:

@@ -156,6 +156,8 @@ class ChatWriter:
 
     def _note_example(self, content: int, row: int, place: str) -> None:
         """Keep the chats of the least hashes: a choice that is even and always the same."""
+        if any(-content == other for other, _, _ in self._examples):  # a copy
+            return
         heapq.heappush(self._examples, (-content, -row, place))
         if len(self._examples) > N_EXAMPLES:
             heapq.heappop(self._examples)

@@ -61,7 +61,7 @@ def pick_examples(
     read = rows.read(np.array([entry.row for entry in chosen], np.int64))
     stretches = [decode_stretches(ids, mask, tokenizer, spellings) for ids, mask in read]
     return [
-        Example(entry.place, _shorten(found, max_characters))
+        Example(_escape_line(entry.place), _shorten(found, max_characters))
         for entry, found in zip(chosen, stretches, strict=True)
     ]
 
@@ -128,12 +128,18 @@ def _cut_middle(text: str, room: int) -> str:
     return text[: kept - kept // 2] + _CUT + text[len(text) - kept // 2 :]
 
 
+def _escape_line(word: str) -> str:
+    """A stranger's word within a line."""
+    return " ".join(escape_controls(word).split())
+
+
 def describe_chats(facts: ChatFacts) -> list[str]:
     """What is learned from, and what is left out, in sentences."""
     counts = facts.counts
+    forms = _escape_line(", ".join(facts.formats))
     share = 100 * counts.n_targets / max(counts.n_tokens, 1)
     lines = [
-        f"{counts.n_chats:,} chats ({', '.join(facts.formats)}), {counts.n_tokens:,} tokens, "
+        f"{counts.n_chats:,} chats ({forms}), {counts.n_tokens:,} tokens, "
         f"the longest {counts.longest:,}",
         f"{share:.0f} % of the tokens are learned from; "
         f"{counts.n_dropped:,} chats without a target{' are left out' * bool(counts.n_dropped)}",

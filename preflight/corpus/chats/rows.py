@@ -117,7 +117,7 @@ def _cut(lengths: np.ndarray) -> Iterator[tuple[int, int]]:
 def _count_items(path: Path, dtype: np.dtype) -> int:
     """The length of a one-dimensional array in a file; PreflightError (DATA) for anything else."""
     try:
-        array = np.load(path, mmap_mode="r")
+        array = np.lib.format.open_memmap(path, mode="r")  # `np.load` would open archives, too
     except OSError as error:
         raise damaged_error(path, error.strerror or str(error)) from None
     except (ValueError, EOFError) as error:

@@ -8,6 +8,7 @@ import os
 import random
 import shutil
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -313,6 +314,7 @@ def test_folders_of_text_and_of_others_stay(tmp_path: Path, chats: Path) -> None
     before = hash_tree(tmp_path / "data")
     error = fail(ExitCode.DATA, lambda: prepare(chats))
     assert "holds text, not chats" in str(error)
+    fail(ExitCode.TEXT, lambda: prepare(chats.with_name("none.jsonl")))
     assert hash_tree(tmp_path / "data") == before
     shutil.rmtree(tmp_path / "data")
     (tmp_path / "data" / "train").mkdir(parents=True)
@@ -337,8 +339,10 @@ def test_faults_leave_the_old_folder(chats: Path) -> None:
     assert hash_tree(chats.parent / "data") == before
 
 
-def test_a_signal_ends_the_build(chats: Path) -> None:
+@pytest.mark.parametrize("n_chats", [20, 300])  # of one batch, and of more
+def test_a_signal_ends_the_build(tmp_path: Path, n_chats: int) -> None:
     stop = StopFlag()
+    chats = write(tmp_path / "chats.jsonl", draw_rows(n_chats))
 
     class Stopping(FakeEncoder):
         def encode(self, chats: Any) -> Any:
@@ -351,11 +355,17 @@ def test_a_signal_ends_the_build(chats: Path) -> None:
     prepare(chats, stop=stop)
 
 
-def test_a_file_that_changes_is_not_published(chats: Path) -> None:
+@pytest.mark.parametrize("is_hidden", [False, True])
+def test_a_file_that_changes_is_not_published(chats: Path, is_hidden: bool) -> None:
+    """Hidden: size and time are as before, so that only the content tells."""
+    content, status = chats.read_bytes(), chats.stat()
+
     class Writing(FakeEncoder):
         def encode(self, found: Any) -> Any:
-            with chats.open("a") as file:
-                file.write("\n")
+            with chats.open("rb+") as file:
+                file.write(content.replace(b"0", b"1") if is_hidden else content + b"\n")
+            if is_hidden:
+                os.utime(chats, ns=(status.st_atime_ns, status.st_mtime_ns))
             return super().encode(found)
 
     error = fail(ExitCode.TEXT, lambda: prepare(chats, Writing()))
@@ -381,6 +391,7 @@ def test_a_flipped_bit_is_found(chats: Path, name: str) -> None:
         path.write_bytes(content[:place] + bytes([content[place] ^ 1]) + content[place + 1 :])
         error = fail(ExitCode.DATA, lambda: prepare_chats([], FakeEncoder(), folder, val_split=0.1))
         assert name in error.lines[0]
+        assert error.lines[1].startswith("give the files of chats to rebuild")
         path.write_bytes(content)
     for cut in (b"", content[:-1], content + b"\0"):
         path.write_bytes(cut)
@@ -400,9 +411,20 @@ def test_a_damaged_metadata_is_built_again(chats: Path) -> None:
     assert hash_tree(folder) == before
 
 
-def rewrite(folder: Path, name: str, array: np.ndarray) -> None:
+@dataclass(frozen=True)
+class Archive:
+    """An array that is saved as NumPy's archives are."""
+
+    array: np.ndarray
+
+
+def rewrite(folder: Path, name: str, array: np.ndarray | Archive) -> None:
     """Put another array in a file's place, with metadata that vouch for it."""
-    np.save(folder / name, array)
+    with (folder / name).open("wb") as file:
+        if isinstance(array, Archive):
+            np.savez(file, array.array)
+        else:
+            np.save(file, array)
     content = json.loads((folder / "metadata.json").read_text())
     for entry in content["files"]:
         if entry["name"] == name:
@@ -424,11 +446,11 @@ def test_a_strangers_folder_is_bounded(chats: Path) -> None:
     shifted[0], beyond[-1], short[2] = 1, offsets[-1] + 1, offsets[1] + 1
     falling = offsets.copy()
     falling[2] = offsets[5]
-    arrays = [
+    arrays: list[tuple[str, list[Any]]] = [
         ("mask", [first, empty, large, mask[:-1], mask.astype(np.int8), mask[None]]),
         ("offsets", [shifted, beyond, short, falling, offsets[:1], offsets[:0]]),
         ("offsets", [offsets.astype(np.int32), offsets.astype(np.float64)]),
-        ("mask", [np.array([{}] * len(mask), object)]),
+        ("mask", [np.array([{}] * len(mask), object), Archive(mask)]),
     ]
     for name, versions in arrays:
         for array in versions:

@@ -65,6 +65,14 @@ def test_examples(tmp_path: Path) -> None:
     assert named[0].stretches[1][0].endswith("</s>")
 
 
+def test_copies_are_one_example(tmp_path: Path) -> None:
+    path = tmp_path / "chats.jsonl"
+    rows = [{"prompt": f"{i % 3}?", "completion": "yes"} for i in range(30)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    folder = prepare_chats([path], FakeEncoder(), tmp_path / "data", val_split=0.3)
+    assert len({example.stretches for example in pick_examples(folder, BYTES)}) == 2
+
+
 def test_long_examples_are_shortened(tmp_path: Path) -> None:
     """Begin and end stay, whole stretches that are short too."""
     folder = prepare(tmp_path, [str(i) + "x" * 5000 + "y" for i in range(3)])
