@@ -21,8 +21,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import numpy as np
 import torch
@@ -36,6 +35,7 @@ from preflight.modes.finetune_setup import FinetuneSetup
 from preflight.settings import build_config
 from train_utils import iterate_windows
 
+ROOT = Path(__file__).resolve().parent.parent
 PEER = """
 import json, sys, time
 import torch

@@ -282,9 +282,7 @@ def _describe_adapter(spec: TrialSpec) -> dict[str, Any]:
     if adapter is None:
         return {}
     targets = list(adapter.targets)
-    return {
-        "adapter": dataclasses.asdict(adapter) | {"targets": targets, "base_sha256": "0" * 64}
-    }
+    return {"adapter": dataclasses.asdict(adapter) | {"targets": targets, "base_sha256": "0" * 64}}
 
 
 def _load_libraries(spec: TrialSpec, runtime: Runtime) -> None:

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import safetensors.torch
 import torch
+from test_training_run import assert_equal_states, read_rows, stop_after
 from torch import Tensor
 
 import train_utils
@@ -26,7 +27,6 @@ from preflight.modes import finetune, train
 from preflight.modes.finetune_setup import FinetuneSetup
 from preflight.settings import SamplingConfig
 from preflight.tokenization.chats import Message
-from test_training_run import assert_equal_states, read_rows, stop_after
 from train_utils import ChatLoader
 
 SHAPE = {
@@ -163,9 +163,7 @@ def test_adapters_share_the_base_and_leave_it(run: Run, tmp_path: Path) -> None:
     original, _ = load_model(base, torch.device("cpu"), torch.float32)
     changed = {
         name
-        for (name, new), old in zip(
-            model.named_parameters(), original.parameters(), strict=True
-        )
+        for (name, new), old in zip(model.named_parameters(), original.parameters(), strict=True)
         if not torch.equal(new, old)
     }
     assert changed == {
@@ -185,9 +183,10 @@ def chats(run: Run) -> ChatData:
 
 def test_a_batch_holds_each_chat_with_its_targets_alone(chats: ChatData) -> None:
     order = chats.order(7, 0)
-    with chats.open_rows("train") as rows, ChatLoader(
-        chats, batch_size=5, seed=7, device="cpu"
-    ) as loader:
+    with (
+        chats.open_rows("train") as rows,
+        ChatLoader(chats, batch_size=5, seed=7, device="cpu") as loader,
+    ):
         for first in range(0, 50, 5):
             inputs, targets = loader.next_batch()
             read = rows.read(order[first : first + 5])
