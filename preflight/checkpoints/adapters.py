@@ -124,7 +124,8 @@ def find_base(checkpoint: Checkpoint) -> Checkpoint:
     section = _read_section(checkpoint)
     if section is None:
         raise ValueError(f"{checkpoint.path} needs no base")
-    folder = checkpoint.path.absolute().parent.parent / BASE_NAME
+    # The real place, also where a link or a path with ".." led to the checkpoint.
+    folder = checkpoint.path.resolve().parent.parent / BASE_NAME
     wanted = f"SHA-256 of its {WEIGHTS_NAME}: expected {section.base_sha256}"
     advice = f"put the checkpoint that was fine-tuned into {folder}, without its {STATE_NAME}"
     if not os.path.lexists(folder):
@@ -189,6 +190,7 @@ def link_base(
         names -= {ADAPTER_WEIGHTS_NAME, ADAPTER_CONFIG_NAME, CONFIG_NAME}
         weights = merge()
     size_bytes = sum(manifest.files[name].bytes for name in names)
+    size_bytes += sum(tensor.nbytes for tensor in weights.values())
     with storage.publish_folder(folder, size_bytes) as temporary:
         for name in names:
             checkpoint.open(name, hashed=False).close()  # a plain file of its size

@@ -212,7 +212,11 @@ def test_the_base_is_kept_once_by_hard_links(made: Run) -> None:
         assert (base / name).stat().st_ino == (origin / name).stat().st_ino
     assert (base / "manifest.json").read_bytes() == (origin / "manifest.json").read_bytes()
     found = find_base(store.open_checkpoint(str(path)))
-    assert found.path == base.absolute()
+    assert found.path == base.resolve()
+    for odd in (base.parent / "best", path / ".." / path.name):
+        if not odd.exists():
+            odd.symlink_to(path)
+        assert find_base(store.open_checkpoint(str(odd))).path == base.resolve()
     # It is a checkpoint like any other, but for its training state.
     torch.testing.assert_close(load(base)(INPUTS), load(origin)(INPUTS), rtol=0, atol=0)
 
@@ -371,6 +375,9 @@ def test_a_base_that_is_not_the_adapters_is_refused(kind: str, run: Run) -> None
     path, _, _ = run
     other = save_base(path.parents[2] / "other", seed=5)
     break_base(kind, path.parents[1] / "base", other.path)
+    checkpoint = store.open_checkpoint(str(path))
+    with refused(ExitCode.CHECKPOINT, BROKEN[kind]):
+        find_base(checkpoint)
     with refused(ExitCode.CHECKPOINT, BROKEN[kind]):
         load(path)
 
