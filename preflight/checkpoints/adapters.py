@@ -12,9 +12,11 @@ The base is kept once for a run, however many checkpoints it has.
 from __future__ import annotations
 
 import hashlib
+import itertools
 import os
 import re
 import shutil
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -31,14 +33,23 @@ from preflight.checkpoints.manifest import (
     MANIFEST_NAME,
     STATE_NAME,
     WEIGHTS_NAME,
+    render_json,
     render_manifest,
 )
-from preflight.checkpoints.weights import Shapes, read_shapes, read_weights
+from preflight.checkpoints.weights import (
+    Shapes,
+    build_header,
+    iterate_bytes,
+    read_shapes,
+    read_weights,
+)
+from preflight.checkpoints.writing import FolderWriter
 from preflight.core import storage, strict_json
 from preflight.core.errors import ExitCode, PreflightError
 from preflight.settings.finetuning import AdapterConfig
 
 BASE_NAME = "base"
+_MERGED_FROM = "merged_from"
 _MAX_LAYERS = 1024
 _PEFT_NAME = re.compile(
     r"base_model\.model\.(layers\.([0-9]{1,4})\.(?:\w+\.)?(\w+))\.lora_([AB])\.weight"
@@ -113,7 +124,8 @@ def find_base(checkpoint: Checkpoint) -> Checkpoint:
     section = _read_section(checkpoint)
     if section is None:
         raise ValueError(f"{checkpoint.path} needs no base")
-    folder = checkpoint.path.absolute().parent.parent / BASE_NAME
+    # The real place, also where a link or a path with ".." led to the checkpoint.
+    folder = checkpoint.path.resolve().parent.parent / BASE_NAME
     wanted = f"SHA-256 of its {WEIGHTS_NAME}: expected {section.base_sha256}"
     advice = f"put the checkpoint that was fine-tuned into {folder}, without its {STATE_NAME}"
     if not os.path.lexists(folder):
@@ -149,49 +161,79 @@ def _read_base(folder: Path) -> Checkpoint:
     return base
 
 
-def link_base(checkpoint: Checkpoint, output_dir: Path) -> Checkpoint:
+def link_base(
+    checkpoint: Checkpoint, output_dir: Path, merge: Callable[[], dict[str, Tensor]] | None = None
+) -> Checkpoint:
     """Keep `checkpoint` in ``<output_dir>/base``, without its training state.
 
     Its files are hard links where the file system has them, else copies. The folder appears whole
     and verified, or not at all. It stays as it is when it is there already.
 
     Args:
-        checkpoint: verified, with all weights.
+        checkpoint: verified.
         output_dir: the run's folder, which exists and is locked.
+        merge: for adapters: all weights of their model, which are written in their place.
 
     Raises:
-        PreflightError: code CHECKPOINT, when another base is there, when that is damaged, or when
-            `checkpoint` holds adapters itself; code STORAGE.
+        PreflightError: code CHECKPOINT, when another base is there or that is damaged; code
+            STORAGE.
     """
-    if checkpoint.manifest.weights_name != WEIGHTS_NAME:
-        raise PreflightError(
-            ExitCode.CHECKPOINT,
-            f"{checkpoint.path} holds adapters, which cannot get adapters of their own",
-            "continue it with --resume-from, or start from the model that it was made from",
-        )
     folder = output_dir / BASE_NAME
     if storage.refuse_other_kind(folder, folder=True):
-        base = _read_base(folder)
-        wanted, found = (c.manifest.files[WEIGHTS_NAME].sha256 for c in (checkpoint, base))
-        if wanted != found:
-            raise PreflightError(
-                ExitCode.CHECKPOINT,
-                f"{folder} holds another model than {checkpoint.path}",
-                f"SHA-256 of {WEIGHTS_NAME}: there {found}, here {wanted}",
-                "nothing was changed; choose another --output-dir",
-            )
-        verify_checkpoint(base, needs_state=False)
-        return base
-    names = [name for name in checkpoint.manifest.files if name != STATE_NAME]
-    size_bytes = sum(checkpoint.manifest.files[name].bytes for name in names)
+        return _check_kept(folder, checkpoint)
+    manifest = checkpoint.manifest
+    names = manifest.files.keys() - {STATE_NAME}
+    weights: dict[str, Tensor] = {}
+    if manifest.weights_name != WEIGHTS_NAME:
+        if merge is None:
+            raise ValueError(f"{checkpoint.path} holds adapters, which are no base by themselves")
+        names -= {ADAPTER_WEIGHTS_NAME, ADAPTER_CONFIG_NAME, CONFIG_NAME}
+        weights = merge()
+    size_bytes = sum(manifest.files[name].bytes for name in names)
+    size_bytes += sum(tensor.nbytes for tensor in weights.values())
     with storage.publish_folder(folder, size_bytes) as temporary:
         for name in names:
             checkpoint.open(name, hashed=False).close()  # a plain file of its size
             _link_or_copy(checkpoint.path / name, temporary / name)
-        content = render_manifest(checkpoint.manifest.model_dump())
-        (temporary / MANIFEST_NAME).write_bytes(content)
+        content = manifest.model_dump()
+        if weights:
+            kept = {name: content["files"][name] for name in (*names, STATE_NAME)}
+            content["files"] = kept | _write_merged(checkpoint, temporary, weights)
+            content[_MERGED_FROM] = identify_weights(checkpoint)
+        (temporary / MANIFEST_NAME).write_bytes(render_manifest(content))
         verify_checkpoint(read_checkpoint(temporary), needs_state=False)
     return read_checkpoint(folder)
+
+
+def _check_kept(folder: Path, checkpoint: Checkpoint) -> Checkpoint:
+    """The verified base in `folder`, which is that of `checkpoint`, or is `checkpoint` itself."""
+    base = _read_base(folder)
+    wanted, found = identify_weights(checkpoint), base.manifest.files[WEIGHTS_NAME].sha256
+    # Numbers that are merged again on another machine may differ in the last bit. Where they came
+    # from says which they are.
+    merged_from = (base.manifest.model_extra or {}).get(_MERGED_FROM)
+    if wanted not in (found, merged_from):
+        raise PreflightError(
+            ExitCode.CHECKPOINT,
+            f"{folder} holds another model than {checkpoint.path}",
+            f"SHA-256 of its weights: there {merged_from or found}, here {wanted}",
+            "nothing was changed; choose another --output-dir",
+        )
+    verify_checkpoint(base, needs_state=False)
+    return base
+
+
+def _write_merged(
+    checkpoint: Checkpoint, folder: Path, weights: dict[str, Tensor]
+) -> dict[str, dict[str, Any]]:
+    """All weights and a ``config.json`` without adapters, in the place of the adapters' files."""
+    header = build_header(weights)
+    size_bytes = len(header) + sum(tensor.nbytes for tensor in weights.values())
+    writer = FolderWriter(folder)
+    writer.write_chunks(WEIGHTS_NAME, itertools.chain([header], iterate_bytes(weights)), size_bytes)
+    config = {key: value for key, value in checkpoint.config.items() if key != "adapter"}
+    writer.write(CONFIG_NAME, render_json(config))
+    return {name: entry.model_dump() for name, entry in writer.files.items()}
 
 
 def _link_or_copy(source: Path, target: Path) -> None:

@@ -17,6 +17,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import hashlib
+import itertools
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -296,10 +297,8 @@ def save_checkpoint(
                 writer.save_tokenizer(tokenizer)
             for name, content in more.items():
                 writer.write(name, content)
-            with writer.create(weights_name, weights_bytes) as file:
-                file.write(header)
-                for chunk in iterate_bytes(weights):
-                    file.write(chunk)
+            chunks = itertools.chain([header], iterate_bytes(weights))
+            writer.write_chunks(weights_name, chunks, weights_bytes)
             with writer.create(STATE_NAME, state_bytes) as file:
                 torch.save(training_state, file)  # type: ignore[arg-type]  # it only writes
             _finish_folder(writer, step, losses, folder)

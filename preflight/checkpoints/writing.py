@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import IO, Any
 
@@ -74,6 +74,12 @@ class FolderWriter:
         """A new file with this content."""
         with self.create(name) as file:
             file.write(content)
+
+    def write_chunks(self, name: str, chunks: Iterable[Any], size_bytes: int) -> None:
+        """A new file of bytes-like objects, one after the other; see `create`."""
+        with self.create(name, size_bytes) as file:
+            for chunk in chunks:
+                file.write(chunk)
 
     def save_tokenizer(self, tokenizer: Any) -> None:
         """Let `tokenizer` save its files into the folder, and record them.

@@ -59,7 +59,8 @@ class LoRALinear(nn.Module):
 def add_adapters(model: TokenModel, adapter: AdapterConfig) -> None:
     """Freeze the model, and give each target of every block an adapter, drawn with torch's seed.
 
-    Targets that this model does not have are left out.
+    Targets that this model does not have are left out. A and B are matrices to an optimizer: as
+    with PEFT, weight decay draws them to zero, and so the model to its base.
 
     Raises:
         PreflightError: code FLAGS, when it has none of them.

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from torch import Tensor
 
-from preflight.checkpoints.adapters import find_base, read_adapter
+from preflight.checkpoints.adapters import find_base, link_base, read_adapter
 from preflight.checkpoints.damage import damage_error
 from preflight.checkpoints.format import Checkpoint, load_weights
 from preflight.checkpoints.manifest import ADAPTER_WEIGHTS_NAME
 from preflight.checkpoints.weights import Shapes
 from preflight.models.base import TokenModel
+from preflight.models.building import build_on_meta
 from preflight.models.lora import derive_adapter_shapes, merge_adapter
 
 
@@ -36,3 +39,15 @@ def load_merged_weights(checkpoint: Checkpoint, model: TokenModel) -> dict[str, 
     except ValueError as error:
         raise damage_error(checkpoint.path / ADAPTER_WEIGHTS_NAME, str(error)) from None
     return weights
+
+
+def keep_base(checkpoint: Checkpoint, output_dir: Path) -> Checkpoint:
+    """Keep what adapters are trained on in ``<output_dir>/base``; see `link_base`.
+
+    Adapters that are fine-tuned again are merged with their own base first.
+
+    Raises:
+        PreflightError: code CHECKPOINT or STORAGE.
+    """
+    model = build_on_meta(checkpoint.model_config)
+    return link_base(checkpoint, output_dir, lambda: load_merged_weights(checkpoint, model))

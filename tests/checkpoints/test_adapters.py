@@ -40,6 +40,7 @@ from preflight.models.lora import add_adapters, list_trained_weights, load_train
 from preflight.settings import ControlSettings, ModelConfig, TrainingSettings
 from preflight.settings.finetuning import ADAPTER_TARGETS, AdapterConfig
 from preflight.tokenization import load_tokenizer
+from preflight.training.merging import keep_base
 from preflight.training.optimizers import build_optimizer
 from preflight.training.plan import build_plan
 from preflight.training.saved_state import load_saved_state
@@ -211,7 +212,11 @@ def test_the_base_is_kept_once_by_hard_links(made: Run) -> None:
         assert (base / name).stat().st_ino == (origin / name).stat().st_ino
     assert (base / "manifest.json").read_bytes() == (origin / "manifest.json").read_bytes()
     found = find_base(store.open_checkpoint(str(path)))
-    assert found.path == base.absolute()
+    assert found.path == base.resolve()
+    for odd in (base.parent / "best", path / ".." / path.name):
+        if not odd.exists():
+            odd.symlink_to(path)
+        assert find_base(store.open_checkpoint(str(odd))).path == base.resolve()
     # It is a checkpoint like any other, but for its training state.
     torch.testing.assert_close(load(base)(INPUTS), load(origin)(INPUTS), rtol=0, atol=0)
 
@@ -269,9 +274,31 @@ def test_linking_again_changes_nothing_and_another_base_is_refused(run: Run) -> 
     digests = [c.manifest.files["model.safetensors"].sha256 for c in (checkpoint, other)]
     with refused(ExitCode.CHECKPOINT, f"there {digests[0]}, here {digests[1]}"):
         link_base(other, output_dir)
-    with refused(ExitCode.CHECKPOINT, "holds adapters, which cannot"):
+    with pytest.raises(ValueError, match="no base by themselves"):
         link_base(store.open_checkpoint(str(path)), output_dir.parent / "other")
     assert os.stat(output_dir / "base") == before
+
+
+def test_adapters_that_are_tuned_again_are_merged_into_a_base(run: Run) -> None:
+    first = store.open_checkpoint(str(run[0]))
+    output_dir = run[0].parents[2] / "again"
+    output_dir.mkdir()
+    base = keep_base(first, output_dir)
+    assert set(os.listdir(base.path)) == {
+        *("chat_template.jinja", "config.json", "manifest.json", "model.safetensors")
+    }
+    found = load(base.path)(INPUTS)
+    torch.testing.assert_close(found, load(run[0])(INPUTS), rtol=0, atol=0)
+    assert keep_base(first, output_dir).manifest == base.manifest
+    assert keep_base(base, output_dir).manifest == base.manifest
+    with refused(ExitCode.CHECKPOINT, f"there {identify_weights(first)}, here"):
+        keep_base(store.open_checkpoint(str(run[1])), output_dir)
+    trainer = build_trainer(base)
+    train(trainer, 0, 3)
+    second = save_adapted(output_dir, trainer, 3, base)
+    expected = trainer.model(INPUTS)
+    torch.testing.assert_close(load(second.path)(INPUTS), expected, rtol=1e-5, atol=1e-5)
+    assert (expected - found).abs().max() > 0.01
 
 
 @pytest.mark.parametrize("obstacle", ["another disk", "read only"])
@@ -348,6 +375,9 @@ def test_a_base_that_is_not_the_adapters_is_refused(kind: str, run: Run) -> None
     path, _, _ = run
     other = save_base(path.parents[2] / "other", seed=5)
     break_base(kind, path.parents[1] / "base", other.path)
+    checkpoint = store.open_checkpoint(str(path))
+    with refused(ExitCode.CHECKPOINT, BROKEN[kind]):
+        find_base(checkpoint)
     with refused(ExitCode.CHECKPOINT, BROKEN[kind]):
         load(path)
 

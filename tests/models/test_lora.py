@@ -150,8 +150,8 @@ def test_in_bf16_it_is_no_further_from_fp32_than_peft(family: str) -> None:
         mine, theirs = model(INPUTS), peer(INPUTS)
         loss = model(INPUTS, TARGETS)
     assert mine.dtype == theirs.dtype == torch.bfloat16
-    errors = [float((found.float() - exact).square().mean().sqrt()) for found in (mine, theirs)]
-    assert errors[0] < 1.1 * errors[1]
+    errors = [float((x.float() - exact).detach().square().mean()) for x in (mine, theirs)]
+    assert errors[0] < 1.2 * errors[1]
     loss.backward()
     assert all(p.grad.dtype == p.dtype for p in model.parameters() if p.grad is not None)
 
