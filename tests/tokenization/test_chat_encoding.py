@@ -64,6 +64,24 @@ def test_marked_answers_are_those_of_transformers(source: str) -> None:
         assert (row.n_cut_turns, row.n_cut_tokens) == (0, 0)
 
 
+@pytest.mark.parametrize("source", [MARKED, "Go:" + MARKED, "{{ bos_token }} " + MARKED])
+def test_a_space_before_a_text_is_not_put_behind_special_tokens(source: str) -> None:
+    ours, theirs = load_both(first_space=True)
+    encoder = ChatEncoder(ours, ChatTemplate(source.replace("{{ bos_token }}", "<s>"), "T"), LONG)
+    chats = build_chats(40)
+    for chat, [row] in zip(chats, encoder.encode(chats), strict=True):
+        ids, mask = ask_transformers(theirs, source, chat)
+        assert row.ids.tolist() == ids
+        assert row.mask.tolist() == list(map(bool, mask))
+
+
+def test_a_special_token_takes_the_white_space_that_its_file_gives_to_it() -> None:
+    ours, theirs = load_both(takes_space=True)
+    chats = build_chats(40)
+    for chat, [row] in zip(chats, encode(STRADDLING + " ", chats, ours), strict=True):
+        assert row.ids.tolist() == ask_transformers(theirs, STRADDLING + " ", chat)[0]
+
+
 @pytest.mark.parametrize("source", [CHATML, SMOLLM2])
 def test_without_marks_an_answer_is_what_it_adds_to_its_prompt(source: str) -> None:
     ours, theirs = load_both()
@@ -138,6 +156,17 @@ def test_two_contents_together_do_not_spell_a_special_token() -> None:
             [[row]] = encode(glue, [chat], ours)
             assert np.isin(row.ids, list(ours.special_tokens.values())).sum() == 1
             assert ours.decode(row.ids).startswith(f"why {name} wet")
+
+
+def test_halves_of_characters_become_one_that_says_so() -> None:
+    for kind in ("gpt2", "byte", "llama2.json", "bpe.model"):
+        [[row], [other]] = encode(
+            DEFAULT_SOURCE,
+            [talk("a\ud800", "\udc00b"), talk("a\ufffd", "\ufffdb")],
+            build_kind(kind),
+        )
+        assert row.ids.tolist() == other.ids.tolist()
+        assert row.mask.tolist() == other.mask.tolist()
 
 
 def test_one_beginning_of_text_where_the_tokenizer_wants_one() -> None:
