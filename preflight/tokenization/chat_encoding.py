@@ -123,8 +123,7 @@ class ChatEncoder:
             if messages:
                 drafts.append((i, start_draft(messages, chat.place, self._limit)))
         self._fit([draft for _, draft in drafts], self._limit)
-        if not self.template.marks_answers:
-            self._find_answers([draft for _, draft in drafts], "all")
+        self._find_answers([draft for _, draft in drafts if not draft.spans], "all")
         for i, draft in drafts:
             parts = [draft]
             if draft.rewrites and self.learn_from == "answers":
@@ -151,7 +150,7 @@ class ChatEncoder:
             with contextlib.closing(self._render(jobs, today=prompt)) as renderings:
                 for draft, (rendering, table) in zip(pending, renderings, strict=True):
                     draft.ids, draft.offsets = self._spellings.encode(rendering.text, table)
-                    draft.spans = rendering.spans
+                    draft.spans, draft.is_marked = rendering.spans, bool(rendering.spans)
             pending = [draft for draft in pending if draft.narrow(fits=len(draft.ids) <= limit)]
 
     def _find_answers(self, drafts: Sequence[Draft], which: str) -> None:
@@ -160,11 +159,12 @@ class ChatEncoder:
         with contextlib.closing(self._render(jobs)) as renderings:
             for draft, (rendering, _) in zip(drafts, renderings, strict=True):
                 draft.spans, draft.rewrites = rendering.spans, rendering.rewrites
+                draft.is_marked = False
 
     @functools.cached_property
     def _rows(self) -> RowBuilder:
         return RowBuilder(
-            self.tokenizer, self.template, self._limit, self.learn_from, self.stop_ids
+            self.tokenizer, self.template.name, self._limit, self.learn_from, self.stop_ids
         )
 
     # ---- generation -------------------------------------------------------------------------

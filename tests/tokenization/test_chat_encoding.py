@@ -223,6 +223,24 @@ def test_all_tokens_but_the_first_are_learned_when_asked_for() -> None:
         assert encode(source, chats[-1:], ours) == [[]]
 
 
+def test_a_template_that_speaks_of_marks_and_has_none() -> None:
+    ours, _ = load_both()
+    chats = build_chats(5)
+    commented = encode("{# {% generation %} #}" + CHATML, chats, ours)
+    for [row], [other] in zip(commented, encode(CHATML, chats, ours), strict=True):
+        assert row.ids.tolist() == other.ids.tolist()
+        assert row.mask.tolist() == other.mask.tolist()
+
+
+def test_the_first_token_is_never_learned() -> None:
+    ours, _ = load_both()
+    source = "{% for m in messages %}{% generation %}{{ m.content }}{% endgeneration %}<|im_end|>"
+    for chat in (talk("why", "yes"), Chat((Message("assistant", "yes"),))):
+        [[row]] = encode(source + "{% endfor %}", [chat], ours)
+        assert not row.mask[0]
+        assert row.mask[1:].all()
+
+
 def test_what_follows_the_last_answer_is_left_out() -> None:
     ours, _ = load_both()
     first, second = talk("why", "yes"), talk("why", "yes", "then")
