@@ -212,6 +212,15 @@ def test_a_chat_that_is_too_long_loses_its_earliest_turns(source: str) -> None:
                 assert row.n_ended == sum(i in ENDS for i in row.ids[row.mask].tolist())
 
 
+def test_messages_of_one_turn_are_dropped_together() -> None:
+    ours, _ = load_both()
+    first = (Message("user", "why"), Message("user", "then"), Message("assistant", "yes"))
+    [[whole]] = encode(CHATML, [Chat(first)], ours)
+    [[row]] = encode(CHATML, [Chat((*first, *first))], ours, len(whole.ids) - 2)
+    assert row.ids.tolist() == whole.ids[:-1].tolist()
+    assert (row.n_cut_turns, row.n_cut_tokens) == (3, 1)
+
+
 def test_all_tokens_but_the_first_are_learned_when_asked_for() -> None:
     ours, _ = load_both()
     for source in (CHATML, MARKED):
