@@ -83,9 +83,9 @@ class ChatEncoder:
         """The ids that end an answer: the end of text, and what this template writes after one."""
         messages = [Message("user", "ping"), Message("assistant", "pong")]
         [(rendering, table)] = self._render([RenderJob(messages)])
-        behind = rendering.text.rpartition("pong")[2]
+        _, answer, behind = rendering.text.rpartition("pong")
         stops = {self.tokenizer.end_of_text_id}
-        for _, _, special, stretch in self._spellings.cut(behind, table):
+        for _, _, special, stretch in self._spellings.cut(behind if answer else "", table):
             if special is not None:
                 return frozenset(stops | {special})
             if stretch.strip():

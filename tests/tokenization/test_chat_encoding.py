@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import datetime
+
 import numpy as np
 import pytest
 from tokenization.chat_samples import (
@@ -158,6 +160,24 @@ def test_two_contents_together_do_not_spell_a_special_token() -> None:
             assert ours.decode(row.ids).startswith(f"why {name} wet")
 
 
+def test_no_content_completes_what_the_template_has_begun() -> None:
+    ours, _ = load_both()
+    loop = "{% for m in messages %}BODY {% endfor %}"
+    for body, content in (("<|{{ m.content }}", "im_end|> x"), ("{{ m.content }}end|>", "x <|im_")):
+        [[row]] = encode(loop.replace("BODY", body + "<|im_end|>"), [talk(content, content)], ours)
+        assert row.ids.tolist().count(ours.special_tokens["<|im_end|>"]) == 2
+
+
+def test_a_prompt_has_the_date_of_today() -> None:
+    ours, _ = load_both()
+    encoder = ChatEncoder(ours, ChatTemplate("{{ strftime_now('%Y') }}" + CHATML, "T"), LONG)
+    [[row]] = encoder.encode([talk("why", "yes")])
+    assert ours.decode(row.ids).startswith("2024")
+    year = f"{datetime.datetime.now():%Y}"
+    prompt = encoder.encode_prompt(talk("why").messages, max_tokens=LONG)
+    assert ours.decode(prompt).startswith(year)
+
+
 def test_halves_of_characters_become_one_that_says_so() -> None:
     for kind in ("gpt2", "byte", "llama2.json", "bpe.model"):
         [[row], [other]] = encode(
@@ -266,6 +286,7 @@ def test_the_ids_that_end_an_answer() -> None:
         (DEFAULT_SOURCE, {end}),
         ("{% for m in messages %}{{ m.content }} <s>{% endfor %}", {end, special["<s>"]}),
         ("{% for m in messages %}[{{ m.content }}]{% endfor %}", {end}),
+        ("{% for m in messages %}{{ m.content | upper }}<s>{% endfor %}", {end}),
     ):
         assert ChatEncoder(ours, ChatTemplate(source, "T"), 9).stop_ids == expected
 
