@@ -393,6 +393,12 @@ class Terminal:
             os.kill(self.pid, signal.SIGKILL)
         return os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
 
+    def close(self) -> None:
+        """End the program if it is still there."""
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(self.pid, signal.SIGKILL)
+        os.close(self.descriptor)
+
 
 @pytest.fixture
 def terminal(output_dir: Path, tmp_path: Path) -> Iterator[Callable[..., Terminal]]:
@@ -405,9 +411,7 @@ def terminal(output_dir: Path, tmp_path: Path) -> Iterator[Callable[..., Termina
 
     yield start
     for each in opened:
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(each.pid, signal.SIGKILL)
-        os.close(each.descriptor)
+        each.close()
 
 
 def test_on_a_terminal_it_answers_then_asks(terminal: Callable[..., Terminal]) -> None:

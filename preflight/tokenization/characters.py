@@ -99,7 +99,9 @@ class CharTokenizer(Tokenizer):
             raise self._unknown_error({chr(code) for code in codes[ids == _UNKNOWN]})
         return ids
 
-    def encode_with_offsets(self, text: str) -> tuple[np.ndarray, np.ndarray]:
+    def encode_with_offsets(
+        self, text: str, *, begins: bool = True
+    ) -> tuple[np.ndarray, np.ndarray]:
         """A character each, also where it is replaced."""
         starts = np.arange(len(text))
         return self.encode(text), np.stack([starts, starts + 1], axis=1)

@@ -26,6 +26,7 @@ class Draft:
         at: the beginning that is tried, as a place in `begins`.
         ids, offsets: of what is kept.
         spans: of its answers, in the characters of its text.
+        is_marked: the template marks the answers.
         rewrites: the answers are not where the chat up to them ends, so that `spans` is empty.
     """
 
@@ -38,6 +39,7 @@ class Draft:
     ids: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))
     offsets: np.ndarray = field(default_factory=lambda: np.zeros((0, 2), np.int64))
     spans: list[Span] = field(default_factory=list)
+    is_marked: bool = False
     rewrites: bool = False
 
     @property

@@ -83,9 +83,9 @@ class ChatEncoder:
         """The ids that end an answer: the end of text, and what this template writes after one."""
         messages = [Message("user", "ping"), Message("assistant", "pong")]
         [(rendering, table)] = self._render([RenderJob(messages)])
-        behind = rendering.text.rpartition("pong")[2]
+        _, answer, behind = rendering.text.rpartition("pong")
         stops = {self.tokenizer.end_of_text_id}
-        for _, _, special, stretch in self._spellings.cut(behind, table):
+        for _, _, special, stretch in self._spellings.cut(behind if answer else "", table):
             if special is not None:
                 return frozenset(stops | {special})
             if stretch.strip():
@@ -123,8 +123,7 @@ class ChatEncoder:
             if messages:
                 drafts.append((i, start_draft(messages, chat.place, self._limit)))
         self._fit([draft for _, draft in drafts], self._limit)
-        if not self.template.marks_answers:
-            self._find_answers([draft for _, draft in drafts], "all")
+        self._find_answers([draft for _, draft in drafts if not draft.spans], "all")
         for i, draft in drafts:
             parts = [draft]
             if draft.rewrites and self.learn_from == "answers":
@@ -151,7 +150,7 @@ class ChatEncoder:
             with contextlib.closing(self._render(jobs, today=prompt)) as renderings:
                 for draft, (rendering, table) in zip(pending, renderings, strict=True):
                     draft.ids, draft.offsets = self._spellings.encode(rendering.text, table)
-                    draft.spans = rendering.spans
+                    draft.spans, draft.is_marked = rendering.spans, bool(rendering.spans)
             pending = [draft for draft in pending if draft.narrow(fits=len(draft.ids) <= limit)]
 
     def _find_answers(self, drafts: Sequence[Draft], which: str) -> None:
@@ -160,11 +159,12 @@ class ChatEncoder:
         with contextlib.closing(self._render(jobs)) as renderings:
             for draft, (rendering, _) in zip(drafts, renderings, strict=True):
                 draft.spans, draft.rewrites = rendering.spans, rendering.rewrites
+                draft.is_marked = False
 
     @functools.cached_property
     def _rows(self) -> RowBuilder:
         return RowBuilder(
-            self.tokenizer, self.template, self._limit, self.learn_from, self.stop_ids
+            self.tokenizer, self.template.name, self._limit, self.learn_from, self.stop_ids
         )
 
     # ---- generation -------------------------------------------------------------------------

@@ -6,7 +6,6 @@ import numpy as np
 
 from preflight.core.log import log_once
 from preflight.tokenization.chat_drafts import Draft
-from preflight.tokenization.chat_template import ChatTemplate
 from preflight.tokenization.chats import EncodedChat
 from preflight.tokenization.protocol import Tokenizer
 
@@ -17,13 +16,13 @@ class RowBuilder:
     def __init__(
         self,
         tokenizer: Tokenizer,
-        template: ChatTemplate,
+        template_name: str,
         max_tokens: int,
         learn_from: str,
         stop_ids: frozenset[int],
     ) -> None:
         """`max_tokens`: of a row; `stop_ids`: those that end an answer."""
-        self._template, self._max_tokens = template, max_tokens
+        self._template_name, self._max_tokens = template_name, max_tokens
         self._learns_all, self._stop_ids = learn_from == "all", stop_ids
         self._special_ids = frozenset(tokenizer.special_tokens.values())
         spelled = ((i, tokenizer.token_bytes(i)) for i in range(tokenizer.vocab_size))
@@ -41,7 +40,7 @@ class RowBuilder:
             # As transformers counts: a token of which a part lies within.
             low = int(ends.searchsorted(begin, "right"))
             high = int(begins.searchsorted(end, "left"))
-            high, ended = self._include_end(ids, low, high)
+            high, ended = self._include_end(draft, low, high)
             mask[low:high] = True
             answers.append((low, high))
             n_ended += ended is not None and ended < n_kept
@@ -58,16 +57,17 @@ class RowBuilder:
         kept = (ids[:n_kept], mask[:n_kept])
         return [EncodedChat(*kept, n_answers, min(n_ended, n_answers), draft.n_dropped, n_cut)]
 
-    def _include_end(self, ids: np.ndarray, low: int, high: int) -> tuple[int, int | None]:
+    def _include_end(self, draft: Draft, low: int, high: int) -> tuple[int, int | None]:
         """Where the answer ends with its end token, and the place of that token, if it has one."""
+        ids = draft.ids
         for i in range(high - 1, low - 1, -1):
             if int(ids[i]) in self._stop_ids:
                 return high, i
             if int(ids[i]) not in self._blanks:
                 break
-        if high < len(ids) and int(ids[high]) in self._special_ids and self._template.marks_answers:
+        if draft.is_marked and high < len(ids) and int(ids[high]) in self._special_ids:
             log_once(
-                f"{self._template.name} leaves the token that ends an answer out of "
+                f"{self._template_name} leaves the token that ends an answer out of "
                 "{% generation %}; it is learned too"
             )
             return high + 1, high

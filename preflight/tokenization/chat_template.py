@@ -8,7 +8,6 @@ from __future__ import annotations
 import functools
 import hashlib
 import os
-import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -56,11 +55,6 @@ class ChatTemplate:
     def fingerprint(self) -> str:
         """SHA-256 of the program."""
         return hashlib.sha256(self.source.encode("utf-8", "surrogatepass")).hexdigest()
-
-    @property
-    def marks_answers(self) -> bool:
-        """Whether it says itself what an answer is, by ``{% generation %}``."""
-        return re.search(r"\{%[-+]?\s*generation\s*[-+]?%\}", self.source) is not None
 
 
 DEFAULT_TEMPLATE = ChatTemplate(DEFAULT_SOURCE, "the default chat template")

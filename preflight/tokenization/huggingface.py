@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import json
 import re
 from collections.abc import Iterable
 from typing import Any
@@ -47,21 +48,14 @@ class HuggingFaceTokenizer(FileTokenizer):
         document = load_document(content)
         if not isinstance(document.get("model"), dict):
             raise ValueError("it has no model")
-        try:  # the library refuses parts of another shape than those that are looked at below
-            self._library = self._import_library().Tokenizer.from_str(content.decode())
-        except ImportError:
-            raise
-        except Exception as error:  # the library raises no class of its own
-            raise ValueError(str(error)) from None
+        # The library refuses parts of another shape than those that are looked at below.
+        self._library = self._load_library(content.decode())
         decoders = list(iterate_parts(document.get("decoder")))
         names = {str(step.get("type")) for step in decoders}
         if names - _DECODERS:
             raise ValueError(f"its decoder {min(names - _DECODERS)} does not give the text back")
         if document["model"].get("dropout"):
             raise ValueError("its merges are random (dropout)")
-        self._library.no_truncation()
-        self._library.no_padding()
-        self._library.encode_special_tokens = True
         added = document.get("added_tokens") or []
         specials = {token["content"]: token for token in added if token.get("special")}
         self._special = set(specials)
@@ -77,6 +71,30 @@ class HuggingFaceTokenizer(FileTokenizer):
         self._is_cut = self._is_byte_level and _is_proven(document) and not self._added
         self.bos_id = self._find_bos()
         return dict(self._library.get_vocab(with_added_tokens=True))
+
+    def _load_library(self, content: str) -> Any:
+        try:
+            library = self._import_library().Tokenizer.from_str(content)
+        except ImportError:
+            raise
+        except Exception as error:  # the library raises no class of its own
+            raise ValueError(str(error)) from None
+        library.no_truncation()
+        library.no_padding()
+        library.encode_special_tokens = True
+        return library
+
+    @functools.cached_property
+    def _inner_library(self) -> Any:
+        """For text behind a special token: some put a space before a whole text alone."""
+        document = load_document(self.content)
+        steps = list(iterate_parts(document.get("pre_tokenizer")))
+        if all(step.get("prepend_scheme") != "first" for step in steps):
+            return self._library
+        for step in steps:
+            if "prepend_scheme" in step:
+                step["prepend_scheme"] = "never"
+        return self._load_library(json.dumps(document))
 
     def _find_bos(self) -> int | None:
         """What the file's post-processor puts before a text."""
@@ -97,10 +115,13 @@ class HuggingFaceTokenizer(FileTokenizer):
             parts.append(f"{before}({re.escape(name)}){after}")
         return re.compile("|".join(parts))
 
-    def encode_with_offsets(self, text: str) -> tuple[np.ndarray, np.ndarray]:
+    def encode_with_offsets(
+        self, text: str, *, begins: bool = True
+    ) -> tuple[np.ndarray, np.ndarray]:
         """The library's own places: a normaliser may change the bytes."""
+        library = self._library if begins else self._inner_library
         with self._telling_failure(text):
-            encoded = self._library.encode(text, add_special_tokens=False)
+            encoded = library.encode(text, add_special_tokens=False)
         offsets = np.array(encoded.offsets, np.int64).reshape(-1, 2)
         return np.array(encoded.ids, np.int64), offsets
 

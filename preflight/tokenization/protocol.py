@@ -150,13 +150,16 @@ class Tokenizer(Protocol):
         spellings = sorted(self.special_tokens, key=len, reverse=True)
         return re.compile(f"({'|'.join(map(re.escape, spellings))})")
 
-    def encode_with_offsets(self, text: str) -> tuple[np.ndarray, np.ndarray]:
+    def encode_with_offsets(
+        self, text: str, *, begins: bool = True
+    ) -> tuple[np.ndarray, np.ndarray]:
         """The ids (T,) of `encode`, and where each begins and ends in `text`, in characters (T 2).
 
         A token of a part of a character covers the whole character.
 
         Args:
             text: Unicode without halves of surrogate pairs.
+            begins: it is the beginning of a text, and does not follow a special token.
         """
         ids = self.encode(text)
         ends = self._byte_counts[ids].cumsum()

@@ -46,7 +46,9 @@ class SentencePieceTokenizer(FileTokenizer):
     def _list_specials(self) -> Iterable[str]:
         return [piece for piece, token in self._ids.items() if self._library.is_control(token)]
 
-    def encode_with_offsets(self, text: str) -> tuple[np.ndarray, np.ndarray]:
+    def encode_with_offsets(
+        self, text: str, *, begins: bool = True
+    ) -> tuple[np.ndarray, np.ndarray]:
         """Where the library says that each piece came from: its normalisation changes the text.
 
         A piece without a place, as the first bytes of a character are, has that of the next byte.

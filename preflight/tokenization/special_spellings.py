@@ -40,6 +40,8 @@ class SpecialSpellings:
         Raises:
             PreflightError: code TEXT, for messages that hold every character for private use.
         """
+        if not all(message.content.isascii() for message in messages):
+            messages = [Message(each.role, _mend(each.content)) for each in messages]
         places = [self._find_spelled(message.content) for message in messages]
         if not any(places):
             return messages, {}
@@ -90,7 +92,7 @@ class SpecialSpellings:
                 ids.append(np.array([special], np.int64))
                 offsets.append(np.array([[begin, end]], np.int64))
             else:
-                found, places = self._tokenizer.encode_with_offsets(stretch)
+                found, places = self._tokenizer.encode_with_offsets(stretch, begins=not begin)
                 ids.append(found.astype(np.int64))
                 offsets.append(places + begin)
         if not ids:
@@ -109,3 +111,8 @@ class SpecialSpellings:
         if n_leading:
             return ids[n_leading - 1 :], offsets[n_leading - 1 :]
         return np.insert(ids, 0, bos), np.insert(offsets, 0, 0, axis=0)
+
+
+def _mend(text: str) -> str:
+    """The text with U+FFFD for halves of surrogate pairs, as tokenizers have it."""
+    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")

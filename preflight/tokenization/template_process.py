@@ -144,9 +144,8 @@ class TemplateProcess:
     def _start(self, template: ChatTemplate) -> Connection:
         if self._connection is not None and self._owner == os.getpid():
             return self._connection
-        import_library("jinja2", "jinja2", template.name)
-        from preflight.tokenization.template_rendering import serve
-
+        # It imports jinja2, which this process has no other use for.
+        serve = import_library(f"{__package__}.template_rendering", "jinja2", template.name).serve
         context = multiprocessing.get_context("spawn")
         self._connection, theirs = context.Pipe()
         # A daemon: Python would wait for another at its exit.

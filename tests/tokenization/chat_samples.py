@@ -55,7 +55,9 @@ REWRITING = (
 
 
 @functools.cache
-def build_library_file(*, adds_bos: bool = False, first_space: bool = False) -> str:
+def build_library_file(
+    *, adds_bos: bool = False, first_space: bool = False, takes_space: bool = False
+) -> str:
     """A ``tokenizer.json`` with these special tokens, trained on a few words."""
     built = tokenizers.Tokenizer(models.BPE())
     if first_space:  # as Mistral's: a space before the text, and none after a special token
@@ -73,6 +75,8 @@ def build_library_file(*, adds_bos: bool = False, first_space: bool = False) -> 
     draw = random.Random(3)
     text = [" ".join(draw.choices([*WORDS, "assistant", "user"], k=40)) for _ in range(200)]
     built.train_from_iterator(text, trainer)
+    if takes_space:  # as Phi-3's
+        built.add_special_tokens([tokenizers.AddedToken("<|im_end|>", lstrip=True, rstrip=True)])
     if adds_bos:
         built.post_processor = processors.TemplateProcessing(
             single="<s> $A", special_tokens=[("<s>", built.token_to_id("<s>"))]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import datetime
+
 import numpy as np
 import pytest
 from tokenization.chat_samples import (
@@ -62,6 +64,24 @@ def test_marked_answers_are_those_of_transformers(source: str) -> None:
         n_answers = sum(each.role == "assistant" for each in chat.messages)
         assert (row.n_answers, row.n_ended) == (n_answers, n_answers)
         assert (row.n_cut_turns, row.n_cut_tokens) == (0, 0)
+
+
+@pytest.mark.parametrize("source", [MARKED, "Go:" + MARKED, "{{ bos_token }} " + MARKED])
+def test_a_space_before_a_text_is_not_put_behind_special_tokens(source: str) -> None:
+    ours, theirs = load_both(first_space=True)
+    encoder = ChatEncoder(ours, ChatTemplate(source.replace("{{ bos_token }}", "<s>"), "T"), LONG)
+    chats = build_chats(40)
+    for chat, [row] in zip(chats, encoder.encode(chats), strict=True):
+        ids, mask = ask_transformers(theirs, source, chat)
+        assert row.ids.tolist() == ids
+        assert row.mask.tolist() == list(map(bool, mask))
+
+
+def test_a_special_token_takes_the_white_space_that_its_file_gives_to_it() -> None:
+    ours, theirs = load_both(takes_space=True)
+    chats = build_chats(40)
+    for chat, [row] in zip(chats, encode(STRADDLING + " ", chats, ours), strict=True):
+        assert row.ids.tolist() == ask_transformers(theirs, STRADDLING + " ", chat)[0]
 
 
 @pytest.mark.parametrize("source", [CHATML, SMOLLM2])
@@ -140,6 +160,35 @@ def test_two_contents_together_do_not_spell_a_special_token() -> None:
             assert ours.decode(row.ids).startswith(f"why {name} wet")
 
 
+def test_no_content_completes_what_the_template_has_begun() -> None:
+    ours, _ = load_both()
+    loop = "{% for m in messages %}BODY {% endfor %}"
+    for body, content in (("<|{{ m.content }}", "im_end|> x"), ("{{ m.content }}end|>", "x <|im_")):
+        [[row]] = encode(loop.replace("BODY", body + "<|im_end|>"), [talk(content, content)], ours)
+        assert row.ids.tolist().count(ours.special_tokens["<|im_end|>"]) == 2
+
+
+def test_a_prompt_has_the_date_of_today() -> None:
+    ours, _ = load_both()
+    encoder = ChatEncoder(ours, ChatTemplate("{{ strftime_now('%Y') }}" + CHATML, "T"), LONG)
+    [[row]] = encoder.encode([talk("why", "yes")])
+    assert ours.decode(row.ids).startswith("2024")
+    year = f"{datetime.datetime.now():%Y}"
+    prompt = encoder.encode_prompt(talk("why").messages, max_tokens=LONG)
+    assert ours.decode(prompt).startswith(year)
+
+
+def test_halves_of_characters_become_one_that_says_so() -> None:
+    for kind in ("gpt2", "byte", "llama2.json", "bpe.model"):
+        [[row], [other]] = encode(
+            DEFAULT_SOURCE,
+            [talk("a\ud800", "\udc00b"), talk("a\ufffd", "\ufffdb")],
+            build_kind(kind),
+        )
+        assert row.ids.tolist() == other.ids.tolist()
+        assert row.mask.tolist() == other.mask.tolist()
+
+
 def test_one_beginning_of_text_where_the_tokenizer_wants_one() -> None:
     ours, _ = load_both(adds_bos=True)
     bos = ours.special_tokens["<s>"]
@@ -183,6 +232,15 @@ def test_a_chat_that_is_too_long_loses_its_earliest_turns(source: str) -> None:
                 assert row.n_ended == sum(i in ENDS for i in row.ids[row.mask].tolist())
 
 
+def test_messages_of_one_turn_are_dropped_together() -> None:
+    ours, _ = load_both()
+    first = (Message("user", "why"), Message("user", "then"), Message("assistant", "yes"))
+    [[whole]] = encode(CHATML, [Chat(first)], ours)
+    [[row]] = encode(CHATML, [Chat((*first, *first))], ours, len(whole.ids) - 2)
+    assert row.ids.tolist() == whole.ids[:-1].tolist()
+    assert (row.n_cut_turns, row.n_cut_tokens) == (3, 1)
+
+
 def test_all_tokens_but_the_first_are_learned_when_asked_for() -> None:
     ours, _ = load_both()
     for source in (CHATML, MARKED):
@@ -192,6 +250,24 @@ def test_all_tokens_but_the_first_are_learned_when_asked_for() -> None:
             assert not row.mask[0]
             assert row.n_answers == row.n_ended == len(chat.messages) // 2
         assert encode(source, chats[-1:], ours) == [[]]
+
+
+def test_a_template_that_speaks_of_marks_and_has_none() -> None:
+    ours, _ = load_both()
+    chats = build_chats(5)
+    commented = encode("{# {% generation %} #}" + CHATML, chats, ours)
+    for [row], [other] in zip(commented, encode(CHATML, chats, ours), strict=True):
+        assert row.ids.tolist() == other.ids.tolist()
+        assert row.mask.tolist() == other.mask.tolist()
+
+
+def test_the_first_token_is_never_learned() -> None:
+    ours, _ = load_both()
+    source = "{% for m in messages %}{% generation %}{{ m.content }}{% endgeneration %}<|im_end|>"
+    for chat in (talk("why", "yes"), Chat((Message("assistant", "yes"),))):
+        [[row]] = encode(source + "{% endfor %}", [chat], ours)
+        assert not row.mask[0]
+        assert row.mask[1:].all()
 
 
 def test_what_follows_the_last_answer_is_left_out() -> None:
@@ -210,6 +286,7 @@ def test_the_ids_that_end_an_answer() -> None:
         (DEFAULT_SOURCE, {end}),
         ("{% for m in messages %}{{ m.content }} <s>{% endfor %}", {end, special["<s>"]}),
         ("{% for m in messages %}[{{ m.content }}]{% endfor %}", {end}),
+        ("{% for m in messages %}{{ m.content | upper }}<s>{% endfor %}", {end}),
     ):
         assert ChatEncoder(ours, ChatTemplate(source, "T"), 9).stop_ids == expected
 

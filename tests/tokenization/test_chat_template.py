@@ -190,7 +190,7 @@ def test_the_default_template() -> None:
     [found] = render(DEFAULT_SOURCE, chat, prompt=True)
     assert found.text == "System: be kind\nUser: hi\nAssistant: yes</s>User: why\nAssistant:"
     assert [found.text[a:b] for a, b in found.spans] == [" yes</s>"]
-    assert DEFAULT_TEMPLATE.marks_answers
+    assert DEFAULT_TEMPLATE.source == DEFAULT_SOURCE
 
 
 def test_files_of_templates(tmp_path: Path) -> None:
@@ -202,8 +202,6 @@ def test_files_of_templates(tmp_path: Path) -> None:
         assert template.source == CHATML
         assert template.code == ExitCode.FLAGS
         assert template.fingerprint == ChatTemplate(CHATML, "").fingerprint
-    assert not template.marks_answers
-    assert ChatTemplate(MARKED, "").marks_answers
     (tmp_path / "large").write_bytes(b"x" * (2**16 + 1))
     (tmp_path / "empty").write_bytes(b" \n")
     (tmp_path / "binary").write_bytes(b"\xff\xfe")
