@@ -317,6 +317,19 @@ def test_folders_of_text_and_of_others_stay(tmp_path: Path, chats: Path) -> None
     fail(ExitCode.TEXT, lambda: prepare(chats.with_name("none.jsonl")))
     assert hash_tree(tmp_path / "data") == before
     shutil.rmtree(tmp_path / "data")
+    prepare(chats)
+    before = hash_tree(tmp_path / "data")
+    for text_file in ((str(text),), ()):
+        settings = DataSettings(data_dir=str(tmp_path / "data"), text_file=text_file)
+        error = fail(ExitCode.DATA, lambda s=settings: prepare_data(s, load_tokenizer("byte")))
+        assert "holds chats, not text" in str(error)
+    (tmp_path / "data").rename(tmp_path / "whole")
+    (tmp_path / "data").mkdir()  # killed before its last rename: it is finished, and refused
+    (tmp_path / "whole").rename(tmp_path / "data" / ".building")
+    (tmp_path / "data" / ".building" / ".lock").unlink()
+    fail(ExitCode.DATA, lambda: prepare_data(settings, load_tokenizer("byte")))
+    assert hash_tree(tmp_path / "data") == before
+    shutil.rmtree(tmp_path / "data")
     (tmp_path / "data" / "train").mkdir(parents=True)
     (tmp_path / "data" / "train" / "mask.npy").write_bytes(b"mine")
     fail(ExitCode.DATA, lambda: prepare(chats))
