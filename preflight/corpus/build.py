@@ -28,7 +28,7 @@ from preflight.corpus.metadata import (
     Metadata,
     read_metadata,
 )
-from preflight.corpus.ownership import JOURNAL_NAME, refuse_foreign, remove_build
+from preflight.corpus.ownership import JOURNAL_NAME, refuse_chats, refuse_foreign, remove_build
 from preflight.corpus.plan import build_plan, describe_preparation
 from preflight.corpus.shards import (
     BUILDING_NAME,
@@ -82,6 +82,7 @@ def prepare_data(
     data_dir = Path(settings.data_dir)
     sources = find_sources(settings)
     _refuse_unnamed_tokenizer(sources, tokenizer)
+    refuse_chats(data_dir)
     # A killed run may leave a build behind; only with the text we can tell whether it is needed.
     building = data_dir / BUILDING_NAME
     unfinished = building if settings.has_text else building / METADATA_NAME
@@ -143,6 +144,7 @@ def _find_or_ask(
     building = data_dir / BUILDING_NAME
     refuse_foreign(data_dir)
     finish_swap(data_dir)
+    refuse_chats(data_dir)
     is_complete = os.path.lexists(data_dir / METADATA_NAME)
     if not settings.has_text:
         if is_complete:

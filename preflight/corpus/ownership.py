@@ -59,6 +59,17 @@ def refuse_foreign(data_dir: Path) -> None:
                 raise _foreign_error(folder / name)
 
 
+def refuse_chats(data_dir: Path) -> None:
+    """PreflightError (DATA) for a complete data folder of chats, where text is to be."""
+    has_masks = os.path.lexists(data_dir / "train" / MASK_NAME)
+    if has_masks and os.path.lexists(data_dir / METADATA_NAME):
+        raise PreflightError(
+            ExitCode.DATA,
+            f"{data_dir} holds chats, not text",
+            "nothing was changed; choose another --data-dir",
+        )
+
+
 def _check_report(data_dir: Path) -> None:
     """PreflightError (DATA) for files that are called as those of a report and are none."""
     path = data_dir / JSON_NAME

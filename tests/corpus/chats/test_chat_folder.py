@@ -236,6 +236,25 @@ def test_an_unchanged_folder_is_not_encoded_again(chats: Path) -> None:
         prepare(chats, again)
 
 
+def test_a_complete_build_is_not_made_again(chats: Path) -> None:
+    """Killed when all was written, and only the renames were left."""
+    prepare(chats)
+    before = hash_tree(chats.parent / "data")
+    unfinish(chats.parent / "data")
+    again = FakeEncoder()
+    prepare(chats, again)
+    assert again.n_encoded == 0
+    assert hash_tree(chats.parent / "data") == before
+
+
+def unfinish(folder: Path) -> None:
+    """The state before the first rename of a build that is complete."""
+    whole = folder.rename(folder.with_name("whole"))
+    folder.mkdir()
+    (whole / ".lock").unlink()
+    whole.rename(folder / ".building")
+
+
 def test_what_changes_is_told_and_built(chats: Path, caplog: pytest.LogCaptureFixture) -> None:
     prepare(chats)
     changes: list[tuple[FakeEncoder, float, str]] = [
@@ -317,10 +336,21 @@ def test_folders_of_text_and_of_others_stay(tmp_path: Path, chats: Path) -> None
     fail(ExitCode.TEXT, lambda: prepare(chats.with_name("none.jsonl")))
     assert hash_tree(tmp_path / "data") == before
     shutil.rmtree(tmp_path / "data")
+    prepare(chats)
+    before = hash_tree(tmp_path / "data")
+    for text_file in ((str(text),), ()):
+        settings = DataSettings(data_dir=str(tmp_path / "data"), text_file=text_file)
+        error = fail(ExitCode.DATA, lambda s=settings: prepare_data(s, load_tokenizer("byte")))
+        assert "holds chats, not text" in str(error)
+    unfinish(tmp_path / "data")  # it is finished, and refused
+    fail(ExitCode.DATA, lambda: prepare_data(settings, load_tokenizer("byte")))
+    assert hash_tree(tmp_path / "data") == before
+    shutil.rmtree(tmp_path / "data")
     (tmp_path / "data" / "train").mkdir(parents=True)
     (tmp_path / "data" / "train" / "mask.npy").write_bytes(b"mine")
     fail(ExitCode.DATA, lambda: prepare(chats))
     assert (tmp_path / "data" / "train" / "mask.npy").read_bytes() == b"mine"
+    assert not (tmp_path / "data" / ".lock").exists()
 
 
 def test_a_folder_in_use_is_refused(chats: Path) -> None:
