@@ -24,12 +24,14 @@ from preflight.settings.kinds import MODE_SUMMARIES, MODES
 from preflight.settings.unused import is_used
 
 _MAX_TEXTS = 5  # that are offered
+_CHATS_NAME = "chats"  # the folder that a fine-tuned run has, see `finetune_setup`
 _ON_A_TEXT = ("check", "validate-only", "prepare", "train", "get-optimal-bs", "find-lr")
 # Flags that a choice asks for. A mode that is not here asks for none but its own value. A flag in
 # `_NEEDED` cannot be left empty.
 _QUESTIONS: dict[str, tuple[str, ...]] = {
     "check": ("model_size",),
     "train": ("model_size", "max_steps", "output_dir"),
+    "finetune": ("finetune", "output_dir"),
     "sweep": ("sweep", "model_size"),
     "generate": ("prompts",),
     "evaluate": ("evaluate",),
@@ -37,7 +39,7 @@ _QUESTIONS: dict[str, tuple[str, ...]] = {
     "tokenize": ("tokenize",),
     "detokenize": ("detokenize",),
 }
-_NEEDED = ("sweep", "tokenize", "detokenize")
+_NEEDED = ("sweep", "tokenize", "detokenize", "finetune")
 _MAKES_DATA = (*_ON_A_TEXT, "sweep", "forecast")  # modes that need data, and prepare it
 _READS_RUNS = ("generate", "report", "tokenize", "detokenize", "evaluate")  # one run
 _TOLD = {
@@ -112,6 +114,10 @@ def suggest_steps(state: FolderState) -> list[Step]:
         name, folder = show(run.folder), ("--output-dir", str(run.folder))
         if not run.is_finished and run.command:
             steps.append(Step(f"go on training {name}", "train", run.command[1:], asks=False))
+        if run.checkpoints and (run.folder / _CHATS_NAME).is_dir():
+            steps.append(
+                Step(f"talk to {name}", "generate", ("--generate", "--chat", *folder), asks=False)
+            )
         if run.checkpoints:
             steps.append(Step(f"generate text with {name}", "generate", folder))
             flags = ("--evaluate", "quick", *folder)
@@ -147,11 +153,13 @@ def build_command(step: Step, state: FolderState, asker: Asker) -> list[str] | N
         if text is None:
             return None
         words += options["text_file"].spell((text,)) if text else []
-    if step.mode in _READS_RUNS and "--output-dir" not in words:
+    names = "from_checkpoint" if step.mode == "finetune" else "output_dir"
+    reads_a_run = step.mode in (*_READS_RUNS, "finetune")
+    if reads_a_run and options[names].flag not in words:
         picked = pick_runs(state.runs, asker) if state.runs else []
         if state.runs and not picked:
             return None
-        words += options["output_dir"].spell(str(picked[0].folder)) if picked else []
+        words += options[names].spell(str(picked[0].folder)) if picked else []
     for name in _QUESTIONS.get(step.mode, (step.mode,) if takes_value else ()):
         if options[name].flag in words or not is_used(options[name], step.mode):
             continue

@@ -1,4 +1,4 @@
-"""What can be wrong with chats, templates, bases and adapters: exit codes, messages, nothing lost."""
+"""Bad chats, templates, bases and adapters: exit codes, messages, and nothing lost."""
 
 from __future__ import annotations
 
