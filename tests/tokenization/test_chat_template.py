@@ -88,6 +88,13 @@ def test_no_content_forges_the_marks_of_an_answer() -> None:
     assert [found.text[a:b] for a, b in found.spans] == [plain.text[a:b] for a, b in plain.spans]
 
 
+def test_marks_within_marks_are_one_answer() -> None:
+    opened, closed = "{% generation %}", "{% endgeneration %}"
+    [found] = render(f"x{opened}a{opened}b{closed}c{closed}{opened}d{closed}", TALK)
+    assert found.text == "xabcd"
+    assert found.spans == [(1, 4), (4, 5)]
+
+
 HOSTILE = {
     "multiplied text": ("{{ 'a' * 10**10 }}", "MemoryError"),
     "multiplied list": ("{{ [1] * 10**10 }}", "MemoryError"),
