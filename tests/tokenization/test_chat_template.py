@@ -193,7 +193,8 @@ def test_a_reader_that_stops_half_way_leaves_nothing_behind() -> None:
 
 
 def test_the_default_template() -> None:
-    chat = Chat((Message("system", "be kind "), *TALK.messages, Message("user", "why")))
+    asked = (Message("system", "be kind "), Message("user", "\thi"), Message("assistant", " yes\n"))
+    chat = Chat((*asked, Message("user", "why")))
     [found] = render(DEFAULT_SOURCE, chat, prompt=True)
     assert found.text == "System: be kind\nUser: hi\nAssistant: yes</s>User: why\nAssistant:"
     assert [found.text[a:b] for a, b in found.spans] == [" yes</s>"]
