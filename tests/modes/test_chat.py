@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import tiktoken
 import torch
 from test_generate import Terminal
 
@@ -26,6 +27,7 @@ from preflight.tokenization import load_tokenizer
 from preflight.tokenization.chat_encoding import ChatEncoder
 from preflight.tokenization.chat_template import DEFAULT_TEMPLATE, TEMPLATE_NAME, ChatTemplate
 from preflight.tokenization.chats import Chat, Message
+from preflight.tokenization.tiktoken_bpe import TiktokenTokenizer
 from transformer_model import DecoderOnlyTransformer
 
 MODEL = ModelConfig(
@@ -280,6 +282,24 @@ def test_stop_ids_end_a_completion(model: DecoderOnlyTransformer) -> None:
             assert generation.tokens == tuple(whole[: len(text) + 1])
         else:
             assert generation.n_tokens == 20
+
+
+def test_a_special_token_is_generated_only_where_it_ends_the_text() -> None:
+    ranks = {bytes([i]): i for i in range(256)}
+    specials = {"<|endoftext|>": 256, "<|im_end|>": 257, "<|im_start|>": 258}
+    encoding = tiktoken.Encoding("x", pat_str=".", mergeable_ranks=ranks, special_tokens=specials)
+    tokenizer = TiktokenTokenizer(encoding)
+    torch.manual_seed(2)
+    untrained = DecoderOnlyTransformer(dataclasses.replace(MODEL, vocab_size=259)).eval()
+    config = SamplingConfig(max_new_tokens=2000, temperature=1e6, top_k=0)
+    for stops in ({257}, {257, 258}, {256}):
+        ended: list[Any] = []
+        note = functools.partial(_note, ended)
+        list(stream_ids(untrained, tokenizer, [0], config, note, 0, frozenset(stops)))
+        [(_, generation)] = ended
+        assert generation.finish_reason == "end"
+        assert generation.tokens[-1] in stops
+        assert not set(generation.tokens[:-1]) & ({257, 258} | stops)
 
 
 def _note(ended: list[Any], newly: list[Any], n_tokens: int) -> None:
