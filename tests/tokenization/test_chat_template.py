@@ -134,7 +134,7 @@ def test_a_hostile_template_ends_in_an_error(name: str) -> None:
     began = time.monotonic()
     with pytest.raises(PreflightError) as caught:
         render(source, TALK)
-    assert time.monotonic() - began < 15  # a second of work, on a machine that is busy
+    assert time.monotonic() - began < 60  # a second of work, on a machine that is busy
     assert caught.value.code == ExitCode.FLAGS
     assert "the template does not work at chats.jsonl, line 7" in caught.value.lines[0]
     assert reason in caught.value.lines[0]
