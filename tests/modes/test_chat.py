@@ -22,6 +22,7 @@ from conftest import ROOT
 from generate import generate_ids, stream_ids
 from preflight.checkpoints.format import save_checkpoint
 from preflight.core.log import log_once
+from preflight.modes import chat
 from preflight.settings import ModelConfig, SamplingConfig
 from preflight.tokenization import load_tokenizer
 from preflight.tokenization.chat_encoding import ChatEncoder
@@ -306,6 +307,24 @@ def _note(ended: list[Any], newly: list[Any], n_tokens: int) -> None:
     ended.extend(newly)
 
 
+def test_an_answer_that_is_stopped_stays_as_far_as_it_came(
+    run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    answers = iter([[" no", "\nne"], []])
+
+    def stop(*arguments: Any) -> Iterator[str]:
+        yield from next(answers)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(chat, "stream_ids", stop)
+    done = run(stdin="tell\nwho\n/save s.jsonl\n")
+    assert done.returncode == 0
+    assert done.stdout == "no\nne\n\n"
+    assert done.stderr.count("stopped") == 2
+    saved = json.loads((tmp_path / "s.jsonl").read_text(encoding="utf-8"))["messages"]
+    assert [each["content"] for each in saved] == ["tell", "no\nne"]
+
+
 @pytest.fixture
 def terminal(output_dir: Path, tmp_path: Path) -> Iterator[Terminal]:
     flags = ["--generate", "--chat", "--output-dir", str(output_dir), "--device", "cpu", *GREEDY]
@@ -322,21 +341,6 @@ def test_on_a_terminal(terminal: Terminal) -> None:
     terminal.read_until(b"> ")
     terminal.write(b"/help\n")
     terminal.read_until(b"/retry")
-    terminal.read_until(b"> ")
-    terminal.write(b"/len 1000000\n")
-    terminal.read_until(b"> ")
-    terminal.write(b"/temp 100000\n")
-    terminal.read_until(b"> ")
-    terminal.write(b"who\n")
-    terminal.read_until(b"who\r\n")
-    while len(terminal.seen) < 3:  # it streams
-        terminal.read_some()
-    terminal.write(b"\x03")
-    terminal.read_until(b"completion")
-    terminal.read_until(b"> ")
-    terminal.write(b"/temp 0\n")
-    terminal.read_until(b"> ")
-    terminal.write(b"/new\n")
     terminal.read_until(b"> ")
     terminal.write(b"who\n")
     terminal.read_until(b"a model\r\n")
