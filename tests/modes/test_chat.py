@@ -20,7 +20,8 @@ from test_generate import Terminal
 import main
 from conftest import ROOT
 from generate import generate_ids, stream_ids
-from preflight.checkpoints.format import save_checkpoint
+from preflight.checkpoints.format import read_checkpoint, save_checkpoint
+from preflight.core.errors import ExitCode, PreflightError
 from preflight.core.log import log_once
 from preflight.modes import chat
 from preflight.settings import ModelConfig, SamplingConfig
@@ -29,6 +30,7 @@ from preflight.tokenization.chat_encoding import ChatEncoder
 from preflight.tokenization.chat_template import DEFAULT_TEMPLATE, TEMPLATE_NAME, ChatTemplate
 from preflight.tokenization.chats import Chat, Message
 from preflight.tokenization.tiktoken_bpe import TiktokenTokenizer
+from preflight.training.chat_templates import read_checkpoint_template
 from transformer_model import DecoderOnlyTransformer
 
 MODEL = ModelConfig(
@@ -211,6 +213,20 @@ def test_the_checkpoints_own_template_and_that_of_the_flag(
     done = run(stdin="ping\n", folder=tmp_path / "own")
     assert done.returncode == 5
     assert TEMPLATE_NAME in done.stderr
+
+
+def test_the_template_in_a_checkpoint_is_verified(
+    tmp_path: Path, model: DecoderOnlyTransformer
+) -> None:
+    checkpoint = read_checkpoint(save(tmp_path / "own", model, OWN))
+    template = read_checkpoint_template(checkpoint)
+    assert template is not None
+    assert (template.source, template.code) == (OWN, ExitCode.CHECKPOINT)
+    assert read_checkpoint_template(read_checkpoint(save(tmp_path / "no", model, ""))) is None
+    (checkpoint.path / TEMPLATE_NAME).write_text(OWN.replace("a", "b"), encoding="utf-8")
+    with pytest.raises(PreflightError) as caught:
+        read_checkpoint_template(checkpoint)
+    assert caught.value.code == ExitCode.CHECKPOINT
 
 
 def test_a_hostile_template(run: Run, tmp_path: Path, model: DecoderOnlyTransformer) -> None:
