@@ -13,19 +13,24 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import tiktoken
 import torch
 from test_generate import Terminal
 
 import main
 from conftest import ROOT
 from generate import generate_ids, stream_ids
-from preflight.checkpoints.format import save_checkpoint
+from preflight.checkpoints.format import read_checkpoint, save_checkpoint
+from preflight.core.errors import ExitCode, PreflightError
 from preflight.core.log import log_once
+from preflight.modes import chat
 from preflight.settings import ModelConfig, SamplingConfig
 from preflight.tokenization import load_tokenizer
 from preflight.tokenization.chat_encoding import ChatEncoder
 from preflight.tokenization.chat_template import DEFAULT_TEMPLATE, TEMPLATE_NAME, ChatTemplate
 from preflight.tokenization.chats import Chat, Message
+from preflight.tokenization.tiktoken_bpe import TiktokenTokenizer
+from preflight.training.chat_templates import read_checkpoint_template
 from transformer_model import DecoderOnlyTransformer
 
 MODEL = ModelConfig(
@@ -210,6 +215,20 @@ def test_the_checkpoints_own_template_and_that_of_the_flag(
     assert TEMPLATE_NAME in done.stderr
 
 
+def test_the_template_in_a_checkpoint_is_verified(
+    tmp_path: Path, model: DecoderOnlyTransformer
+) -> None:
+    checkpoint = read_checkpoint(save(tmp_path / "own", model, OWN))
+    template = read_checkpoint_template(checkpoint)
+    assert template is not None
+    assert (template.source, template.code) == (OWN, ExitCode.CHECKPOINT)
+    assert read_checkpoint_template(read_checkpoint(save(tmp_path / "no", model, ""))) is None
+    (checkpoint.path / TEMPLATE_NAME).write_text(OWN.replace("a", "b"), encoding="utf-8")
+    with pytest.raises(PreflightError) as caught:
+        read_checkpoint_template(checkpoint)
+    assert caught.value.code == ExitCode.CHECKPOINT
+
+
 def test_a_hostile_template(run: Run, tmp_path: Path, model: DecoderOnlyTransformer) -> None:
     source = "{{ 'a' * 10 ** 12 }}"  # one that takes time is in test_chat_template.py
     save(tmp_path / "bad", model, source)
@@ -282,8 +301,44 @@ def test_stop_ids_end_a_completion(model: DecoderOnlyTransformer) -> None:
             assert generation.n_tokens == 20
 
 
+def test_a_special_token_is_generated_only_where_it_ends_the_text() -> None:
+    ranks = {bytes([i]): i for i in range(256)}
+    specials = {"<|endoftext|>": 256, "<|im_end|>": 257, "<|im_start|>": 258}
+    encoding = tiktoken.Encoding("x", pat_str=".", mergeable_ranks=ranks, special_tokens=specials)
+    tokenizer = TiktokenTokenizer(encoding)
+    torch.manual_seed(2)
+    untrained = DecoderOnlyTransformer(dataclasses.replace(MODEL, vocab_size=259)).eval()
+    config = SamplingConfig(max_new_tokens=2000, temperature=1e6, top_k=0)
+    for stops in ({257}, {257, 258}, {256}):
+        ended: list[Any] = []
+        note = functools.partial(_note, ended)
+        list(stream_ids(untrained, tokenizer, [0], config, note, 0, frozenset(stops)))
+        [(_, generation)] = ended
+        assert generation.finish_reason == "end"
+        assert generation.tokens[-1] in stops
+        assert not set(generation.tokens[:-1]) & ({257, 258} | stops)
+
+
 def _note(ended: list[Any], newly: list[Any], n_tokens: int) -> None:
     ended.extend(newly)
+
+
+def test_an_answer_that_is_stopped_stays_as_far_as_it_came(
+    run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    answers = iter([[" no", "\nne"], []])
+
+    def stop(*arguments: Any) -> Iterator[str]:
+        yield from next(answers)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(chat, "stream_ids", stop)
+    done = run(stdin="tell\nwho\n/save s.jsonl\n")
+    assert done.returncode == 0
+    assert done.stdout == "no\nne\n\n"
+    assert done.stderr.count("stopped") == 2
+    saved = json.loads((tmp_path / "s.jsonl").read_text(encoding="utf-8"))["messages"]
+    assert [each["content"] for each in saved] == ["tell", "no\nne"]
 
 
 @pytest.fixture
@@ -302,21 +357,6 @@ def test_on_a_terminal(terminal: Terminal) -> None:
     terminal.read_until(b"> ")
     terminal.write(b"/help\n")
     terminal.read_until(b"/retry")
-    terminal.read_until(b"> ")
-    terminal.write(b"/len 1000000\n")
-    terminal.read_until(b"> ")
-    terminal.write(b"/temp 100000\n")
-    terminal.read_until(b"> ")
-    terminal.write(b"who\n")
-    terminal.read_until(b"who\r\n")
-    while len(terminal.seen) < 3:  # it streams
-        terminal.read_some()
-    terminal.write(b"\x03")
-    terminal.read_until(b"completion")
-    terminal.read_until(b"> ")
-    terminal.write(b"/temp 0\n")
-    terminal.read_until(b"> ")
-    terminal.write(b"/new\n")
     terminal.read_until(b"> ")
     terminal.write(b"who\n")
     terminal.read_until(b"a model\r\n")

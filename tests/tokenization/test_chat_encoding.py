@@ -140,6 +140,7 @@ def test_no_content_is_read_as_a_special_token(source: str, kind: str) -> None:
         names[-1] + names[0][:4],
         names[0][:1] + names[0],
         f" {names[0][:-1]}",
+        f"\U0010fffd\U0010fffc{names[0]}",
         f"{names[0][1:]} ",
     ):
         chat = talk(spelled, spelled, spelled, spelled, system=spelled)
