@@ -1,4 +1,4 @@
-"""The merges of a byte-level BPE, recovered from its ranks, and how bytes are spelled as characters.
+"""The merges of a byte-level BPE, recovered from its ranks; bytes spelled as characters.
 
 tiktoken keeps the rank of each token, other programs keep the pair that it was merged from. The
 pair is what is left of the token when all pairs of lower rank are merged.

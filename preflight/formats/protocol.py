@@ -50,6 +50,7 @@ class OutgoingModel:
         chat_template: in Jinja; ``None``: the model was not made for chats.
         facts: of the run, as plain JSON types, for the model card. ``name`` is what the model is
             called, ``origin`` the `ImportedModel.origin` that it began with, if any.
+        sample: ids (T,) of text, validation text where there is some, to measure a loss on.
     """
 
     config: ModelConfig
@@ -57,6 +58,7 @@ class OutgoingModel:
     tokenizer: Tokenizer
     chat_template: str | None = None
     facts: Mapping[str, Any] = field(default_factory=dict)
+    sample: Tensor | None = None
 
 
 @runtime_checkable
