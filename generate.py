@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from preflight.checkpoints.format import Checkpoint, load_weights
+from preflight.checkpoints.format import Checkpoint
 from preflight.core.errors import ExitCode, PreflightError
 from preflight.decoding.assembling import TextAssembler
 from preflight.decoding.beam import BeamSearcher
@@ -33,6 +33,7 @@ from preflight.models.protocol import LanguageModel
 from preflight.models.single_row import SingleRowDecoder, one_torch_thread
 from preflight.settings import SamplingConfig
 from preflight.tokenization import Tokenizer, load_saved_tokenizer
+from preflight.training.merging import load_merged_weights
 from preflight.training.resume import check_model, check_tokenizer
 
 SAMPLE_TOKENS = 48  # of the text that a run generates at each evaluation
@@ -56,8 +57,7 @@ def load_model(
         raise PreflightError(ExitCode.CHECKPOINT, f"{checkpoint.path}:", *error.lines) from None
     check_tokenizer(checkpoint, tokenizer)
     model = build_empty_model(checkpoint)
-    shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
-    model.load_state_dict(load_weights(checkpoint, shapes), assign=True)
+    model.load_state_dict(load_merged_weights(checkpoint, model), assign=True)
     model.bind_generate(_Generate(tokenizer))
     return model.to(device=device, dtype=dtype).eval().requires_grad_(False), tokenizer
 

@@ -1,7 +1,7 @@
 """A checkpoint folder: save it, verify it, and load what it holds.
 
     <output_dir>/milestones/checkpoint-<step>/
-        model.safetensors  the weights
+        model.safetensors  the weights; or adapters, see adapters.py
         checkpoint.pt      the training state: tensors and plain types only
         config.json        model, tokenizer and training settings
         (any name)         the files of the tokenizer
@@ -15,11 +15,10 @@ Damage that happens later shows in the hashes. Nothing in a checkpoint is ever e
 from __future__ import annotations
 
 import contextlib
-import errno
 import functools
 import hashlib
-import itertools
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Annotated, Any
@@ -29,19 +28,29 @@ from pydantic import AfterValidator, Field
 from torch import Tensor
 
 from preflight.checkpoints import v1
+from preflight.checkpoints.adapter_config import render_adapter_config
 from preflight.checkpoints.damage import damage_error, describe_path
 from preflight.checkpoints.manifest import (
+    ADAPTER_CONFIG_NAME,
+    ADAPTER_WEIGHTS_NAME,
     CONFIG_NAME,
-    FOLDER_NAME,
     MANIFEST_NAME,
+    OWN_NAMES,
     STATE_NAME,
     WEIGHTS_NAME,
     Manifest,
     build_manifest,
+    check_plain_name,
     drop_non_finite,
     read_manifest,
     render_json,
     render_manifest,
+)
+from preflight.checkpoints.replacing import (
+    REPLACED_PREFIX,
+    prepare_parent,
+    restore_replaced,
+    set_aside,
 )
 from preflight.checkpoints.state import estimate_state_bytes, read_state
 from preflight.checkpoints.weights import Shapes, build_header, iterate_bytes, read_weights
@@ -49,12 +58,11 @@ from preflight.checkpoints.writing import FolderWriter
 from preflight.core import storage, strict_json
 from preflight.core.commands import format_command
 from preflight.core.errors import ExitCode, PreflightError
-from preflight.core.log import log
 from preflight.core.schema import Schema
 from preflight.settings import ModelConfig, model_config_from_dict
+from preflight.settings.finetuning import AdapterConfig
 
 MILESTONES_NAME = "milestones"
-_REPLACED_PREFIX = f"{storage.TEMPORARY_PREFIX}replaced-"
 _SPARE_BYTES = 2**20  # manifest, config, file system blocks
 # The files whose hash this process has checked, by identity: a start hashes each file once.
 _verified: set[tuple[int | str, ...]] = set()
@@ -205,15 +213,16 @@ def load_weights(
 ) -> dict[str, Tensor]:
     """The weights on the CPU: verified, finite, and of the expected names and shapes.
 
-    The names are those of format v2, also for a checkpoint of format v1.
+    Of adapters, these alone. The names are those of format v2, also for a checkpoint of format v1.
 
     Raises:
         PreflightError: code CHECKPOINT, naming the first tensors that differ.
     """
     is_v1 = checkpoint.manifest.format_version == 1
     rename = v1.rename_weight if is_v1 else lambda name: name
-    with checkpoint.open(WEIGHTS_NAME) as file:
-        return read_weights(checkpoint.path / WEIGHTS_NAME, file, rename, expected_shapes)
+    name = checkpoint.manifest.weights_name
+    with checkpoint.open(name) as file:
+        return read_weights(checkpoint.path / name, file, rename, expected_shapes)
 
 
 def load_training_state(checkpoint: Checkpoint) -> dict[str, Any]:
@@ -243,6 +252,9 @@ def save_checkpoint(
     config: dict[str, Any],
     losses: dict[str, float | None],
     tokenizer: Any | None = None,
+    *,
+    adapter: AdapterConfig | None = None,
+    extra_files: Mapping[str, bytes] | None = None,
 ) -> Checkpoint:
     """Write the state after `step` updates, read it back, and publish it under its name.
 
@@ -251,11 +263,13 @@ def save_checkpoint(
     Args:
         output_dir: the run's folder. It must exist: if its mount is lost, it is not created again.
         step: updates done.
-        weights: floating-point tensors on any device.
+        weights: floating-point tensors on any device; with `adapter`, its tensors alone.
         training_state: tensors and plain types, nested in dicts, lists and tuples.
         config: plain JSON types; ``model`` holds the architecture.
         losses: nats per token by name, among them ``val_loss``. NaN and infinity become None.
         tokenizer: its ``save(folder)`` writes its files and returns their paths.
+        adapter: what `weights` are, if not all weights. `config` describes it under ``adapter``.
+        extra_files: more files by their plain names, for example ``chat_template.jinja``.
 
     Raises:
         PreflightError: code STORAGE when the disk is full, failing or read-only, code DIVERGED
@@ -263,29 +277,44 @@ def save_checkpoint(
         TypeError, ValueError: the arguments cannot be stored.
     """
     model_config_from_dict(config.get("model"))
+    more = {CONFIG_NAME: render_json(config), **_check_extra_files(extra_files or {})}
+    weights_name = WEIGHTS_NAME
+    if adapter is not None:
+        weights_name = ADAPTER_WEIGHTS_NAME
+        more[ADAPTER_CONFIG_NAME] = render_adapter_config(adapter, config, weights)
     header = build_header(weights)
     weights_bytes = len(header) + sum(tensor.nbytes for tensor in weights.values())
     state_bytes = estimate_state_bytes(training_state)
-    needed_bytes = weights_bytes + state_bytes + _SPARE_BYTES
+    needed_bytes = weights_bytes + state_bytes + sum(map(len, more.values())) + _SPARE_BYTES
     folder = output_dir / MILESTONES_NAME / f"checkpoint-{step}"
-    _prepare_parent(folder, needed_bytes)
+    prepare_parent(folder, needed_bytes)
     try:
-        _set_aside(folder)
+        set_aside(folder)
         with storage.publish_folder(folder, needed_bytes) as temporary:
             writer = FolderWriter(temporary)
             if tokenizer is not None:
                 writer.save_tokenizer(tokenizer)
-            with writer.create(WEIGHTS_NAME, weights_bytes) as file:
+            for name, content in more.items():
+                writer.write(name, content)
+            with writer.create(weights_name, weights_bytes) as file:
                 file.write(header)
-                for content in iterate_bytes(weights):
-                    file.write(content)
+                for chunk in iterate_bytes(weights):
+                    file.write(chunk)
             with writer.create(STATE_NAME, state_bytes) as file:
                 torch.save(training_state, file)  # type: ignore[arg-type]  # it only writes
-            writer.write(CONFIG_NAME, render_json(config))
             _finish_folder(writer, step, losses, folder)
     finally:
         restore_replaced(folder.parent)
     return read_checkpoint(folder)
+
+
+def _check_extra_files(files: Mapping[str, bytes]) -> Mapping[str, bytes]:
+    """`files`; ValueError for a name that is not plain, or that a checkpoint uses itself."""
+    for name in files:
+        check_plain_name(name)
+        if name in OWN_NAMES:
+            raise ValueError(f"{name} is a checkpoint's own file")
+    return files
 
 
 def _finish_folder(
@@ -295,57 +324,15 @@ def _finish_folder(
     manifest = build_manifest(step, losses, dict(writer.files))
     with contextlib.suppress(PreflightError):  # there is no checkpoint of this step yet
         old = read_manifest(folder)
-        if old.files[WEIGHTS_NAME] == manifest.files[WEIGHTS_NAME]:
+        if old.files.get(name := manifest.weights_name) == manifest.files[name]:
             new = {name: loss for name, loss in manifest.losses.items() if loss is not None}
             known = manifest.losses | old.losses | new
             manifest = manifest.model_copy(update={"losses": known})
     writer.write(MANIFEST_NAME, render_manifest(manifest.model_dump()))
     writer.read_back()
     if os.path.lexists(folder):
-        os.rename(folder, folder.with_name(_REPLACED_PREFIX + folder.name))
+        os.rename(folder, folder.with_name(REPLACED_PREFIX + folder.name))
         storage.fsync_folder(folder.parent)
-
-
-def _set_aside(folder: Path) -> None:
-    """Rename what has a checkpoint's name and no manifest: it may be somebody else's."""
-    if not os.path.lexists(folder):
-        return
-    try:
-        read_manifest(folder)
-    except PreflightError:
-        names = (folder.with_name(f"{folder.name}.unknown-{n}") for n in itertools.count(1))
-        free = next(name for name in names if not os.path.lexists(name))
-        log.warning(f"{folder} is no checkpoint; it is kept as {free.name}")
-        os.rename(folder, free)
-
-
-def _prepare_parent(folder: Path, needed_bytes: int) -> None:
-    """Make the milestones folder and check the free space before anything is written."""
-    milestones = folder.parent
-    if not milestones.parent.is_dir() or milestones.is_symlink():
-        raise PreflightError(
-            ExitCode.STORAGE,
-            f"cannot save {folder}: {milestones.parent} is gone, or milestones is a link",
-            "put the folder back (is the disk mounted?), then run the same command again",
-        )
-    storage.make_folder(milestones)
-    if storage.free_bytes(milestones) < needed_bytes:
-        error = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        raise storage.storage_error(folder, error, needed_bytes)
-
-
-def restore_replaced(milestones: Path) -> None:
-    """Finish a replacement that was cut: restore the old checkpoint unless the new one exists."""
-    for aside in milestones.glob(f"{_REPLACED_PREFIX}*"):
-        folder = milestones / aside.name.removeprefix(_REPLACED_PREFIX)
-        if aside.is_symlink() or not FOLDER_NAME.fullmatch(folder.name):
-            continue  # somebody else's
-        with contextlib.suppress(OSError):  # the next start tries again
-            if os.path.lexists(folder):
-                storage.remove_tree(aside)
-            else:
-                os.rename(aside, folder)
-                storage.fsync_folder(milestones)
 
 
 def record_validation(checkpoint: Checkpoint, val_loss: float) -> Checkpoint:

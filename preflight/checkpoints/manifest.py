@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import torch
-from pydantic import Field, field_validator
+from pydantic import Field, TypeAdapter, field_validator
 
 from preflight import __version__
 from preflight.checkpoints.damage import damage_error
@@ -26,10 +26,14 @@ from preflight.core import storage, strict_json
 from preflight.core.schema import Schema
 
 WEIGHTS_NAME = "model.safetensors"
+# In its place, in the names of the library PEFT, where adapters alone were trained.
+ADAPTER_WEIGHTS_NAME = "adapter_model.safetensors"
+ADAPTER_CONFIG_NAME = "adapter_config.json"
 STATE_NAME = "checkpoint.pt"
 CONFIG_NAME = "config.json"
 MANIFEST_NAME = "manifest.json"
 REQUIRED_NAMES = (WEIGHTS_NAME, STATE_NAME, CONFIG_NAME)
+OWN_NAMES = (*REQUIRED_NAMES, ADAPTER_WEIGHTS_NAME, ADAPTER_CONFIG_NAME, MANIFEST_NAME)
 FOLDER_NAME = re.compile(r"checkpoint-([0-9]+)")
 FORMAT_VERSION = 2
 MAX_FILES = 256
@@ -39,6 +43,7 @@ Step = Annotated[int, Field(ge=0, le=2**53)]  # exact as a float, too
 Loss = Annotated[float, Field(allow_inf_nan=False)]
 # One path component of portable characters; neither a hidden file nor "." nor "..".
 FileName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.-]{0,99}$")]
+_FILE_NAME = TypeAdapter(FileName)
 
 
 class FileEntry(Schema):
@@ -61,12 +66,21 @@ class Manifest(Schema):
     @field_validator("files")
     @classmethod
     def _check_names(cls, files: dict[str, FileEntry]) -> dict[str, FileEntry]:
-        missing = [name for name in REQUIRED_NAMES if name not in files]
+        is_adapter = ADAPTER_WEIGHTS_NAME in files
+        if is_adapter and WEIGHTS_NAME in files:
+            raise ValueError(f"{WEIGHTS_NAME} and {ADAPTER_WEIGHTS_NAME} exclude each other")
+        weights = (ADAPTER_WEIGHTS_NAME, ADAPTER_CONFIG_NAME) if is_adapter else (WEIGHTS_NAME,)
+        missing = [name for name in (*weights, STATE_NAME, CONFIG_NAME) if name not in files]
         if missing:
             raise ValueError(f"{', '.join(missing)} must be listed")
         if MANIFEST_NAME in files:
             raise ValueError(f"{MANIFEST_NAME} cannot list itself")
         return files
+
+    @property
+    def weights_name(self) -> str:
+        """The file with what was trained: all weights, or adapters."""
+        return ADAPTER_WEIGHTS_NAME if ADAPTER_WEIGHTS_NAME in self.files else WEIGHTS_NAME
 
 
 def build_manifest(
@@ -90,6 +104,11 @@ def build_manifest(
         files=files,
         versions=versions,
     )
+
+
+def check_plain_name(name: str) -> None:
+    """Raise ValueError for a file name that a manifest may not list."""
+    _FILE_NAME.validate_python(name)
 
 
 def drop_non_finite(losses: Mapping[str, float | None]) -> dict[str, float | None]:

@@ -15,16 +15,16 @@ from preflight.checkpoints.format import (
     MILESTONES_NAME,
     Checkpoint,
     read_checkpoint,
-    restore_replaced,
     verify_checkpoint,
 )
 from preflight.checkpoints.manifest import (
     CONFIG_NAME,
     FOLDER_NAME,
     MANIFEST_NAME,
-    REQUIRED_NAMES,
+    OWN_NAMES,
     WEIGHTS_NAME,
 )
+from preflight.checkpoints.replacing import restore_replaced
 from preflight.core import storage
 from preflight.core.commands import format_command
 from preflight.core.errors import ExitCode, PreflightError
@@ -33,7 +33,8 @@ from preflight.tokenization import MissingLibraryError
 
 # What the modes write in an output folder under temporary names.
 _SCRATCH_NAMES = (
-    r"metrics\.jsonl|loss_curve\.png|\w+_report\.json|run_plan\.json|(?:trial|check|probe)(?:-.+)?"
+    r"metrics\.jsonl|loss_curve\.png|\w+_report\.json|run_plan\.json|base|"
+    r"(?:trial|check|probe)(?:-.+)?"
 )
 Check = Callable[[Checkpoint], None]
 
@@ -123,7 +124,7 @@ def open_checkpoint(path: str) -> Checkpoint:
     if os.path.isdir(place / MILESTONES_NAME):
         return find_best(place)
     folder = place if os.path.isdir(place) else place.parent
-    is_known_name = os.path.isdir(place) or place.name in (*REQUIRED_NAMES, MANIFEST_NAME)
+    is_known_name = os.path.isdir(place) or place.name in OWN_NAMES
     if (
         not is_known_name
         or not os.path.lexists(place)

@@ -6,17 +6,27 @@ import json
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Annotated, Any
 
 import torch
+from pydantic import Field
 from safetensors import safe_open
 from torch import Tensor
 
 from preflight.checkpoints.damage import damage_error, first_line
 from preflight.core import strict_json
 from preflight.core.errors import ExitCode, PreflightError
+from preflight.core.schema import Schema
 
 Shapes = dict[str, tuple[int, ...]]
+
+
+class _TensorEntry(Schema):
+    """What a header says of one tensor, and what is read of it here."""
+
+    shape: list[Annotated[int, Field(ge=0, lt=2**63)]]
+
+
 _MAX_HEADER_BYTES = 16 * 2**20
 _DTYPE_NAMES = {
     torch.float64: "F64",
@@ -75,6 +85,39 @@ def is_finite(tensor: Tensor) -> bool:
     return not tensor.numel() or all(bool(end.isfinite()) for end in tensor.aminmax())
 
 
+def _read_header(path: Path, file: IO[bytes]) -> Any:
+    """The header of an opened file, which is then at the end of it.
+
+    Raises:
+        PreflightError: code CHECKPOINT, for one that is too large or not strict JSON.
+    """
+    header_bytes = int.from_bytes(file.read(8), "little")
+    if header_bytes > min(_MAX_HEADER_BYTES, os.fstat(file.fileno()).st_size):
+        raise damage_error(path, f"its header claims {header_bytes:,} bytes")
+    try:
+        # The library takes the last of two tensors of one name.
+        return strict_json.parse_json(file.read(header_bytes))
+    except ValueError as error:
+        raise damage_error(path, f"not valid safetensors ({first_line(error)})") from None
+
+
+def read_shapes(path: Path, file: IO[bytes]) -> Shapes:
+    """What the header of an opened file says of its tensors. None of them is read.
+
+    Raises:
+        PreflightError: code CHECKPOINT.
+    """
+    try:
+        tensors = {
+            name: _TensorEntry.read(entry)
+            for name, entry in dict(_read_header(path, file)).items()
+            if name != "__metadata__"
+        }
+    except (TypeError, ValueError) as error:
+        raise damage_error(path, f"not valid safetensors ({first_line(error)})") from None
+    return {name: tuple(entry.shape) for name, entry in tensors.items()}
+
+
 def read_weights(
     path: Path, file: IO[bytes], rename: Callable[[str], str], expected_shapes: Shapes | None
 ) -> dict[str, Tensor]:
@@ -86,14 +129,7 @@ def read_weights(
         rename: from a tensor's name in the file to the model's name for it.
         expected_shapes: by the model's names; None accepts all.
     """
-    header_bytes = int.from_bytes(file.read(8), "little")
-    if header_bytes > min(_MAX_HEADER_BYTES, os.fstat(file.fileno()).st_size):
-        raise damage_error(path, f"its header claims {header_bytes:,} bytes")
-    try:
-        # The library takes the last of two tensors of one name.
-        strict_json.parse_json(file.read(header_bytes))
-    except ValueError as error:
-        raise damage_error(path, f"not valid safetensors ({first_line(error)})") from None
+    _read_header(path, file)
     # On Linux this path opens the very file that was hashed, also where the real path is not
     # UTF-8, which the library refuses.
     same_file = Path(f"/proc/self/fd/{file.fileno()}")

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
 
-from preflight.checkpoints.manifest import MANIFEST_NAME, REQUIRED_NAMES, FileEntry
+from preflight.checkpoints.manifest import OWN_NAMES, FileEntry
 from preflight.core import storage
 from preflight.core.errors import ExitCode, PreflightError
 
@@ -84,7 +84,7 @@ class FolderWriter:
             ValueError: it saved a file elsewhere, or under a name that a checkpoint uses itself.
         """
         for path in tokenizer.save(self.folder):
-            if path.parent != self.folder or path.name in (*REQUIRED_NAMES, MANIFEST_NAME):
+            if path.parent != self.folder or path.name in OWN_NAMES:
                 raise ValueError(f"{tokenizer} may not save {path}")
             self.files[path.name] = _describe_file(path)
 

@@ -9,7 +9,9 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from preflight.models.building import build_on_meta
+from preflight.models.lora import no_target_error
 from preflight.settings import ModelConfig
+from preflight.settings.finetuning import AdapterConfig
 
 
 def count_parameters(config: ModelConfig) -> int:
@@ -78,3 +80,73 @@ def _count_forward_flops(config: ModelConfig) -> int:
             model(tokens)
         counts.append(counter.get_total_flops())
     return counts[0] + (config.n_layers - 1) * (counts[1] - counts[0])
+
+
+def list_linear_shapes(config: ModelConfig) -> list[dict[str, tuple[int, int]]]:
+    """Inputs and outputs of the linear layers of each block, by name, in the order of computing."""
+    C, hidden = config.n_embeddings, config.ffn_hid_dim
+    if config.model_family == "mlp":
+        inputs = [config.context_length * C] + [hidden] * (config.n_layers - 1)
+        return [{"up_proj": (n_inputs, hidden)} for n_inputs in inputs]
+    block = {
+        "qkv_proj": (C, (config.n_heads + 2 * config.kv_heads) * config.head_dim),
+        "o_proj": (C, C),
+    }
+    if config.feed_forward == "mlp":
+        block["up_proj"] = (C, hidden)
+    else:
+        block["gate_up_proj"] = (C, 2 * hidden)
+    return [block | {"down_proj": (hidden, C)}] * config.n_layers
+
+
+def resolve_adapter(config: ModelConfig, adapter: AdapterConfig) -> AdapterConfig:
+    """`adapter` with the targets that this model has, in the order of their names.
+
+    Raises:
+        PreflightError: code FLAGS, when the model has none of them.
+    """
+    present = set(list_linear_shapes(config)[0])
+    targets = tuple(sorted(present & set(adapter.targets)))
+    if not targets:
+        raise no_target_error(adapter, present)
+    return dataclasses.replace(adapter, targets=targets)
+
+
+def count_adapter_parameters(config: ModelConfig, adapter: AdapterConfig) -> int:
+    """Parameters of the adapters that `add_adapters` gives this model, by a closed formula.
+
+    Raises:
+        PreflightError: code FLAGS, when the model has none of the targets.
+    """
+    targets = resolve_adapter(config, adapter).targets
+    return sum(
+        adapter.rank * sum(shape)
+        for block in list_linear_shapes(config)
+        for name, shape in block.items()
+        if name in targets
+    )
+
+
+def estimate_adapter_flops_per_token(
+    config: ModelConfig, adapter: AdapterConfig, *, training: bool = True
+) -> int:
+    """As `estimate_flops_per_token`, of a model whose adapters alone are trained, by a formula.
+
+    The backward pass goes through every layer, but has no gradient to compute of a frozen weight:
+    one matmul for each of the forward pass, and two for those of attention and of the adapters.
+    Before the first adapter there is nothing to compute.
+    """
+    C, total, reached = config.n_embeddings, 0, False
+    head = C * config.vocab_size
+    tail = [head, config.ffn_hid_dim * C] if config.model_family == "mlp" else [head]
+    for block in list_linear_shapes(config):
+        for name, (n_inputs, n_outputs) in block.items():
+            backward = training and reached
+            total += (1 + backward) * n_inputs * n_outputs
+            if name in adapter.targets:
+                total += (2 + backward if training else 1) * adapter.rank * n_inputs  # A
+                total += (3 if training else 1) * adapter.rank * n_outputs  # B
+                reached = True
+            if name == "qkv_proj":  # queries times keys, probabilities times values
+                total += (3 if training and reached else 1) * 2 * config.context_length * C
+    return 2 * (total + (1 + training) * sum(tail))

@@ -65,6 +65,7 @@ class LanguageModel(Protocol):
     def __call__(self, tokens: Tensor, targets: Tensor | None = None) -> Tensor: ...  # noqa: D102
     def parameters(self) -> Iterator[nn.Parameter]: ...  # noqa: D102
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]: ...  # noqa: D102
+    def named_modules(self) -> Iterator[tuple[str, nn.Module]]: ...  # noqa: D102
     def state_dict(self) -> dict[str, Any]: ...  # noqa: D102
     def load_state_dict(self, state_dict: dict[str, Any]) -> Any: ...  # noqa: D102
     def zero_grad(self, set_to_none: bool = True) -> None: ...  # noqa: D102

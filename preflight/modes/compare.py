@@ -18,8 +18,8 @@ from pathlib import Path
 from typing import Any, cast
 
 from generate import stream_text
+from preflight.checkpoints.adapters import identify_weights
 from preflight.checkpoints.format import MILESTONES_NAME, Checkpoint
-from preflight.checkpoints.manifest import WEIGHTS_NAME
 from preflight.core.commands import format_command
 from preflight.core.errors import ExitCode, PreflightError
 from preflight.core.log import log
@@ -245,7 +245,7 @@ def find_result(checkpoint: Checkpoint) -> dict[str, Any] | None:
     """The newest result of `--evaluate` for exactly these weights."""
     parent = checkpoint.path.absolute().parent
     run_folder = parent.parent if parent.name == MILESTONES_NAME else parent
-    wanted = checkpoint.manifest.files[WEIGHTS_NAME].sha256
+    wanted = identify_weights(checkpoint)
     newest: dict[str, Any] | None = None
     for content in _read_results(run_folder / "evaluation"):
         is_newer = newest is None or str(content.get("time")) >= str(newest.get("time"))

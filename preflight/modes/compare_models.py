@@ -14,7 +14,7 @@ import torch
 
 from generate import load_model, stream_text
 from preflight.checkpoints.format import MILESTONES_NAME, Checkpoint
-from preflight.checkpoints.manifest import FOLDER_NAME, WEIGHTS_NAME
+from preflight.checkpoints.manifest import FOLDER_NAME
 from preflight.checkpoints.store import open_checkpoint
 from preflight.core.commands import format_command
 from preflight.core.errors import ExitCode, PreflightError
@@ -24,12 +24,12 @@ from preflight.core.units import format_bytes
 from preflight.device.host_memory import available_host_bytes
 from preflight.device.runtime import Runtime
 from preflight.models.base import TokenModel
+from preflight.models.cost import count_parameters
 from preflight.modes.picking import pick_checkpoints
 from preflight.settings import RunConfig, SamplingConfig
 from preflight.tokenization import Tokenizer
 
 ALL, ASK = "all", "ask"
-_WEIGHT_BYTES = 4  # of a weight in a checkpoint, which is trained in fp32
 
 
 @dataclass(frozen=True)
@@ -40,9 +40,9 @@ class Entry:
     checkpoint: Checkpoint
 
     @property
-    def weight_bytes(self) -> int:
-        """Size of its weights file."""
-        return self.checkpoint.manifest.files[WEIGHTS_NAME].bytes
+    def n_parameters(self) -> int:
+        """Those of its model, whether its file holds all of them or adapters."""
+        return count_parameters(self.checkpoint.model_config)
 
 
 def find_entries(config: RunConfig) -> list[Entry]:
@@ -148,7 +148,7 @@ def choose_loading(entries: Sequence[Entry], dtype_bytes: int, free_bytes: int) 
     Raises:
         PreflightError: code OUT_OF_MEMORY, when the largest does not fit alone.
     """
-    sizes = [entry.weight_bytes * dtype_bytes // _WEIGHT_BYTES for entry in entries]
+    sizes = [entry.n_parameters * dtype_bytes for entry in entries]
     largest, total = max(sizes), sum(sizes)
     if largest > free_bytes:
         raise PreflightError(

@@ -16,8 +16,8 @@ from typing import Any
 import torch
 
 from generate import load_model
+from preflight.checkpoints.adapters import identify_weights
 from preflight.checkpoints.format import MILESTONES_NAME, Checkpoint
-from preflight.checkpoints.manifest import WEIGHTS_NAME
 from preflight.checkpoints.store import find_best, open_checkpoint
 from preflight.core import storage
 from preflight.core.errors import ExitCode, PreflightError
@@ -137,7 +137,7 @@ def _describe(
         "version": VERSION,
         "checkpoint": str(checkpoint.path),
         "step": checkpoint.step,
-        "weights_sha256": checkpoint.manifest.files[WEIGHTS_NAME].sha256,
+        "weights_sha256": identify_weights(checkpoint),
         "model": checkpoint.model_config.label,
         "tokenizer": {"name": tokenizer.name, "fingerprint": tokenizer.fingerprint},
         "level": config.evaluation.evaluate or "standard",

@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
+from preflight.checkpoints.adapters import identify_weights
 from preflight.checkpoints.format import Checkpoint
-from preflight.checkpoints.manifest import WEIGHTS_NAME
 from preflight.core.errors import PreflightError
 from preflight.core.log import is_progress_shown, log
 from preflight.core.signals import StopFlag
@@ -75,7 +75,7 @@ class Evaluator:
         )
         self._context = model.config.context_length
         self._facts = {
-            "weights": checkpoint.manifest.files[WEIGHTS_NAME].sha256,
+            "weights": identify_weights(checkpoint),
             "dtype": str(runtime.dtype),
             "device": runtime.device.type,
             "torch": torch.__version__,

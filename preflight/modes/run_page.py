@@ -343,7 +343,11 @@ def _draw_checkpoints(runs: list[RunFacts]) -> list[Html]:
             *((cut(run.name),) if len(runs) > 1 else ()),
             checkpoint.path.name,
             "-" if checkpoint.val_loss is None else f"{checkpoint.val_loss:.4f}",
-            build_tag("span", checkpoint.manifest.files["model.safetensors"].sha256, class_="mono"),
+            build_tag(
+                "span",
+                checkpoint.manifest.files[checkpoint.manifest.weights_name].sha256,
+                class_="mono",
+            ),
         )
         for run in runs
         for checkpoint in run.checkpoints[:_MAX_CHECKPOINTS]

@@ -133,6 +133,23 @@ FILTERS: Registry[Any] = Registry(
         "fineweb": "preflight.corpus.filtering.fineweb:judge_lines",
     },
 )
+# An `Importer` and an `Exporter` (formats/protocol.py) for each format, as classes without
+# arguments. Each is asked in turn whether a path is for it.
+IMPORTERS: Registry[Any] = Registry(
+    "--import",
+    {
+        "huggingface": "preflight.formats.hf_import:HuggingFaceImporter",
+        "gguf": "preflight.formats.gguf_import:GgufImporter",
+        "state-dict": "preflight.formats.state_dict_import:StateDictImporter",
+    },
+)
+EXPORTERS: Registry[Any] = Registry(
+    "--export",
+    {
+        "gguf": "preflight.formats.gguf_export:GgufExporter",
+        "huggingface": "preflight.formats.hf_export:HuggingFaceExporter",
+    },
+)
 # (output_dir) -> Tracker. A run logs to all of them, but to one whose name is a flag only with it.
 TRACKERS: Registry[Any] = Registry(
     "tracker",

@@ -27,7 +27,7 @@ def _build_byte_characters() -> dict[str, int]:
     return table | {chr(256 + number): byte for number, byte in enumerate(others)}
 
 
-_BYTE_OF = _build_byte_characters()
+BYTE_OF = _build_byte_characters()
 
 
 class HuggingFaceTokenizer(FileTokenizer):
@@ -77,7 +77,7 @@ class HuggingFaceTokenizer(FileTokenizer):
         if piece in self._added:
             return piece.encode()
         if self._is_byte_level:
-            return b"".join(bytes([_BYTE_OF[c]]) if c in _BYTE_OF else c.encode() for c in piece)
+            return b"".join(bytes([BYTE_OF[c]]) if c in BYTE_OF else c.encode() for c in piece)
         if self._has_bytes and (found := _BYTE_PIECE.fullmatch(piece)):
             return bytes([int(found[1], 16)])
         return (piece.replace(self._space, " ") if self._space else piece).encode()

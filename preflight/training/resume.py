@@ -7,12 +7,13 @@ from pathlib import Path
 from typing import Any
 
 from preflight.checkpoints import store
+from preflight.checkpoints.adapters import read_adapter
 from preflight.checkpoints.damage import damage_error
 from preflight.checkpoints.format import Checkpoint
-from preflight.checkpoints.manifest import CONFIG_NAME, WEIGHTS_NAME
+from preflight.checkpoints.manifest import CONFIG_NAME
 from preflight.core.errors import ExitCode, PreflightError
 from preflight.core.log import log
-from preflight.models.cost import count_parameters
+from preflight.models.cost import count_adapter_parameters, count_parameters
 from preflight.settings import (
     CUSTOM_SIZE_FIELDS,
     PART_NAMES,
@@ -122,13 +123,25 @@ def check_model(origin: Checkpoint) -> None:
     """
     values = dataclasses.asdict(origin.model_config)
     _read_as_flags(origin, values | {"model_size": "custom"})
-    parameters = count_parameters(origin.model_config)
-    held_bytes = origin.manifest.files[WEIGHTS_NAME].bytes
+    parameters = _count_held_parameters(origin)
+    name = origin.manifest.weights_name
+    held_bytes = origin.manifest.files[name].bytes
     if 2 * parameters > held_bytes:  # no type of weights is smaller than two bytes
         raise damage_error(
             origin.path / CONFIG_NAME,
-            f"describes {parameters:,} parameters, and {WEIGHTS_NAME} has {held_bytes:,} bytes",
+            f"describes {parameters:,} parameters, and {name} has {held_bytes:,} bytes",
         )
+
+
+def _count_held_parameters(origin: Checkpoint) -> int:
+    """Those that its weights file must hold: all, or its adapters'."""
+    adapter = read_adapter(origin)
+    if adapter is None:
+        return count_parameters(origin.model_config)
+    try:
+        return count_adapter_parameters(origin.model_config, adapter)
+    except PreflightError as error:  # there it is a flag's fault, here the checkpoint says so
+        raise damage_error(origin.path / CONFIG_NAME, *error.lines[:2]) from None
 
 
 def resolve_model(

@@ -16,6 +16,7 @@ from preflight.checkpoints.damage import damage_error
 from preflight.checkpoints.format import Checkpoint, load_training_state, load_weights
 from preflight.checkpoints.manifest import STATE_NAME, Loss, Step
 from preflight.core.schema import Schema
+from preflight.models.lora import list_trained_weights
 from preflight.models.protocol import LanguageModel, ParameterGroup
 from preflight.settings import TrainingSettings
 from preflight.settings.kinds import OPTIMIZERS
@@ -106,13 +107,14 @@ def load_saved_state(
 
     Args:
         origin: verified.
-        model: of its architecture, on any device.
+        model: of its architecture, on any device; with adapters where `origin` holds adapters.
         training: its settings.
 
     Raises:
         PreflightError: code CHECKPOINT.
     """
-    load_weights(origin, {name: tuple(p.shape) for name, p in model.named_parameters()})
+    shapes = {name: tuple(p.shape) for name, p in list_trained_weights(model).items()}
+    load_weights(origin, shapes)
     saved = load_training_state(origin)
     try:
         content = _TrainingState.read(saved)

@@ -177,7 +177,7 @@ def test_memory_is_judged_before_anything_is_loaded(
     runs: list[Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     entries = compare_entries("a", "b", "c")
-    size = entries[0].weight_bytes
+    size = 4 * entries[0].n_parameters
     assert choose_loading(entries, 4, 4 * size)
     assert not choose_loading(entries, 4, 4 * size - 1)
     assert choose_loading(entries, 2, 2 * size)  # half the bytes of a weight
