@@ -112,7 +112,7 @@ def _compare_model(meant: OutgoingModel, ours: TokenModel, theirs: Any) -> list[
     n_tokens = min(N_GREEDY, *(meant.config.context_length - len(ids) for ids in prompts))
     return [
         f"transformers: the logits of {rows.numel()} tokens differ by {gap:.2g} at most",
-        f"transformers: {min(n_equal)} of {n_tokens} greedy tokens are equal on each of "
+        f"transformers: {min(n_equal)} of {n_tokens} greedy tokens are equal at least, on "
         f"{len(prompts)} prompts",
     ]
 

@@ -107,7 +107,7 @@ def _save(model: ImportedModel, output_dir: Path) -> Checkpoint:
     }
     template = model.chat_template
     extra = {} if template is None else {TEMPLATE_NAME: template.encode()}
+    losses: dict[str, float | None] = {"val_loss": None}
     return save_checkpoint(
-        *(output_dir, 0, model.weights, {}, config, {"val_loss": None}, model.tokenizer),
-        extra_files=extra,
+        output_dir, 0, model.weights, {}, config, losses, model.tokenizer, extra_files=extra
     )
