@@ -60,7 +60,7 @@ class _Fields:
 
     def __init__(self, architecture: str, values: Mapping[str, Any]) -> None:
         defaults: dict[str, Any] = {} if architecture == GPT2 else _LLAMA_DEFAULTS
-        self.values = defaults | _DEFAULTS[architecture] | values
+        self.values = {**defaults, **_DEFAULTS[architecture], **values}
 
     def get(self, name: str, *kinds: type) -> Any:
         """The value, which must be of one of the `kinds`."""
