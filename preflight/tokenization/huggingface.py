@@ -8,12 +8,12 @@ from typing import Any
 from preflight.tokenization.tiktoken_cutting import find_last_cut
 from preflight.tokenization.tokenizer_files import FileTokenizer, iterate_parts, load_document
 
-_LLAMA3_PATTERN = (  # of Qwen2 with \p{N}, one digit at a time
+LLAMA3_PATTERN = (  # of Qwen2 with \p{N}, one digit at a time
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
     r"|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 # Split patterns for which the cuts of `tiktoken_cutting` are safe, as for their siblings there.
-_PROVEN_PATTERNS = (_LLAMA3_PATTERN, _LLAMA3_PATTERN.replace("{1,3}", ""))
+_PROVEN_PATTERNS = (LLAMA3_PATTERN, LLAMA3_PATTERN.replace("{1,3}", ""))
 # Decoders whose text is that of their pieces, joined; what others do to it is not known.
 _DECODERS = {"ByteLevel", "ByteFallback", "Fuse", "Metaspace", "Replace", "Strip", "BPEDecoder"}
 _BYTE_PIECE = re.compile("<0x([0-9A-F]{2})>")
