@@ -274,4 +274,8 @@ def _simplify(step: Any) -> Any:
             for key, value in sorted(step.items())
             if key not in ("trim_offsets", "invert")
         }
-    return [_simplify(item) for item in step] if isinstance(step, Sequence | list) and not isinstance(step, str) else step
+    return (
+        [_simplify(item) for item in step]
+        if isinstance(step, Sequence | list) and not isinstance(step, str)
+        else step
+    )
