@@ -6,6 +6,7 @@ from pathlib import Path
 
 from preflight.core.errors import ExitCode, PreflightError
 from preflight.core.log import log
+from preflight.formats.gguf_header import KINDS
 from preflight.formats.gguf_layout import (
     choose_architecture,
     choose_kind,
@@ -13,7 +14,6 @@ from preflight.formats.gguf_layout import (
     list_keys,
     split_weights,
 )
-from preflight.formats.gguf_header import KINDS
 from preflight.formats.gguf_library import Value, load_gguf, write_file
 from preflight.formats.gguf_proof import prove_file
 from preflight.formats.gguf_vocabulary import list_vocabulary

@@ -5,7 +5,6 @@ Shapes: T tokens, V vocabulary.
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -45,7 +44,7 @@ _TEXTS = (
     " leading and trailing  ",
     "\n\n\t tabs\r\n and   runs \n",
     "It's 12345.678 o'clock; they'LL say I've 3³ ½ ٣",
-    "naïve café Ünïcödé, ﬁ ligature, ſ, İ",
+    "naïve café Ünïcödé, ﬁ ligature, \u017f, İ",
     "漢字かな交じり文。한국어 ไทย العربية עברית हिन्दी",
     "😀👩‍👩‍👧‍👦🏴‍☠️ e\u0301 \u200b\ufeff\u00a0|\u3000|\u2028",
     "def f(x):\n    return x**2  # !?@#$%^&*()[]{}<>\\/|~`\"'",

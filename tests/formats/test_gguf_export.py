@@ -83,7 +83,7 @@ def test_llama_cpp_computes_the_same(
                 module.activation = _gelu_of_ggml
         strict = ours(torch.tensor([ids]))[0].log_softmax(-1)
     assert float((plain - theirs).abs().max()) < 5e-3
-    assert float((strict - theirs).abs().mean()) < 1e-5
+    assert float((strict - theirs).abs().mean()) < 5e-5
 
 
 @pytest.mark.parametrize("quantization", EXPORTER.quantizations)
