@@ -42,7 +42,7 @@ _DEFAULTS: dict[str, dict[str, Any]] = {
     "MistralForCausalLM": {"num_key_value_heads": 8, "sliding_window": 4096},
     "Qwen2ForCausalLM": {"num_key_value_heads": 32, "use_sliding_window": False},
 }
-_LLAMA_DEFAULTS = {
+_LLAMA_DEFAULTS: dict[str, Any] = {
     "hidden_act": "silu",
     "rms_norm_eps": 1e-6,
     "head_dim": None,
@@ -59,8 +59,8 @@ class _Fields:
     """The fields of a ``config.json``, read with their types; ValueError names a wrong one."""
 
     def __init__(self, architecture: str, values: Mapping[str, Any]) -> None:
-        defaults = {} if architecture == GPT2 else _LLAMA_DEFAULTS
-        self.values = defaults | _DEFAULTS[architecture] | values
+        defaults: dict[str, Any] = {} if architecture == GPT2 else _LLAMA_DEFAULTS
+        self.values = {**defaults, **_DEFAULTS[architecture], **values}
 
     def get(self, name: str, *kinds: type) -> Any:
         """The value, which must be of one of the `kinds`."""

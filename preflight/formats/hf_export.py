@@ -22,7 +22,7 @@ from preflight.formats.hf_import import (
 )
 from preflight.formats.model_card import write_card
 from preflight.formats.names import list_gpt2_parts, list_llama_parts, list_shapes
-from preflight.formats.proof import measure_change, proof_error, prove_equal
+from preflight.formats.proof import describe_computation, measure_change, proof_error, prove_equal
 from preflight.formats.protocol import OutgoingModel
 from preflight.formats.safetensors_files import WEIGHTS_NAME, read_json_file
 from preflight.formats.tokenizer_export import build_tokenizer_json, list_special_tokens
@@ -64,7 +64,8 @@ class HuggingFaceExporter:
         """Write all files into the folder."""
         model = round_model(model, quantization)
         end = model.tokenizer.end_of_text_id
-        config = write_config(model.config, end, _TYPE_NAMES[quantization])
+        # A stretched theta is written as the theta that it is.
+        config = write_config(describe_computation(model.config), end, _TYPE_NAMES[quantization])
         _write_weights(path / WEIGHTS_NAME, model, quantization)
         _write_json(path / CONFIG_NAME, config)
         stops = {"bos_token_id": end, "eos_token_id": list_stop_ids(model)}

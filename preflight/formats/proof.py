@@ -264,7 +264,7 @@ class Change:
         before, after = (torch.tensor(x).exp() for x in (self.loss_before, self.loss_after))
         return (
             f"perplexity on {self.n_tokens:,} tokens: {before:,.4g} before, {after:,.4g} after; "
-            f"KL {self.kl:.3g} nats a token"
+            f"KL {max(self.kl, 0):.3g} nats a token"
         )
 
 

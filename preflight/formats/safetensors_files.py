@@ -96,7 +96,7 @@ def open_tensors(folder: Path) -> Iterator[TensorFiles]:
         for name in _list_parts(folder):
             # A user's own link is followed: Hugging Face's cache consists of them.
             path = Path(os.path.realpath(folder / name))
-            file = stack.enter_context(storage.open_regular(path))
+            file: Any = stack.enter_context(storage.open_regular(path))
             try:
                 _check_header(file)
                 hashes.append(hashlib.file_digest(file, "sha256").hexdigest())

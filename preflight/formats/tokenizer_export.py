@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 from preflight.core.errors import ExitCode, PreflightError
@@ -14,6 +15,7 @@ from preflight.tokenization.tiktoken_bpe import END_OF_TEXT, TiktokenTokenizer
 from preflight.tokenization.tiktoken_cutting import GPT2_PATTERN
 from preflight.tokenization.tokenizer_files import load_document
 
+_POSSESSIVE_COUNT = re.compile(r"(\{\d*,?\d*\})\+")
 _BYTE_LEVEL = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True}
 
 
@@ -88,7 +90,7 @@ def translate_pattern(pattern: str) -> str:
     There ``{1,3}+`` repeats ``{1,3}``, and ``$`` stands before each newline. Possessive repetition
     at the end of an alternative changes nothing but the speed.
     """
-    return pattern.replace("}+", "}").replace(r"\s++$", r"\s++\z")
+    return _POSSESSIVE_COUNT.sub(r"\1", pattern).replace(r"\s++$", r"\s++\z")
 
 
 def _build_character_document(tokenizer: CharTokenizer, special: dict[str, int]) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 from pathlib import Path
 from typing import Any
@@ -42,7 +43,7 @@ def ask_transformers(meant: OutgoingModel, path: Path) -> list[str]:
     """
     if importlib.util.find_spec("transformers") is None:
         return ["transformers is not installed here and was not asked"]
-    import transformers
+    transformers: Any = importlib.import_module("transformers")
 
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
@@ -95,7 +96,7 @@ def _compare_chat(tokenizer: Any) -> str:
     ids = found if isinstance(found, list) else found["input_ids"]
     if len(ids) > 1 and ids[0] == ids[1] == tokenizer.bos_token_id:
         raise proof_error(f"a chat begins with the token {ids[0]} twice")
-    return f"transformers: a chat begins with the ids {ids[:8]}, {ascii(text[:40])}"
+    return f"transformers: a chat begins with the ids {ids[:8]}, {text[:40]!a}"
 
 
 def _compare_model(meant: OutgoingModel, ours: TokenModel, theirs: Any) -> list[str]:
@@ -111,7 +112,7 @@ def _compare_model(meant: OutgoingModel, ours: TokenModel, theirs: Any) -> list[
     n_tokens = min(N_GREEDY, *(meant.config.context_length - len(ids) for ids in prompts))
     return [
         f"transformers: the logits of {rows.numel()} tokens differ by {gap:.2g} at most",
-        f"transformers: {min(n_equal)} of {n_tokens} greedy tokens are equal on each of "
+        f"transformers: {min(n_equal)} of {n_tokens} greedy tokens are equal at least, on "
         f"{len(prompts)} prompts",
     ]
 
@@ -135,4 +136,4 @@ def _count_equal(ours: TokenModel, theirs: Any, prompt: list[int], bound: float)
     for number, token in enumerate(chosen):
         if float(best[number] - logits[number, token]) > 2 * bound:
             raise proof_error(f"transformers continues otherwise after {number} greedy tokens")
-    return len(chosen)
+    return sum(float(logits[i, token]) == float(best[i]) for i, token in enumerate(chosen))
