@@ -121,7 +121,8 @@ def _ask_llama_cpp(
     """What llama.cpp says of the file, beside the model that was read back from it."""
     tokenizer = model.tokenizer
     n_asked = min(_N_ASKED, max(1, model.config.context_length - N_GREEDY))
-    asked = tokenizer.encode("".join(_TEXTS)) if model.sample is None else model.sample
+    has_sample = model.sample is not None and len(model.sample) > 0
+    asked = model.sample if has_sample else tokenizer.encode("".join(_TEXTS))
     ids = [int(i) for i in asked[:n_asked]]
     n_new = min(N_GREEDY, model.config.context_length - len(ids))
     texts = [text for text in _TEXTS if "\0" not in text]  # its end in C

@@ -288,14 +288,6 @@ def test_a_part_that_the_format_lacks_is_named(
     assert caught.value.code == ExitCode.CHECKPOINT
 
 
-def test_what_was_quantised_is_not_quantised_otherwise() -> None:
-    model = replace(make_model("gpt2"), facts={"origin": {"quantization": "q4_1"}})
-    EXPORTER.check(model, "q4_1")
-    EXPORTER.check(model, "f16")
-    with pytest.raises(PreflightError, match="q4_1"):
-        EXPORTER.check(model, "q8_0")
-
-
 def test_numbers_beyond_f16_are_refused() -> None:
     model = make_model("gpt2")
     model.weights["layers.0.mlp.up_proj.weight"][0, 0] = 1e5
