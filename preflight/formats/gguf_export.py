@@ -13,7 +13,6 @@ from preflight.formats.gguf_layout import (
     list_keys,
     split_weights,
 )
-from preflight.formats.gguf_header import KINDS
 from preflight.formats.gguf_library import Value, load_gguf, write_file
 from preflight.formats.gguf_proof import prove_file
 from preflight.formats.gguf_vocabulary import list_vocabulary
@@ -50,13 +49,6 @@ class GgufExporter:
         architecture, faults = choose_architecture(model.config)
         if faults:
             raise _build_error(f"a GGUF file of kind {architecture} has no {', no '.join(faults)}")
-        before = (model.facts.get("origin") or {}).get("quantization")
-        if before and _is_quantized(quantization) and quantization != before:
-            raise _build_error(
-                f"the model was imported from {before}: to quantise it again, as {quantization}, "
-                "destroys it",
-                f"use --quantize {before} or --quantize f16, or --force",
-            )
         try:
             list_vocabulary(model.tokenizer, model.config.vocab_size)
         except ValueError as error:
@@ -97,10 +89,6 @@ class GgufExporter:
     def verify(self, model: OutgoingModel, path: Path, quantization: str) -> list[str]:
         """Read the file back, and ask llama.cpp; see `Exporter.verify`."""
         return prove_file(model, path, quantization)
-
-
-def _is_quantized(quantization: str) -> bool:
-    return KINDS[quantization.upper()].block_size > 1
 
 
 def _build_error(what: str, fix: str = "export to a Hugging Face folder instead") -> PreflightError:

@@ -33,7 +33,19 @@ _MAX_DIMENSIONS = 4
 _MAX_ALIGNMENT = 2**16
 _DEFAULT_ALIGNMENT = 32
 _STRING, _ARRAY = 8, 9
-_SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
+_SCALARS = {
+    0: "B",
+    1: "b",
+    2: "H",
+    3: "h",
+    4: "I",
+    5: "i",
+    6: "f",
+    7: "?",
+    10: "Q",
+    11: "q",
+    12: "d",
+}
 
 
 class TensorKind(NamedTuple):

@@ -51,8 +51,8 @@ class GgufImporter:
             raise build_error(path, error.strerror or str(error)) from None
 
 
-def read_model(path: Path, file: IO[bytes]) -> ImportedModel:
-    """The model in an opened file; see `Importer.read`."""
+def read_model(path: Path, file: Any) -> ImportedModel:
+    """The model in a file that is open to be read as bytes; see `Importer.read`."""
     header = read_header(path, file)
     load_gguf()  # its absence is told before minutes are spent
     try:

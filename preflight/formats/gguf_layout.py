@@ -288,7 +288,7 @@ class _Settings:
             "attention.value_length": config.head_dim,
         }
         for name, value in self._left.items():
-            if name == "tensor_data_layout" or isinstance(value, (int, float)) and not value:
+            if name == "tensor_data_layout" or (isinstance(value, (int, float)) and not value):
                 continue  # where it came from; nothing of that kind
             if name not in ours or value != ours[name]:
                 raise ValueError(f"{self._prefix}.{name} is {str(value)[:40]}, which we lack")

@@ -40,7 +40,8 @@ def unpack_tensor(content: bytes, entry: TensorEntry) -> Tensor:
     else:
         kind = load_gguf().GGMLQuantizationType[entry.kind.name]
         rows = np.frombuffer(content, np.uint8).reshape(*entry.shape[:-1], -1)
-        numbers = torch.from_numpy(load_gguf().quants.dequantize(rows, kind))
+        with np.errstate(all="ignore"):  # a damaged scale may be infinite; the importer looks
+            numbers = torch.from_numpy(load_gguf().quants.dequantize(rows, kind))
     return numbers.reshape(entry.shape)
 
 

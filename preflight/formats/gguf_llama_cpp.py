@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
-from preflight.core.errors import ExitCode, PreflightError
+from preflight.formats.proof import proof_error
 
 BINDING = "cyllama"
 _CHILD = Path(__file__).with_name("gguf_llama_cpp_child.py")
@@ -76,13 +76,9 @@ def ask_llama_cpp(
                 check=False,
             )
         except subprocess.TimeoutExpired:
-            raise _build_error(path, f"does not answer within {_TIMEOUT_SECONDS} s") from None
+            raise proof_error(f"llama.cpp does not answer within {_TIMEOUT_SECONDS} s") from None
         if done.returncode:
             last = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
-            raise _build_error(path, f"cannot use it: {last[:160]}")
+            raise proof_error(f"llama.cpp cannot use it: {last[:160]}")
         answer = json.loads((folder / "answer.json").read_text(encoding="utf-8"))
         return Answer(**answer, logits=np.load(folder / "logits.npy"))
-
-
-def _build_error(path: Path, what: str) -> PreflightError:
-    return PreflightError(ExitCode.CHECK_FAILED, f"{path.name}: llama.cpp {what}")

@@ -35,7 +35,7 @@ class _Engine:
     def __init__(self, path: str, n_tokens: int) -> None:
         from cyllama.llama import llama_cpp
 
-        class Model(llama_cpp.LlamaModel):  # type: ignore[misc]  # it has no type hints
+        class Model(llama_cpp.LlamaModel):
             """`get_logits` of version 0.2.18 asks the model for its vocabulary's size."""
 
             n_vocab = property(lambda self: self.get_vocab().n_vocab)

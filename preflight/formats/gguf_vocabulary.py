@@ -1,7 +1,7 @@
 """The vocabulary in a GGUF file: read into a ``tokenizer.json``, and written from one.
 
-A byte-level BPE is `gpt2` there, and the name of its pre-tokenizer, which llama.cpp keeps in its own
-code, says how a text is split. A BPE of SentencePiece is `llama`, with a score for each token.
+A byte-level BPE is `gpt2` there, and the name of its pre-tokenizer, which llama.cpp keeps in its
+own code, says how a text is split. A BPE of SentencePiece is `llama`, with a score for each token.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import Any
 
 from preflight.formats.tokenizer_export import build_tokenizer_json
 from preflight.tokenization import Tokenizer
-from preflight.tokenization.huggingface import BYTE_OF, LLAMA3_PATTERN, HuggingFaceTokenizer
+from preflight.tokenization.huggingface import LLAMA3_PATTERN, HuggingFaceTokenizer
 from preflight.tokenization.raw_bytes import ByteTokenizer
 from preflight.tokenization.tiktoken_bpe import TiktokenTokenizer
 from preflight.tokenization.tiktoken_cutting import CL100K_PATTERN, GPT2_PATTERN
@@ -89,7 +89,8 @@ def read_tokenizer(keys: Mapping[str, Any], vocab_size: int, name: str) -> Huggi
     else:
         raise ValueError(f"its vocabulary is of kind {str(kind)[:40]!r}; read are gpt2 and llama")
     content = json.dumps(document, ensure_ascii=False, separators=(",", ":")).encode()
-    return HuggingFaceTokenizer(content, name, tokens[eos])
+    kind_here: type[HuggingFaceTokenizer] = HuggingFaceTokenizer  # mypy takes it for abstract
+    return kind_here(content, name, tokens[eos])
 
 
 def _read_tokens(keys: Mapping[str, Any], vocab_size: int) -> tuple[list[str], list[int]]:
@@ -274,4 +275,8 @@ def _simplify(step: Any) -> Any:
             for key, value in sorted(step.items())
             if key not in ("trim_offsets", "invert")
         }
-    return [_simplify(item) for item in step] if isinstance(step, Sequence | list) and not isinstance(step, str) else step
+    return (
+        [_simplify(item) for item in step]
+        if isinstance(step, Sequence | list) and not isinstance(step, str)
+        else step
+    )
