@@ -169,8 +169,10 @@ def test_thousands_of_mutants(written: Path, tmp_path: Path) -> None:
 def test_an_index_names_plain_files_alone(written: Path, tmp_path: Path) -> None:
     shutil.copytree(written, tmp_path / "x")
     index = tmp_path / "x" / "model.safetensors.index.json"
+    shutil.copyfile(written / "model.safetensors", tmp_path / "outside.safetensors")
     for parts in (
-        {"a": "../config.json"},
+        {"a": "../outside.safetensors"},
+        {"a": str(tmp_path / "outside.safetensors")},
         {"a": "/etc/passwd"},
         {"a": 3},
         {},

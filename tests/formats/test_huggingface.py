@@ -15,13 +15,13 @@ from formats.shapes import GPT2, LLAMA, TEMPLATE, draw_model, train_bpe
 from safetensors.torch import load_file, save_file
 
 from preflight.core.errors import ExitCode, PreflightError
-from preflight.formats import hf_export, proof, transformers_check
+from preflight.formats import hf_export, proof, tokenizer_export, transformers_check
 from preflight.formats.hf_export import HuggingFaceExporter, round_model
 from preflight.formats.hf_import import HuggingFaceImporter
 from preflight.formats.model_card import write_card
 from preflight.formats.proof import build_from, draw_ids, prove_equal
 from preflight.formats.protocol import ImportedModel, OutgoingModel
-from preflight.formats.tokenizer_export import build_tokenizer_json
+from preflight.formats.tokenizer_export import build_tokenizer_json, list_merges
 from preflight.settings import ModelConfig
 from preflight.tokenization import load_tokenizer
 from preflight.tokenization.characters import CharTokenizer
@@ -345,6 +345,49 @@ def test_transformers_alone_catches_what_it_computes_with(
     with pytest.raises(PreflightError) as caught:
         transformers_check.ask_transformers(model, tmp_path)
     assert caught.value.code == ExitCode.CHECK_FAILED
+
+
+def test_merges_that_were_recovered_in_a_wrong_order_are_caught(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A fault of the writer that the file alone does not show."""
+    pairs = list_merges(train_bpe())
+    merges = pairs.merges[:-2] + pairs.merges[:-3:-1]
+    monkeypatch.setattr(
+        tokenizer_export, "list_merges", lambda _: dataclasses.replace(pairs, merges=merges)
+    )
+    model = draw_model(LLAMA, train_bpe())
+    export(model, tmp_path)
+    with pytest.raises(PreflightError, match="order of their ids"):
+        HuggingFaceExporter().verify(model, tmp_path, "f32")
+
+
+@pytest.mark.parametrize(
+    ("part", "told"),
+    [
+        ("weights", "the weights embed_positions"),
+        ("missing", "bias is missing"),
+        ("template", "the chat template differs"),
+        ("config", "norm_eps is 2e-05"),
+    ],
+)
+def test_each_part_is_compared_by_itself(part: str, told: str, tmp_path: Path) -> None:
+    """A weight that no logit depends on, too: the position after all that are computed."""
+    model = draw_model(vary(GPT2, context_length=100))
+    export(model, tmp_path)
+    found = HuggingFaceImporter().read(tmp_path)
+    weights, changes = dict(found.weights), {}
+    if part == "weights":
+        weights["embed_positions.weight"] = weights["embed_positions.weight"].clone()
+        weights["embed_positions.weight"][99, 0] += 1e-6
+    elif part == "missing":
+        del weights["norm.bias"]
+    elif part == "template":
+        changes = {"chat_template": "x"}
+    else:
+        changes = {"config": vary(found.config, norm_eps=2e-5)}
+    with pytest.raises(PreflightError, match=told):
+        prove_equal(model, dataclasses.replace(found, weights=weights, **changes))
 
 
 def test_a_template_that_doubles_the_first_token_is_caught(tmp_path: Path) -> None:

@@ -59,8 +59,11 @@ KINDS = {
 
 
 def draw_texts(count: int) -> list[str]:
+    """Drawn ones, after those that drawing would seldom give: long numbers, spaces at an end."""
     draw = random.Random(5)
-    return ["".join(draw.choices(UNITS, k=draw.randrange(1, 30))) for _ in range(count)]
+    return ["1" * 9, "a1111111", "a   ", "a  \n ", " \n\n  \n", "\r\n\r\n", "A'S 'll x'"] + [
+        "".join(draw.choices(UNITS, k=draw.randrange(1, 30))) for _ in range(count)
+    ]
 
 
 def write(tokenizer: Tokenizer) -> bytes:
@@ -77,6 +80,7 @@ def test_the_library_gives_our_ids(kind: str) -> None:
     tokenizer = KINDS[kind]()
     library = LibraryTokenizer.from_str(write(tokenizer).decode())
     library.encode_special_tokens = True
+    assert library.token_to_id(END_OF_TEXT) == tokenizer.end_of_text_id
     texts = draw_texts(500) + build_texts(tokenizer, 200)
     if isinstance(tokenizer, CharTokenizer):
         texts = [text for text in texts if set(text) <= set(tokenizer.characters)]
