@@ -43,8 +43,10 @@ def list_merges(tokenizer: Tokenizer) -> BytePairs:
         return BytePairs({spell_bytes(bytes([byte])): byte for byte in range(256)}, [], False)
     raise PreflightError(
         ExitCode.CHECKPOINT,
-        f"the tokenizer {tokenizer.name} is no byte-level BPE: its merges cannot be listed",
-        "export to a Hugging Face folder instead",
+        f"the tokenizer {tokenizer.name} ({tokenizer.kind}) is no byte-level BPE: it has no merges "
+        "that another program would read as we do",
+        "nothing was written; what can go out: tiktoken's, bpe, byte, tokenizer.json, and char into "
+        "a folder",
     )
 
 

@@ -9,6 +9,7 @@ import pytest
 import tiktoken
 from formats.shapes import train_bpe
 from tokenization.hostile_texts import UNITS, build_dense_ranks
+from tokenization.library_files import build_kind
 from tokenizers import Tokenizer as LibraryTokenizer
 
 from preflight.core.errors import ExitCode, PreflightError
@@ -136,3 +137,10 @@ def test_merges_in_a_wrong_order_are_found() -> None:
 def test_a_tokenizer_that_has_no_merges_is_refused() -> None:
     with pytest.raises(PreflightError, match="no byte-level BPE"):
         list_merges(CharTokenizer("ab"))
+
+
+def test_a_sentencepiece_model_is_refused_by_name() -> None:
+    """transformers reads such files with other ids where a text begins with a space."""
+    tokenizer = build_kind("bpe.model")
+    with pytest.raises(PreflightError, match="sentencepiece"):
+        build_tokenizer_json(tokenizer)
