@@ -156,7 +156,7 @@ def test_a_vocabulary_of_sentencepiece_gives_llama_cpps_ids(tmp_path: Path) -> N
     longer = sorted([*pieces][len(letters) :], key=len)
     tokens += [*letters, *longer, "<tool>"]
     types += [1] * (len(letters) + len(longer)) + [4]
-    scores = [0.0] * 259 + [-1000.0] * len(letters) + [-float(i // 2) for i in range(len(longer))]
+    scores = [0.0] * 259 + [-1000.0] * len(letters) + [-float(i) for i in range(len(longer))]
     model = make_model("llama", "byte")
     config = replace(model.config, vocab_size=len(tokens))
     weights = dict(model.weights)
@@ -183,7 +183,8 @@ def test_a_vocabulary_of_sentencepiece_gives_llama_cpps_ids(tmp_path: Path) -> N
     answer = ask_llama_cpp(path, texts, [], [5], 1)
     for text, theirs in zip(texts, answer.plain, strict=True):
         assert found.encode(text).tolist() == theirs, text
-        assert found.decode(theirs) == text
+        # As in llama.cpp, a word after a token of the user's begins with a space.
+        assert found.decode(theirs) == text.replace("<tool>", "<tool> ")
     assert found.end_of_text_id == 2
 
 
@@ -361,14 +362,10 @@ def _double(draw: random.Random, content: bytearray) -> None:
 
 
 @pytest.mark.parametrize("count", [300, pytest.param(5000, marks=pytest.mark.slow)])
-@pytest.mark.parametrize("kind", ["llama"])
-def test_damaged_files_end_in_an_error_or_a_whole_model(
-    kind: str, count: int, tmp_path: Path
-) -> None:
+def test_damaged_files_end_in_an_error_or_a_whole_model(count: int, tmp_path: Path) -> None:
     draw = random.Random(5)
     exporter, path = GgufExporter(), tmp_path / "x.gguf"
-    model = make_model(kind)
-    exporter.export(model, path, "q8_0")
+    exporter.export(make_model("llama"), path, "q8_0")
     whole = path.read_bytes()
     with open(path, "rb") as file:
         header = read_header(path, file)
@@ -378,8 +375,7 @@ def test_damaged_files_end_in_an_error_or_a_whole_model(
     codes = []
     for number in range(count):
         # Most in the header, which says how the rest is to be read.
-        head = bytearray(whole[:n_head])
-        rest = bytearray(whole[n_head:])
+        head, rest = bytearray(whole[:n_head]), bytearray(whole[n_head:])
         part = rest if number % 10 == 0 else head
         draw.choice(MUTATIONS)(draw, part)
         path.write_bytes(head + rest)
