@@ -45,8 +45,8 @@ def list_merges(tokenizer: Tokenizer) -> BytePairs:
         ExitCode.CHECKPOINT,
         f"the tokenizer {tokenizer.name} ({tokenizer.kind}) is no byte-level BPE: it has no merges "
         "that another program would read as we do",
-        "nothing was written; what can go out: tiktoken's, bpe, byte, tokenizer.json, and char into "
-        "a folder",
+        "nothing was written; what can go out: tiktoken's, bpe, byte, tokenizer.json, and into a "
+        "folder char",
     )
 
 
