@@ -189,7 +189,7 @@ MODE_SUMMARIES = {
     "train": "prepare the data where needed, then train",
     "get-optimal-bs": "find the largest batch size that fits, and the fastest",
     "find-lr": "find a good learning rate by a range test",
-    "sweep": "compare values of a flag by short trainings: --sweep learning_rate=1e-3,2e-3",
+    "sweep": "compare values by short trainings: --sweep learning_rate=1e-3,2e-3",
     "forecast": "predict the bits per byte of a run from three short trainings",
     "generate": "generate text from a checkpoint",
     "evaluate": "measure a checkpoint on text and on tasks such as LAMBADA",
