@@ -40,10 +40,11 @@ def parse_command_line(argv: list[str]) -> tuple[str, RunConfig]:
     parsed, rest = build_parser(argv).parse_known_args(argv)
     given = vars(parsed)
     given.pop("help")
-    chosen = [mode for mode in MODES.names() if mode.replace("-", "_") in given]
+    # A mode that takes values is a flag too, whose field may have another name.
+    fields = {option.flag[2:]: name for name, option in build_options().items()}
+    chosen = [m for m in MODES.names() if fields.get(m, m.replace("-", "_")) in given]
     if len(chosen) == 2 and "finetune" in chosen and {*chosen} & {*FINETUNING_MODES}:
         chosen.remove("finetune")  # foreseen or tried, not done
-    # A mode that takes values is a flag too, and stays.
     given = {name: value for name, value in given.items() if name in build_options()}
     faults, is_clear = explain_words(rest, argv)
     if len(chosen) != 1 and not is_clear:

@@ -15,11 +15,11 @@ from tokenization.fakes import PairTokenizer
 
 import main
 from conftest import TINY_FLAGS
-from preflight.checkpoints.format import Checkpoint
 from preflight.checkpoints.store import find_newest
+from preflight.core.errors import ExitCode, PreflightError
 from preflight.core.signals import StopFlag
 from preflight.corpus.sources import Document, Source, SourceFacts
-from preflight.formats.protocol import Exporter
+from preflight.formats.protocol import Exporter, ImportedModel, Importer, OutgoingModel
 from preflight.models.protocol import LanguageModel
 from preflight.settings import DataSettings, ModelConfig, RunConfig, TrainingSettings, kinds
 from preflight.settings.kinds import (
@@ -94,17 +94,27 @@ class ListTracker:
 
 
 class NamesExporter:
-    """Writes the names of the weights, one a line."""
+    """Writes the names of the weights, one a line; an importer of nothing beside it."""
 
     name = "names"
+    quantizations = ("none",)
+    makes_folder = False
 
-    def export(self, checkpoint: Checkpoint, folder: Path) -> list[Path]:
-        path = folder / "names.txt"
-        path.write_text(str(checkpoint.step))
-        return [path]
+    def accepts(self, path: Path) -> bool:
+        return path.suffix == ".names"
 
-    def verify(self, checkpoint: Checkpoint, folder: Path) -> None:
-        assert (folder / "names.txt").read_text() == str(checkpoint.step)
+    def check(self, model: OutgoingModel, quantization: str) -> None:
+        assert quantization in self.quantizations
+
+    def export(self, model: OutgoingModel, path: Path, quantization: str) -> None:
+        path.write_text("\n".join(model.weights))
+
+    def verify(self, model: OutgoingModel, path: Path, quantization: str) -> list[str]:
+        assert path.read_text().split("\n") == list(model.weights)
+        return ["all names are equal"]
+
+    def read(self, path: Path) -> ImportedModel:
+        raise PreflightError(ExitCode.CHECKPOINT, f"{path} has names alone")
 
 
 def halve(step: int, plan: TrainingPlan) -> float:
@@ -177,6 +187,7 @@ def test_the_protocols_are_met() -> None:
     assert total == pytest.approx(2 * half)
     assert {group.kind for group in model.parameter_groups()} == {"matrix", "embedding", "scalar"}
     assert isinstance(NamesExporter(), Exporter)
+    assert isinstance(NamesExporter(), Importer)
     tracker: Tracker = ListTracker(Path())
     tracker.log({"event": "step", "step": 1})
 

@@ -226,6 +226,10 @@ def load_weights(
         return read_weights(checkpoint.path / name, file, rename, expected_shapes)
 
 
+class WeightsOnlyError(PreflightError):
+    """A checkpoint has no training state. Nothing is damaged."""
+
+
 def load_training_state(checkpoint: Checkpoint) -> dict[str, Any]:
     """The training state on the CPU: tensors and plain types. Nothing in the file is executed.
 
@@ -233,16 +237,20 @@ def load_training_state(checkpoint: Checkpoint) -> dict[str, Any]:
         PreflightError: code CHECKPOINT, also for a folder that holds the weights only.
     """
     path = checkpoint.path / STATE_NAME
-    if not os.path.lexists(path):
-        raise PreflightError(
+    state: dict[str, Any] = {}
+    if os.path.lexists(path):
+        with checkpoint.open(STATE_NAME) as file:
+            state = read_state(path, file)
+    if not state:  # that of a model that was imported is empty
+        what = "is empty" if os.path.lexists(path) else "is missing"
+        raise WeightsOnlyError(
             ExitCode.CHECKPOINT,
-            f"{path} is missing: training cannot continue from weights only",
+            f"{path} {what}: training cannot continue from weights only",
             "weights are enough to generate: "
             + format_command("--generate", "--checkpoint-path", checkpoint.path),
             "to continue training, name another checkpoint with --resume-from",
         )
-    with checkpoint.open(STATE_NAME) as file:
-        return read_state(path, file)
+    return state
 
 
 def save_checkpoint(

@@ -14,6 +14,7 @@ from preflight.checkpoints.damage import damage_error, describe_path
 from preflight.checkpoints.format import (
     MILESTONES_NAME,
     Checkpoint,
+    WeightsOnlyError,
     read_checkpoint,
     verify_checkpoint,
 )
@@ -164,7 +165,7 @@ def _find(
             _ = checkpoint.config  # its hash does not say that it describes a possible model
             if check is not None:
                 check(checkpoint)
-        except MissingLibraryError:
+        except (MissingLibraryError, WeightsOnlyError):
             raise
         except PreflightError as error:
             if not os.path.lexists(checkpoint.path):

@@ -1,1 +1,1 @@
-"""Models for other tools. The protocol is settled; the first exporter brings its registry."""
+"""Models from and for other tools: what is read is bounded, what is written proves itself."""

@@ -107,7 +107,7 @@ def build_parser(argv: Iterable[str] = (), topic: str = "all") -> argparse.Argum
     )
     parser.add_argument("--version", action="version", version=f"preflight {__version__}")
     modes = parser.add_argument_group("mode (exactly one)")
-    options = build_options()
+    options = {option.flag[2:]: option for option in build_options().values()}
     for mode in MODES.names():
         takes: dict[str, Any] = {"action": "store_true", "default": argparse.SUPPRESS}
         if mode in options:  # a mode that takes values is a flag too
@@ -115,7 +115,7 @@ def build_parser(argv: Iterable[str] = (), topic: str = "all") -> argparse.Argum
         modes.add_argument(f"--{mode}", **takes | {"help": MODE_SUMMARIES[mode]})
     groups: dict[str, Any] = {}
     for option in options.values():
-        if option.name not in MODES.names() and _is_about(option, topic):
+        if option.flag[2:] not in MODES.names() and _is_about(option, topic):
             if option.group not in groups:
                 groups[option.group] = parser.add_argument_group(
                     option.group, GROUP_SUMMARIES[option.group]

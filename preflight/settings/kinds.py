@@ -133,6 +133,23 @@ FILTERS: Registry[Any] = Registry(
         "fineweb": "preflight.corpus.filtering.fineweb:judge_lines",
     },
 )
+# An `Importer` and an `Exporter` (formats/protocol.py) for each format, as classes without
+# arguments. Each is asked in turn whether a path is for it.
+IMPORTERS: Registry[Any] = Registry(
+    "--import",
+    {
+        "huggingface": "preflight.formats.hf_import:HuggingFaceImporter",
+        "gguf": "preflight.formats.gguf_import:GgufImporter",
+        "state-dict": "preflight.formats.state_dict_import:StateDictImporter",
+    },
+)
+EXPORTERS: Registry[Any] = Registry(
+    "--export",
+    {
+        "gguf": "preflight.formats.gguf_export:GgufExporter",
+        "huggingface": "preflight.formats.hf_export:HuggingFaceExporter",
+    },
+)
 # (output_dir) -> Tracker. A run logs to all of them, but to one whose name is a flag only with it.
 TRACKERS: Registry[Any] = Registry(
     "tracker",
@@ -157,6 +174,8 @@ MODES: Registry[Any] = Registry(
         "generate": "preflight.modes.generate:run",
         "evaluate": "preflight.modes.evaluate:run",
         "compare": "preflight.modes.compare:run",
+        "import": "preflight.modes.import_model:run",
+        "export": "preflight.modes.export_model:run",
         "report": "preflight.modes.run_report:run",
         "tokenize": "preflight.modes.tokenize:run_tokenize",
         "detokenize": "preflight.modes.tokenize:run_detokenize",
@@ -174,11 +193,13 @@ MODE_SUMMARIES = {
     "finetune": "teach a trained model to answer, from a file of chats",
     "get-optimal-bs": "find the largest batch size that fits, and the fastest",
     "find-lr": "find a good learning rate by a range test",
-    "sweep": "compare values of a flag by short trainings: --sweep learning_rate=1e-3,2e-3",
+    "sweep": "compare values by short trainings: --sweep learning_rate=1e-3,2e-3",
     "forecast": "predict the bits per byte of a run from three short trainings",
     "generate": "generate text from a checkpoint",
     "evaluate": "measure a checkpoint on text and on tasks such as LAMBADA",
     "compare": "complete the same prompts with several checkpoints, side by side",
+    "import": "take in a model of another tool: --import FOLDER or model.gguf",
+    "export": "write and prove a model for another tool: --export FOLDER or model.gguf",
     "report": "make one page of a run: plan, outcome, curves, evaluations",
     "tokenize": "show the tokens of a text, piece by piece",
     "detokenize": "show the text that token ids stand for: --detokenize 1,2,3",

@@ -14,6 +14,7 @@ from preflight.settings.data import DataSettings
 from preflight.settings.evaluation import EvaluationSettings
 from preflight.settings.finetuning import FinetuningSettings
 from preflight.settings.generation import GenerationSettings
+from preflight.settings.handover import HandoverSettings
 from preflight.settings.model import (
     CUSTOM_SIZE_FIELDS,
     MODEL_FAMILIES,
@@ -53,6 +54,7 @@ class RunConfig:
     evaluation: EvaluationSettings = field(default_factory=EvaluationSettings)
     report: ReportSettings = field(default_factory=ReportSettings)
     comparison: ComparisonSettings = field(default_factory=ComparisonSettings)
+    handover: HandoverSettings = field(default_factory=HandoverSettings)
     sources: dict[str, str] = field(default_factory=dict)
 
     @property
@@ -103,6 +105,7 @@ GROUP_SUMMARIES = {
     "tokens": "What `--tokenize` and `--detokenize` show.",
     "evaluation": "What `--evaluate` scores.",
     "report": "The page that `--report` writes.",
+    "handover": "Models from other tools (`--import`), and models for them (`--export`).",
 }
 
 

@@ -46,6 +46,11 @@ MODE_FLAGS: dict[str, tuple[str, ...]] = {
         *("seed", "output_dir", "device", "mixed_precision", "log_level", "config"),
         *("data_dir", "text_file"),  # no output may replace them; for --with-evaluation
     ),
+    "import": ("import_path", "output_dir", "log_level", "config"),
+    "export": (
+        *("export", "quantize", "force", "checkpoint_path"),
+        *("output_dir", "data_dir", "log_level", "config"),
+    ),
     "tokenize": ("tokenize", "replace_unknown", *_OF_A_TOKENIZER),
     "detokenize": ("detokenize", *_OF_A_TOKENIZER),
 }
@@ -177,7 +182,7 @@ IDLE_FLAGS = (
         ("output_dir",),
         "--checkpoint-path names the checkpoint",
         lambda config: config.generation.checkpoint_path is not None,
-        ("generate", "tokenize", "detokenize"),
+        ("generate", "tokenize", "detokenize", "export"),
     ),
     IdleFlags(
         ("data_dir",),

@@ -13,12 +13,12 @@ import numpy as np
 from preflight.tokenization.tiktoken_cutting import find_last_cut
 from preflight.tokenization.tokenizer_files import FileTokenizer, iterate_parts, load_document
 
-_LLAMA3_PATTERN = (  # of Qwen2 with \p{N}, one digit at a time
+LLAMA3_PATTERN = (  # of Qwen2 with \p{N}, one digit at a time
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
     r"|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 # Split patterns for which the cuts of `tiktoken_cutting` are safe, as for their siblings there.
-_PROVEN_PATTERNS = (_LLAMA3_PATTERN, _LLAMA3_PATTERN.replace("{1,3}", ""))
+_PROVEN_PATTERNS = (LLAMA3_PATTERN, LLAMA3_PATTERN.replace("{1,3}", ""))
 # Decoders whose text is that of their pieces, joined; what others do to it is not known.
 _DECODERS = {"ByteLevel", "ByteFallback", "Fuse", "Metaspace", "Replace", "Strip", "BPEDecoder"}
 _BYTE_PIECE = re.compile("<0x([0-9A-F]{2})>")
@@ -32,7 +32,7 @@ def _build_byte_characters() -> dict[str, int]:
     return table | {chr(256 + number): byte for number, byte in enumerate(others)}
 
 
-_BYTE_OF = _build_byte_characters()
+BYTE_OF = _build_byte_characters()
 
 
 class HuggingFaceTokenizer(FileTokenizer):
@@ -132,7 +132,7 @@ class HuggingFaceTokenizer(FileTokenizer):
         if piece in self._added:
             return piece.encode()
         if self._is_byte_level:
-            return b"".join(bytes([_BYTE_OF[c]]) if c in _BYTE_OF else c.encode() for c in piece)
+            return b"".join(bytes([BYTE_OF[c]]) if c in BYTE_OF else c.encode() for c in piece)
         if self._has_bytes and (found := _BYTE_PIECE.fullmatch(piece)):
             return bytes([int(found[1], 16)])
         return (piece.replace(self._space, " ") if self._space else piece).encode()
