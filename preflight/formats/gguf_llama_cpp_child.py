@@ -6,7 +6,9 @@ It imports nothing of Preflight. Its only argument is a folder with ``request.js
 
 from __future__ import annotations
 
+import importlib
 import json
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -33,7 +35,7 @@ class _Engine:
     """The binding `cyllama`, on the CPU, with keys and values in fp32."""
 
     def __init__(self, path: str, n_tokens: int) -> None:
-        from cyllama.llama import llama_cpp
+        llama_cpp: Any = importlib.import_module("cyllama.llama.llama_cpp")
 
         class Model(llama_cpp.LlamaModel):
             """`get_logits` of version 0.2.18 asks the model for its vocabulary's size."""
@@ -50,7 +52,9 @@ class _Engine:
         settings.n_ctx = settings.n_batch = settings.n_ubatch = n_tokens + 8
         settings.type_k = settings.type_v = 0  # GGML_TYPE_F32
         settings.flash_attn_type = 0
-        settings.n_threads = settings.n_threads_batch = 2
+        # Its threads wait for each other without sleep: on a busy machine, more than there are
+        # free cores take a hundred times as long.
+        settings.n_threads = settings.n_threads_batch = max(1, (os.cpu_count() or 1) // 2)
         self._context = llama_cpp.LlamaContext(self._model, settings)
         self._n_seen = 0
 

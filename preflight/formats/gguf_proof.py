@@ -129,6 +129,8 @@ def _ask_llama_cpp(
     names = {i: name for name, i in list_special_tokens(tokenizer).items()}
     end = tokenizer.end_of_text_id
     answer = gguf_llama_cpp.ask_llama_cpp(path, texts, [f"{names[end]}{texts[0]}"], ids, n_new)
+    if answer is None:
+        return ["llama.cpp was asked, and did not answer in time"]
     for text, theirs in zip(texts, answer.plain, strict=True):
         if theirs != tokenizer.encode(text).tolist():
             raise proof_error(f"llama.cpp gives other ids for {text[:40]!r}")

@@ -157,7 +157,7 @@ def _describe(option: Option, *, sizes: bool = False) -> str:
 
 def _name_value(option: Option) -> str:
     choices = option.metadata["choices"]
-    metavar = "{" + ",".join(choices) + "}" if choices else option.metadata["metavar"]
+    metavar = option.metadata["metavar"] or ("{" + ",".join(choices) + "}" if choices else None)
     return metavar or {int: "N", float: "X", str: "NAME"}[option.kind]
 
 

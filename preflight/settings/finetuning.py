@@ -61,8 +61,10 @@ class FinetuningSettings:
     )
     lora_targets: tuple[str, ...] = setting(
         (),
-        "linear layers that get an adapter; unset: all in the blocks",
+        "linear layers that get an adapter, of qkv_proj o_proj up_proj gate_up_proj down_proj; "
+        "unset: all in the blocks",
         choices=ADAPTER_TARGETS,
+        metavar="LAYER",
     )
 
     @property

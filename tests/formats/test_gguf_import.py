@@ -138,7 +138,9 @@ def test_qwen2_with_biases_of_queries_keys_and_values_alone(tmp_path: Path) -> N
     name = "layers.1.self_attn.qkv_proj.bias"
     assert torch.equal(found.weights[name], model.weights[name])
     ids = list(range(5, 45))
-    theirs = torch.from_numpy(ask_llama_cpp(path, [], [], ids, 1).logits).log_softmax(-1)
+    answer = ask_llama_cpp(path, [], [], ids, 1)
+    assert answer is not None
+    theirs = torch.from_numpy(answer.logits).log_softmax(-1)
     assert float((_compute(found, ids) - theirs).abs().max()) < 2e-4
 
 
@@ -181,6 +183,7 @@ def test_a_vocabulary_of_sentencepiece_gives_llama_cpps_ids(tmp_path: Path) -> N
     texts = ["".join(draw.choices([*pieces, " ", "\n", "ü", "😀"], k=12)) for _ in range(300)]
     texts = [text.replace("\u2581", " ") for text in texts] + ["a<tool>b <s> </s>", " ", "  x", ""]
     answer = ask_llama_cpp(path, texts, [], [5], 1)
+    assert answer is not None
     for text, theirs in zip(texts, answer.plain, strict=True):
         assert found.encode(text).tolist() == theirs, text
         # As in llama.cpp, a word after a token of the user's begins with a space.
