@@ -79,7 +79,7 @@ class Job:
 class Answer(Protocol):
     """An answer in the making. Iterating gives its events; the last is an `EndEvent`."""
 
-    def __aiter__(self) -> AsyncIterator[TokenEvent | EndEvent]: ...  # noqa: D105
+    def __aiter__(self) -> AsyncIterator[TokenEvent | EndEvent]: ...
 
     def cancel(self) -> None:
         """Free its row before the next step, from any thread; no event comes after that."""
@@ -106,7 +106,7 @@ class ServedModel(Protocol):
         """ValueError for ids that the model does not have."""
 
     def submit(self, job: Job) -> Answer:
-        """Queue an answer; `QueueFullError` when too many are waiting. Called from the event loop."""
+        """Queue an answer, from the event loop; `QueueFullError` when too many are waiting."""
 
 
 class QueueFullError(Exception):
