@@ -26,7 +26,8 @@ from preflight.core.streams import (
 )
 from preflight.settings import RunConfig, build_config, build_options
 from preflight.settings.command_line import build_parser, explain_words
-from preflight.settings.kinds import FINETUNING_MODES, MENUS, MODES
+from preflight.settings.finetuning import FINETUNING_MODES
+from preflight.settings.kinds import MENUS, MODES
 from preflight.settings.unused import drop_unused
 
 

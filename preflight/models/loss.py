@@ -210,8 +210,11 @@ class _LinearCrossEntropy(torch.autograd.Function):
     ) -> Tensor:
         total = hidden.new_zeros((), dtype=torch.float32)
         grad_hidden = torch.empty_like(hidden)
-        # Summed over chunks in fp32: in bf16 the later chunks would be rounded away.
-        grad_weight = torch.zeros_like(weight, dtype=torch.float32)
+        # Summed over chunks in fp32: in bf16 the later chunks would be rounded away. A frozen head
+        # has none.
+        grad_weight = None
+        if ctx.needs_input_grad[1]:
+            grad_weight = torch.zeros_like(weight, dtype=torch.float32)
         buffer = _make_logits_buffer(hidden, weight)
         for rows in split_loss_rows(hidden):
             ids, masked = _split_mask(targets[rows])
@@ -229,17 +232,18 @@ class _LinearCrossEntropy(torch.autograd.Function):
             # matmuls: zeroing it in `grad` would be one more pass over R V.
             torch.mm(grad, weight, out=grad_hidden[rows])
             grad_hidden[rows].masked_fill_(masked, 0.0)
+            if grad_weight is None:
+                continue
             unmasked = hidden[rows].masked_fill(masked, 0.0)  # R C
             if weight.dtype == torch.float32:
                 grad_weight.addmm_(grad.T, unmasked)
             else:
                 grad_weight += grad.T @ unmasked
-        ctx.save_for_backward(grad_hidden, grad_weight)
+        ctx.save_for_backward(grad_hidden, *([] if grad_weight is None else [grad_weight]))
         return total
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
-        grad_hidden, grad_weight = ctx.saved_tensors
         # In place: the embedding's gradient is the largest tensor there is.
-        factor = grad_outputs[0]
-        return grad_hidden.mul_(factor), grad_weight.mul_(factor), None, None, None
+        gradients = [gradient.mul_(grad_outputs[0]) for gradient in ctx.saved_tensors]
+        return gradients[0], gradients[1] if len(gradients) > 1 else None, None, None, None

@@ -39,7 +39,7 @@ _QUESTIONS: dict[str, tuple[str, ...]] = {
     "tokenize": ("tokenize",),
     "detokenize": ("detokenize",),
 }
-_NEEDED = ("sweep", "tokenize", "detokenize", "finetune")
+_NEEDED = ("sweep", "tokenize", "detokenize", "finetune", "import_path", "export")
 _MAKES_DATA = (*_ON_A_TEXT, "sweep", "forecast")  # modes that need data, and prepare it
 _READS_RUNS = ("generate", "report", "tokenize", "detokenize", "evaluate")  # one run
 _TOLD = {
@@ -142,8 +142,9 @@ def suggest_steps(state: FolderState) -> list[Step]:
 def build_command(step: Step, state: FolderState, asker: Asker) -> list[str] | None:
     """The words of the command, after its questions; ``None`` to go back."""
     options = build_options()
-    takes_value = step.mode in options
-    words = [] if takes_value else [f"--{step.mode}"]
+    # A mode that takes values is a flag too, whose field may have another name.
+    own = {option.flag[2:]: name for name, option in options.items()}.get(step.mode)
+    words = [] if own else [f"--{step.mode}"]
     words += ["--compare", "ask"] if step.mode == "compare" else []
     words += step.words
     if not step.asks:
@@ -160,7 +161,7 @@ def build_command(step: Step, state: FolderState, asker: Asker) -> list[str] | N
         if state.runs and not picked:
             return None
         words += options[names].spell(str(picked[0].folder)) if picked else []
-    for name in _QUESTIONS.get(step.mode, (step.mode,) if takes_value else ()):
+    for name in _QUESTIONS.get(step.mode, (own,) if own else ()):
         if options[name].flag in words or not is_used(options[name], step.mode):
             continue
         answer = _ask_for(name, state, asker)

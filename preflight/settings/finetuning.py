@@ -4,6 +4,8 @@ from dataclasses import dataclass
 
 from preflight.settings.options import setting
 
+# Modes that foresee or try a run: beside `--finetune` they do so for a fine-tuning.
+FINETUNING_MODES = ("check", "get-optimal-bs")
 ADAPTER_TARGETS = ("qkv_proj", "o_proj", "up_proj", "gate_up_proj", "down_proj")
 
 

@@ -181,8 +181,6 @@ MODES: Registry[Any] = Registry(
         "detokenize": "preflight.modes.tokenize:run_detokenize",
     },
 )
-# Modes that foresee or try a run: beside `--finetune` they do so for a fine-tuning.
-FINETUNING_MODES = ("check", "get-optimal-bs")
 # () -> exit code: what a call without any flag shows on a terminal.
 MENUS: Registry[Any] = Registry("menu", {"menu": "preflight.modes.menu:run_menu"})
 MODE_SUMMARIES = {

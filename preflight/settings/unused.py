@@ -7,7 +7,7 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from preflight.settings.kinds import FINETUNING_MODES
+from preflight.settings.finetuning import FINETUNING_MODES
 from preflight.settings.options import Option
 from preflight.settings.run import RunConfig, build_options
 

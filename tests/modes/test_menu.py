@@ -179,6 +179,7 @@ class Anything(Answers):
 
     def ask(self, question: str, default: str = "") -> str | None:
         flag = question.split(":")[0].removeprefix("--").replace("-", "_")
+        flag = "import_path" if flag == "import" else flag
         if self.is_brief and flag not in menu._NEEDED:
             return default
         return ANSWERS.get(flag) or default or {"max_steps": "7"}.get(flag, "my.txt")

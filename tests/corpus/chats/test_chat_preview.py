@@ -70,7 +70,8 @@ def test_copies_are_one_example(tmp_path: Path) -> None:
     rows = [{"prompt": f"{i % 3}?", "completion": "yes"} for i in range(30)]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     folder = prepare_chats([path], FakeEncoder(), tmp_path / "data", val_split=0.3)
-    assert len({example.stretches for example in pick_examples(folder, BYTES)}) == 2
+    picked = pick_examples(folder.facts, folder.train, BYTES)
+    assert len({example.stretches for example in picked}) == 2
 
 
 def test_long_examples_are_shortened(tmp_path: Path) -> None:
