@@ -62,7 +62,7 @@ def prove_file(model: OutgoingModel, path: Path, quantization: str) -> list[str]
     except PreflightError as error:
         raise proof_error(error.lines[0]) from None
     lines = prove_equal(meant, found)
-    _compare_merges(model.tokenizer, found.tokenizer)
+    _compare_vocabularies(model.tokenizer, found.tokenizer)
     _refuse_added_tokens(path)
     if quantization != "f32" and model.sample is not None and len(model.sample) > 1:
         sample = model.sample[:_MAX_MEASURED].long()
@@ -94,8 +94,13 @@ def _fill_biases(weights: dict[str, Tensor], config: ModelConfig) -> dict[str, T
     return {name: weights.get(name, torch.zeros(1)).expand(s) for name, s in shapes.items()}
 
 
-def _compare_merges(meant: Tokenizer, found: Tokenizer) -> None:
-    """That no pair is missing or in another place: few texts may show it."""
+def _compare_vocabularies(meant: Tokenizer, found: Tokenizer) -> None:
+    """That every id stands for the same bytes, or for none, and that no pair is missing or in
+    another place: few texts may show it.
+    """
+    for token in range(meant.vocab_size):
+        if meant.token_bytes(token) != found.token_bytes(token):
+            raise proof_error(f"token {token} stands for other bytes")
     first, second = (_list_merges(build_tokenizer_json(tokenizer)) for tokenizer in (meant, found))
     if first != second:
         raise proof_error("its merges are not those of the tokenizer")
@@ -121,14 +126,13 @@ def _ask_llama_cpp(
     """What llama.cpp says of the file, beside the model that was read back from it."""
     tokenizer = model.tokenizer
     n_asked = min(_N_ASKED, max(1, model.config.context_length - N_GREEDY))
-    has_sample = model.sample is not None and len(model.sample) > 0
-    asked = model.sample if has_sample else tokenizer.encode("".join(_TEXTS))
-    ids = [int(i) for i in asked[:n_asked]]
-    n_new = min(N_GREEDY, model.config.context_length - len(ids))
+    asked: list[int] = [] if model.sample is None else model.sample[:n_asked].tolist()
+    asked = asked or tokenizer.encode("".join(_TEXTS))[:n_asked].tolist()
+    n_new = min(N_GREEDY, model.config.context_length - len(asked))
     texts = [text for text in _TEXTS if "\0" not in text]  # its end in C
     names = {i: name for name, i in list_special_tokens(tokenizer).items()}
     end = tokenizer.end_of_text_id
-    answer = gguf_llama_cpp.ask_llama_cpp(path, texts, [f"{names[end]}{texts[0]}"], ids, n_new)
+    answer = gguf_llama_cpp.ask_llama_cpp(path, texts, [f"{names[end]}{texts[0]}"], asked, n_new)
     if answer is None:
         return ["llama.cpp was asked, and did not answer in time"]
     for text, theirs in zip(texts, answer.plain, strict=True):
@@ -139,7 +143,7 @@ def _ask_llama_cpp(
     lines = [f"llama.cpp: the ids of {len(texts)} texts are equal, and nothing comes before them"]
     return [
         *lines,
-        *_compare_model(build_from(found.config, found.weights), ids, answer, quantization),
+        *_compare_model(build_from(found.config, found.weights), asked, answer, quantization),
     ]
 
 

@@ -89,8 +89,8 @@ def read_tokenizer(keys: Mapping[str, Any], vocab_size: int, name: str) -> Huggi
     else:
         raise ValueError(f"its vocabulary is of kind {str(kind)[:40]!r}; read are gpt2 and llama")
     content = json.dumps(document, ensure_ascii=False, separators=(",", ":")).encode()
-    kind_here: type[HuggingFaceTokenizer] = HuggingFaceTokenizer  # mypy takes it for abstract
-    return kind_here(content, name, tokens[eos])
+    # mypy takes `Tokenizer.train`, which raises NotImplementedError, for abstract.
+    return HuggingFaceTokenizer(content, name, tokens[eos])  # type: ignore[abstract]
 
 
 def _read_tokens(keys: Mapping[str, Any], vocab_size: int) -> tuple[list[str], list[int]]:

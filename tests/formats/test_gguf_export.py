@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -23,6 +24,7 @@ from preflight.formats.protocol import OutgoingModel
 from preflight.models.building import build_on_meta
 from preflight.models.mlp import MLP
 from preflight.tokenization.characters import CharTokenizer
+from preflight.tokenization.huggingface import HuggingFaceTokenizer
 
 EXPORTER = GgufExporter()
 
@@ -48,7 +50,7 @@ def few_texts(monkeypatch: pytest.MonkeyPatch) -> None:
 CASES = [
     ("gpt2", "byte"),
     ("gpt2-untied-without-bias", "bpe"),
-    ("llama", "byte"),
+    ("llama-ntk", "byte"),
     ("llama-tied-grouped", "bpe"),
     pytest.param("gpt2", "gpt2", marks=pytest.mark.slow),
     pytest.param("llama", "gpt2", marks=pytest.mark.slow),
@@ -295,6 +297,33 @@ def test_numbers_beyond_f16_are_refused() -> None:
     EXPORTER.check(model, "bf16")
     with pytest.raises(PreflightError, match="bf16"):
         EXPORTER.check(model, "f16")
+
+
+def test_types_of_tokens(tmp_path: Path) -> None:
+    """Special tokens are control tokens, a user's are always found in a text, others are unused."""
+    path = write(make_model("gpt2", n_spare=3), tmp_path / "x.gguf")
+    found = GgufImporter().read(path)
+    document = json.loads(found.tokenizer.content)  # type: ignore[attr-defined]
+    flags = document["added_tokens"][0]
+    for token, special in (("<tool>", False), ("<|im_end|>", True)):
+        i = len(document["model"]["vocab"])
+        document["model"]["vocab"][token] = i
+        document["added_tokens"].append(flags | {"content": token, "id": i, "special": special})
+    tokenizer = HuggingFaceTokenizer(json.dumps(document).encode(), "x", "<|endoftext|>")
+    model = replace(make_model("gpt2", n_spare=3), tokenizer=tokenizer)
+    lines = EXPORTER.verify(model, write(model, tmp_path / "y.gguf"), "f32")
+    assert any("llama.cpp: the ids" in line for line in lines)
+    keys = gguf.GGUFReader(tmp_path / "y.gguf").fields
+    types = keys["tokenizer.ggml.token_type"].contents()
+    assert types[599:] == [3, 4, 3, 5]
+    answer = gguf_llama_cpp.ask_llama_cpp(
+        tmp_path / "y.gguf", ["a<tool>b<|im_end|>"], ["a<|im_end|>"], [1], 1
+    )
+    assert answer is not None
+    assert answer.plain == [tokenizer.encode("a<tool>b<|im_end|>").tolist()]
+    assert 600 in answer.plain[0]
+    assert 601 not in answer.plain[0]
+    assert answer.special[0][-1] == 601
 
 
 def test_char_has_no_place() -> None:
