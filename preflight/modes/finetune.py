@@ -41,7 +41,7 @@ class FinetuneRun(TrainingRun):
 
     def run(self) -> int:
         """Train to the end of the plan, or until a signal; the exit code."""
-        self.setup.link_base()
+        self.setup.kept_base  # noqa: B018
         for line in describe_chats(self.setup.data.facts):
             log.info(f"chats: {line}")
         if self.state.step == 0:

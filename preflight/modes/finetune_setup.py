@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from generate import build_empty_model
-from preflight.checkpoints.adapters import describe_adapter, find_base, link_base
+from preflight.checkpoints.adapters import describe_adapter, find_base
 from preflight.checkpoints.format import Checkpoint
 from preflight.checkpoints.store import find_best, open_checkpoint
 from preflight.core.errors import ExitCode, PreflightError
@@ -31,7 +31,7 @@ from preflight.tokenization.chat_template import (
     load_chat_template,
     parse_chat_template,
 )
-from preflight.training.merging import load_merged_weights
+from preflight.training.merging import keep_base, load_merged_weights
 from preflight.training.plan import TrainingPlan
 from preflight.training.resume import adopt_finetuning, resolve_model
 from train_utils import measure_target_share
@@ -190,10 +190,12 @@ class FinetuneSetup(RunSetup):
             return None
         return load_merged_weights(self.base, build_empty_model(self.base))
 
-    def link_base(self) -> None:
-        """Keep the base beside the adapters, which are nothing without it."""
-        if self.config.training.adapter is not None:
-            link_base(self.base, self.output_dir)
+    @part
+    def kept_base(self) -> Checkpoint | None:
+        """The base as it is kept beside the adapters, which are nothing without it."""
+        if self.config.training.adapter is None:
+            return None
+        return self.base if self.origin else keep_base(self.base, self.output_dir)
 
     @part
     def base_facts(self) -> dict[str, Any]:
@@ -216,8 +218,12 @@ class FinetuneSetup(RunSetup):
     def describe_extra(self) -> dict[str, Any]:
         """How the run learns, and from where it began."""
         finetuning, adapter = self.config.finetuning, self.config.training.adapter
-        section = {"adapter": describe_adapter(adapter, self.base)} if adapter else {}
-        return section | {
+        sections: dict[str, Any] = {}
+        if adapter is not None and self.kept_base is not None:
+            sections["adapter"] = describe_adapter(adapter, self.kept_base)
+        if "origin" in self.known_source.config:  # of an imported model: what it was made of
+            sections["origin"] = self.known_source.config["origin"]
+        return sections | {
             "finetuning": {
                 "learn_from": finetuning.learn_from,
                 "lora_rank": finetuning.lora_rank,

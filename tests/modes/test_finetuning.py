@@ -173,6 +173,18 @@ def test_adapters_share_the_base_and_leave_it(run: Run, tmp_path: Path) -> None:
     }
 
 
+def test_adapters_are_fine_tuned_again(run: Run, tmp_path: Path) -> None:
+    """The first ones are merged into the base of the second ones."""
+    assert run(lora_rank=4, max_steps=4, learning_rate=1e-2) == 0
+    assert run(from_checkpoint="out", output_dir="twice", lora_rank=2, max_steps=2) == 0
+    first, _ = load_model(find_best(tmp_path / "out"), torch.device("cpu"), torch.float32)
+    kept = safetensors.torch.load_file(tmp_path / "twice/base/model.safetensors")
+    for name, tensor in first.state_dict().items():
+        assert torch.equal(kept[name], tensor), name
+    load_model(find_best(tmp_path / "twice"), torch.device("cpu"), torch.float32)
+    assert run(from_checkpoint="out", output_dir="twice", max_steps=3) == 0
+
+
 # ---- batches ------------------------------------------------------------------------------------
 
 
