@@ -15,7 +15,7 @@ from pydantic import AfterValidator, Field
 
 from preflight.core.errors import ExitCode, PreflightError
 from preflight.core.schema import Schema
-from preflight.core.storage import open_regular
+from preflight.core.storage import DISK_ERRNOS, open_regular, storage_error
 from preflight.core.strict_json import MAX_JSON_BYTES, parse_json
 
 FORMAT = "preflight-shards"
@@ -191,3 +191,10 @@ def damaged_error(path: Path, what: str) -> PreflightError:
         f"{path} is damaged: {what}",
         "give --text-file to rebuild the data folder, or restore the file",
     )
+
+
+def unreadable_error(path: Path, error: OSError) -> PreflightError:
+    """The error to raise for a file that cannot be read: the disk's fault, or the file's."""
+    if error.errno in DISK_ERRNOS:
+        return storage_error(path, error)
+    return damaged_error(path, error.strerror or str(error))

@@ -35,6 +35,7 @@ from preflight.corpus.metadata import (
     SplitEntry,
     damaged_error,
     read_metadata,
+    unreadable_error,
 )
 from preflight.tokenization import (
     MissingLibraryError,
@@ -105,6 +106,8 @@ def load_data_tokenizer(data_dir: Path, metadata: Metadata) -> Tokenizer:
     except MissingLibraryError as error:
         raise PreflightError(ExitCode.DATA, *error.lines) from None
     except PreflightError as error:
+        if error.code == ExitCode.STORAGE:
+            raise
         raise damaged_error(data_dir / TOKENIZER_NAME, error.lines[0]) from None
     if tokenizer.fingerprint != facts.fingerprint:
         raise _mismatch_error(data_dir, metadata, tokenizer)
@@ -207,7 +210,7 @@ def _verify_file(data_dir: Path, entry: FileEntry) -> None:
             size = os.fstat(file.fileno()).st_size
         digest = hash_file(path)
     except OSError as error:
-        raise damaged_error(path, error.strerror or str(error)) from None
+        raise unreadable_error(path, error) from None
     if (size, digest) != (entry.n_bytes, entry.sha256):
         raise damaged_error(path, "its size or its SHA-256 is not the expected one")
 
@@ -249,7 +252,7 @@ def verify_shard(folder: Path, tokenizer: Tokenizer, entry: ShardEntry) -> Shard
                 whole = len(block) // tokenizer.id_dtype.itemsize * tokenizer.id_dtype.itemsize
                 largest = max(largest, int(np.frombuffer(block[:whole], tokenizer.id_dtype).max()))
     except OSError as error:
-        raise damaged_error(path, error.strerror or str(error)) from None
+        raise unreadable_error(path, error) from None
     if digest.hexdigest() != entry.sha256:
         raise damaged_error(
             path, f"its SHA-256 is {digest.hexdigest()[:12]}..., expected {entry.sha256[:12]}..."

@@ -12,6 +12,7 @@ from typing import Any, ClassVar, Protocol, Self
 import numpy as np
 
 from preflight.core.errors import ExitCode, PreflightError
+from preflight.core.storage import DISK_ERRNOS, storage_error
 
 # How the end of text is spelled where the tokenizer itself has no spelling for it: as GPT-2 has it.
 END_OF_TEXT = "<|endoftext|>"
@@ -30,7 +31,12 @@ class TrainingText(Protocol):
 def build_damage_error(
     folder: Path, names: tuple[str, str], error: OSError | ValueError
 ) -> PreflightError:
-    """That the saved files `names` in `folder` cannot be used: code CHECKPOINT."""
+    """That the saved files `names` in `folder` cannot be used: code CHECKPOINT.
+
+    Code STORAGE, where the disk is at fault.
+    """
+    if isinstance(error, OSError) and error.errno in DISK_ERRNOS:
+        return storage_error(folder / names[0], error)
     what = (error.strerror if isinstance(error, OSError) else None) or str(error)[:200]
     return PreflightError(
         ExitCode.CHECKPOINT,

@@ -57,7 +57,8 @@ def test_updates_equal_torchs(
 @pytest.mark.parametrize("shape", [(1, 8, 24), (4, 24, 8), (7, 8, 8)], ids=str)
 def test_singular_values_end_near_one(shape: tuple[int, int, int]) -> None:
     matrices = torch.randn(shape, generator=torch.Generator().manual_seed(1))
-    values = torch.linalg.svdvals(muon.orthogonalise(1e-3 * matrices))
+    # In bf16, where the CPU has it in hardware.
+    values = torch.linalg.svdvals(muon.orthogonalise(1e-3 * matrices).float())
     assert 0.5 < float(values.min()) <= float(values.max()) < 1.5
 
 

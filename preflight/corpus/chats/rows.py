@@ -19,6 +19,7 @@ from preflight.corpus.metadata import (
     Metadata,
     damaged_error,
     read_metadata,
+    unreadable_error,
 )
 from preflight.corpus.shard_reader import ShardReader
 from preflight.corpus.shards import DataFolder, Shard, Split, load_data_folder
@@ -119,7 +120,7 @@ def _count_items(path: Path, dtype: np.dtype) -> int:
     try:
         array = np.lib.format.open_memmap(path, mode="r")  # `np.load` would open archives, too
     except OSError as error:
-        raise damaged_error(path, error.strerror or str(error)) from None
+        raise unreadable_error(path, error) from None
     except (ValueError, EOFError) as error:
         raise damaged_error(path, str(error)[:200]) from None
     if array.dtype != dtype or array.ndim != 1:
