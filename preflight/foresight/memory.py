@@ -240,7 +240,8 @@ def build_batch_curve(
     stretch of a step grows by the same bytes with each sequence, so that two traces give a line
     for every larger batch. Smaller batches are traced one by one.
     """
-    rows = losses.loss_layout(options.device_type).rows
+    layout = losses.loss_layout(options.device_type, options.dtype)
+    rows = layout.count_rows(model_config.vocab_size)
     first = -(-4 * rows // (options.window_tokens or model_config.context_length))
 
     def build_case(batch_size: int) -> TraceCase:

@@ -225,22 +225,22 @@ def _muon_of(device_type: str) -> Iterator[None]:
 @contextlib.contextmanager
 def _loss_of(device_type: str, *, whole: bool) -> Iterator[None]:
     """The loss as that device computes it; unless `whole`, a few of its chunks, which are alike."""
-    own_layout, own_chunks = losses.loss_layout, losses.split_loss_rows
-    layout = own_layout(device_type)
+    own_layout = losses.loss_layout
+    own_chunks, own_blocks = losses.split_loss_rows, losses.split_loss_blocks
 
-    def few_chunks(hidden: Tensor) -> list[slice]:
-        chunks = own_chunks(hidden)
+    def cut(chunks: list[slice]) -> list[slice]:
         if whole or len(chunks) <= _LOSS_CHUNKS:
             return chunks
         return [*chunks[: _LOSS_CHUNKS - 1], chunks[-1]]
 
-    losses.loss_layout = lambda device_type: layout
-    losses.split_loss_rows = few_chunks
+    losses.loss_layout = lambda _, dtype=torch.float32: own_layout(device_type, dtype)
+    losses.split_loss_rows = lambda hidden, weight: cut(own_chunks(hidden, weight))
+    losses.split_loss_blocks = lambda n_rows, layout: cut(own_blocks(n_rows, layout))
     try:
         yield
     finally:
         losses.loss_layout = own_layout
-        losses.split_loss_rows = own_chunks
+        losses.split_loss_rows, losses.split_loss_blocks = own_chunks, own_blocks
 
 
 @dataclass(frozen=True)

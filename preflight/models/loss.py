@@ -18,6 +18,10 @@ from preflight.models.loss_fused import NO_TARGET, cross_entropy_
 # over the 32 MiB up to which malloc keeps freed blocks; on CUDA they fill the card.
 LOSS_ROWS_CPU = 256
 LOSS_ROWS_CUDA = 2048
+# In bf16 a CPU is fastest with one large matmul, as CUDA is. Its logits are then turned into their
+# gradient in place, a few rows at a time: in fp32 these fit the caches (benchmarks/LOG.md).
+LOSS_ROWS_CPU_BF16, LOSS_BLOCK_ROWS = 2048, 64
+_MAX_LOGITS_BYTES = 256 * 2**20  # of that matmul; a larger vocabulary gets fewer rows
 # Tensor cores want every dimension to be a multiple of this; 50,257 is odd.
 CUDA_VOCAB_MULTIPLE = 64
 
@@ -31,20 +35,32 @@ class LossLayout(NamedTuple):
         weight_first: whether fp32 logits are V C times C R, and lie in columns: MKL is up to 1.7
             times faster so than with R C times C V.
         fused: whether one kernel turns logits into their gradient.
+        block_rows: of logits that are turned into their gradient at once; 0: all of `rows`.
     """
 
     rows: int
     vocab_multiple: int
     weight_first: bool
     fused: bool = False
+    block_rows: int = 0
+
+    def count_rows(self, vocab_size: int) -> int:
+        """`rows`, or fewer where the logits of so many would be too large."""
+        if not self.block_rows:
+            return self.rows
+        most = _MAX_LOGITS_BYTES // (2 * vocab_size) // self.block_rows * self.block_rows
+        return min(self.rows, max(self.block_rows, most))
 
 
-def loss_layout(device_type: str) -> LossLayout:
-    """What is fastest on that device."""
+def loss_layout(device_type: str, dtype: torch.dtype = torch.float32) -> LossLayout:
+    """What is fastest on that device, for logits of that type."""
     if device_type == "cuda":
         return LossLayout(LOSS_ROWS_CUDA, CUDA_VOCAB_MULTIPLE, weight_first=False, fused=True)
-    on_cpu = device_type == "cpu"
-    return LossLayout(LOSS_ROWS_CPU if on_cpu else LOSS_ROWS_CUDA, 1, weight_first=on_cpu)
+    if device_type != "cpu":
+        return LossLayout(LOSS_ROWS_CUDA, 1, weight_first=False)
+    if dtype == torch.float32:
+        return LossLayout(LOSS_ROWS_CPU, 1, weight_first=True)
+    return LossLayout(LOSS_ROWS_CPU_BF16, 1, weight_first=False, block_rows=LOSS_BLOCK_ROWS)
 
 
 class TargetRows(NamedTuple):
@@ -100,23 +116,27 @@ def linear_cross_entropy(
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
     with torch.autocast(device, enabled=False):
         hidden, weight = hidden.to(dtype), weight.to(dtype)
-        padding = -len(weight) % loss_layout(device).vocab_multiple
+        layout = loss_layout(device, dtype)
+        padding = -len(weight) % layout.vocab_multiple
         if padding:
             weight = F.pad(weight, (0, 0, 0, padding))
         if torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad):
             return _LinearCrossEntropy.apply(hidden, weight, targets, padding, softcap)
         total = hidden.new_zeros((), dtype=torch.float32)
         buffer = _make_logits_buffer(hidden, weight)
-        for rows in split_loss_rows(hidden):
+        for rows in split_loss_rows(hidden, weight):
             logits = _compute_logits(hidden[rows], weight, buffer)
-            if loss_layout(device).fused:
+            if layout.fused:
                 n_ids = len(weight) - padding
                 total += cross_entropy_(logits, targets[rows], n_ids, softcap or 0.0, False).sum()
                 continue
             ids, masked = _split_mask(targets[rows])
-            if softcap is not None:
-                logits = logits.div_(softcap).tanh_().mul_(softcap)
-            total += _score_rows(logits, ids, masked, padding, buffer)[0]
+            for block in split_loss_blocks(len(logits), layout):
+                part = logits[block]
+                if softcap is not None:
+                    part = part.div_(softcap).tanh_().mul_(softcap)
+                columns = buffer if layout.weight_first else None
+                total += _score_rows(part, ids[block], masked[block], padding, columns)[0]
         return total
 
 
@@ -126,27 +146,39 @@ def _split_mask(targets: Tensor) -> tuple[Tensor, Tensor]:
     return targets[:, None].masked_fill(masked, 0), masked
 
 
-def split_loss_rows(hidden: Tensor) -> list[slice]:
+def split_loss_rows(hidden: Tensor, weight: Tensor) -> list[slice]:
     """The rows of the loss (N C), as many at a time as `loss_layout` says."""
-    rows = loss_layout(hidden.device.type).rows
+    rows = loss_layout(hidden.device.type, hidden.dtype).count_rows(len(weight))
     return [slice(start, start + rows) for start in range(0, len(hidden), rows)]
 
 
-def _make_logits_buffer(hidden: Tensor, weight: Tensor) -> Tensor | None:
-    """Room for one chunk's logits, for every chunk to use again, where they are to lie in columns;
-    ``None`` where rows are faster.
+def split_loss_blocks(n_rows: int, layout: LossLayout) -> list[slice]:
+    """Rows of logits, as many at a time as are turned into their gradient at once.
+
+    The compiler is given all: it reads them once by itself.
     """
-    # The compiler's kernels, and matmuls in bf16, want rows.
-    layout = loss_layout(hidden.device.type)
-    if not layout.weight_first or hidden.dtype != torch.float32 or torch.compiler.is_compiling():
+    size = n_rows if torch.compiler.is_compiling() else layout.block_rows or n_rows
+    return [slice(start, start + size) for start in range(0, n_rows, max(1, size))]
+
+
+def _make_logits_buffer(hidden: Tensor, weight: Tensor) -> Tensor | None:
+    """Room for one chunk's logits, for every chunk to use again: fresh memory costs a page fault
+    every 4 KiB. ``None`` for the compiler, and where a card's allocator keeps it by itself.
+    """
+    layout = loss_layout(hidden.device.type, hidden.dtype)
+    has_buffer = (layout.weight_first and hidden.dtype == torch.float32) or layout.block_rows
+    if not has_buffer or torch.compiler.is_compiling():
         return None
-    return hidden.new_empty(len(weight) * min(layout.rows, len(hidden)))
+    return hidden.new_empty(len(weight) * min(layout.count_rows(len(weight)), len(hidden)))
 
 
 def _compute_logits(hidden: Tensor, weight: Tensor, buffer: Tensor | None) -> Tensor:
-    """Logits (R V) of rows (R C), in columns where there is a buffer for them."""
+    """Logits (R V) of rows (R C), where there is a buffer in it: fp32 in columns, bf16 in rows."""
     if buffer is None:
         return hidden @ weight.T
+    if not loss_layout(hidden.device.type, hidden.dtype).weight_first:
+        out = buffer[: len(weight) * len(hidden)].view(len(hidden), len(weight))
+        return torch.mm(hidden, weight.T, out=out)
     columns = buffer[: len(weight) * len(hidden)].view(len(weight), len(hidden))  # V R
     return torch.mm(weight, hidden.T, out=columns).T
 
@@ -174,6 +206,26 @@ def _score_rows(
     sums = exponentials.sum(dim=1, keepdim=True)
     losses = (largest + sums.log() - chosen).masked_fill_(masked, 0.0)  # R 1
     return losses.sum(), exponentials.div_(sums)
+
+
+def _differentiate_blocks(
+    logits: Tensor,
+    ids: Tensor,
+    masked: Tensor,
+    padding: int,
+    softcap: float | None,
+    layout: LossLayout,
+) -> tuple[Tensor, Tensor]:
+    """As `_differentiate_rows`; the gradient takes the place of the logits, block by block."""
+    total = logits.new_zeros((), dtype=torch.float32)
+    for block in split_loss_blocks(len(logits), layout):
+        part = logits[block]
+        loss, grad = _differentiate_rows(
+            part.float(), ids[block], masked[block], padding, None, softcap
+        )
+        part.copy_(grad)
+        total = total + loss
+    return total, logits
 
 
 def _differentiate_rows(
@@ -212,19 +264,22 @@ class _LinearCrossEntropy(torch.autograd.Function):
         grad_hidden = torch.empty_like(hidden)
         # Summed over chunks in fp32: in bf16 the later chunks would be rounded away. A frozen head
         # has none.
-        grad_weight = None
-        if ctx.needs_input_grad[1]:
+        grad_weight: Tensor | None = None
+        if ctx.needs_input_grad[1] and (weight.dtype == torch.float32 or not len(hidden)):
             grad_weight = torch.zeros_like(weight, dtype=torch.float32)
+        layout = loss_layout(hidden.device.type, hidden.dtype)
         buffer = _make_logits_buffer(hidden, weight)
-        for rows in split_loss_rows(hidden):
+        for rows in split_loss_rows(hidden, weight):
             ids, masked = _split_mask(targets[rows])
             logits = _compute_logits(hidden[rows], weight, buffer)
             # d loss / d logits = softmax - one-hot. What the loss is divided by comes in with the
             # backward pass, as a gradient scaler's factor does: in fp16 it would underflow here.
-            if loss_layout(hidden.device.type).fused:
+            if layout.fused:
                 n_ids = len(weight) - padding
                 loss = cross_entropy_(logits, targets[rows], n_ids, softcap or 0.0, True).sum()
                 grad = logits
+            elif layout.block_rows and not torch.compiler.is_compiling():
+                loss, grad = _differentiate_blocks(logits, ids, masked, padding, softcap, layout)
             else:
                 loss, grad = _differentiate_rows(logits, ids, masked, padding, buffer, softcap)
             total = total + loss  # not in place: compiled by torch 2.11, all gradients became 0
@@ -232,10 +287,12 @@ class _LinearCrossEntropy(torch.autograd.Function):
             # matmuls: zeroing it in `grad` would be one more pass over R V.
             torch.mm(grad, weight, out=grad_hidden[rows])
             grad_hidden[rows].masked_fill_(masked, 0.0)
-            if grad_weight is None:
+            if not ctx.needs_input_grad[1]:
                 continue
             unmasked = hidden[rows].masked_fill(masked, 0.0)  # R C
-            if weight.dtype == torch.float32:
+            if grad_weight is None:
+                grad_weight = (grad.T @ unmasked).float()
+            elif weight.dtype == torch.float32:
                 grad_weight.addmm_(grad.T, unmasked)
             else:
                 grad_weight += grad.T @ unmasked

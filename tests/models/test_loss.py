@@ -51,9 +51,11 @@ def draw(n_rows: int, masked: list[int], device: str = "cpu") -> tuple[Tensor, T
     [
         loss_layout("cpu"),
         loss_layout("cpu")._replace(vocab_multiple=64),
+        LossLayout(R, 1, weight_first=False, block_rows=64),
+        LossLayout(R, 64, weight_first=False, block_rows=100),
         loss_layout("cuda")._replace(rows=R),
     ],
-    ids=["cpu", "cpu, padded", "cuda"],
+    ids=["cpu", "cpu, padded", "cpu, blocks", "cpu, blocks, padded", "cuda"],
 )
 def test_loss_equals_cross_entropy(
     n_rows: int,
@@ -63,7 +65,7 @@ def test_loss_equals_cross_entropy(
     device: str,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(losses, "loss_layout", lambda device_type: layout)
+    monkeypatch.setattr(losses, "loss_layout", lambda *_: layout)
     hidden, weight, targets = draw(n_rows, MASKS[mask](n_rows), device)
     hidden, weight = hidden.to(dtype), weight.to(dtype)
     ours = [hidden.clone().requires_grad_(), weight.clone().requires_grad_()]
@@ -96,7 +98,7 @@ def test_loss_of_capped_logits(
     layout: LossLayout, device: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """With gradients and without: two paths. A cap of 3 is far from the identity here."""
-    monkeypatch.setattr(losses, "loss_layout", lambda device_type: layout)
+    monkeypatch.setattr(losses, "loss_layout", lambda *_: layout)
     hidden, weight, targets = draw(R + 7, [3], device)
     ours = [hidden.clone().requires_grad_(), weight.clone().requires_grad_()]
     plain = [hidden.requires_grad_(), weight.requires_grad_()]
@@ -126,7 +128,7 @@ def test_a_wrong_id_has_no_loss_where_nobody_looks(
 ) -> None:
     """A kernel raises nothing: the loss is NaN, and the trainer leaves such an update out."""
     layout = LossLayout(R, 64, False, fused=True)
-    monkeypatch.setattr(losses, "loss_layout", lambda device_type: layout)
+    monkeypatch.setattr(losses, "loss_layout", lambda *_: layout)
     for wrong in (-7, 53, 60):
         hidden, weight, targets = draw(4, [1], device)
         targets[2] = wrong
@@ -160,7 +162,7 @@ def test_a_mask_costs_no_pass_over_the_logits(
     weight_first: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     layout = LossLayout(R, 1, weight_first)
-    monkeypatch.setattr(losses, "loss_layout", lambda device_type: layout)
+    monkeypatch.setattr(losses, "loss_layout", lambda *_: layout)
     hidden, weight, targets = draw(R, MASKS["some"](R))
     with _Passes(R * 53) as passes:
         linear_cross_entropy(hidden.requires_grad_(), weight.requires_grad_(), targets)
