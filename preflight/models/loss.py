@@ -60,6 +60,8 @@ def loss_layout(device_type: str, dtype: torch.dtype = torch.float32) -> LossLay
         return LossLayout(LOSS_ROWS_CUDA, 1, weight_first=False)
     if dtype == torch.float32:
         return LossLayout(LOSS_ROWS_CPU, 1, weight_first=True)
+    if torch.compiler.is_compiling():  # its kernels go through a chunk several times
+        return LossLayout(LOSS_ROWS_CPU, 1, weight_first=False)
     return LossLayout(LOSS_ROWS_CPU_BF16, 1, weight_first=False, block_rows=LOSS_BLOCK_ROWS)
 
 
@@ -153,11 +155,8 @@ def split_loss_rows(hidden: Tensor, weight: Tensor) -> list[slice]:
 
 
 def split_loss_blocks(n_rows: int, layout: LossLayout) -> list[slice]:
-    """Rows of logits, as many at a time as are turned into their gradient at once.
-
-    The compiler is given all: it reads them once by itself.
-    """
-    size = n_rows if torch.compiler.is_compiling() else layout.block_rows or n_rows
+    """Rows of logits, as many at a time as are turned into their gradient at once."""
+    size = layout.block_rows or n_rows
     return [slice(start, start + size) for start in range(0, n_rows, max(1, size))]
 
 
@@ -278,7 +277,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 n_ids = len(weight) - padding
                 loss = cross_entropy_(logits, targets[rows], n_ids, softcap or 0.0, True).sum()
                 grad = logits
-            elif layout.block_rows and not torch.compiler.is_compiling():
+            elif layout.block_rows:
                 loss, grad = _differentiate_blocks(logits, ids, masked, padding, softcap, layout)
             else:
                 loss, grad = _differentiate_rows(logits, ids, masked, padding, buffer, softcap)
