@@ -233,7 +233,10 @@ def _loss_of(device_type: str, *, whole: bool) -> Iterator[None]:
             return chunks
         return [*chunks[: _LOSS_CHUNKS - 1], chunks[-1]]
 
-    losses.loss_layout = lambda _, dtype=torch.float32: own_layout(device_type, dtype)
+    def layout_there(_: str, dtype: torch.dtype = torch.float32) -> losses.LossLayout:
+        return own_layout(device_type, dtype)
+
+    losses.loss_layout = layout_there  # type: ignore[assignment]  # its first name does not matter
     losses.split_loss_rows = lambda hidden, weight: cut(own_chunks(hidden, weight))
     losses.split_loss_blocks = lambda n_rows, layout: cut(own_blocks(n_rows, layout))
     try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import platform
 import subprocess
 import sys
@@ -11,12 +12,13 @@ import psutil
 import pytest
 import torch
 
+import main
 from conftest import ROOT
 from preflight.core.errors import ExitCode, PreflightError
 from preflight.device import host_memory
 from preflight.device.host_memory import available_host_bytes
 from preflight.device.runtime import build_runtime, is_out_of_memory
-from preflight.settings import SystemSettings
+from preflight.settings import RunConfig, SystemSettings
 
 
 def make_group(folder: Path, names: tuple[str, str], limit: str, used: int, idle: int) -> None:
@@ -158,3 +160,40 @@ def test_the_peak_can_be_counted_anew() -> None:
     held = b"x" * 300_000_000
     assert machine.peak_memory_bytes() > before - 50_000_000
     del held
+
+
+def test_freed_memory_is_kept() -> None:
+    """Large blocks that come and go cost a page fault once, not each time."""
+    script = """
+import resource, sys
+from preflight.device.host_memory import keep_freed_memory
+import torch
+def count_faults():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for _ in range(20):
+        torch.ones(16 * 2**20)  # 64 MiB
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+first = count_faults()
+keep_freed_memory()
+count_faults()
+print(first, count_faults())
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, cwd=ROOT, check=True
+    )
+    before, after = map(int, done.stdout.split())
+    assert before > 20 * 1000
+    assert after < before / 20
+
+
+def test_waiting_threads_sleep_unless_the_user_says_otherwise(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(main.MODES, "load", lambda name: lambda config: 0)
+    for given, expected in ((None, "PASSIVE"), ("ACTIVE", "ACTIVE")):
+        if given is None:
+            monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)
+        else:
+            monkeypatch.setenv("OMP_WAIT_POLICY", given)
+        assert main.run_mode("check", RunConfig()) == 0
+        assert os.environ["OMP_WAIT_POLICY"] == expected
