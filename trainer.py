@@ -15,7 +15,6 @@ from torch import Tensor
 from preflight.core.errors import ExitCode, PreflightError
 from preflight.core.log import log
 from preflight.core.signals import StopFlag
-from preflight.device.host_memory import keep_freed_memory
 from preflight.device.runtime import Runtime, is_out_of_memory
 from preflight.models.building import build_model
 from preflight.models.lora import add_adapters, list_trained_weights, load_trained_weights
@@ -52,8 +51,6 @@ def build_trainer(
         gradient_checkpointing: recompute each block in the backward pass.
         weights: that the model begins with; unset: random ones.
     """
-    if runtime.device.type == "cpu":
-        keep_freed_memory()
     torch.manual_seed(training.seed)
     with runtime.device:
         model = build_model(model_config, gradient_checkpointing=gradient_checkpointing)

@@ -16,9 +16,6 @@ except ImportError:  # Windows
     resource = None  # type: ignore[assignment]
 
 
-_M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # of mallopt(3)
-
-
 def peak_resident_bytes() -> int:
     """The peak of this process's resident memory."""
     if resource is None:
@@ -71,18 +68,6 @@ def _find_control_groups(root: Path) -> Iterator[tuple[Path, str, str]]:
             # group is not there, and the root of the mount is the group.
             for place in (PurePosixPath(path), *PurePosixPath(path).parents):
                 yield base / str(place).lstrip("/"), *names
-
-
-def keep_freed_memory() -> None:
-    """Ask malloc to keep what is freed, of any size, for what is allocated next.
-
-    By default blocks above 32 MiB go back to the system at once, and each comes anew with a page
-    fault every 4 KiB: a fifth of a training step on the CPU. The peak of resident memory stays.
-    """
-    with contextlib.suppress(OSError, AttributeError, TypeError):  # another C library
-        mallopt = ctypes.CDLL(None).mallopt
-        mallopt(_M_MMAP_MAX, 0)
-        mallopt(_M_TRIM_THRESHOLD, -1)
 
 
 def release_freed_memory() -> None:

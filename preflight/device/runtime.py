@@ -14,12 +14,12 @@ import torch
 
 from preflight.core.errors import ExitCode, PreflightError
 from preflight.core.memory_lack import lacks_memory
-from preflight.device.host_memory import peak_resident_bytes
+from preflight.device.host_memory import peak_resident_bytes, release_freed_memory
 from preflight.settings import SystemSettings
 
 # A compilation takes about a minute; a shorter run does not regain that time.
 MIN_STEPS_TO_COMPILE = 300
-_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # <malloc.h>
+_M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # <malloc.h>
 
 
 @dataclass(frozen=True)
@@ -70,6 +70,7 @@ class Runtime:
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.device)
             return
+        release_freed_memory()  # what malloc keeps is not in use
         with contextlib.suppress(OSError):  # proc_pid_clear_refs(5)
             Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
 
@@ -120,12 +121,12 @@ def _keep_freed_memory() -> None:
 
     By default it returns large blocks to the system, which hands them out again page by page, each
     filled with zeros. That took a quarter of a small model's step (benchmarks/LOG.md). Source:
-    mallopt(3); 32 MiB is the highest threshold that it accepts.
+    mallopt(3). No block is mapped by itself, and the heap is never trimmed.
     """
     with contextlib.suppress(OSError, AttributeError, TypeError):  # another C library
         mallopt = ctypes.CDLL(None).mallopt
-        mallopt(_M_MMAP_THRESHOLD, 32 * 2**20)
-        mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
+        mallopt(_M_MMAP_MAX, 0)
+        mallopt(_M_TRIM_THRESHOLD, -1)
 
 
 def _choose_device(name: str) -> torch.device:

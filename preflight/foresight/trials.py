@@ -167,8 +167,6 @@ class _Meter:
         """Measure the peak of the block, also when it fails."""
         self.name = name
         gc.collect()
-        if not self.on_cuda:  # what an earlier phase has freed does not count
-            release_freed_memory()
         self.runtime.reset_peak_memory()
         try:
             yield

@@ -89,14 +89,14 @@ if sys.argv[1] == "keep":
 blocks = [torch.ones(1_000_000) for _ in range(32)]
 del blocks
 before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-block = torch.ones(7_000_000)
+block = torch.ones(25_000_000)
 print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 """
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="mallopt is glibc's")
 def test_freed_memory_is_kept_for_the_next_step() -> None:
-    """A block of 6,836 pages fits where small ones were freed: nothing is faulted in again."""
+    """A block of 24,000 pages fits where small ones were freed: nothing is faulted in again."""
     faults = {}
     for how in ("keep", "default"):
         done = subprocess.run(
@@ -108,7 +108,7 @@ def test_freed_memory_is_kept_for_the_next_step() -> None:
         )
         faults[how] = int(done.stdout)
     assert faults["keep"] < 1000
-    assert faults["default"] > 5000  # else the test shows nothing
+    assert faults["default"] > 20_000  # else the test shows nothing
 
 
 _RELEASE = """
@@ -160,30 +160,6 @@ def test_the_peak_can_be_counted_anew() -> None:
     held = b"x" * 300_000_000
     assert machine.peak_memory_bytes() > before - 50_000_000
     del held
-
-
-def test_freed_memory_is_kept() -> None:
-    """Large blocks that come and go cost a page fault once, not each time."""
-    script = """
-import resource, sys
-from preflight.device.host_memory import keep_freed_memory
-import torch
-def count_faults():
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-    for _ in range(20):
-        torch.ones(16 * 2**20)  # 64 MiB
-    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
-first = count_faults()
-keep_freed_memory()
-count_faults()
-print(first, count_faults())
-"""
-    done = subprocess.run(
-        [sys.executable, "-c", script], capture_output=True, text=True, cwd=ROOT, check=True
-    )
-    before, after = map(int, done.stdout.split())
-    assert before > 20 * 1000
-    assert after < before / 20
 
 
 def test_waiting_threads_sleep_unless_the_user_says_otherwise(
