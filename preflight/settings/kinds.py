@@ -172,6 +172,7 @@ MODES: Registry[Any] = Registry(
         "sweep": "preflight.modes.sweep:run",
         "forecast": "preflight.modes.forecast:run",
         "generate": "preflight.modes.generate:run",
+        "serve": "preflight.modes.serve:run",
         "evaluate": "preflight.modes.evaluate:run",
         "compare": "preflight.modes.compare:run",
         "import": "preflight.modes.import_model:run",
@@ -183,6 +184,8 @@ MODES: Registry[Any] = Registry(
 )
 # Modes that foresee or try a run: beside `--finetune` they do so for a fine-tuning.
 FINETUNING_MODES = ("check", "get-optimal-bs")
+# Modes that may stand beside another, which is then foreseen or tried, not done.
+PAIRED_MODES = {"finetune": FINETUNING_MODES, "serve": ("check",)}
 # () -> exit code: what a call without any flag shows on a terminal.
 MENUS: Registry[Any] = Registry("menu", {"menu": "preflight.modes.menu:run_menu"})
 MODE_SUMMARIES = {
@@ -196,6 +199,7 @@ MODE_SUMMARIES = {
     "sweep": "compare values by short trainings: --sweep learning_rate=1e-3,2e-3",
     "forecast": "predict the bits per byte of a run from three short trainings",
     "generate": "generate text from a checkpoint",
+    "serve": "serve checkpoints to chat with: a page, and the OpenAI interface",
     "evaluate": "measure a checkpoint on text and on tasks such as LAMBADA",
     "compare": "complete the same prompts with several checkpoints, side by side",
     "import": "take in a model of another tool: --import FOLDER or model.gguf",
