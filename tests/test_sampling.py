@@ -18,6 +18,7 @@ from transformers import LogitsProcessorList
 from transformers.generation import logits_process as hf
 
 import generate
+from preflight.decoding import stepping
 from generate import Generation, generate_batch, generate_text, stream_text, window_start
 from preflight.core import log
 from preflight.core.errors import PreflightError
@@ -240,7 +241,7 @@ def scripted(
         generated.append(script[len(generated) % len(script)])
         return torch.tensor(generated[-1:])
 
-    monkeypatch.setattr(generate, "choose_tokens", choose)
+    monkeypatch.setattr(stepping, "choose_tokens", choose)
 
 
 @pytest.mark.parametrize(

@@ -105,16 +105,17 @@ class NgramMLP(TokenModel):
         """An empty cache of `batch_size` rows of ids, which have no use for `dtype`."""
         return TokenCache(self.config, batch_size, device, capacity)
 
-    def prefill(self, tokens: Tensor, cache: KVCache, rows: list[int], lengths: list[int]) -> None:
-        """Put tokens (B T) into rows of `cache`, of each the first of `lengths`.
+    def extend(self, tokens: Tensor, cache: KVCache, rows: list[int], lengths: list[int]) -> None:
+        """Put tokens (B T) into rows of `cache`, behind what they hold: of each `lengths`.
 
         Raises:
-            ValueError: T is more than the cache holds.
+            ValueError: a row cannot hold them.
         """
-        cache.check_capacity(tokens.shape[1])
-        cache.layers[0][0, rows, : tokens.shape[1]] = tokens
-        for row, length in zip(rows, lengths, strict=True):
-            cache.lengths[row] = length
+        ends = [cache.lengths[row] + length for row, length in zip(rows, lengths, strict=True)]
+        cache.check_capacity(max(ends, default=0))
+        for i, (row, end) in enumerate(zip(rows, ends, strict=True)):
+            cache.layers[0][0, row, cache.lengths[row] : end] = tokens[i, : lengths[i]]
+            cache.lengths[row] = end
 
     def decode(self, tokens: Tensor, cache: KVCache) -> Tensor:
         """Append one token (B,) to every row of `cache`; logits (B V) of what follows it.
