@@ -173,6 +173,12 @@ class ChatEncoder:
         """The ids after which the model answers `messages`, see `fit_prompt`."""
         return self.fit_prompt(messages, max_tokens=max_tokens)[0]
 
+    def find_room(self, max_new_tokens: int) -> int:
+        """Tokens that a prompt may have. A long answer must not take all of the context away from
+        what it answers.
+        """
+        return max(self.context_length - max_new_tokens, self.context_length // 2)
+
     def fit_prompt(self, messages: Sequence[Message], *, max_tokens: int) -> tuple[list[int], int]:
         """The ids after which the model answers, and how many messages they leave out.
 
