@@ -215,13 +215,13 @@ IDLE_FLAGS = (
         ("tokenize", "detokenize"),
     ),
     IdleFlags(
-        ("temperature", "top_k", "top_p", "seed"),
+        ("temperature", "top_k", "top_p", "min_p", "seed"),
         "--no-do-sample always takes the most probable token",
         lambda config: not config.sampling.do_sample and config.sampling.beams == 1,
         ("generate",),
     ),
     IdleFlags(
-        ("do_sample", "temperature", "top_k", "top_p", "seed"),
+        ("do_sample", "temperature", "top_k", "top_p", "min_p", "seed"),
         "--beams searches for the most probable text and draws nothing",
         lambda config: config.sampling.beams > 1,
         ("generate",),
