@@ -137,6 +137,14 @@ class DecoderOnlyTransformer(TokenModel):
         Raises:
             ValueError: T is longer than the context.
         """
+        return self.compute_output(self.compute_hidden(tokens), targets)
+
+    def compute_hidden(self, tokens: Tensor) -> Tensor:
+        """The vectors (B T C) from which the logits after each token are computed.
+
+        Raises:
+            ValueError: T is longer than the context.
+        """
         self.check_length(tokens)
         positions = torch.arange(tokens.shape[1], device=tokens.device)
         angles = self.embed_positions.compute_angles(positions)
@@ -152,7 +160,7 @@ class DecoderOnlyTransformer(TokenModel):
                 )
             else:
                 x = block(x, layer, None, angles)
-        return self.compute_output(self.norm(x), targets)
+        return self.norm(x)
 
     def extend(self, tokens: Tensor, cache: KVCache, rows: list[int], lengths: list[int]) -> None:
         """Put the keys and values of tokens into rows of `cache`, behind what they hold.

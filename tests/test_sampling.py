@@ -18,10 +18,10 @@ from transformers import LogitsProcessorList
 from transformers.generation import logits_process as hf
 
 import generate
-from preflight.decoding import stepping
 from generate import Generation, generate_batch, generate_text, stream_text, window_start
 from preflight.core import log
 from preflight.core.errors import PreflightError
+from preflight.decoding import stepping
 from preflight.decoding.assembling import TextAssembler
 from preflight.decoding.choosing import choose_tokens, filter_probabilities, penalise_repetition
 from preflight.models.kv_cache import KVCache

@@ -10,8 +10,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import cast
 
-import torch
-
 from generate import load_model, stream_text
 from preflight.checkpoints.format import MILESTONES_NAME, Checkpoint
 from preflight.checkpoints.manifest import FOLDER_NAME
@@ -22,7 +20,6 @@ from preflight.core.errors import ExitCode, PreflightError
 from preflight.core.log import log
 from preflight.core.streams import is_on_terminal
 from preflight.core.units import format_bytes
-from preflight.device.host_memory import available_host_bytes
 from preflight.device.runtime import Runtime
 from preflight.models.base import TokenModel
 from preflight.models.cost import count_parameters

@@ -12,6 +12,8 @@ import threading
 import time
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Iterable
+from concurrent.futures import Future
+from typing import TypeVar
 
 from preflight.core.log import log
 from preflight.serving.batch import RowBatch, Task
@@ -23,6 +25,7 @@ ANSWER_SECONDS = 300.0
 _MAX_RETRY_SECONDS = 60
 
 Event = TokenEvent | EndEvent
+Result = TypeVar("Result")
 
 
 class EngineAnswer:
@@ -83,6 +86,7 @@ class Engine:
         self._batch, self._max_waiting = batch, max_waiting
         self._answer_seconds, self._clock = answer_seconds, clock
         self._waiting: deque[EngineAnswer] = deque()
+        self._calls: deque[Callable[[], None]] = deque()
         self._condition = threading.Condition()
         self._is_closed = False
         self._cancel_all = False
@@ -100,7 +104,7 @@ class Engine:
     @property
     def is_idle(self) -> bool:
         """Whether nothing is running or waiting."""
-        return not self._waiting and not self.n_running
+        return not self._waiting and not self._calls and not self.n_running
 
     def submit(self, job: Job) -> EngineAnswer:
         """Queue a job, from an event loop.
@@ -117,6 +121,29 @@ class Engine:
             self._waiting.append(answer)
             self._condition.notify()
         return answer
+
+    def call(self, function: Callable[[], Result]) -> Future[Result]:
+        """Let the thread call a function between two steps.
+
+        Raises:
+            QueueFullError: too much waits, or the engine is being closed.
+        """
+        future: Future[Result] = Future()
+
+        def work() -> None:
+            if not future.set_running_or_notify_cancel():
+                return
+            try:
+                future.set_result(function())
+            except Exception as error:
+                future.set_exception(error)
+
+        with self._condition:
+            if self._is_closed or len(self._calls) >= self._max_waiting:
+                raise QueueFullError(1 if self._is_closed else self._estimate_wait())
+            self._calls.append(work)
+            self._condition.notify()
+        return future
 
     def close(self, seconds: float) -> None:
         """Let what is running end for so long, then cancel it. It waits for the thread's end."""
@@ -145,15 +172,18 @@ class Engine:
     def _run(self) -> None:
         while True:
             with self._condition:
-                while not (self._waiting or self._batch.tasks or self._is_closed):
+                while not (self._has_work() or self._is_closed):
                     self._condition.wait()
-                if self._is_closed and not (self._waiting or self._batch.tasks):
+                if not self._has_work():
                     return
             try:
                 self._turn()
             except Exception as error:  # a fault of the engine itself: it must not end the server
                 log.warning(f"all answers ended: internal error: {error!r}")
                 self._end_all("error", f"internal error: {error!r}")
+
+    def _has_work(self) -> bool:
+        return bool(self._waiting or self._calls or self._batch.tasks)
 
     def _turn(self) -> None:
         """What happens between two steps, and a step."""
@@ -168,6 +198,8 @@ class Engine:
                 answer = self._waiting.popleft()
                 self._batch.join(answer.job, answer)
             self.n_running = len(self._batch.tasks)
+        if self._calls:
+            self._calls.popleft()()
         events = self._batch.step()
         self.n_running = len(self._batch.tasks)
         self._deliver((task.owner, event) for task, event in events)

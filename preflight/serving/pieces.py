@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 _SECONDS = 0.25  # that a piece may take; streams stand still meanwhile
-_FIRST_TOKENS, _MIN_TOKENS, _MAX_TOKENS = 256, 32, 4096
+_FIRST_TOKENS, _MIN_TOKENS, MAX_TOKENS = 256, 32, 2048
 
 
 class PieceBudget:
@@ -27,7 +27,7 @@ class PieceBudget:
             fitting = int(n_tokens * _SECONDS / seconds)
             self.n_tokens = min(self.n_tokens, max(_MIN_TOKENS, fitting))
         elif 2 * n_tokens > self.n_tokens and seconds < _SECONDS / 2:
-            self.n_tokens = min(2 * self.n_tokens, _MAX_TOKENS)
+            self.n_tokens = min(2 * self.n_tokens, MAX_TOKENS)
 
 
 def count_common(first: Sequence[int], second: Sequence[int]) -> int:

@@ -14,10 +14,11 @@ def build_event(row: Row, tokenizer: Tokenizer) -> TokenEvent:
     if not row.logprobs or row.finish_reason == "end":
         return TokenEvent(text)
     details: TokenLogprobs = row.logprobs[-1]
-    others = tuple(_describe(token, at, tokenizer) for token, at in details.alternatives)
-    return TokenEvent(text, _describe(details.token, details.logprob, tokenizer), others)
+    others = tuple(describe_token(token, at, tokenizer) for token, at in details.alternatives)
+    return TokenEvent(text, describe_token(details.token, details.logprob, tokenizer), others)
 
 
-def _describe(token: int, logprob: float, tokenizer: Tokenizer) -> Alternative:
+def describe_token(token: int, logprob: float, tokenizer: Tokenizer) -> Alternative:
+    """A token with its log-probability; special ones have no bytes."""
     data = tokenizer.token_bytes(token) or b""
     return Alternative(token, data.decode("utf-8", errors="replace"), data, logprob)

@@ -7,13 +7,13 @@ from typing import Any
 
 import pytest
 import torch
+from serving_models import answer_alone, make_job, make_model, make_tokenizer
 
 from preflight.models.kv_cache import KVCache
 from preflight.serving.batch import RowBatch, Task
 from preflight.serving.pieces import PieceBudget, count_common
 from preflight.serving.protocol import EndEvent, Job, TokenEvent
 from preflight.settings import SamplingConfig
-from serving_models import answer_alone, make_job, make_model, make_tokenizer
 
 FAMILIES = ["gpt2", "llama", "mlp"]
 N_SLOTS = 4
@@ -52,7 +52,9 @@ def draw_job(rng: random.Random, prompts: list[list[int]]) -> Job:
     kind = rng.random()
     if kind < 0.5 and prompts:
         ids = rng.choice(prompts)
-        ids = ids[: rng.randint(1, len(ids))] + [rng.randrange(256) for _ in range(rng.randint(0, 9))]
+        ids = ids[: rng.randint(1, len(ids))] + [
+            rng.randrange(256) for _ in range(rng.randint(0, 9))
+        ]
     else:
         ids = [rng.randrange(257) for _ in range(rng.randint(1, 47))]
     ids = ids[:47]
