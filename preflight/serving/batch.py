@@ -225,7 +225,7 @@ class RowBatch:
         tasks = self._choose_readers()
         if not tasks:
             return []
-        share = max(1, self._budget.n_tokens // len(tasks))
+        share = max(1, self._budget.find(is_alone=not self.n_ready) // len(tasks))
         slots = [self._index(task) for task in tasks]
         parts = [self._unread(self._slots[i])[:share] for i in slots]
         began = time.perf_counter()
@@ -264,7 +264,8 @@ class RowBatch:
             earlier = (count_common(self._read_ids(reader), ids[:-1]) for reader in readers)
             if n_held < len(ids) - 1 and max(earlier, default=0) < n_held + _MIN_PIECE:
                 readers.append(task)
-        return readers[: max(1, self._budget.n_tokens // _MIN_PIECE)]
+        n_tokens = self._budget.find(is_alone=not self.n_ready)
+        return readers[: max(1, n_tokens // _MIN_PIECE)]
 
     def _ensure_capacity(self, n_tokens: int) -> None:
         """Let the slots hold so many tokens, or a whole context."""

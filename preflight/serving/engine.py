@@ -193,16 +193,28 @@ class Engine:
             if task.owner.is_cancelled:
                 self._batch.leave(task)
         self._end_overdue()
-        with self._condition:
-            while self._waiting and self._batch.n_free:
-                answer = self._waiting.popleft()
-                self._batch.join(answer.job, answer)
-            self.n_running = len(self._batch.tasks)
+        self._admit()
         if self._calls:
             self._calls.popleft()()
         events = self._batch.step()
         self.n_running = len(self._batch.tasks)
         self._deliver((task.owner, event) for task, event in events)
+
+    def _admit(self) -> None:
+        """Give free rows to those who have waited longest."""
+        while self._batch.n_free:
+            with self._condition:
+                if not self._waiting:
+                    break
+                answer = self._waiting.popleft()
+                self.n_running += 1
+            try:
+                self._batch.join(answer.job, answer)
+            except Exception as error:
+                log.warning(f"an answer ended: internal error: {error!r}")
+                message = f"internal error: {error!r}"
+                self._deliver([(answer, EndEvent("error", len(answer.job.ids), 0, 0, message))])
+        self.n_running = len(self._batch.tasks)
 
     def _end_overdue(self) -> None:
         """Cut answers that have taken too long; those that never began have failed."""

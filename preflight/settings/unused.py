@@ -38,7 +38,10 @@ MODE_FLAGS: dict[str, tuple[str, ...]] = {
         *("evaluation", "checkpoint_path", "replace_unknown", "output_dir", "data_dir"),
         *("text_file", "device", "mixed_precision", "log_level", "config", "json"),
     ),
-    "serve": ("serving", "device", "mixed_precision", "log_level", "config", "chat_template"),
+    "serve": (
+        *("serving", "chat_template", "temperature", "top_k", "top_p", "min_p"),
+        *("device", "mixed_precision", "log_level", "config"),
+    ),
     "report": ("report", "output_dir", "data_dir", "log_level", "config"),
     "compare": (
         *("comparison", "sampling", "prompts", "prompts_file", "num_return_sequences"),

@@ -353,12 +353,17 @@ def test_common_beginnings() -> None:
 
 def test_a_piece_follows_the_time_that_it_takes() -> None:
     budget = PieceBudget()
-    first = budget.n_tokens
+    first = budget.find(is_alone=False)
+    assert budget.find(is_alone=True) == 4 * first
     budget.note(first, 0.01)
-    assert budget.n_tokens == 2 * first
+    assert budget.find(is_alone=False) == 2 * first
     budget.note(3, 0.001)  # so few tokens say nothing
-    assert budget.n_tokens == 2 * first
+    assert budget.find(is_alone=False) == 2 * first
     budget.note(2 * first, 2.5)
-    assert budget.n_tokens == 2 * first // 10
-    budget.note(1, 30.0)
-    assert budget.n_tokens == 32
+    assert budget.find(is_alone=False) == first
+    budget.note(first, 0.25 / 0.75)
+    assert budget.find(is_alone=False) == first * 3 // 4
+    for _ in range(9):
+        budget.note(first, 30.0)
+    assert budget.find(is_alone=False) == 64
+    assert PieceBudget(5).find(is_alone=True) == 5
