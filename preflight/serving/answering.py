@@ -125,9 +125,9 @@ class AnswerResponse(Response):
         """
         for choice in self._choices:
             prompt = self._prompts[choice.index // self._wanted.n]
-            for event in self._echo(prompt):
-                yield choice, event, event.text
-                choice.add(event, event.text)
+            for token in self._echo(prompt):
+                yield choice, token, token.text
+                choice.add(token, token.text)
             choice.n_scored = len(choice.tokens)
             if not answers:
                 choice.end = EndEvent("length", len(prompt.ids), 0)
@@ -264,7 +264,9 @@ async def merge(
     try:
         while n_left:
             try:
-                index, event = await asyncio.wait_for(queue.get(), deadline - loop.time())
+                # Not wait_for: in Python 3.11 it loses a cancellation that comes with an event.
+                async with asyncio.timeout_at(deadline):
+                    index, event = await queue.get()
             except TimeoutError:
                 raise ApiError(
                     504, "the answer took too long: ask for fewer tokens", code="timeout"

@@ -167,7 +167,7 @@ class _Api:
         return AnswerResponse(model, wanted, prompts, form, self._settings.limits, self._metrics)
 
 
-# ---- prompts --------------------------------------------------------------------------------------
+# ---- prompts ----------------------------------------------------------------------------------
 
 
 def _encode_chat(model: ServedModel, wanted: AnswerRequest) -> Prompted:
@@ -237,7 +237,7 @@ def _refuse_text(place: str, error: PreflightError) -> ApiError:
     return ApiError(503, f"the model failed: {error.lines[0]}", code="model_error")
 
 
-# ---- small answers --------------------------------------------------------------------------------
+# ---- small answers ----------------------------------------------------------------------------
 
 
 def _json(value: Any) -> Response:

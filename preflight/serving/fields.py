@@ -69,9 +69,7 @@ class Fields:
             raise wrong(self._prefix + name, f"must be from {low:g} to {high:g}")
         return float(value)
 
-    def refuse_rest(
-        self, unsupported: Mapping[str, tuple[Any, ...]], idle: frozenset[str]
-    ) -> None:
+    def refuse_rest(self, unsupported: Mapping[str, tuple[Any, ...]], idle: frozenset[str]) -> None:
         """Refuse by name what was not taken.
 
         Args:

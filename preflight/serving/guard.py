@@ -1,8 +1,8 @@
 """Who may ask: the checks that come before every request, as ASGI middleware.
 
-A web page of a stranger can make its visitor's browser send requests to 127.0.0.1, and a stranger's
-name server can let a name of his point there (DNS rebinding). Browsers tell both: the page's address
-in ``Origin``, the name that was called in ``Host``.
+A stranger's web page can make its visitor's browser send requests to 127.0.0.1, and a stranger's
+name server can let a name of its own point there (DNS rebinding). Browsers tell both: the address
+of the page in ``Origin``, the name that was called in ``Host``.
 """
 
 from __future__ import annotations
@@ -110,7 +110,8 @@ class _Tracked:
     async def __call__(self, message: Message) -> None:
         if message["type"] == "http.response.start":
             self.status = message["status"]
-            message = message | {"headers": [*message.get("headers", ()), *self._headers]}
+            headers = [*message.get("headers", ()), *self._headers]
+            message = {**message, "headers": headers}
         await self._send(message)
 
     async def refuse(self, error: ApiError) -> None:
@@ -224,7 +225,9 @@ def _answer_headers(headers: Headers, access: Access) -> Headers:
 async def _answer_preflight(headers: Headers, answer: _Tracked) -> None:
     """What a browser asks before it sends another site's page's request."""
     if _single(headers, b"origin") is None:
-        raise ApiError(405, "OPTIONS is answered for web pages only", headers={"Allow": "GET, POST"})
+        raise ApiError(
+            405, "OPTIONS is answered for web pages only", headers={"Allow": "GET, POST"}
+        )
     asked = (_single(headers, b"access-control-request-headers") or "").lower()
     names = [name for name in re.split(r"[\s,]+", asked) if re.fullmatch(r"[a-z0-9-]{1,64}", name)]
     allowed = ", ".join(sorted({"authorization", "content-type", *names[:64]}))

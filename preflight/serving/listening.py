@@ -1,6 +1,6 @@
 """The web server below the application: uvicorn, with bounds on what a connection may cost.
 
-uvicorn alone waits for ever for the head of a request, and for ever for a client that reads nothing.
+uvicorn alone waits without end for the head of a request, and for a client that reads nothing.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from preflight.serving.limits import Limits
 
 
 def build_server(app: ASGIApp, host: str, port: int, limits: Limits) -> uvicorn.Server:
-    """A server that is not started yet. It installs signal handlers only in `Server.run`/`serve`."""
+    """A server that is not started yet; `Server.serve` starts it and takes the signals."""
     protocol = cast(Any, functools.partial(BoundedProtocol, limits=limits))
     config = uvicorn.Config(
         app,
@@ -42,7 +42,7 @@ def build_server(app: ASGIApp, host: str, port: int, limits: Limits) -> uvicorn.
 
 
 class BoundedProtocol(H11Protocol):
-    """A connection: its head must arrive in time, its client must read, and there are not too many."""
+    """A connection whose head must arrive in time and whose client must read."""
 
     def __init__(self, *args: Any, limits: Limits, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -61,8 +61,7 @@ class BoundedProtocol(H11Protocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         """Stop the clocks."""
-        self._arrival = _cancel(self._arrival)
-        self._stall = _cancel(self._stall)
+        self._arrival, self._stall = _cancel(self._arrival), _cancel(self._stall)
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
@@ -123,9 +122,11 @@ class BoundedProtocol(H11Protocol):
             self._stall = self.loop.call_later(self._limits.stall_seconds, self.transport.abort)
 
 
-def _cancel(timer: asyncio.TimerHandle | None) -> None:
+def _cancel(timer: asyncio.TimerHandle | None) -> asyncio.TimerHandle | None:
+    """Stop a clock, if it runs; what takes its place."""
     if timer is not None:
         timer.cancel()
+    return None
 
 
 async def _refuse(scope: Scope, receive: Receive, send: Send) -> None:

@@ -75,7 +75,7 @@ def _model_lines(models: Mapping[str, Any]) -> Iterable[str]:
     gauges: dict[str, list[str]] = {}
     for model, figures in models.items():
         label = str(model).replace("\\", r"\\").replace('"', r"\"").replace("\n", r"\n")
-        for key, value in (figures.items() if isinstance(figures, Mapping) else ()):
+        for key, value in figures.items() if isinstance(figures, Mapping) else ():
             if isinstance(value, int | float) and str(key).isidentifier():
                 line = f'preflight_model_{key}{{model="{label}"}} {float(value):g}'
                 gauges.setdefault(f"preflight_model_{key}", []).append(line)

@@ -116,13 +116,9 @@ async def read_body(request: Request, limits: Limits) -> dict[str, Any]:
 def _check_headers(request: Request, limits: Limits) -> None:
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if kind != "application/json":
-        raise ApiError(
-            415, "send Content-Type: application/json", code="unsupported_media_type"
-        )
+        raise ApiError(415, "send Content-Type: application/json", code="unsupported_media_type")
     if request.headers.get("content-encoding", "identity").strip().lower() != "identity":
-        raise ApiError(
-            415, "the body must not be compressed", code="unsupported_content_encoding"
-        )
+        raise ApiError(415, "the body must not be compressed", code="unsupported_content_encoding")
     length = request.headers.get("content-length", "")
     # A client that asks first has sent nothing yet; another one would not read the answer while
     # it sends, so that `_receive` reads on for a while.

@@ -32,8 +32,8 @@ class FakeSettings:
     host: str = "127.0.0.1"
     api_key: str | None = None
     cors_origins: tuple[str, ...] = ()
-    limits: Limits = Limits()
-    sampling: SamplingConfig = SamplingConfig()
+    limits: Limits = dataclasses.field(default_factory=Limits)
+    sampling: SamplingConfig = dataclasses.field(default_factory=SamplingConfig)
 
 
 class FakeAnswer:
