@@ -208,7 +208,8 @@ def test_other_faults_of_the_flags(
     assert "--api-key-file" in capsys.readouterr().err
     assert main.main(["--serve", "nothing", "--port", "0"]) == int(ExitCode.CHECKPOINT)
     capsys.readouterr()
-    assert main.main(["--serve", runs[0], "--host", "203.0.113.1"]) == int(ExitCode.FLAGS)
+    elsewhere = ["--host", "203.0.113.1", "--api-key-file", runs[0] + "/key"]
+    assert main.main(["--serve", runs[0], *elsewhere]) == int(ExitCode.FLAGS)
     assert "does not have that address" in capsys.readouterr().err
     monkeypatch.setitem(sys.modules, "uvicorn", None)
     assert main.main(["--serve", runs[0]]) == int(ExitCode.FLAGS)
