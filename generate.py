@@ -7,8 +7,6 @@ rows can choose another token. Shapes: B rows, V vocabulary.
 
 from __future__ import annotations
 
-import contextlib
-import random
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -17,20 +15,17 @@ from torch import Tensor
 
 from preflight.checkpoints.format import Checkpoint
 from preflight.core.errors import ExitCode, PreflightError
-from preflight.decoding.assembling import TextAssembler
 from preflight.decoding.beam import BeamSearcher
-from preflight.decoding.choosing import choose_tokens, is_greedy
-from preflight.decoding.completions import Generation, TokenLogprobs
-from preflight.decoding.logprobs import measure_normalisers, read_logprobs
-from preflight.decoding.vocabulary import AnyIds, Vocabulary, list_ids_without_text
+from preflight.decoding.completions import Generation
+from preflight.decoding.rows import Row
+from preflight.decoding.rows import build_random as build_random
+from preflight.decoding.stepping import Decoder, TokenChooser, find_place
+from preflight.decoding.vocabulary import AnyIds, Vocabulary
 from preflight.decoding.windows import PREFILL_TOKENS as PREFILL_TOKENS
 from preflight.decoding.windows import fit_prompts, prefill_windows, window_start
 from preflight.models.base import TokenModel
 from preflight.models.building import build_on_meta
-from preflight.models.graph_decoder import GraphDecoder
-from preflight.models.kv_cache import KVCache
 from preflight.models.protocol import LanguageModel
-from preflight.models.single_row import SingleRowDecoder, one_torch_thread
 from preflight.settings import SamplingConfig
 from preflight.tokenization import Tokenizer, load_saved_tokenizer
 from preflight.training.merging import load_merged_weights
@@ -238,56 +233,6 @@ def _complete(
     return [done[index] for index in sorted(done)]
 
 
-def build_random(seed: int, index: int) -> random.Random:
-    """The random numbers of the completion at `index`. No two pairs of seed and index share them.
-
-    Python's generator gives the same numbers on every device. It hashes a text with SHA-512, into
-    a larger number than any seed. The first completion has the numbers of the seed itself.
-    """
-    return random.Random(f"{seed} {index}" if index else seed)
-
-
-class _Row:
-    """One completion in the making: its tokens, its random numbers, its text."""
-
-    def __init__(
-        self,
-        index: int,
-        prompt_ids: list[int],
-        tokenizer: Vocabulary,
-        config: SamplingConfig,
-        stop_ids: frozenset[int],
-    ) -> None:
-        self.index = index
-        self.tokens = prompt_ids
-        self.window_start: int | None = None  # of what the cache holds; None: nothing yet
-        self.random = build_random(config.seed, index)
-        self.pieces: list[str] = []  # one a token, often empty
-        self.logprobs: list[TokenLogprobs] = []  # one a token, where they are asked for
-        self.finish_reason = ""
-        self._tokenizer, self._stop_ids = tokenizer, stop_ids
-        self._max_new_tokens = config.max_new_tokens
-        self._text = TextAssembler(config.stop)
-
-    def accept(self, token: int) -> None:
-        """Append the token that was chosen, and decide whether the completion ends with it."""
-        self.tokens.append(token)
-        ends = token in self._stop_ids
-        last = ends or len(self.pieces) + 1 >= self._max_new_tokens
-        data = b"" if ends else self._tokenizer.decode_bytes([token])
-        self.pieces.append(self._text.push(data, final=last, cut=not ends))
-        if self._text.stopped:
-            self.finish_reason = "stop"
-        elif last:
-            self.finish_reason = "end" if ends else "length"
-
-    def result(self) -> Generation:
-        """The completion so far."""
-        n_tokens = len(self.pieces)
-        tokens, logprobs = tuple(self.tokens[len(self.tokens) - n_tokens :]), tuple(self.logprobs)
-        return Generation("".join(self.pieces), n_tokens, self.finish_reason, tokens, logprobs)
-
-
 class _Decoder:
     """Completes prompts, `batch_size` at a time, by one token in each per step."""
 
@@ -305,23 +250,18 @@ class _Decoder:
         stops = frozenset([tokenizer.end_of_text_id]) if stop_ids is None else stop_ids
         self._context = model.config.context_length
         fitted = fit_prompts(prompts, self._context, config.max_new_tokens)
-        rows = [_Row(first_index + i, ids, tokenizer, config, stops) for i, ids in fitted]
+        rows = [Row(first_index + i, ids, tokenizer, config, stops) for i, ids in fitted]
         self.rows, self._waiting = rows[:batch_size], rows[batch_size:][::-1]
-        weight = next(iter(model.parameters()))
-        self._device, dtype = weight.device, weight.dtype
-        if torch.is_autocast_enabled(self._device.type):
-            dtype = torch.get_autocast_dtype(self._device.type)
-        self._vocab_size = min(tokenizer.vocab_size, model.config.vocab_size)
-        banned = [i for i in list_ids_without_text(tokenizer) if i not in stops]
-        self._banned = torch.tensor(banned, dtype=torch.long, device=self._device)
+        self._device, dtype = find_place(model)
+        self._chooser = TokenChooser(model, tokenizer, stops, self._device)
         with torch.inference_mode():
-            self._cache = model.build_cache(
+            cache = model.build_cache(
                 len(self.rows),
                 self._device,
                 dtype,
                 capacity=len(rows[0].tokens) + config.max_new_tokens,
             )
-        self._fast = _find_fast_decoder(model, self._cache)
+        self._decoder = Decoder(model, cache)
         self._newest: Tensor | None = None  # the rows' last tokens, while they are on the device
         self._seen: Tensor | None = None  # which ids (B V) each row holds, for the penalty
 
@@ -348,35 +288,13 @@ class _Decoder:
         if self._newest is None:
             last = [row.tokens[-1] for row in self.rows]
             self._newest = torch.tensor(last, device=self._device)
-        uniforms = None
-        if not is_greedy(self.config):
-            numbers = [row.random.random() for row in self.rows]
-            uniforms = torch.tensor(numbers, dtype=torch.float32, device=self._device)
-        if self._seen is None and self.config.repetition_penalty != 1:
-            shape = (len(self.rows), self._vocab_size)
-            self._seen = torch.zeros(shape, dtype=torch.bool, device=self._device)
-            for i, row in enumerate(self.rows):
-                self._seen[i, torch.tensor(row.tokens, device=self._device)] = True
+        uniforms = self._chooser.draw(self.rows, self.config)
+        if self._seen is None:
+            self._seen = self._chooser.find_seen(self.rows, self.config)
         self._prefill_windows()
-        in_numpy = isinstance(self._fast, SingleRowDecoder)
-        with one_torch_thread() if in_numpy else contextlib.nullcontext():
-            if self._fast:
-                logits = self._fast.decode(self._newest)
-            else:
-                logits = self.model.decode(self._newest, self._cache)
-            asked = self.config.logprobs
-            normalisers = None if asked is None else measure_normalisers(logits)
-            logits = logits[:, : self._vocab_size]  # B V
-            if len(self._banned):
-                logits[:, self._banned] = -torch.inf
-            ids = choose_tokens(logits, self.config, uniforms, self._seen)
-        if asked is not None and normalisers is not None:
-            details = read_logprobs(logits, normalisers, ids, asked)
-            for row, detail in zip(self.rows, details, strict=True):
-                row.logprobs.append(detail)
-        if self._seen is not None:
-            self._seen.scatter_(1, ids[:, None], True)
-        return ids
+        with self._decoder.threads():
+            logits = self._decoder.decode(self._newest)
+            return self._chooser.choose(logits, self.rows, self.config, uniforms, self._seen)
 
     def _prefill_windows(self) -> None:
         """Prefill all but the last token of each window that is new or has moved."""
@@ -385,7 +303,7 @@ class _Decoder:
             start = window_start(len(row.tokens), self._context)
             if row.window_start != start:
                 windows[i], row.window_start = row.tokens[start:-1], start
-        prefill_windows(self.model, self._cache, windows, self._device)
+        prefill_windows(self.model, self._decoder.cache, windows, self._device)
 
     def _replace_ended(self) -> None:
         """Give the rows of completions that ended to waiting prompts, or drop the rows."""
@@ -394,15 +312,7 @@ class _Decoder:
                 self.rows[i] = self._waiting.pop()
         kept = [i for i, row in enumerate(self.rows) if not row.finish_reason]
         if kept and len(kept) < len(self.rows):
-            self._cache.keep_rows(kept)
-            self._fast = _find_fast_decoder(self.model, self._cache)
+            self._decoder.cache.keep_rows(kept)
+            self._decoder = Decoder(self.model, self._decoder.cache)
         self.rows = [self.rows[i] for i in kept]
         self._newest = self._seen = None
-
-
-def _find_fast_decoder(
-    model: LanguageModel, cache: KVCache
-) -> SingleRowDecoder | GraphDecoder | None:
-    """What decodes faster than `model.decode`, if the model has such a thing."""
-    build = getattr(model, "fast_decoder", None)
-    return None if build is None else build(cache)

@@ -27,9 +27,8 @@ from preflight.core.streams import (
 )
 from preflight.settings import RunConfig, build_config, build_options
 from preflight.settings.command_line import build_parser, explain_words
-from preflight.settings.finetuning import FINETUNING_MODES
 from preflight.settings.kinds import MENUS, MODES
-from preflight.settings.unused import drop_unused
+from preflight.settings.unused import PAIRED_MODES, drop_unused
 
 
 def parse_command_line(argv: list[str]) -> tuple[str, RunConfig]:
@@ -45,8 +44,9 @@ def parse_command_line(argv: list[str]) -> tuple[str, RunConfig]:
     # A mode that takes values is a flag too, whose field may have another name.
     fields = {option.flag[2:]: name for name, option in build_options().items()}
     chosen = [m for m in MODES.names() if fields.get(m, m.replace("-", "_")) in given]
-    if len(chosen) == 2 and "finetune" in chosen and {*chosen} & {*FINETUNING_MODES}:
-        chosen.remove("finetune")  # foreseen or tried, not done
+    for done, foreseeing in PAIRED_MODES.items():
+        if len(chosen) == 2 and done in chosen and {*chosen} & {*foreseeing}:
+            chosen.remove(done)  # foreseen or tried, not done
     given = {name: value for name, value in given.items() if name in build_options()}
     faults, is_clear = explain_words(rest, argv)
     if len(chosen) != 1 and not is_clear:

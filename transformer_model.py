@@ -21,7 +21,13 @@ from torch.utils.checkpoint import checkpoint
 
 from preflight.models.base import ResidualLinear, TokenModel, initialise
 from preflight.models.graph_decoder import GraphDecoder, GraphStep
-from preflight.models.kv_cache import CacheStep, DecodeStep, KVCache, PrefillStep
+from preflight.models.kv_cache import (
+    CacheStep,
+    DecodeStep,
+    ExtendStep,
+    KVCache,
+    PrefillStep,
+)
 from preflight.models.loss import Targets
 from preflight.models.mlp import MLP
 from preflight.models.norms import build_norm
@@ -131,6 +137,14 @@ class DecoderOnlyTransformer(TokenModel):
         Raises:
             ValueError: T is longer than the context.
         """
+        return self.compute_output(self.compute_hidden(tokens), targets)
+
+    def compute_hidden(self, tokens: Tensor) -> Tensor:
+        """The vectors (B T C) from which the logits after each token are computed.
+
+        Raises:
+            ValueError: T is longer than the context.
+        """
         self.check_length(tokens)
         positions = torch.arange(tokens.shape[1], device=tokens.device)
         angles = self.embed_positions.compute_angles(positions)
@@ -146,31 +160,37 @@ class DecoderOnlyTransformer(TokenModel):
                 )
             else:
                 x = block(x, layer, None, angles)
-        return self.compute_output(self.norm(x), targets)
+        return self.norm(x)
 
-    def prefill(self, tokens: Tensor, cache: KVCache, rows: list[int], lengths: list[int]) -> None:
-        """Put the keys and values of tokens into rows of `cache`, in place of what they held.
+    def extend(self, tokens: Tensor, cache: KVCache, rows: list[int], lengths: list[int]) -> None:
+        """Put the keys and values of tokens into rows of `cache`, behind what they hold.
 
         Args:
-            tokens: ids (B T), row i padded on the right to T from its `lengths[i]` tokens. The
-                padding's keys are overwritten by the tokens to come, and no token attends to them.
-            cache: B of its rows are replaced.
+            tokens: ids (B T), row i padded on the right to T from its `lengths[i]` tokens. No token
+                attends to the padding.
+            cache: B of its rows are extended.
             rows: which.
-            lengths: tokens in each row of `tokens`.
+            lengths: tokens for each, the most is T.
 
         Raises:
-            ValueError: T is more than the cache holds.
+            ValueError: a row cannot hold them.
         """
         T = tokens.shape[1]
-        cache.check_capacity(T)
-        positions = torch.arange(T, device=tokens.device)
+        ends = [cache.lengths[row] + length for row, length in zip(rows, lengths, strict=True)]
+        cache.check_capacity(max(ends, default=0))
+        step: PrefillStep | ExtendStep
+        if any(cache.lengths[row] for row in rows):
+            step = ExtendStep(cache, rows, lengths, T, tokens.device)
+            positions = step.positions  # B T
+        else:
+            step = PrefillStep(cache, rows, T)
+            positions = torch.arange(T, device=tokens.device)
         angles = self.embed_positions.compute_angles(positions)
         x = self.embed_positions.embed(self.embed_tokens(tokens), positions)  # B T C
-        step = PrefillStep(cache, rows, T)
         for layer, block in enumerate(self.layers if T else ()):
             x = block(x, layer, step, angles)
-        for row, length in zip(rows, lengths, strict=True):
-            cache.lengths[row] = length
+        for row, end in zip(rows, ends, strict=True):
+            cache.lengths[row] = end
 
     def decode(self, tokens: Tensor, cache: KVCache) -> Tensor:
         """Append one token to every row of `cache`; logits (B V) of what follows it.

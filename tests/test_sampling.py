@@ -21,6 +21,7 @@ import generate
 from generate import Generation, generate_batch, generate_text, stream_text, window_start
 from preflight.core import log
 from preflight.core.errors import PreflightError
+from preflight.decoding import stepping
 from preflight.decoding.assembling import TextAssembler
 from preflight.decoding.choosing import choose_tokens, filter_probabilities, penalise_repetition
 from preflight.models.kv_cache import KVCache
@@ -240,7 +241,7 @@ def scripted(
         generated.append(script[len(generated) % len(script)])
         return torch.tensor(generated[-1:])
 
-    monkeypatch.setattr(generate, "choose_tokens", choose)
+    monkeypatch.setattr(stepping, "choose_tokens", choose)
 
 
 @pytest.mark.parametrize(

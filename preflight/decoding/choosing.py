@@ -21,7 +21,8 @@ def choose_tokens(
 
     Args:
         logits: scores (B V).
-        config: filters, in this order: repetition penalty, temperature, top-k, top-p.
+        config: filters, in this order: repetition penalty, temperature, top-k, top-p,
+            min-p.
         uniforms: random numbers (B,) in [0, 1]; unused, and may be None, when greedy.
         seen: which ids (B V) the penalty falls on.
     """
@@ -55,10 +56,10 @@ def penalise_repetition(scores: Tensor, seen: Tensor, penalty: float) -> Tensor:
 
 
 def filter_probabilities(scores: Tensor, config: SamplingConfig) -> tuple[Tensor, Tensor | None]:
-    """Temperature, top-k and top-p applied to scores (B V).
+    """Temperature, top-k, top-p and min-p applied to scores (B V).
 
     Returns:
-        Weights of the candidates (B K), which add up to the share that top-p left, and their ids
+        Weights of the candidates (B K), which add up to the share that is left, and their ids
         (B K); None for ids 0 to V - 1 in order. Equal scores at the k-th place: k ids are kept.
     """
     ids = None
@@ -73,4 +74,7 @@ def filter_probabilities(scores: Tensor, config: SamplingConfig) -> tuple[Tensor
         # Kept while those before it do not reach p; the first always is (Holtzman et al. 2019).
         before = probabilities.cumsum(dim=-1) - probabilities
         probabilities = probabilities.masked_fill(before >= config.top_p, 0.0)
+    if config.min_p > 0:  # Nguyen et al. 2024, arXiv:2407.01082
+        least = config.min_p * probabilities.amax(dim=-1, keepdim=True)
+        probabilities = probabilities.masked_fill(probabilities < least, 0.0)
     return probabilities, ids

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from preflight.core.units import format_bytes
+from preflight.device.host_memory import available_host_bytes
 
 # Of a device's free memory, at most, for data that nobody asked to keep there.
 STORED_SHARE = 0.1
@@ -75,6 +76,11 @@ class DataPlace:
 def measure_free_bytes(device: torch.device) -> int:
     """Free memory of a CUDA device. 0 elsewhere, where `choose_place` does not ask for it."""
     return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else 0
+
+
+def measure_model_room(device: torch.device) -> int:
+    """Memory that is free where a model on this device goes."""
+    return measure_free_bytes(device) if device.type == "cuda" else available_host_bytes()
 
 
 def choose_place(asked: str, device_type: str, n_bytes: int, free_bytes: int) -> DataPlace:

@@ -27,7 +27,8 @@ class TokenModel(nn.Module):
     """Base of the models: `embed_tokens`, `lm_head` where it is not tied, loss and logits.
 
     A subclass builds its parts, among them `layers` and `norm`, then calls `build_head` and
-    initialises them. It is a `LanguageModel` with `forward`, `prefill` and `decode` of its own.
+    initialises them. It is a `LanguageModel` with `forward`, `compute_hidden`, `extend` and
+    `decode` of its own.
     The memory estimate watches `layers`, which are alike, and `norm`, after which the loss begins.
     """
 
@@ -76,6 +77,21 @@ class TokenModel(nn.Module):
         return KVCache(self.config, batch_size, device, dtype, capacity)
 
     def prefill(self, tokens: Tensor, cache: KVCache, rows: list[int], lengths: list[int]) -> None:
+        """As `extend`, in place of what the rows held.
+
+        Raises:
+            ValueError: a row cannot hold so many tokens.
+        """
+        cache.check_capacity(tokens.shape[1])
+        for row in rows:
+            cache.lengths[row] = 0
+        self.extend(tokens, cache, rows, lengths)
+
+    def compute_hidden(self, tokens: Tensor) -> Tensor:
+        """The vectors (B T C) from which the logits after each token (B T) are computed."""
+        raise NotImplementedError
+
+    def extend(self, tokens: Tensor, cache: KVCache, rows: list[int], lengths: list[int]) -> None:
         """As in `LanguageModel`."""
         raise NotImplementedError
 

@@ -1,4 +1,4 @@
-"""The cache of keys and values, and how the two kinds of generation step use it.
+"""The cache of keys and values, and how each kind of generation step uses it.
 
 Shapes: B sequences, T tokens in each, K heads of keys and values, D size of a head, S capacity of
 the cache.
@@ -6,6 +6,7 @@ the cache.
 
 from __future__ import annotations
 
+import copy
 from typing import Protocol
 
 import torch
@@ -50,6 +51,24 @@ class KVCache:
         """Raise `ValueError` where a row cannot hold so many."""
         if n_tokens > self.capacity:
             raise ValueError(f"{n_tokens} tokens are more than the cache's {self.capacity}")
+
+    def grow(self, capacity: int) -> None:
+        """Let a row hold so many tokens; what the rows hold stays. It takes layer after layer, so
+        that no second cache is needed.
+        """
+        more = capacity - self.capacity
+        for i, keys_values in enumerate(self.layers):
+            shape = list(keys_values.shape)
+            shape[self.token_dim] = more
+            self.layers[i] = torch.cat((keys_values, keys_values.new_zeros(shape)), self.token_dim)
+        self.capacity = capacity
+
+    def view_rows(self, n_rows: int) -> KVCache:
+        """The first rows alone, in the same memory; its `lengths` are a copy."""
+        view = copy.copy(self)
+        view.layers = [keys_values[:, :n_rows] for keys_values in self.layers]
+        view.lengths = self.lengths[:n_rows]
+        return view
 
     def keep_rows(self, rows: list[int]) -> None:
         """Drop every row but these, which move up in the order given; a row may repeat."""
@@ -101,6 +120,56 @@ class PrefillStep:
         for index, new in enumerate((k, v)):
             self.layers[layer][index, self.rows, :, : self.n_tokens] = new
         return k, v
+
+
+class ExtendStep:
+    """More tokens for rows that hold some already; each attends to all before it in its row.
+
+    Args:
+        cache: not changed yet.
+        rows: of the cache, which get tokens.
+        lengths: new tokens in each; the longest has `n_tokens`, the others are padded on the right.
+        n_tokens: T.
+        device: where the model is.
+    """
+
+    is_causal = False
+
+    def __init__(
+        self,
+        cache: KVCache,
+        rows: list[int],
+        lengths: list[int],
+        n_tokens: int,
+        device: torch.device,
+    ) -> None:
+        self.layers = cache.layers
+        starts = [cache.lengths[row] for row in rows]
+        self.used = max(start + length for start, length in zip(starts, lengths, strict=True))
+        begins = torch.tensor(starts)[:, None]  # B 1; on the host, which need not wait then
+        ends = begins + torch.tensor(lengths)[:, None]
+        positions = begins + torch.arange(n_tokens)  # B T
+        batch, column = (positions < ends).nonzero(as_tuple=True)
+        self.new = batch.to(device), column.to(device)
+        self.places = (
+            torch.tensor(rows)[batch].to(device),
+            positions[batch, column].to(device),
+        )
+        # Padding is not written; it has the position of a token, so that it attends to something.
+        self.positions = positions.minimum(ends - 1).clamp(min=0).to(device)
+        is_range = rows == list(range(rows[0], rows[0] + len(rows)))
+        self.rows = slice(rows[0], rows[0] + len(rows)) if is_range else rows
+        slots = torch.arange(self.used, device=device)
+        self.mask = (slots <= self.positions[:, :, None])[:, None]  # B 1 T used
+
+    def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Write the new keys and values (B K T D); return all of the rows (B K used D)."""
+        cached = self.layers[layer]
+        rows, positions = self.places
+        for index, new in enumerate((k, v)):
+            # Two index tensors around a slice put what they index first: new tokens, K, D.
+            cached[index][rows, :, positions] = new[self.new[0], :, self.new[1]]
+        return cached[0, self.rows, :, : self.used], cached[1, self.rows, :, : self.used]
 
 
 class DecodeStep:

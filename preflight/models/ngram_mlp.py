@@ -83,13 +83,20 @@ class NgramMLP(TokenModel):
         Raises:
             ValueError: T is longer than the context.
         """
+        return self.compute_output(self.compute_hidden(tokens), targets)
+
+    def compute_hidden(self, tokens: Tensor) -> Tensor:
+        """The vectors (B T C) from which the logits after each token are computed.
+
+        Raises:
+            ValueError: T is longer than the context.
+        """
         self.check_length(tokens)
         n = self.config.context_length
         padded = F.pad(self.embed_tokens(tokens) * self.scale, (0, 0, n - 1, 0))  # B T+n-1 C
-        x = self._compute_hidden(padded.unfold(1, n, 1).flatten(2))  # B T C n -> B T Cn -> B T C
-        return self.compute_output(x, targets)
+        return self._transform(padded.unfold(1, n, 1).flatten(2))  # B T C n -> B T Cn -> B T C
 
-    def _compute_hidden(self, x: Tensor) -> Tensor:
+    def _transform(self, x: Tensor) -> Tensor:
         """(... Cn) -> (... C)."""
         for layer in self.layers:
             if self.gradient_checkpointing and torch.is_grad_enabled():
@@ -105,16 +112,17 @@ class NgramMLP(TokenModel):
         """An empty cache of `batch_size` rows of ids, which have no use for `dtype`."""
         return TokenCache(self.config, batch_size, device, capacity)
 
-    def prefill(self, tokens: Tensor, cache: KVCache, rows: list[int], lengths: list[int]) -> None:
-        """Put tokens (B T) into rows of `cache`, of each the first of `lengths`.
+    def extend(self, tokens: Tensor, cache: KVCache, rows: list[int], lengths: list[int]) -> None:
+        """Put tokens (B T) into rows of `cache`, behind what they hold: of each `lengths`.
 
         Raises:
-            ValueError: T is more than the cache holds.
+            ValueError: a row cannot hold them.
         """
-        cache.check_capacity(tokens.shape[1])
-        cache.layers[0][0, rows, : tokens.shape[1]] = tokens
-        for row, length in zip(rows, lengths, strict=True):
-            cache.lengths[row] = length
+        ends = [cache.lengths[row] + length for row, length in zip(rows, lengths, strict=True)]
+        cache.check_capacity(max(ends, default=0))
+        for i, (row, end) in enumerate(zip(rows, ends, strict=True)):
+            cache.layers[0][0, row, cache.lengths[row] : end] = tokens[i, : lengths[i]]
+            cache.lengths[row] = end
 
     def decode(self, tokens: Tensor, cache: KVCache) -> Tensor:
         """Append one token (B,) to every row of `cache`; logits (B V) of what follows it.
@@ -131,4 +139,4 @@ class NgramMLP(TokenModel):
         places = newest - torch.arange(n - 1, -1, -1, device=tokens.device)  # B n
         x = self.embed_tokens(ids.gather(1, places.clamp(min=0))) * self.scale  # B n C
         x = x.masked_fill((places < 0)[:, :, None], 0.0)
-        return self.compute_logits(self._compute_hidden(x.transpose(1, 2).flatten(1)))  # B V
+        return self.compute_logits(self._transform(x.transpose(1, 2).flatten(1)))  # B V

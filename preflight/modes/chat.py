@@ -98,8 +98,7 @@ class ChatSession(Session):
     ) -> Iterator[str]:
         """The pieces of an answer, without the white space that a template has before it."""
         context = self.model.config.context_length
-        # A long answer must not take all of the context away from what it answers.
-        room = max(context - self.sampling.max_new_tokens, context // 2)
+        room = self.encoder.find_room(self.sampling.max_new_tokens)
         ids, n_dropped = self.encoder.fit_prompt(messages, max_tokens=room)
         if n_dropped:
             log_once(

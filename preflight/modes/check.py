@@ -44,6 +44,7 @@ from preflight.modes.check_answers import answer_questions
 from preflight.modes.check_losses import describe_losses
 from preflight.modes.check_sections import Findings
 from preflight.modes.finetune_setup import FinetuneSetup, build_setup
+from preflight.modes.foresee_server import foresee_server
 from preflight.modes.report import Problem, Report, is_in_colour
 from preflight.modes.start import check_machine
 from preflight.settings import RunConfig
@@ -60,6 +61,8 @@ def run(config: RunConfig) -> int:
     Returns:
         0, or 1 with problems.
     """
+    if config.serving.serve:
+        return foresee_server(config)
     found = find_all(config)
     report = found.report
     with report.guard("training configuration"):

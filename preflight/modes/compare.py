@@ -26,13 +26,13 @@ from preflight.core.log import log
 from preflight.core.storage import publish_file
 from preflight.core.strict_json import read_json
 from preflight.device.runtime import build_exact_runtime, is_out_of_memory
+from preflight.device.token_store import measure_model_room
 from preflight.evaluation.comparing import Column, compare_results, format_columns, make_printable
 from preflight.modes.compare_models import (
     Entry,
     Models,
     find_best_entry,
     find_entries,
-    measure_free_bytes,
 )
 from preflight.modes.generate import check_output
 from preflight.modes.prompts import is_interactive, read_prompts
@@ -86,7 +86,7 @@ def run(config: RunConfig, evaluate: Evaluate = run_evaluation) -> int:
     if level is not None:
         evaluate(config, entries, level)
     try:
-        models = Models(entries, runtime, measure_free_bytes(runtime))
+        models = Models(entries, runtime, measure_model_room(runtime.device))
         comparison = Comparison(models, config)
         if interactive:
             _show_differences(entries)

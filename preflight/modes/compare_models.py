@@ -10,18 +10,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import cast
 
-import torch
-
 from generate import load_model, stream_text
 from preflight.checkpoints.format import MILESTONES_NAME, Checkpoint
 from preflight.checkpoints.manifest import FOLDER_NAME
+from preflight.checkpoints.naming import name_checkpoints
 from preflight.checkpoints.store import open_checkpoint
 from preflight.core.commands import format_command
 from preflight.core.errors import ExitCode, PreflightError
 from preflight.core.log import log
 from preflight.core.streams import is_on_terminal
 from preflight.core.units import format_bytes
-from preflight.device.host_memory import available_host_bytes
 from preflight.device.runtime import Runtime
 from preflight.models.base import TokenModel
 from preflight.models.cost import count_parameters
@@ -64,7 +62,8 @@ def find_entries(config: RunConfig) -> list[Entry]:
             f"--compare needs at least two checkpoints, found {len(checkpoints)}",
             f"for example: {format_command('--compare', 'run_a', 'run_b')}",
         )
-    return [Entry(*pair) for pair in zip(_name(checkpoints), checkpoints, strict=True)]
+    names = name_checkpoints(checkpoints, lambda folder, each: f"{folder}, step {each.step:,}")
+    return [Entry(*pair) for pair in zip(names, checkpoints, strict=True)]
 
 
 def _find_runs(config: RunConfig) -> list[str]:
@@ -102,20 +101,6 @@ def _has_checkpoint(run_folder: Path) -> bool:
     return any(FOLDER_NAME.fullmatch(name) for name in os.listdir(run_folder / MILESTONES_NAME))
 
 
-def _name(checkpoints: Sequence[Checkpoint]) -> list[str]:
-    """The names of their runs, with the step; longer where two would be equal."""
-    paths = [checkpoint.path.absolute() for checkpoint in checkpoints]
-    folders = [p.parent.parent if p.parent.name == MILESTONES_NAME else p for p in paths]
-    for n_parts in range(1, max(len(folder.parts) for folder in folders) + 1):
-        names = [
-            f"{'/'.join(folder.parts[-n_parts:])}, step {checkpoint.step:,}"
-            for folder, checkpoint in zip(folders, checkpoints, strict=True)
-        ]
-        if len(set(names)) == len(names):
-            return names
-    return [str(path) for path in paths]
-
-
 def find_best_entry(entries: Sequence[Entry]) -> Entry | None:
     """The one with the lowest validation loss; None where losses are missing or of other data."""
     losses = {e.name: e.checkpoint.val_loss for e in entries}
@@ -133,13 +118,6 @@ def _find_data(checkpoint: Checkpoint) -> str | None:
 
 
 # ---- memory -------------------------------------------------------------------------------------
-
-
-def measure_free_bytes(runtime: Runtime) -> int:
-    """Memory that is free where the models go."""
-    if runtime.device.type == "cuda":
-        return int(torch.cuda.mem_get_info(runtime.device)[0])
-    return available_host_bytes()
 
 
 def choose_loading(entries: Sequence[Entry], dtype_bytes: int, free_bytes: int) -> bool:

@@ -105,6 +105,12 @@ class ServedModel(Protocol):
     def check_ids(self, ids: Sequence[int]) -> None:
         """ValueError for ids that the model does not have."""
 
+    async def score(self, ids: Sequence[int], n_alternatives: int) -> list[TokenEvent]:
+        """Each id of a prompt as if the model had chosen it, for ``echo``.
+
+        The first has nothing before it: its log-probability is 0 and it has no alternatives.
+        """
+
     def submit(self, job: Job) -> Answer:
         """Queue an answer, from the event loop; `QueueFullError` when too many are waiting."""
 

@@ -25,6 +25,7 @@ from preflight.settings.options import Option, list_options
 from preflight.settings.reporting import ReportSettings
 from preflight.settings.sampling import SamplingConfig
 from preflight.settings.search import SearchSettings
+from preflight.settings.serving import ServingSettings
 from preflight.settings.system import SystemSettings
 from preflight.settings.tokens import TokenSettings
 from preflight.settings.training import TrainingSettings
@@ -55,6 +56,7 @@ class RunConfig:
     report: ReportSettings = field(default_factory=ReportSettings)
     comparison: ComparisonSettings = field(default_factory=ComparisonSettings)
     handover: HandoverSettings = field(default_factory=HandoverSettings)
+    serving: ServingSettings = field(default_factory=ServingSettings)
     sources: dict[str, str] = field(default_factory=dict)
 
     @property
@@ -106,6 +108,7 @@ GROUP_SUMMARIES = {
     "evaluation": "What `--evaluate` scores.",
     "report": "The page that `--report` writes.",
     "handover": "Models from other tools (`--import`), and models for them (`--export`).",
+    "serving": "The server of `--serve`: its models, its address, who may use it.",
 }
 
 

@@ -32,6 +32,14 @@ class SamplingConfig:
         gt=0,
         le=1,
     )
+    min_p: float = setting(
+        0.0,
+        "sample only from tokens with at least P times the probability of the most probable one; "
+        "0: no such limit",
+        metavar="P",
+        ge=0,
+        le=1,
+    )
     repetition_penalty: float = setting(
         1.0,
         "penalty on tokens that occurred before (Keskar et al. 2019); 1: none",

@@ -19,8 +19,10 @@ _OF_A_FINETUNING = (
     *("dropout", "val_split", "data_dir", "log_level", "config"),
 )
 _OF_A_TOKENIZER = ("tokenizer", "checkpoint_path", "output_dir", "data_dir", "log_level", "config")
+# Modes that may stand beside another, which is then foreseen or tried, not done.
+PAIRED_MODES = {"finetune": FINETUNING_MODES, "serve": ("check",)}
 MODE_FLAGS: dict[str, tuple[str, ...]] = {
-    "check": (*_OF_A_RUN, "finetuning", "check"),
+    "check": (*_OF_A_RUN, "finetuning", "check", "serving"),
     "validate-only": (*_OF_A_RUN, "json"),
     "train": _OF_A_RUN,
     "finetune": _OF_A_FINETUNING,
@@ -37,6 +39,10 @@ MODE_FLAGS: dict[str, tuple[str, ...]] = {
     "evaluate": (
         *("evaluation", "checkpoint_path", "replace_unknown", "output_dir", "data_dir"),
         *("text_file", "device", "mixed_precision", "log_level", "config", "json"),
+    ),
+    "serve": (
+        *("serving", "chat_template", "temperature", "top_k", "top_p", "min_p"),
+        *("device", "mixed_precision", "log_level", "config"),
     ),
     "report": ("report", "output_dir", "data_dir", "log_level", "config"),
     "compare": (
@@ -91,6 +97,17 @@ def _learns_from_text(config: RunConfig) -> bool:
     return not config.finetuning.finetune
 
 
+def _is_of_a_run(config: RunConfig) -> bool:
+    return not config.serving.serve
+
+
+# What foreseeing a server has no use for.
+_OF_A_TRAINING = tuple(
+    option.name
+    for option in build_options().values()
+    if option.group in (*_OF_A_RUN, "finetuning", "check")
+    and option.name not in (*MODE_FLAGS["serve"], "json")
+)
 # What `--finetune` takes from the checkpoint or does not have.
 _OF_A_NEW_MODEL = tuple(
     option.name
@@ -99,12 +116,24 @@ _OF_A_NEW_MODEL = tuple(
 )
 IDLE_FLAGS = (
     IdleFlags(
+        ("host", "port", "serve_rows", "api_key_file", "cors_origin"),
+        "no --serve is given",
+        _is_of_a_run,
+        ("check",),
+    ),
+    IdleFlags(
+        _OF_A_TRAINING,
+        "--serve takes checkpoints as they are",
+        lambda config: not _is_of_a_run(config),
+        ("check",),
+    ),
+    IdleFlags(
         (
             *("from_checkpoint", "chat_template", "learn_from"),
             *("lora_rank", "lora_alpha", "lora_targets"),
         ),
         "no --finetune is given",
-        _learns_from_text,
+        lambda config: _learns_from_text(config) and _is_of_a_run(config),
         FINETUNING_MODES,
     ),
     IdleFlags(
@@ -191,13 +220,13 @@ IDLE_FLAGS = (
         ("tokenize", "detokenize"),
     ),
     IdleFlags(
-        ("temperature", "top_k", "top_p", "seed"),
+        ("temperature", "top_k", "top_p", "min_p", "seed"),
         "--no-do-sample always takes the most probable token",
         lambda config: not config.sampling.do_sample and config.sampling.beams == 1,
         ("generate",),
     ),
     IdleFlags(
-        ("do_sample", "temperature", "top_k", "top_p", "seed"),
+        ("do_sample", "temperature", "top_k", "top_p", "min_p", "seed"),
         "--beams searches for the most probable text and draws nothing",
         lambda config: config.sampling.beams > 1,
         ("generate",),

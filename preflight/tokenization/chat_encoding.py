@@ -19,7 +19,7 @@ from preflight.core.log import log_once
 from preflight.tokenization.chat_drafts import Draft, cut_batches, drop_behind, start_draft
 from preflight.tokenization.chat_rows import RowBuilder
 from preflight.tokenization.chat_template import ChatTemplate
-from preflight.tokenization.chats import Chat, EncodedChat, Message
+from preflight.tokenization.chats import Chat, EncodedChat, Message, PromptTooLongError
 from preflight.tokenization.protocol import Tokenizer
 from preflight.tokenization.special_spellings import SpecialSpellings, Table
 from preflight.tokenization.template_process import TEMPLATE_PROCESS, Rendering, RenderJob
@@ -173,18 +173,25 @@ class ChatEncoder:
         """The ids after which the model answers `messages`, see `fit_prompt`."""
         return self.fit_prompt(messages, max_tokens=max_tokens)[0]
 
+    def find_room(self, max_new_tokens: int) -> int:
+        """Tokens that a prompt may have. A long answer must not take all of the context away from
+        what it answers.
+        """
+        return max(self.context_length - max_new_tokens, self.context_length // 2)
+
     def fit_prompt(self, messages: Sequence[Message], *, max_tokens: int) -> tuple[list[int], int]:
         """The ids after which the model answers, and how many messages they leave out.
 
         The earliest turns are dropped until the rest fits; a system message is kept.
 
         Raises:
-            PreflightError: code TEXT, where the last turn alone is too long; see `encode`.
+            PromptTooLongError: code TEXT, where the last turn alone is too long.
+            PreflightError: see `encode`.
         """
         draft = start_draft(messages, "", max_tokens)
         self._fit([draft], max_tokens, prompt=True)
         if len(draft.ids) > max_tokens:
-            raise PreflightError(
+            raise PromptTooLongError(
                 ExitCode.TEXT,
                 f"the message has {len(draft.ids):,} tokens with what belongs to it, and "
                 f"{max(max_tokens, 0):,} fit into the context",

@@ -6,7 +6,13 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from preflight.core.errors import PreflightError
+
 ROLES = ("system", "user", "assistant")
+
+
+class PromptTooLongError(PreflightError):
+    """The last message of a chat does not fit into the context."""
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from generate import _find_fast_decoder
+from preflight.decoding.stepping import find_fast_decoder
 from preflight.models.building import build_model as build_any
 from preflight.models.kv_cache import KVCache
 from preflight.models.single_row import SingleRowDecoder, one_torch_thread
@@ -124,7 +124,7 @@ def test_torch_decodes_what_numpy_does_not_know() -> None:
 def test_torch_decodes_the_parts_of_other_families(parts: dict[str, Any]) -> None:
     config = dataclasses.replace(build_model().config, **parts)
     model = build_any(config).eval().requires_grad_(False)
-    assert _find_fast_decoder(model, model.build_cache(1, CPU, torch.float32)) is None
+    assert find_fast_decoder(model, model.build_cache(1, CPU, torch.float32)) is None
 
 
 def test_numpy_knows_the_eps_of_the_norms() -> None:

@@ -72,7 +72,7 @@ def test_completions_are_those_of_each_model_alone(
     free: int | None, runs: list[Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if free is not None:
-        monkeypatch.setattr(compare, "measure_free_bytes", lambda runtime: free)
+        monkeypatch.setattr(compare, "measure_model_room", lambda device: free)
     argv = [
         "--compare",
         "a",

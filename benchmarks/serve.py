@@ -1,0 +1,189 @@
+"""Serving: tokens per second of 8 clients beside 1, and times to the first token.
+
+    python benchmarks/serve.py RUN            (a model of SmolLM2-135M's shape; some minutes)
+    python benchmarks/serve.py RUN --rounds 1 --new-tokens 8
+
+One client and eight alternate, through the engine alone and over HTTP, and where xllamacpp is
+installed through llama.cpp's server on the same weights. Every client streams an answer to a prompt
+of its own. Other programs on the machine disturb all alike: the ratios count.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import importlib.util
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+import urllib.request
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
+
+from generate import load_model  # noqa: E402
+from preflight.checkpoints.store import open_checkpoint  # noqa: E402
+from preflight.serving.batch import RowBatch  # noqa: E402
+from preflight.serving.protocol import Job, TokenEvent  # noqa: E402
+from preflight.settings import SamplingConfig  # noqa: E402
+
+PROMPT = "Client number {0} asks: what is the shortest way from the mountains to the sea?"
+CLIENTS = (1, 8)
+
+
+@dataclass
+class Times:
+    """Of one round: seconds to the first token of each client, and tokens per second of all."""
+
+    firsts: list[float]
+    rate: float
+
+
+Round = Callable[[int, int], Times]  # clients, tokens of each
+
+
+def through_engine(run: str, dtype: torch.dtype) -> Round:
+    model, tokenizer = load_model(open_checkpoint(run), torch.device("cpu"), dtype)
+    batch = RowBatch(model, tokenizer, max(CLIENTS))
+    counter = iter(range(10**9))
+
+    def go(n_clients: int, n_tokens: int) -> Times:
+        began = time.perf_counter()
+        for index in range(n_clients):
+            ids = tokenizer.encode(PROMPT.format(next(counter))).tolist()
+            batch.join(Job(ids, SamplingConfig(max_new_tokens=n_tokens), index=index), index)
+        firsts: dict[int, float] = {}
+        count = 0
+        while batch.tasks:
+            for task, event in batch.step():
+                if isinstance(event, TokenEvent):
+                    count += 1
+                    firsts.setdefault(task.owner, time.perf_counter() - began)
+        return Times(sorted(firsts.values()), count / (time.perf_counter() - began))
+
+    return go
+
+
+def over_http(address: str, model: str) -> Round:
+    counter = iter(range(10**9))
+
+    def ask(prompt: str, n_tokens: int, found: list[tuple[float, int]]) -> None:
+        body = {"model": model, "prompt": prompt, "max_tokens": n_tokens, "stream": True}
+        body |= {"temperature": 0.8, "stream_options": {"include_usage": True}}
+        headers = {"Content-Type": "application/json"}
+        url = address + "/v1/completions"
+        request = urllib.request.Request(url, json.dumps(body).encode(), headers)
+        began, first, count = time.perf_counter(), 0.0, 0
+        with urllib.request.urlopen(request, timeout=600) as answer:
+            for line in answer:
+                if line.startswith(b"data: {"):
+                    chunk = json.loads(line[6:])
+                    first = first or time.perf_counter() - began
+                    usage = chunk.get("usage") or {}
+                    count = usage.get("completion_tokens", count)
+        found.append((first, count))
+
+    def go(n_clients: int, n_tokens: int) -> Times:
+        found: list[tuple[float, int]] = []
+        prompts = [PROMPT.format(next(counter)) for _ in range(n_clients)]
+        threads = [threading.Thread(target=ask, args=(p, n_tokens, found)) for p in prompts]
+        began = time.perf_counter()
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        seconds = time.perf_counter() - began
+        return Times(sorted(first for first, _ in found), sum(n for _, n in found) / seconds)
+
+    return go
+
+
+@contextlib.contextmanager
+def our_server(run: str, dtype: torch.dtype) -> Iterator[Round]:
+    flag = "--mixed-precision" if dtype == torch.bfloat16 else "--no-mixed-precision"
+    argv = [sys.executable, str(ROOT / "main.py"), "--serve", run, "--port", "0", flag]
+    process = subprocess.Popen(
+        [*argv, "--device", "cpu"], stderr=subprocess.PIPE, text=True, env=os.environ
+    )
+    assert process.stderr is not None
+    try:
+        line = next(line for line in process.stderr if "chat: http" in line)
+        address = line.split("chat: ")[1].split("/ ")[0]
+        with urllib.request.urlopen(address + "/v1/models") as answer:
+            name = json.load(answer)["data"][0]["id"]
+        yield over_http(address, name)
+    finally:
+        process.terminate()
+        process.wait(20)
+
+
+@contextlib.contextmanager
+def llama_server(run: str, folder: Path) -> Iterator[Round]:
+    """llama.cpp's server in this process, in fp16 weights: it has no fp32 kernels to speak of."""
+    import xllamacpp
+
+    path = folder / "model.gguf"
+    argv = [sys.executable, str(ROOT / "main.py"), "--export", str(path), "--checkpoint-path", run]
+    subprocess.run([*argv, "--quantize", "f16", "--force"], check=True, capture_output=True)
+    params = xllamacpp.CommonParams()
+    params.model.path = str(path)
+    params.n_ctx, params.n_parallel = 8 * 1024, max(CLIENTS)
+    params.cpuparams.n_threads = params.cpuparams_batch.n_threads = torch.get_num_threads()
+    server = xllamacpp.Server(params)
+    yield over_http(server.listening_address, "model")
+    del server
+
+
+def compare(name: str, go: Round, rounds: int, n_tokens: int) -> dict[str, Any]:
+    go(max(CLIENTS), 2)
+    found: dict[int, list[Times]] = {n: [] for n in CLIENTS}
+    for _ in range(rounds):
+        for n in CLIENTS:
+            found[n].append(go(n, n_tokens))
+    one, many = (found[n] for n in CLIENTS)
+    ratio = statistics.median(b.rate / a.rate for a, b in zip(one, many, strict=True))
+    alone = statistics.median(times.firsts[0] for times in one)
+    row = {
+        "name": name,
+        "tokens_per_second_of_1": round(statistics.median(t.rate for t in one), 1),
+        "tokens_per_second_of_8": round(statistics.median(t.rate for t in many), 1),
+        "ratio": round(ratio, 2),
+        "first_token_alone": round(alone, 3),
+        "first_of_8": round(statistics.median(t.firsts[0] for t in many), 3),
+        "eighth_of_8": round(statistics.median(t.firsts[-1] for t in many), 3),
+    }
+    print(json.dumps(row), flush=True)
+    return row
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("run")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--new-tokens", type=int, default=48)
+    parser.add_argument("--bf16", action="store_true")
+    given = parser.parse_args()
+    dtype = torch.bfloat16 if given.bf16 else torch.float32
+    name = "bf16" if given.bf16 else "fp32"
+    rounds, n_tokens = given.rounds, given.new_tokens
+    compare(f"engine, {name}", through_engine(given.run, dtype), rounds, n_tokens)
+    with our_server(given.run, dtype) as go:
+        compare(f"HTTP, {name}", go, rounds, n_tokens)
+    if importlib.util.find_spec("xllamacpp") is not None:
+        with tempfile.TemporaryDirectory() as folder, llama_server(given.run, Path(folder)) as go:
+            compare("llama-server, fp16", go, rounds, n_tokens)
+
+
+if __name__ == "__main__":
+    main()
