@@ -110,6 +110,9 @@ class BoundedProtocol(H11Protocol):
         )
         for part in parts:
             self.transport.write(self.conn.send(part) or b"")
+        if self.cycle is not None:  # the rest of its request will not come
+            self.cycle.disconnected = True
+            self.cycle.message_event.set()
         self.transport.close()
         self._await_reader()
 
