@@ -226,6 +226,8 @@ def test_bodies_are_bounded(local):
     head = b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
     large = head + b"Connection: close\r\nContent-Length: 2000000\r\n\r\n" + b" " * 2_000_000
     assert raw(local, large).startswith(b"HTTP/1.1 413 ")
+    endless = head + b"Content-Length: 99000000\r\n\r\n" + b" " * 12_000_000
+    assert raw(local, endless).startswith(b"HTTP/1.1 413 ")  # it is not read to its end
     asked = head + b"Expect: 100-continue\r\nContent-Length: 99000000\r\n\r\n"
     assert raw(local, asked).startswith(b"HTTP/1.1 413 ")  # before it is sent
     chunks = b"Transfer-Encoding: chunked\r\n\r\n" + (b"10000\r\n" + b" " * 65536 + b"\r\n") * 20
