@@ -80,7 +80,7 @@ WRONG = [
     ({"best_of": 2}, "best_of", "unsupported_parameter"),
     ({"suffix": "x"}, "suffix", "unsupported_parameter"),
     ({"audio": {}}, "audio", "unsupported_parameter"),
-    ({"temprature": 1}, "temprature", "unknown_parameter"),
+    ({"tempo": 1}, "tempo", "unknown_parameter"),
     ({"temperature": 2.1}, "temperature", "invalid_value"),
     ({"temperature": -0.1}, "temperature", "invalid_value"),
     ({"temperature": "1"}, "temperature", "invalid_type"),
