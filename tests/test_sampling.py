@@ -160,6 +160,8 @@ def hugging_face_probabilities(scores: Tensor, config: SamplingConfig, tokens: T
         steps.append(hf.TopKLogitsWarper(config.top_k))
     if config.top_p < 1:
         steps.append(hf.TopPLogitsWarper(config.top_p))
+    if config.min_p > 0:
+        steps.append(hf.MinPLogitsWarper(config.min_p))
     return torch.softmax(steps(tokens, scores.clone()), dim=-1)
 
 
@@ -170,18 +172,23 @@ def hugging_face_probabilities(scores: Tensor, config: SamplingConfig, tokens: T
     top_p=st.floats(0.01, 1),
     top_k=st.sampled_from([None, 0, 1, 2, 7, 40, 500]),
     penalty=st.sampled_from([1.0, 0.5, 1.2, 10.0]),
+    min_p=st.sampled_from([0.0, 0.013, 0.3, 1.0]),
 )
 def test_filters_equal_those_of_hugging_face(
-    seed: int, temperature: float, top_p: float, top_k: int | None, penalty: float
+    seed: int, temperature: float, top_p: float, top_k: int | None, penalty: float, min_p: float
 ) -> None:
     generator = torch.Generator().manual_seed(seed)
     scores = torch.randn(3, 40, generator=generator) * 3
     tokens = torch.randint(0, 40, (3, 9), generator=generator)
     config = SamplingConfig(
-        temperature=temperature, top_k=top_k, top_p=top_p, repetition_penalty=penalty
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        repetition_penalty=penalty,
+        min_p=min_p,
     )
     # At the very edge of top-p, rounding may keep or drop one candidate more.
-    before_top_p = dataclasses.replace(config, top_p=1.0)
+    before_top_p = dataclasses.replace(config, top_p=1.0, min_p=0.0)
     sorted_, _ = hugging_face_probabilities(scores, before_top_p, tokens).double().sort(dim=1)
     from_the_top = sorted_.flip(1)
     before = from_the_top.cumsum(dim=1) - from_the_top

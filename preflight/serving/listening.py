@@ -9,7 +9,6 @@ import asyncio
 import functools
 from typing import Any, cast
 
-import h11
 import uvicorn
 from starlette.types import ASGIApp, Receive, Scope, Send
 from uvicorn.protocols.http.h11_impl import H11Protocol
@@ -94,22 +93,17 @@ class BoundedProtocol(H11Protocol):
 
     def send_400_response(self, msg: str) -> None:
         """What is no HTTP, in the form of all other errors."""
-        if self.conn.our_state not in (h11.IDLE, h11.SEND_RESPONSE):
+        cycle = self.cycle
+        if cycle is not None and cycle.response_started and not cycle.response_complete:
             self.transport.abort()
             return
         body = encode_json(ApiError(400, "this is not a valid HTTP request", code="bad_http").body)
-        headers = [
-            (b"content-type", b"application/json"),
-            (b"content-length", b"%d" % len(body)),
-            (b"connection", b"close"),
-        ]
-        parts = (
-            h11.Response(status_code=400, headers=headers, reason=b"Bad Request"),
-            h11.Data(data=body),
-            h11.EndOfMessage(),
-        )
-        for part in parts:
-            self.transport.write(self.conn.send(part) or b"")
+        head = b"HTTP/1.1 400 Bad Request\r\ncontent-type: application/json\r\n"
+        head += b"content-length: %d\r\nconnection: close\r\n\r\n" % len(body)
+        self.transport.write(head + body)
+        if cycle is not None:  # the rest of its request will not come
+            cycle.disconnected = True
+            cycle.message_event.set()
         self.transport.close()
         self._await_reader()
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import http.client
 import json
 import socket
@@ -212,11 +213,10 @@ def test_an_engine_that_fails_tells_the_client(client, model):
     try:
         with pytest.raises(openai.InternalServerError, match="out of memory"):
             client.chat.completions.create(model="fox", messages=HELLO, n=2)
-        pieces = []
+        stream = client.chat.completions.create(model="fox", messages=HELLO, stream=True)
+        assert len([next(stream) for _ in range(3)]) == 3  # the role and two words
         with pytest.raises(openai.APIError, match="out of memory"):
-            for chunk in client.chat.completions.create(model="fox", messages=HELLO, stream=True):
-                pieces.append(chunk.choices[0].delta.content)
-        assert len(pieces) == 3  # the role and two words
+            next(stream)
     finally:
         model.fails_at = -1
     assert not model.running
@@ -284,7 +284,7 @@ def test_an_answer_that_takes_too_long_ends(url):
         status, text = ask(url, "POST", "/v1/chat/completions", body | {"stream": True})
         assert status == 200
         assert '"code":"timeout"' in text.splitlines()[-2]
-        assert not model.running
+        expect(lambda: not model.running, 0.5)
 
 
 def test_a_client_that_reads_nothing_is_cut_off():
@@ -292,11 +292,11 @@ def test_a_client_that_reads_nothing_is_cut_off():
     with serve(FakeStore(model), FakeSettings(limits=Limits(stall_seconds=0.3))) as url:
         connection = send_request(url, {"messages": HELLO, "stream": True})
         expect(lambda: bool(model.running), 5)
-        expect(lambda: not model.running, 5)
+        expect(lambda: not model.running, 20)
         assert ask(url, "GET", "/health")[0] == 200
-        with pytest.raises(ConnectionResetError):
+        with contextlib.suppress(ConnectionResetError):
             while connection.recv(2**20):
-                pass
+                pass  # what had been sent before
         connection.close()
 
 
@@ -308,10 +308,8 @@ def test_heads_and_bodies_must_arrive_in_time():
             connection = socket.create_connection((parts.hostname, parts.port), timeout=5)
             connection.sendall(sent)
             begun = time.monotonic()
-            try:
+            with contextlib.suppress(ConnectionResetError):
                 assert connection.recv(100) == b""
-            except ConnectionResetError:
-                pass
             assert 0.2 < time.monotonic() - begun < 2
             connection.close()
         connection = socket.create_connection((parts.hostname, parts.port), timeout=5)
