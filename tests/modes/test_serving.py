@@ -190,9 +190,7 @@ def test_a_key_is_made_for_its_owner_alone(tmp_path: Path) -> None:
 # ---- the process --------------------------------------------------------------------------------
 
 
-def test_a_port_in_use_is_told(
-    runs: tuple[str, str], capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_port_in_use_is_told(runs: tuple[str, str], capsys: pytest.CaptureFixture[str]) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = str(taken.getsockname()[1])
         assert main.main(["--serve", runs[0], "--port", port]) == int(ExitCode.FLAGS)
