@@ -31,7 +31,8 @@ ALLOWED = {
 }
 OWN = {*ALLOWED, "preflight"}
 # These import when a mode or a name is asked for, so that `--help` answers without torch.
-MAY_IMPORT_LATE = {"main.py", "preflight/core/registry.py"}
+# The server's application needs libraries that are told of first where they are missing.
+MAY_IMPORT_LATE = {"main.py", "preflight/core/registry.py", "preflight/modes/serve.py"}
 SOURCES = sorted([*ROOT.glob("*.py"), *(ROOT / "preflight").rglob("*.py")])
 
 

@@ -39,8 +39,9 @@ _QUESTIONS: dict[str, tuple[str, ...]] = {
     "tokenize": ("tokenize",),
     "detokenize": ("detokenize",),
 }
-_NEEDED = ("sweep", "tokenize", "detokenize", "finetune", "import_path", "export")
+_NEEDED = ("sweep", "tokenize", "detokenize", "finetune", "import_path", "export", "serve")
 _MAKES_DATA = (*_ON_A_TEXT, "sweep", "forecast")  # modes that need data, and prepare it
+_NAMES_A_RUN = {"finetune": "from_checkpoint", "serve": "serve"}  # by the flag of that field
 _READS_RUNS = ("generate", "report", "tokenize", "detokenize", "evaluate")  # one run
 _TOLD = {
     ExitCode.DONE: "done",
@@ -154,13 +155,10 @@ def build_command(step: Step, state: FolderState, asker: Asker) -> list[str] | N
         if text is None:
             return None
         words += options["text_file"].spell((text,)) if text else []
-    names = "from_checkpoint" if step.mode == "finetune" else "output_dir"
-    reads_a_run = step.mode in (*_READS_RUNS, "finetune")
-    if reads_a_run and options[names].flag not in words:
-        picked = pick_runs(state.runs, asker) if state.runs else []
-        if state.runs and not picked:
-            return None
-        words += options[names].spell(str(picked[0].folder)) if picked else []
+    run = _ask_for_run(step, words, state, asker)
+    if run is None:
+        return None
+    words += run
     for name in _QUESTIONS.get(step.mode, (own,) if own else ()):
         if options[name].flag in words or not is_used(options[name], step.mode):
             continue
@@ -169,6 +167,21 @@ def build_command(step: Step, state: FolderState, asker: Asker) -> list[str] | N
             return None
         words += answer
     return words
+
+
+def _ask_for_run(
+    step: Step, words: list[str], state: FolderState, asker: Asker
+) -> list[str] | None:
+    """The flag that names a run, where the mode reads one; ``None`` to go back."""
+    name = _NAMES_A_RUN.get(step.mode, "output_dir" if step.mode in _READS_RUNS else "")
+    option = build_options().get(name)
+    if option is None or option.flag in words or not state.runs:
+        return []
+    picked = pick_runs(state.runs, asker)
+    if not picked:
+        return None
+    folder = str(picked[0].folder)
+    return option.spell((folder,) if option.many else folder)
 
 
 def _ask_for(name: str, state: FolderState, asker: Asker) -> list[str] | None:

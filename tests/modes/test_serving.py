@@ -17,6 +17,7 @@ from typing import Any
 
 import pytest
 import torch
+from serving_models import make_model, save_run
 
 import main
 from conftest import ROOT, build
@@ -30,7 +31,6 @@ from preflight.serving.keys import is_loopback, load_key
 from preflight.serving.protocol import EndEvent, Job, TokenEvent
 from preflight.serving.store import Store, find_entries
 from preflight.settings import SamplingConfig
-from serving_models import make_model, save_run
 
 CPU = Runtime(torch.device("cpu"), torch.float32, False, ())
 
