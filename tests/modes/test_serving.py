@@ -17,6 +17,7 @@ from typing import Any
 
 import pytest
 import torch
+from serving_models import make_model, save_run
 
 import main
 from conftest import ROOT, build
@@ -30,7 +31,6 @@ from preflight.serving.keys import is_loopback, load_key
 from preflight.serving.protocol import EndEvent, Job, TokenEvent
 from preflight.serving.store import Store, find_entries
 from preflight.settings import SamplingConfig
-from serving_models import make_model, save_run
 
 CPU = Runtime(torch.device("cpu"), torch.float32, False, ())
 
@@ -190,9 +190,7 @@ def test_a_key_is_made_for_its_owner_alone(tmp_path: Path) -> None:
 # ---- the process --------------------------------------------------------------------------------
 
 
-def test_a_port_in_use_is_told(
-    runs: tuple[str, str], capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_port_in_use_is_told(runs: tuple[str, str], capsys: pytest.CaptureFixture[str]) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = str(taken.getsockname()[1])
         assert main.main(["--serve", runs[0], "--port", port]) == int(ExitCode.FLAGS)
