@@ -48,14 +48,18 @@ def run(config: RunConfig) -> int:
     Raises:
         PreflightError: with the code of whatever stands in the way.
     """
-    for module in ("starlette", "uvicorn"):
-        import_library(module, "starlette uvicorn", "--serve")
+    app, listening = (
+        import_library(f"preflight.serving.{name}", "starlette uvicorn", "--serve")
+        for name in ("app", "listening")
+    )
     serving = config.serving
     key = load_key(serving.host, serving.api_key_file)
     store = build_store(config)
     settings = AppSettings(serving.host, key, serving.cors_origin, config.sampling)
     with _listen(serving.host, serving.port) as listener, _noting_signals() as received:
-        asyncio.run(_serve(store, settings, listener))
+        application = app.build_app(store, settings)
+        server = listening.build_server(application, *listener.getsockname()[:2], settings.limits)
+        asyncio.run(_serve(server, store, settings, listener))
     code = ExitCode.SIGINT if received[:1] == [signal.SIGINT] else ExitCode.SIGTERM
     return int(code if received else ExitCode.DONE)
 
@@ -119,15 +123,12 @@ def _noting_signals() -> Iterator[list[int]]:
             signal.signal(number, handler)
 
 
-async def _serve(store: Store, settings: AppSettings, listener: socket.socket) -> None:
+async def _serve(
+    server: Server, store: Store, settings: AppSettings, listener: socket.socket
+) -> None:
     """Load the first model, then answer until a signal comes."""
-    from preflight.serving.app import build_app
-    from preflight.serving.listening import build_server
-
     await store.open(store.names()[0])
-    host, port = listener.getsockname()[:2]
-    server = build_server(build_app(store, settings), host, port, settings.limits)
-    _announce(store, settings, port)
+    _announce(store, settings, listener.getsockname()[1])
     watch = asyncio.create_task(_close_when_stopping(server, store))
     await server.serve([listener])
     if server.force_exit:  # a second Ctrl-C: the engine's threads are not waited for

@@ -16,9 +16,10 @@ from concurrent.futures import Future
 from typing import TypeVar
 
 from preflight.core.log import log
-from preflight.serving.batch import RowBatch, Task
+from preflight.serving.batch import RowBatch
 from preflight.serving.measuring import Rates
 from preflight.serving.protocol import EndEvent, Job, QueueFullError, TokenEvent
+from preflight.serving.slots import Task
 
 MAX_WAITING = 64
 ANSWER_SECONDS = 300.0

@@ -153,7 +153,7 @@ class ServedCheckpoint:
     def held_bytes(self) -> dict[str, int]:
         """Of the weights and the cache, as they are now."""
         weights = sum(each.numel() * each.element_size() for each in self._model.parameters())
-        layers = self._batch.cache.layers
+        layers = self._batch.slots.cache.layers
         return {"weights": weights, "cache": sum(x.numel() * x.element_size() for x in layers)}
 
     def describe(self) -> Mapping[str, Any]:

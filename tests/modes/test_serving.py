@@ -210,6 +210,7 @@ def test_other_faults_of_the_flags(
     assert main.main(["--serve", runs[0], *elsewhere]) == int(ExitCode.FLAGS)
     assert "does not have that address" in capsys.readouterr().err
     monkeypatch.setitem(sys.modules, "uvicorn", None)
+    monkeypatch.delitem(sys.modules, "preflight.serving.listening", raising=False)
     assert main.main(["--serve", runs[0]]) == int(ExitCode.FLAGS)
     assert "pip install starlette uvicorn" in capsys.readouterr().err
 

@@ -10,9 +10,11 @@ import torch
 from serving_models import answer_alone, make_job, make_model, make_tokenizer
 
 from preflight.models.kv_cache import KVCache
-from preflight.serving.batch import RowBatch, Task
+from preflight.serving import slots as slots_module
+from preflight.serving.batch import RowBatch
 from preflight.serving.pieces import PieceBudget, count_common
 from preflight.serving.protocol import EndEvent, Job, TokenEvent
+from preflight.serving.slots import Task
 from preflight.settings import SamplingConfig
 
 FAMILIES = ["gpt2", "llama", "mlp"]
@@ -101,12 +103,19 @@ def run_schedule(seed: int, family: str) -> None:
 
 def check_slots(batch: RowBatch) -> None:
     """What the batch believes of its cache."""
-    for i, slot in enumerate(batch._slots):
-        assert batch.cache.lengths[i] == len(slot.held)
-        ready = slot.task is not None and len(slot.held) == len(batch._read_ids(slot.task)) - 1
-        assert ready == (i < batch.n_ready)
+    for i, slot in enumerate(batch.slots.all):
+        assert batch.slots.cache.lengths[i] == len(slot.held)
+        ready = slot.task is not None and len(slot.held) == len(slot.task.window) - 1
+        assert ready == (i < batch.slots.n_ready)
 
 
+@pytest.fixture
+def small_cache(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A cache that has to grow while rows use it."""
+    monkeypatch.setattr(slots_module, "FIRST_CAPACITY", 4)
+
+
+@pytest.mark.usefixtures("small_cache")
 @pytest.mark.parametrize("seed", range(40))
 def test_schedules(seed: int) -> None:
     run_schedule(seed, FAMILIES[seed % 3])
@@ -188,7 +197,7 @@ def test_of_a_chat_only_the_newest_turn_is_read(monkeypatch: pytest.MonkeyPatch)
     assert spy.n_tokens == 19
     answer = [event.text for event in found[0][:-1]]  # type: ignore[union-attr]
     assert len(answer) == 5
-    held = batch._slots[0].held
+    held = batch.slots.all[0].held
     assert held[:20] == list(range(20))
     assert len(held) == 24  # all but the last token
     other = make_job(range(100, 110), temperature=0, max_new_tokens=2)
@@ -204,6 +213,18 @@ def test_of_a_chat_only_the_newest_turn_is_read(monkeypatch: pytest.MonkeyPatch)
     assert isinstance(end, EndEvent)
     assert (end.n_prompt_tokens, end.n_cached_tokens) == (27, 24)
     assert read(found[2]) == answer_alone(make_model("llama"), second)
+
+
+def test_chats_that_begin_alike_are_both_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    spy = Spy(monkeypatch)
+    batch = make_batch("llama", piece_tokens=100)
+    found: Events = {}
+    system = list(range(6))
+    chats = [[*system, *range(start, start + 20)] for start in (40, 80)]
+    for owner, ids in enumerate([*chats, *chats]):
+        batch.join(make_job(ids, max_new_tokens=1), owner)
+        finish(batch, found)
+    assert spy.n_tokens == 25 + 19  # the second has the system message from the first
 
 
 def test_several_answers_to_one_prompt_read_it_once(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -243,9 +264,9 @@ def test_leaving_frees_the_row_at_once() -> None:
     batch = make_batch("gpt2", n_slots=2)
     tasks = [batch.join(make_job([n], max_new_tokens=40), n) for n in (1, 2)]
     batch.step()
-    assert (batch.n_free, batch.n_ready) == (0, 2)
+    assert (batch.n_free, batch.slots.n_ready) == (0, 2)
     batch.leave(tasks[0])
-    assert (batch.n_free, batch.n_ready) == (1, 1)
+    assert (batch.n_free, batch.slots.n_ready) == (1, 1)
     assert {task.owner for task, _ in batch.step()} == {2}
 
 
