@@ -115,6 +115,12 @@ IDLE_FLAGS = (
     ),
     IdleFlags(("overlap",), "chats do not overlap", lambda config: True, ("finetune",)),
     IdleFlags(
+        ("init_from",),
+        "--finetune begins with the checkpoint that --from names",
+        lambda config: not _learns_from_text(config),
+        ("finetune", *FINETUNING_MODES),
+    ),
+    IdleFlags(
         ("lora_alpha", "lora_targets"),
         "--lora-rank is not given: all weights learn",
         lambda config: not config.finetuning.lora_rank,
