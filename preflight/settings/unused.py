@@ -30,12 +30,13 @@ MODE_FLAGS: dict[str, tuple[str, ...]] = {
     "sweep": (*_OF_A_RUN, "sweep", "sweep_steps", "json"),
     "forecast": (*_OF_A_RUN, "json", "price_per_hour"),
     "generate": (
-        *("model", "sampling", "generation", "chat_template"),
+        *("model", "sampling", "generation", "chat_template", "quantize"),
         *("seed", "output_dir", "device", "mixed_precision", "log_level", "config"),
         *("data_dir", "text_file"),  # no output may replace them
     ),
     "evaluate": (
         *("evaluation", "checkpoint_path", "replace_unknown", "output_dir", "data_dir"),
+        "quantize",
         *("text_file", "device", "mixed_precision", "log_level", "config", "json"),
     ),
     "report": ("report", "output_dir", "data_dir", "log_level", "config"),
