@@ -140,7 +140,7 @@ def quantize_model(model: TokenModel, wide_dtype: torch.dtype = torch.float32) -
 
 def find_kernel(values: Tensor, scale: Tensor) -> _Kernel | None:
     """torch's int8 product for this matrix (N K), if it has one here that computes what we mean."""
-    kernel: _Kernel | None = getattr(torch.ops.aten, "_weight_int8pack_mm", None)
+    kernel = load_kernel()
     if kernel is None or values.device.type != "cpu":
         return None
     some = values[:_PART_ROWS]
@@ -152,3 +152,9 @@ def find_kernel(values: Tensor, scale: Tensor) -> _Kernel | None:
         if (found - meant).abs().max() <= _TOLERANCE * meant.abs().max():
             return kernel
     return None
+
+
+def load_kernel() -> _Kernel | None:
+    """torch's int8 product, if this torch has it: inputs (M K), int8 (N K), scales (N)."""
+    kernel: _Kernel | None = getattr(torch.ops.aten, "_weight_int8pack_mm", None)
+    return kernel

@@ -28,6 +28,9 @@ class HandoverSettings:
         "file (unset: f16); int8: --generate and --evaluate compute with weights of 8 bits",
         choices=(*QUANTIZATIONS, "int8"),
     )
+    weights_only: bool = setting(
+        False, "--export writes a checkpoint of Preflight's own, without its training state"
+    )
     force: bool = setting(
         False, "--export quantises weights again that were quantised otherwise before"
     )

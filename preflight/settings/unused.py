@@ -49,7 +49,7 @@ MODE_FLAGS: dict[str, tuple[str, ...]] = {
     ),
     "import": ("import_path", "output_dir", "log_level", "config"),
     "export": (
-        *("export", "quantize", "force", "checkpoint_path"),
+        *("export", "quantize", "weights_only", "force", "checkpoint_path"),
         *("output_dir", "data_dir", "log_level", "config"),
     ),
     "tokenize": ("tokenize", "replace_unknown", *_OF_A_TOKENIZER),
@@ -184,6 +184,12 @@ IDLE_FLAGS = (
         "--gpu-memory alone implies no speed: name the card with --target-gpu",
         lambda config: config.check.gpu_memory is not None and config.check.target_gpu is None,
         ("check",),
+    ),
+    IdleFlags(
+        ("quantize", "force", "data_dir"),
+        "--weights-only writes the weights as they are",
+        lambda config: config.handover.weights_only,
+        ("export",),
     ),
     IdleFlags(
         ("output_dir",),
