@@ -19,6 +19,7 @@ from preflight.settings import RunConfig
 from preflight.tokenization import Tokenizer
 
 INT8 = "int8"
+SAMPLE_TOKENS = 2048  # of text that the loss is measured on
 _WINDOW_TOKENS = 256
 
 
@@ -55,13 +56,13 @@ def quantize_loaded(
             else that is text of our own.
         runtime: of the mode.
     """
-    sample = read_sample(tokenizer, Path(config.data.data_dir)).to(runtime.device)
-    before = _measure_loss(model, sample)
+    sample = read_sample(tokenizer, Path(config.data.data_dir))[:SAMPLE_TOKENS].to(runtime.device)
+    before = measure_loss(model, sample)
     size = _count_bytes(model)
     dtype = choose_dtype(runtime)
     model = model.to(dtype)
     quantize_model(model, dtype)
-    after = _measure_loss(model, sample)
+    after = measure_loss(model, sample)
     log.info(
         f"int8: {_count_bytes(model) / size:.2f} of the bytes; loss on {len(sample):,} tokens "
         f"{before:.4f} before, {after:.4f} after ({after - before:+.4f} nats per token)"
@@ -72,7 +73,7 @@ def quantize_loaded(
 
 
 @torch.inference_mode()
-def _measure_loss(model: TokenModel, sample: Tensor) -> float:
+def measure_loss(model: TokenModel, sample: Tensor) -> float:
     """Mean loss in nats per token on ids (T,), read in windows."""
     width, total = min(_WINDOW_TOKENS, model.config.context_length), 0.0
     for begin in range(0, len(sample) - 1, width):
