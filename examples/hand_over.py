@@ -23,58 +23,12 @@ from typing import Any
 
 MAIN = Path(__file__).resolve().parent.parent / "main.py"
 SYSTEM = {"role": "system", "content": "You are the mate of a ship."}
-WORDS = [
-    "anchor",
-    "bell",
-    "boat",
-    "bridge",
-    "cabin",
-    "canvas",
-    "chain",
-    "chart",
-    "compass",
-    "coral",
-    "crew",
-    "current",
-    "deck",
-    "dock",
-    "dolphin",
-    "east",
-    "ferry",
-    "fish",
-    "flag",
-    "fog",
-    "galley",
-    "gull",
-    "harbour",
-    "helm",
-    "hull",
-    "island",
-    "keel",
-    "kettle",
-    "knot",
-    "ladder",
-    "lantern",
-    "line",
-    "log",
-    "map",
-    "mast",
-    "moon",
-    "net",
-    "oar",
-    "pearl",
-    "pilot",
-    "port",
-    "pump",
-    "reef",
-    "rope",
-    "rudder",
-    "sail",
-    "salt",
-    "shell",
-    "storm",
-    "tide",
-]
+WORDS = (  # noqa: SIM905
+    "anchor bell boat bridge cabin canvas chain chart compass coral crew current deck dock "
+    "dolphin east ferry fish flag fog galley gull harbour helm hull island keel kettle knot "
+    "ladder lantern line log map mast moon net oar pearl pilot port pump reef rope rudder sail "
+    "salt shell storm tide "
+).split()
 NEW_WORD = "whale"  # in none of the chats
 
 
