@@ -43,6 +43,8 @@ def draw(config: ModelConfig) -> TokenModel:
     for parameter in model.parameters():
         if parameter.dim() > 1:
             torch.nn.init.normal_(parameter, 0.0, 0.15)
+        else:
+            parameter.add_(torch.randn_like(parameter) / 4)
     return model
 
 
@@ -135,5 +137,7 @@ def test_decoding_with_a_cache_gives_the_tokens_of_whole_passes(name: str) -> No
         for i, token in enumerate(answer):
             logits = small(torch.tensor([start + answer[:i]]))[0, -1]
             assert logits[token] >= logits.max() - 0.02 * logits.abs().max()
+    head = small.embed_tokens if small.config.tied else small.lm_head
+    assert small._multiply_head == head.matrix.multiply  # no copy of the table at each token
     assert small.embed_tokens.weight.shape == (300, 64)
     assert small.head_weight.shape == (300, 64)
