@@ -223,7 +223,7 @@ class DecoderOnlyTransformer(TokenModel):
         and a model made of nothing but the modules that it knows, which are GPT-2's. Weights that
         are being trained have neither.
         """
-        weight = self.embed_tokens.weight
+        weight = next(iter(self.norm.parameters()))  # matrices may be quantised
         if weight.dtype != cache.layers[0].dtype or any(p.requires_grad for p in self.parameters()):
             return None
         if weight.device.type == "cuda":

@@ -21,6 +21,7 @@ NAMES = [
     "curves",
     "families",
     "forecast",
+    "int8",
     "learning",
     "loader",
     "sources",

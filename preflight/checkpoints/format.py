@@ -248,7 +248,8 @@ def load_training_state(checkpoint: Checkpoint) -> dict[str, Any]:
             f"{path} {what}: training cannot continue from weights only",
             "weights are enough to generate: "
             + format_command("--generate", "--checkpoint-path", checkpoint.path),
-            "to continue training, name another checkpoint with --resume-from",
+            "to continue training, name another checkpoint with --resume-from; to begin a run with "
+            "these weights, another --output-dir and --init-from",
         )
     return state
 

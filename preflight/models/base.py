@@ -35,6 +35,7 @@ class TokenModel(nn.Module):
     layers: nn.ModuleList
     norm: nn.Module
     _generate: Callable[..., list[list[int]]] | None = None
+    _multiply_head: Callable[[Tensor], Tensor] | None = None
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -68,7 +69,8 @@ class TokenModel(nn.Module):
 
     def compute_logits(self, x: Tensor) -> Tensor:
         """Logits (... V) of hidden vectors (... C)."""
-        return self._cap(F.linear(x, self.head_weight))
+        multiply = self._multiply_head
+        return self._cap(F.linear(x, self.head_weight) if multiply is None else multiply(x))
 
     def build_cache(
         self, batch_size: int, device: torch.device, dtype: torch.dtype, capacity: int | None = None
@@ -98,6 +100,12 @@ class TokenModel(nn.Module):
     def decode(self, tokens: Tensor, cache: KVCache) -> Tensor:
         """As in `LanguageModel`."""
         raise NotImplementedError
+
+    def bind_head(self, multiply: Callable[[Tensor], Tensor]) -> None:
+        """Let `multiply` turn hidden vectors (... C) into logits (... V) in place of the product
+        with `head_weight`, of which a quantised model holds no floating-point copy.
+        """
+        self._multiply_head = multiply
 
     def bind_generate(self, generate: Callable[[Any, Any, Any], list[list[int]]]) -> None:
         """Let `generate` be that of a decoding engine, which is built on models: called with the

@@ -273,7 +273,13 @@ def advise(found: Findings) -> None:
         if isinstance(found.data, ChatData):
             report.warnings += find_chat_warnings(config, found.plan, found.data)
         else:
-            report.warnings += find_plan_warnings(config, found.model, found.plan, found.data)
+            warnings = find_plan_warnings(config, found.model, found.plan, found.data)
+            begun = found.setup.base_facts is not None  # it has learned from other text before
+            report.warnings += [
+                warning
+                for warning in warnings
+                if not (begun and warning.key == "tokens_per_parameter")
+            ]
     runtime = target.runtime if target else None
     fault = find_bf16_fault(runtime, config.system.mixed_precision) if runtime else None
     if fault:

@@ -133,11 +133,12 @@ class Findings:
 
 
 def describe_origin(found: Findings) -> None:
-    """The checkpoint that `--train` would continue."""
-    origin = found.setup.origin
-    if origin is not None and found.setup.config:
-        rows = found.report.sections["training configuration"]
-        rows["continues"] = f"{origin.path}, step {origin.step:,}"
+    """The checkpoint that `--train` would continue, or whose weights it would begin with."""
+    setup, rows = found.setup, found.report.sections["training configuration"]
+    if setup.origin is not None and setup.config:
+        rows["continues"] = f"{setup.origin.path}, step {setup.origin.step:,}"
+    elif setup.base is not None:
+        rows["begins_with"] = f"{setup.base.path}, step {setup.base.step:,}"
 
 
 def describe_model(found: Findings) -> None:

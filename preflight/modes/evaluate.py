@@ -36,6 +36,7 @@ from preflight.evaluation.results import (
 )
 from preflight.evaluation.tasks import find_task_files, read_tasks
 from preflight.modes.evaluator import Evaluator, name_checkpoint
+from preflight.modes.quantizing import check_quantize, quantize_loaded
 from preflight.settings import RunConfig
 from preflight.tokenization import Tokenizer
 
@@ -49,6 +50,7 @@ def run(config: RunConfig) -> int:
         PreflightError: with the code of whatever stands in the way; what was scored is kept.
     """
     settings = config.evaluation
+    check_quantize(config)
     # All inputs are read before a model is loaded, so that a fault in them is told at once.
     hub = [name for name in settings.tasks if name.startswith("hf:")]
     files = [name for name in settings.tasks if name not in hub]
@@ -95,6 +97,8 @@ def _evaluate(
         )  # of an evaluation that was killed
         model, tokenizer = load_model(checkpoint, runtime.device, runtime.dtype)
         log.info(f"{checkpoint.path}: step {checkpoint.step:,}, {model.config.label}")
+        if check_quantize(config):
+            model = quantize_loaded(model, tokenizer, config, runtime)
         if config.generation.replace_unknown:
             tokenizer = tokenizer.replacing_unknown()
         evaluator = Evaluator(checkpoint, model, tokenizer, runtime, folder, config, stop)
@@ -141,7 +145,7 @@ def _describe(
         "model": checkpoint.model_config.label,
         "tokenizer": {"name": tokenizer.name, "fingerprint": tokenizer.fingerprint},
         "level": config.evaluation.evaluate or "standard",
-        "dtype": str(runtime.dtype).removeprefix("torch."),
+        "dtype": config.handover.quantize or str(runtime.dtype).removeprefix("torch."),
         "device": runtime.device.type,
         "torch": torch.__version__,
         "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),

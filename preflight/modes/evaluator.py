@@ -76,7 +76,7 @@ class Evaluator:
         self._context = model.config.context_length
         self._facts = {
             "weights": identify_weights(checkpoint),
-            "dtype": str(runtime.dtype),
+            "dtype": config.handover.quantize or str(runtime.dtype),
             "device": runtime.device.type,
             "torch": torch.__version__,
         }

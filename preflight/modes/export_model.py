@@ -27,6 +27,7 @@ from preflight.evaluation.own_tasks import load_own_tasks
 from preflight.formats.hf_import import MAX_TEMPLATE_BYTES, TEMPLATE_NAME
 from preflight.formats.protocol import Exporter, OutgoingModel
 from preflight.modes.export_facts import collect_facts
+from preflight.modes.export_weights import export_weights
 from preflight.settings import RunConfig
 from preflight.settings.kinds import EXPORTERS
 from preflight.tokenization import Tokenizer
@@ -43,16 +44,21 @@ def run(config: RunConfig) -> int:
             when the format lacks a part of it. Nothing is then written.
     """
     path = Path(config.handover.export or "")
-    exporter = find_exporter(path)
-    quantization = _choose_quantization(exporter, config.handover.quantize)
     if os.path.lexists(path):
         raise PreflightError(
             ExitCode.STORAGE,
             f"{path} is there already",
             "nothing was changed; move it away, or choose another name",
         )
-    named = config.generation.checkpoint_path
-    checkpoint = open_checkpoint(named) if named else find_best(Path(config.control.output_dir))
+    if config.handover.weights_only:
+        checkpoint = _open(config)
+        storage.make_folder(path.absolute().parent)
+        lines = export_weights(checkpoint, path)
+        print("\n".join([*lines, f"{path}: weights only, {format_bytes(_measure(path))}"]))
+        return int(ExitCode.DONE)
+    exporter = find_exporter(path)
+    quantization = _choose_quantization(exporter, config.handover.quantize)
+    checkpoint = _open(config)
     _refuse_second_quantization(checkpoint, quantization, forced=config.handover.force)
     model = read_outgoing(checkpoint, Path(config.data.data_dir))
     log.info(f"{checkpoint.path}: step {checkpoint.step:,}, {model.config.label}")
@@ -67,6 +73,11 @@ def run(config: RunConfig) -> int:
 
 
 # ---- what is written, and as what ---------------------------------------------------------------
+
+
+def _open(config: RunConfig) -> Checkpoint:
+    named = config.generation.checkpoint_path
+    return open_checkpoint(named) if named else find_best(Path(config.control.output_dir))
 
 
 def find_exporter(path: Path) -> Exporter:

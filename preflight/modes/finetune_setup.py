@@ -9,31 +9,33 @@ from typing import Any
 
 from torch import Tensor
 
-from generate import build_empty_model
 from preflight.checkpoints.adapters import describe_adapter, find_base
 from preflight.checkpoints.format import Checkpoint
-from preflight.checkpoints.store import find_best, open_checkpoint
-from preflight.core.errors import ExitCode, PreflightError
 from preflight.core.signals import StopFlag
 from preflight.corpus.chats.build import prepare_chats
 from preflight.corpus.chats.data import ChatData
 from preflight.device.runtime import Runtime, build_runtime
 from preflight.models.cost import resolve_adapter
+from preflight.modes.base_checkpoint import (
+    check_same_base,
+    describe_base,
+    describe_provenance,
+    find_template,
+    load_base_weights,
+    open_base,
+)
 from preflight.modes.setup import RunSetup, part
-from preflight.settings import ControlSettings, ModelConfig, RunConfig, TrainingSettings
-from preflight.tokenization import Tokenizer
+from preflight.settings import RunConfig, TrainingSettings
 from preflight.tokenization.chat_encoding import ChatEncoder
 from preflight.tokenization.chat_template import (
     DEFAULT_TEMPLATE,
-    MAX_TEMPLATE_BYTES,
     TEMPLATE_NAME,
     ChatTemplate,
     load_chat_template,
-    parse_chat_template,
 )
-from preflight.training.merging import keep_base, load_merged_weights
+from preflight.training.merging import keep_base
 from preflight.training.plan import TrainingPlan
-from preflight.training.resume import adopt_finetuning, resolve_model
+from preflight.training.resume import adopt_finetuning
 from train_utils import measure_target_share
 
 CHATS_NAME = "chats"  # the folder of the prepared chats, in the output folder
@@ -66,15 +68,7 @@ class FinetuneSetup(RunSetup):
             PreflightError: code CHECKPOINT, when there is none; code FLAGS, when the run would
                 write beside its checkpoints.
         """
-        named = self.given.finetuning.from_checkpoint
-        found = open_checkpoint(named) if named else find_best(Path(ControlSettings.output_dir))
-        if found.path.parent.parent.resolve() == self.output_dir.resolve():
-            raise PreflightError(
-                ExitCode.FLAGS,
-                f"--output-dir {self.output_dir} holds the run that --from names",
-                "choose another --output-dir, so that neither run loses its checkpoints",
-            )
-        return found
+        return open_base(self.given.finetuning.from_checkpoint, self.output_dir, "--from")
 
     def resolve_training(self, config: RunConfig) -> TrainingSettings:
         """The training flags; adapters only for layers that the model has."""
@@ -96,7 +90,8 @@ class FinetuneSetup(RunSetup):
         if origin is None:
             return self.named_base
         if self.given.finetuning.from_checkpoint is not None:
-            _check_same_base(self.named_base, origin)
+            began = origin.config["finetuning"]["base"]
+            check_same_base(self.named_base, began, origin, "--from")
         return find_base(origin) if self.config.training.adapter else origin
 
     @property
@@ -107,21 +102,6 @@ class FinetuneSetup(RunSetup):
     def adopt(self, origin: Checkpoint) -> RunConfig:
         """The flags, with the settings of a checkpoint where no flag says otherwise."""
         return adopt_finetuning(super().adopt(origin), origin)
-
-    @part
-    def tokenizer_choice(self) -> Tokenizer:
-        """The tokenizer inside the checkpoint."""
-        return self.load_tokenizer_of(self.known_source)
-
-    @part
-    def model_config(self) -> ModelConfig:
-        """The checkpoint's architecture."""
-        return resolve_model(self.known_config, self.tokenizer, self.known_source)
-
-    @part
-    def context_length(self) -> int:
-        """Tokens of the model's context."""
-        return self.known_source.model_config.context_length
 
     @part
     def template(self) -> ChatTemplate:
@@ -188,7 +168,7 @@ class FinetuneSetup(RunSetup):
         """The base's weights; a full run that resumes has its own."""
         if self.origin is not None and self.config.training.adapter is None:
             return None
-        return load_merged_weights(self.base, build_empty_model(self.base))
+        return load_base_weights(self.base)
 
     @part
     def kept_base(self) -> Checkpoint | None:
@@ -202,13 +182,7 @@ class FinetuneSetup(RunSetup):
         """From where the run began, as its checkpoints say it."""
         if self.origin is not None:
             return dict(self.origin.config["finetuning"]["base"])
-        base = self.base
-        return {
-            "path": str(base.path),
-            "step": base.step,
-            "weights_sha256": _digest_weights(base),
-            "data_fingerprint": (base.config.get("data") or {}).get("fingerprint"),
-        }
+        return describe_base(self.base)
 
     @property
     def bits_before(self) -> float | None:
@@ -221,48 +195,21 @@ class FinetuneSetup(RunSetup):
         sections: dict[str, Any] = {}
         if adapter is not None and self.kept_base is not None:
             sections["adapter"] = describe_adapter(adapter, self.kept_base)
-        if "origin" in self.known_source.config:  # of an imported model: what it was made of
-            sections["origin"] = self.known_source.config["origin"]
-        return sections | {
-            "finetuning": {
-                "learn_from": finetuning.learn_from,
-                "lora_rank": finetuning.lora_rank,
-                "lora_alpha": finetuning.lora_alpha,
-                "lora_targets": list(finetuning.lora_targets),
-                "template": self.template.name,
-                "base": self.base_facts,
+        return (
+            sections
+            | describe_provenance(self.known_source)
+            | {
+                "finetuning": {
+                    "learn_from": finetuning.learn_from,
+                    "lora_rank": finetuning.lora_rank,
+                    "lora_alpha": finetuning.lora_alpha,
+                    "lora_targets": list(finetuning.lora_targets),
+                    "template": self.template.name,
+                    "base": self.base_facts,
+                }
             }
-        }
+        )
 
     def list_extra_files(self) -> dict[str, bytes]:
         """The chat template, so that whoever talks to the model uses the one that it learned."""
         return {TEMPLATE_NAME: self.template.source.encode()}
-
-
-def _digest_weights(checkpoint: Checkpoint) -> str:
-    return checkpoint.manifest.files[checkpoint.manifest.weights_name].sha256
-
-
-def _check_same_base(named: Checkpoint, origin: Checkpoint) -> None:
-    """PreflightError (CHECKPOINT) where `--from` is not what the run of `origin` began from."""
-    began = origin.config["finetuning"]["base"]
-    if _digest_weights(named) != began["weights_sha256"]:
-        raise PreflightError(
-            ExitCode.CHECKPOINT,
-            f"{origin.path} began from {began['path']}, and --from names other weights",
-            "leave --from out to continue, or choose another --output-dir for a new run",
-        )
-
-
-def find_template(checkpoint: Checkpoint) -> ChatTemplate | None:
-    """The chat template inside a checkpoint, if it has one.
-
-    Raises:
-        PreflightError: code CHECKPOINT, when it cannot be used.
-    """
-    if TEMPLATE_NAME not in checkpoint.manifest.files:
-        return None
-    with checkpoint.open(TEMPLATE_NAME) as file:
-        content = file.read(MAX_TEMPLATE_BYTES + 1)
-    name = f"that of {checkpoint.path}"
-    return parse_chat_template(content, name, ExitCode.CHECKPOINT)

@@ -32,6 +32,7 @@ from preflight.models.base import TokenModel
 from preflight.modes.chat import ChatSession, choose_template
 from preflight.modes.completion_files import SEPARATOR, format_logprobs, save_completions
 from preflight.modes.prompts import is_interactive, read_prompts
+from preflight.modes.quantizing import check_quantize, choose_dtype, quantize_loaded
 from preflight.modes.session import Session, log_rate, show
 from preflight.modes.setup import RunSetup
 from preflight.settings import RunConfig, SamplingConfig
@@ -49,6 +50,7 @@ def run(config: RunConfig) -> int:
         if hasattr(stream, "reconfigure"):  # a narrow encoding must not end the program
             stream.reconfigure(errors="backslashreplace")
     check_output(config)
+    quantizes = check_quantize(config)
     setup = RunSetup(_choose_precision(config), StopFlag(), trains=False)
     runtime = setup.runtime  # a device that is not there is told before a prompt is waited for
     if runtime.dtype == torch.float32:
@@ -61,10 +63,13 @@ def run(config: RunConfig) -> int:
     try:
         model, tokenizer = setup.load_model()
         check_vocabulary(config.sampling, model, tokenizer)
+        dtype = f"int8 and {choose_dtype(runtime)}" if quantizes else f"{runtime.dtype}"
         log.info(
             f"{checkpoint.path}: step {checkpoint.step:,}, {model.config.label}, "
-            f"{runtime.device}, {str(runtime.dtype).removeprefix('torch.')}"
+            f"{runtime.device}, {dtype.replace('torch.', '')}"
         )
+        if quantizes:
+            model = quantize_loaded(model, tokenizer, config, runtime)
         if template is not None:
             return ChatSession(model, tokenizer, config, template).run([])
         if interactive:

@@ -36,6 +36,15 @@ from preflight.foresight.memory import MemoryOptions
 from preflight.models.base import TokenModel
 from preflight.models.lora import add_adapters
 from preflight.models.loss import Targets
+from preflight.modes.base_checkpoint import (
+    check_same_base,
+    describe_base,
+    describe_provenance,
+    find_template,
+    load_base_weights,
+    open_base,
+    refuse_other_ids,
+)
 from preflight.settings import ControlSettings, ModelConfig, RunConfig, TrainingSettings
 from preflight.tokenization import (
     Tokenizer,
@@ -44,6 +53,7 @@ from preflight.tokenization import (
     choose_tokenizer,
     load_saved_tokenizer,
 )
+from preflight.tokenization.chat_template import TEMPLATE_NAME
 from preflight.training.changes import describe_changes, describe_runtime, describe_schedule
 from preflight.training.plan import TrainingPlan, build_plan
 from preflight.training.resume import (
@@ -136,6 +146,37 @@ class RunSetup:
             self._saved = load_saved_state(origin, model, training)
 
     @part
+    def base(self) -> Checkpoint | None:
+        """The checkpoint whose weights a new run begins with: that of `--init-from`, if any.
+
+        Raises:
+            PreflightError: code CHECKPOINT, when there is none, when flags describe another model,
+                or when a run that continues began from another one; code FLAGS.
+        """
+        flag, named = "--init-from", self.given.control.init_from
+        if named is None:
+            return None
+        base = open_base(named, self.output_dir, flag)
+        check_model_flags(self.given, base)
+        origin = self.known_origin
+        if origin is not None:
+            check_same_base(base, origin.config.get("base"), origin, flag)
+        return base
+
+    @property
+    def known_source(self) -> Checkpoint | None:
+        """The checkpoint that says what the model is: the origin, else the base, if any."""
+        return self.known_origin or self.base
+
+    @part
+    def base_facts(self) -> dict[str, Any] | None:
+        """From where the run began, as its checkpoints say it; none: random weights."""
+        if self.origin is not None:
+            found = self.origin.config.get("base")
+            return found if isinstance(found, dict) else None
+        return None if self.base is None else describe_base(self.base)
+
+    @part
     def adopted(self) -> RunConfig:
         """The flags, with the origin's settings where no flag says otherwise."""
         return self.adopt(self.origin) if self.origin else self.given
@@ -177,9 +218,12 @@ class RunSetup:
 
     @part
     def tokenizer_choice(self) -> TokenizerChoice:
-        """The tokenizer inside the origin, or that of the flags, which may need the text first."""
-        if self.known_origin is not None:
-            return self.load_tokenizer_of(self.known_origin)
+        """The tokenizer inside the checkpoint that the run continues or begins from.
+
+        Else that of the flags, which may need the text first.
+        """
+        if self.known_source is not None:
+            return self.load_tokenizer_of(self.known_source)
         return choose_tokenizer(self.known_config.model)
 
     @staticmethod
@@ -195,8 +239,8 @@ class RunSetup:
 
     @part
     def model_config(self) -> ModelConfig:
-        """The architecture: the origin's, or that of the flags."""
-        return resolve_model(self.known_config, self.tokenizer, self.known_origin)
+        """The architecture: the origin's or the base's, or that of the flags."""
+        return resolve_model(self.known_config, self.tokenizer, self.known_source)
 
     @property
     def least_model_config(self) -> ModelConfig:
@@ -233,14 +277,16 @@ class RunSetup:
     @part
     def context_length(self) -> int:
         """Tokens of the model's context, known even where the rest of the model is refused."""
-        if self.known_origin is not None:
-            return self.known_origin.model_config.context_length
+        if self.known_source is not None:
+            return self.known_source.model_config.context_length
         own = dataclasses.replace(self.known_config.model, vocab_size=None)
         return own.resolve(vocab_size=2).context_length
 
     @part
     def data(self) -> DataFolder:
         """The data folder, prepared where it is not yet, and verified."""
+        if self.known_origin is None and self.base is not None:
+            refuse_other_ids(self.base, self.tokenizer_choice, self.known_config.data)
         return prepare_data(
             self.known_config.data,
             self.tokenizer_choice,
@@ -257,7 +303,7 @@ class RunSetup:
         """
         if built is not None and self.resumes:
             window = choose_window(built.train.n_tokens, self.window_length)
-            model = resolve_model(self.known_config, built.load_tokenizer(), self.known_origin)
+            model = resolve_model(self.known_config, built.load_tokenizer(), self.known_source)
             runtime = build_runtime(self.given.system)
             device = runtime.device
             place = self.place_data(built, device.type, measure_free_bytes(device))
@@ -402,11 +448,14 @@ class RunSetup:
 
     def describe_extra(self) -> dict[str, Any]:
         """What ``config.json`` says besides: see `train.describe_run`."""
-        return {}
+        base = {} if self.base_facts is None else {"base": self.base_facts}
+        return base | describe_provenance(self.known_source)
 
     def list_extra_files(self) -> dict[str, bytes]:
-        """Files that a checkpoint holds besides, by name."""
-        return {}
+        """Files that a checkpoint holds besides, by name: the chat template that came with it."""
+        source = self.known_source
+        template = None if source is None else find_template(source)
+        return {} if template is None else {TEMPLATE_NAME: template.source.encode()}
 
     def lock_data(self) -> AbstractContextManager[Any]:
         """Readers share the data folder; a preparation that would replace it is locked out."""
@@ -415,6 +464,7 @@ class RunSetup:
     def check_before_data(self) -> None:
         """Raise whatever can refuse the run before its data is made or replaced."""
         origin, training = self.origin, self.config.training
+        self.base  # noqa: B018
         self.least_model_config  # noqa: B018
         window = self.window_length
         if origin is not None:
@@ -497,8 +547,10 @@ class RunSetup:
         return trainer
 
     def load_base_weights(self) -> dict[str, Tensor] | None:
-        """What a new model begins with; none: random weights."""
-        return None
+        """What a new model begins with; none: random weights, or those of the origin."""
+        if self.origin is not None or self.base is None:
+            return None
+        return load_base_weights(self.base)
 
     def open_loader(self, cursor: int = 0, batch_size: int | None = None) -> Loader:
         """The training part, read from sample `cursor` on."""

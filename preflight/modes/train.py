@@ -302,6 +302,8 @@ def announce(setup: RunSetup) -> None:
         f"{plan.eval_every:,}, checkpoint every {plan.checkpoint_every:,} steps or "
         f"{config.control.checkpoint_minutes:g} minutes"
     )
+    if setup.origin is None and setup.base is not None:
+        log.info(f"beginning with the weights of {setup.base.path} (step {setup.base.step:,})")
     if setup.origin is not None and state.step:
         log.info(
             f"continuing from {setup.origin.path} (step {state.step:,}, "

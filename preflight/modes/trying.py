@@ -16,6 +16,7 @@ from tqdm import tqdm
 from preflight.checkpoints.store import remove_leftovers
 from preflight.core import storage
 from preflight.core.commands import format_command
+from preflight.core.errors import ExitCode, PreflightError
 from preflight.core.locks import FolderLock
 from preflight.core.log import is_progress_shown, log
 from preflight.core.signals import StopFlag
@@ -65,8 +66,15 @@ def open_workshop(config: RunConfig, report_name: str, report_format: str) -> It
     """Lock the folders and prepare the data; the run's own checkpoints and log are not touched.
 
     Raises:
-        PreflightError: with the code of whatever keeps a run from starting.
+        PreflightError: with the code of whatever keeps a run from starting; code FLAGS for
+            `--init-from`.
     """
+    if config.control.init_from is not None:
+        raise PreflightError(
+            ExitCode.FLAGS,
+            "--init-from: short trainings begin with random weights",
+            "leave it out here; --check and --get-optimal-bs take it",
+        )
     find_sources(config.data)  # a misspelt file is told before any folder is made
     with open_output(config, report_name, report_format) as setup:
         setup.check_before_data()

@@ -42,6 +42,12 @@ class ControlSettings:
     resume_from: str | None = setting(
         None, "checkpoint to resume from (its folder, or a file in it)", metavar="PATH"
     )
+    init_from: str | None = setting(
+        None,
+        "begin a new run with the weights of a checkpoint, its architecture and its tokenizer; "
+        "the step is 0, optimizer and plan are new",
+        metavar="CHECKPOINT",
+    )
     auto_resume: bool = setting(True, "resume from the newest checkpoint in --output-dir")
     allow_batch_change: bool = setting(
         False, "allow a checkpoint to be resumed with another number of tokens per step"

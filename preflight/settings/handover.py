@@ -1,4 +1,4 @@
-"""The flags of `--import` and `--export`, which are modes too."""
+"""The flags of `--import` and `--export`, which are modes too, and of quantisation."""
 
 from dataclasses import dataclass
 
@@ -24,9 +24,12 @@ class HandoverSettings:
     )
     quantize: str | None = setting(
         None,
-        "how --export writes the weights: f32, f16 and bf16 in a folder, all in a .gguf file; "
-        "unset: f16",
-        choices=QUANTIZATIONS,
+        "how --export writes the weights: f32, f16 and bf16 in a folder, all but int8 in a .gguf "
+        "file (unset: f16); int8: --generate and --evaluate compute with weights of 8 bits",
+        choices=(*QUANTIZATIONS, "int8"),
+    )
+    weights_only: bool = setting(
+        False, "--export writes a checkpoint of Preflight's own, without its training state"
     )
     force: bool = setting(
         False, "--export quantises weights again that were quantised otherwise before"

@@ -33,6 +33,7 @@ from preflight.settings.trials import TrialSettings
 
 FINETUNING_LEARNING_RATE, LORA_LEARNING_RATE = 5e-5, 2e-4
 FINETUNING_EPOCHS = 2.0
+INIT_LEARNING_RATE = 1e-4  # of weights that are trained: a preset's would unlearn much of them
 FINETUNING_OUTPUT = "finetuning_output"  # beside the run that it begins from
 
 
@@ -63,11 +64,14 @@ class RunConfig:
     def peak_learning_rate(self) -> float:
         """The learning rate given, else the preset's; a custom size uses micro's.
 
-        Fine-tuning has its own: trained weights want small steps, and adapters larger ones.
+        Runs that begin with trained weights have their own: these want small steps, and adapters
+        larger ones.
         """
         if self.finetuning.finetune:
             default = LORA_LEARNING_RATE if self.finetuning.adapter else FINETUNING_LEARNING_RATE
             return self.training.learning_rate or default
+        if self.control.init_from:
+            return self.training.learning_rate or INIT_LEARNING_RATE
         preset = MODEL_PRESETS.get(self.model.model_size, MODEL_PRESETS["micro"])
         return self.training.learning_rate or preset.learning_rate
 
@@ -179,6 +183,8 @@ def _find_conflicts(config: RunConfig) -> list[str]:
             faults.append(f"{flag} {value}: there is a file of that name, not a folder")
     if control.resume_from and not control.auto_resume:
         faults.append("--resume-from and --no-auto-resume contradict each other: drop one")
+    if control.resume_from and control.init_from:
+        faults.append("--resume-from continues a run, and --init-from begins one: drop one")
     if generation.output_file and generation.interactive:
         faults.append("--output-file and --interactive contradict each other: drop one")
     if generation.prompts and generation.prompts_file:

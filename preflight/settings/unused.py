@@ -32,12 +32,13 @@ MODE_FLAGS: dict[str, tuple[str, ...]] = {
     "sweep": (*_OF_A_RUN, "sweep", "sweep_steps", "json"),
     "forecast": (*_OF_A_RUN, "json", "price_per_hour"),
     "generate": (
-        *("model", "sampling", "generation", "chat_template"),
+        *("model", "sampling", "generation", "chat_template", "quantize"),
         *("seed", "output_dir", "device", "mixed_precision", "log_level", "config"),
         *("data_dir", "text_file"),  # no output may replace them
     ),
     "evaluate": (
         *("evaluation", "checkpoint_path", "replace_unknown", "output_dir", "data_dir"),
+        "quantize",
         *("text_file", "device", "mixed_precision", "log_level", "config", "json"),
     ),
     "serve": (
@@ -54,7 +55,7 @@ MODE_FLAGS: dict[str, tuple[str, ...]] = {
     ),
     "import": ("import_path", "output_dir", "log_level", "config"),
     "export": (
-        *("export", "quantize", "force", "checkpoint_path"),
+        *("export", "quantize", "weights_only", "force", "checkpoint_path"),
         *("output_dir", "data_dir", "log_level", "config"),
     ),
     "tokenize": ("tokenize", "replace_unknown", *_OF_A_TOKENIZER),
@@ -144,6 +145,12 @@ IDLE_FLAGS = (
     ),
     IdleFlags(("overlap",), "chats do not overlap", lambda config: True, ("finetune",)),
     IdleFlags(
+        ("init_from",),
+        "--finetune begins with the checkpoint that --from names",
+        lambda config: not _learns_from_text(config),
+        ("finetune", *FINETUNING_MODES),
+    ),
+    IdleFlags(
         ("lora_alpha", "lora_targets"),
         "--lora-rank is not given: all weights learn",
         lambda config: not config.finetuning.lora_rank,
@@ -206,6 +213,12 @@ IDLE_FLAGS = (
         "--gpu-memory alone implies no speed: name the card with --target-gpu",
         lambda config: config.check.gpu_memory is not None and config.check.target_gpu is None,
         ("check",),
+    ),
+    IdleFlags(
+        ("quantize", "force", "data_dir"),
+        "--weights-only writes the weights as they are",
+        lambda config: config.handover.weights_only,
+        ("export",),
     ),
     IdleFlags(
         ("output_dir",),
