@@ -94,7 +94,7 @@ class TokenModel(nn.Module):
         raise NotImplementedError
 
     def extend(self, tokens: Tensor, cache: KVCache, rows: list[int], lengths: list[int]) -> None:
-        """As in `LanguageModel`."""
+        """Put tokens (B T) into rows of `cache` behind what they hold, of each its `lengths`."""
         raise NotImplementedError
 
     def decode(self, tokens: Tensor, cache: KVCache) -> Tensor:

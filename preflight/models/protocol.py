@@ -54,10 +54,6 @@ class LanguageModel(Protocol):
         """Put the keys and values of prompts (B T) into rows of `cache`."""
         ...
 
-    def extend(self, tokens: Tensor, cache: KVCache, rows: list[int], lengths: list[int]) -> None:
-        """Put those of tokens (B T) into rows of `cache`, behind what the rows hold."""
-        ...
-
     def decode(self, tokens: Tensor, cache: KVCache) -> Tensor:
         """Append one token (B,) to every row of `cache`; logits (B V) of what follows it."""
         ...

@@ -24,7 +24,7 @@ from preflight.decoding.rows import Row
 from preflight.decoding.stepping import Decoder, TokenChooser, find_place
 from preflight.decoding.windows import window_start
 from preflight.device.runtime import is_out_of_memory
-from preflight.models.protocol import LanguageModel
+from preflight.models.base import TokenModel
 from preflight.serving.pieces import PieceBudget, count_common
 from preflight.serving.protocol import EndEvent, Job, TokenEvent
 from preflight.serving.slots import Slots, Task
@@ -50,7 +50,7 @@ class RowBatch:
 
     def __init__(
         self,
-        model: LanguageModel,
+        model: TokenModel,
         tokenizer: Tokenizer,
         n_slots: int,
         piece_tokens: int | None = None,

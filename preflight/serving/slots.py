@@ -11,7 +11,7 @@ import torch
 
 from preflight.decoding.rows import Row
 from preflight.decoding.stepping import find_place
-from preflight.models.protocol import LanguageModel
+from preflight.models.base import TokenModel
 from preflight.serving.pieces import count_common
 from preflight.serving.protocol import EndEvent, Job
 
@@ -75,7 +75,7 @@ class Slots:
         cache: a row for each slot, in this order.
     """
 
-    def __init__(self, model: LanguageModel, n_slots: int) -> None:
+    def __init__(self, model: TokenModel, n_slots: int) -> None:
         self._context = model.config.context_length
         device, dtype = find_place(model)
         capacity = min(FIRST_CAPACITY, self._context)
