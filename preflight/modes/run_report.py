@@ -24,7 +24,7 @@ def run(config: RunConfig) -> int:
             STORAGE, when the page cannot be written. After the page: CHECKPOINT or DATA, when a
             file of a run is damaged, which the page says too.
     """
-    names = config.report.runs or (config.control.output_dir,)
+    names = config.report.runs or config.comparison.compare or (config.control.output_dir,)
     folders = list(dict.fromkeys(Path(name) for name in names))
     if len(folders) > MAX_RUNS:
         raise PreflightError(

@@ -18,10 +18,13 @@ from preflight.core.libraries import import_library
 from preflight.core.log import log
 from preflight.core.streams import print_error
 from preflight.device.runtime import build_exact_runtime
+from preflight.models.base import TokenModel
+from preflight.modes.quantizing import check_quantize, quantize_loaded
 from preflight.serving.keys import is_loopback, load_key
 from preflight.serving.limits import Limits
 from preflight.serving.store import Store, find_entries
 from preflight.settings import RunConfig, SamplingConfig
+from preflight.tokenization import Tokenizer
 from preflight.tokenization.chat_template import load_chat_template
 
 if TYPE_CHECKING:
@@ -75,7 +78,14 @@ def build_store(config: RunConfig) -> Store:
     runtime = build_exact_runtime(config.system)
     for note in runtime.notes[:2]:
         log.info(note)
-    return Store(find_entries(config.serving.serve), runtime, config.serving.serve_rows, template)
+    entries, rows = find_entries(config.serving.serve), config.serving.serve_rows
+    if not check_quantize(config):
+        return Store(entries, runtime, rows, template)
+
+    def prepare(model: TokenModel, tokenizer: Tokenizer) -> TokenModel:
+        return quantize_loaded(model, tokenizer, config, runtime)
+
+    return Store(entries, runtime, rows, template, prepare)
 
 
 @contextlib.contextmanager

@@ -7,7 +7,7 @@ import functools
 import gc
 import os
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -182,6 +182,7 @@ class Store:
         runtime: device and precision.
         rows: answers of a model at once, fewer where memory is short.
         template: for the chats of all of them; unset: each one's own.
+        prepare: what is done to a model once it is loaded, such as quantising it.
     """
 
     def __init__(
@@ -190,7 +191,9 @@ class Store:
         runtime: Runtime,
         rows: int,
         template: ChatTemplate | None = None,
+        prepare: Callable[[TokenModel, Tokenizer], TokenModel] | None = None,
     ) -> None:
+        self._prepare = prepare
         self._entries = {entry.name: entry for entry in entries}
         self._runtime, self._rows, self._template = runtime, rows, template
         self._loading = asyncio.Lock()
@@ -240,8 +243,12 @@ class Store:
         memory = self._make_room(entry)
         began = time.perf_counter()
         try:
-            loaded = load_model(entry.checkpoint, self._runtime.device, self._runtime.dtype)
-            served = ServedCheckpoint(entry, *loaded, memory, self._template)
+            model, tokenizer = load_model(
+                entry.checkpoint, self._runtime.device, self._runtime.dtype
+            )
+            if self._prepare is not None:
+                model = self._prepare(model, tokenizer)
+            served = ServedCheckpoint(entry, model, tokenizer, memory, self._template)
         except Exception as error:
             if isinstance(error, PreflightError) or not is_out_of_memory(error):
                 raise

@@ -19,8 +19,8 @@ _OF_A_FINETUNING = (
     *("dropout", "val_split", "data_dir", "log_level", "config"),
 )
 _OF_A_TOKENIZER = ("tokenizer", "checkpoint_path", "output_dir", "data_dir", "log_level", "config")
-# Modes that may stand beside another, which is then foreseen or tried, not done.
-PAIRED_MODES = {"finetune": FINETUNING_MODES, "serve": ("check",)}
+# Modes that may stand beside another, which is then foreseen, tried or described, not done.
+PAIRED_MODES = {"finetune": FINETUNING_MODES, "serve": ("check",), "compare": ("report",)}
 MODE_FLAGS: dict[str, tuple[str, ...]] = {
     "check": (*_OF_A_RUN, "finetuning", "check", "serving"),
     "validate-only": (*_OF_A_RUN, "json"),
@@ -43,9 +43,9 @@ MODE_FLAGS: dict[str, tuple[str, ...]] = {
     ),
     "serve": (
         *("serving", "chat_template", "temperature", "top_k", "top_p", "min_p"),
-        *("device", "mixed_precision", "log_level", "config"),
+        *("device", "mixed_precision", "log_level", "config", "quantize", "data_dir"),
     ),
-    "report": ("report", "output_dir", "data_dir", "log_level", "config"),
+    "report": ("report", "compare", "output_dir", "data_dir", "log_level", "config"),
     "compare": (
         *("comparison", "sampling", "prompts", "prompts_file", "num_return_sequences"),
         *("tasks", "tasks_dir", "evaluation_batch_tokens"),  # for --with-evaluation

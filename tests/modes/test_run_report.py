@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from modes.made_run import TOKENS_PER_STEP, make_run
 from mutations import find_places
 
+import main
 from conftest import build
 from preflight.core.errors import ExitCode, PreflightError
 from preflight.modes import run_page, run_report, train
@@ -95,6 +96,16 @@ def test_runs_side_by_side(tmp_path):
             assert find_row(page, name)[column + number] == wanted
     assert ["our choices", "acc", *["0.3500 (0.1200 to 0.5800)"] * 2] in page.rows
     assert page.by_class["chart wide"][0].startswith("Bits per byte")
+
+
+def test_the_runs_of_a_comparison_are_reported(tmp_path):
+    for name in ("a", "b"):
+        make_run(tmp_path / name)
+    words = ["--compare", str(tmp_path / "a"), str(tmp_path / "b"), "--report"]
+    mode, config = main.parse_command_line(words)
+    assert mode == "report"
+    assert main.run_mode(mode, config) == 0
+    assert len(find_row(read_page(tmp_path / "a"), "steps")) == 3
 
 
 def test_two_folders_of_one_name_are_told_apart(tmp_path):

@@ -21,10 +21,13 @@ from serving_models import make_model, save_run
 
 import main
 from conftest import ROOT, build
-from generate import generate_text
+from generate import generate_text, load_model
+from preflight.checkpoints.store import open_checkpoint
 from preflight.core.errors import ExitCode, PreflightError
 from preflight.device.runtime import Runtime
 from preflight.models.cost import count_parameters
+from preflight.modes import serve
+from preflight.modes.quantizing import quantize_loaded
 from preflight.serving import store as store_module
 from preflight.serving.foresight import estimate_memory, fit_rows
 from preflight.serving.keys import is_loopback, load_key
@@ -124,6 +127,26 @@ def test_two_checkpoints_of_a_run_have_names_of_their_own(tmp_path: Path) -> Non
     folders = sorted(str(path) for path in (tmp_path / "run" / "milestones").iterdir())
     assert [entry.name for entry in find_entries(folders)] == ["run@3", "run@7"]
     assert [entry.name for entry in find_entries(folders[:1] * 2)] == ["run"]
+
+
+def test_a_quantised_model_answers(
+    runs: tuple[str, str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """With the weights of `--generate --quantize int8`, and so with its text."""
+    monkeypatch.chdir(tmp_path)
+    config = build({"serve": [runs[0]], "serve_rows": 1, "quantize": "int8", "device": "cpu"})
+    sampling = SamplingConfig(max_new_tokens=12, temperature=0.0)
+
+    async def use() -> str:
+        store = serve.build_store(config)
+        text = await answer(store, "first", "ab", sampling)
+        await store.close(1)
+        return text
+
+    runtime = serve.build_exact_runtime(config.system)
+    model, tokenizer = load_model(open_checkpoint(runs[0]), runtime.device, runtime.dtype)
+    quantised = quantize_loaded(model, tokenizer, config, runtime)
+    assert asyncio.run(use()) == generate_text(quantised, tokenizer, "ab", sampling)
 
 
 def test_a_prompt_is_scored_as_the_model_does(runs: tuple[str, str]) -> None:
