@@ -104,9 +104,11 @@ def read_weights(folder: Path) -> dict[str, Tensor]:
 
 @pytest.mark.parametrize("adapter", [{}, {"lora_rank": 4}], ids=["all weights", "adapters"])
 def test_a_cut_run_equals_the_unbroken_one(
-    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, adapter: dict[str, int]
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, adapter: dict[str, int], device: str
 ) -> None:
-    flags = {"max_steps": 12, "batch_size": 4, "gradient_accumulation_steps": 2} | adapter
+    error = 0.0 if device == "cpu" else 1e-3  # CUDA's attention adds up its gradients in any order
+    flags: dict[str, Any] = {"max_steps": 12, "batch_size": 4, "device": device}
+    flags |= {"gradient_accumulation_steps": 2} | adapter
     flags |= {"checkpoint_every": 5, "eval_every": 6, "num_epochs": 99}
     assert run(output_dir="whole", **flags) == 0
     whole = tmp_path / "whole/milestones/checkpoint-12"
@@ -118,15 +120,16 @@ def test_a_cut_run_equals_the_unbroken_one(
                 assert run(output_dir="cut", **flags) == ExitCode.SIGTERM
         assert run(output_dir="cut", **flags) == 0
         cut_folder = tmp_path / "cut/milestones/checkpoint-12"
-        assert_equal_states(read_weights(cut_folder), read_weights(whole))
+        assert_equal_states(read_weights(cut_folder), read_weights(whole), error)
         states = [torch.load(p / "checkpoint.pt", weights_only=True) for p in (cut_folder, whole)]
-        assert_equal_states(*states)
+        assert_equal_states(*states, error)
         logged = ("step", "loss", "learning_rate", "grad_norm", "tokens")
         logs = [
             [[row[name] for name in logged] for row in read_rows(tmp_path / name)]
             for name in ("cut", "whole")
         ]
-        assert logs[0] == logs[1]
+        for one, other in zip(*logs, strict=True):
+            assert one == (other if device == "cpu" else pytest.approx(other, abs=1e-2))
 
 
 def test_what_a_run_leaves(
