@@ -235,7 +235,9 @@ def test_killed_at_random_moments(tmp_path: Path, mode: str) -> None:
     draw = random.Random(mode)
     paths, more = write_two(tmp_path, 6000), MODES[mode]
     values = {"text_file": tuple(map(str, paths)), "shard_size": 4096, **more}
+    began = time.perf_counter()
     whole = build(tmp_path, *paths, data_dir="whole", shard_size=4096, **more)
+    seconds = time.perf_counter() - began  # a fast machine is killed sooner
     target = tmp_path / "cut"
     environment = dict(os.environ)
     code = DRIVER.format(root=str(ROOT), values={**values, "data_dir": str(target)}, n_workers=0)
@@ -249,7 +251,7 @@ def test_killed_at_random_moments(tmp_path: Path, mode: str) -> None:
         )
         assert child.stdout is not None
         assert child.stdout.readline() == b"go\n", child.stderr and child.stderr.read()[-2000:]
-        time.sleep(draw.uniform(0.05, 0.6))
+        time.sleep(draw.uniform(0.02, 0.3) * seconds)
         child.kill()
         _, errors = child.communicate()
         n_killed += child.returncode == -signal.SIGKILL
