@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -111,6 +112,26 @@ def make_config(tmp_path: Path, tiny_text: Path, monkeypatch: pytest.MonkeyPatch
 def device(request: pytest.FixtureRequest) -> str:
     """Each kind of device that the same test has to pass on."""
     return str(request.param)
+
+
+_CHROMIUM_FLAGS = (
+    *("--no-sandbox", "--disable-background-networking", "--disable-component-update"),
+    "--disable-sync",
+)
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    """Chromium, driven by playwright; for tests marked `browser`."""
+    from playwright.sync_api import sync_playwright  # other tests need no browser
+
+    path = shutil.which("chromium")
+    if path is None:
+        pytest.fail("chromium is not installed: apt-get install chromium")
+    with sync_playwright() as playwright:
+        chromium = playwright.chromium.launch(executable_path=path, args=list(_CHROMIUM_FLAGS))
+        yield chromium
+        chromium.close()
 
 
 CommandRunner = Callable[..., "subprocess.CompletedProcess[str]"]

@@ -22,17 +22,6 @@ HELLO: list[Any] = [{"role": "user", "content": "hello"}]
 
 
 @pytest.fixture(scope="module")
-def model() -> FakeModel:
-    return FakeModel("fox")
-
-
-@pytest.fixture(scope="module")
-def url(model: FakeModel) -> Iterator[str]:
-    with serve(FakeStore(model, FakeModel("owl"))) as url:
-        yield url
-
-
-@pytest.fixture(scope="module")
 def client(url: str) -> Iterator[openai.OpenAI]:
     with openai.OpenAI(base_url=url + "/v1", api_key="any", max_retries=0) as client:
         yield client

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import shutil
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -13,10 +12,6 @@ import pytest
 from serving.fake_store import FakeModel, FakeSettings, FakeStore, serve
 
 pytestmark = [pytest.mark.browser, pytest.mark.slow]
-_FLAGS = (
-    *("--no-sandbox", "--disable-background-networking", "--disable-component-update"),
-    "--disable-sync",
-)
 ATTACK = (
     "<script>alert(1)</script> <img src=x onerror=alert(2)> [x](javascript:alert(3)) "
     "<a href='http://evil.example'>y</a> **<b onclick=alert(4)>z</b>** `<svg onload=alert(5)>`"
@@ -38,30 +33,6 @@ print("<b>")
 
 def cut(text: str) -> list[str]:
     return re.findall(r"\s?\w+|\s?[^\w\s]+|\s", text)
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
-    from playwright.sync_api import sync_playwright  # other tests need no browser
-
-    path = shutil.which("chromium")
-    if path is None:
-        pytest.fail("chromium is not installed: apt-get install chromium")
-    with sync_playwright() as playwright:
-        chromium = playwright.chromium.launch(executable_path=path, args=list(_FLAGS))
-        yield chromium
-        chromium.close()
-
-
-@pytest.fixture(scope="module")
-def model() -> FakeModel:
-    return FakeModel("fox")
-
-
-@pytest.fixture(scope="module")
-def url(model: FakeModel) -> Iterator[str]:
-    with serve(FakeStore(model, FakeModel("owl"))) as url:
-        yield url
 
 
 def open_page(browser: Any, url: str, width: int = 1200, scheme: str = "light") -> Any:
