@@ -188,6 +188,32 @@ def test_adapters_are_fine_tuned_again(run: Run, tmp_path: Path) -> None:
     assert run(from_checkpoint="out", output_dir="twice", max_steps=3) == 0
 
 
+@pytest.mark.parametrize("adapter", [{}, {"lora_rank": 4}], ids=["all weights", "adapters"])
+def test_a_run_begins_with_the_base(run: Run, tmp_path: Path, adapter: dict[str, int]) -> None:
+    setup = open_setup(**adapter)
+    base = read_weights(find_best(tmp_path / "base").path)
+    found = setup.build_trainer().model.state_dict()
+    for name, tensor in base.items():
+        wrapped = name.replace("_proj.", "_proj.base_layer.")
+        assert torch.equal(found[name] if name in found else found[wrapped], tensor), name
+
+
+def test_a_sample_answers_a_question(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    prompts: list[list[int]] = []
+    stream = finetune.stream_ids
+
+    def note(model: Any, tokenizer: Any, ids: list[int], *rest: Any, **more: Any) -> Any:
+        prompts.append(ids)
+        return stream(model, tokenizer, ids, *rest, **more)
+
+    monkeypatch.setattr(finetune, "stream_ids", note)
+    assert run(max_steps=1, learn_from="all") == 0
+    assert run(output_dir="answers", max_steps=1) == 0
+    assert bytes(prompts[-1]).endswith(b"Assistant:")
+    with pytest.raises(PreflightError):
+        run(max_steps=2, learn_from="answers")  # the first run learned from all
+
+
 # ---- batches ------------------------------------------------------------------------------------
 
 
