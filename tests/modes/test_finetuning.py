@@ -210,8 +210,9 @@ def test_a_sample_answers_a_question(run: Run, monkeypatch: pytest.MonkeyPatch) 
     assert run(max_steps=1, learn_from="all") == 0
     assert run(output_dir="answers", max_steps=1) == 0
     assert bytes(prompts[-1]).endswith(b"Assistant:")
-    with pytest.raises(PreflightError):
-        run(max_steps=2, learn_from="answers")  # the first run learned from all
+    with pytest.raises(PreflightError) as caught:
+        run(max_steps=2, learn_from="answers")
+    assert "--learn-from was all, now answers" in caught.value.lines[0]
 
 
 # ---- batches ------------------------------------------------------------------------------------
