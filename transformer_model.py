@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from preflight.models.base import ResidualLinear, TokenModel, initialise
+from preflight.models.causal_attention import attend_causally
 from preflight.models.graph_decoder import GraphDecoder, GraphStep
 from preflight.models.kv_cache import (
     CacheStep,
@@ -63,10 +64,7 @@ class Attention(nn.Module):
         q, k, v = self.rotate(self.q_norm(q), self.k_norm(k), v, angles)
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # B H T D, B K T D
         if step is None:
-            dropout = self.dropout if self.training else 0.0
-            mixed = F.scaled_dot_product_attention(
-                q, k, v, is_causal=True, dropout_p=dropout, enable_gqa=self.is_grouped
-            )
+            mixed = attend_causally(q, k, v, self.dropout if self.training else 0.0)
         else:
             k, v = step.append(layer, k, v)
             mixed = F.scaled_dot_product_attention(

@@ -27,6 +27,7 @@ from preflight.decoding.choosing import choose_tokens
 from preflight.device.runtime import Runtime
 from preflight.foresight.memory_compiled import capture_graphs, trace_compiled_step
 from preflight.models import loss as losses
+from preflight.models import loss_fused
 from preflight.models.base import TokenModel
 from preflight.models.building import build_model
 from preflight.models.lora import add_adapters
@@ -226,7 +227,7 @@ def _muon_of(device_type: str) -> Iterator[None]:
 def _loss_of(device_type: str, *, whole: bool) -> Iterator[None]:
     """The loss as that device computes it; unless `whole`, a few of its chunks, which are alike."""
     own_layout = losses.loss_layout
-    own_chunks, own_blocks = losses.split_loss_rows, losses.split_loss_blocks
+    own_chunks, own_blocks = losses.split_loss_rows, loss_fused.split_loss_blocks
 
     def cut(chunks: list[slice]) -> list[slice]:
         if whole or len(chunks) <= _LOSS_CHUNKS:
@@ -238,12 +239,12 @@ def _loss_of(device_type: str, *, whole: bool) -> Iterator[None]:
 
     losses.loss_layout = layout_there  # type: ignore[assignment]  # its first name does not matter
     losses.split_loss_rows = lambda hidden, weight: cut(own_chunks(hidden, weight))
-    losses.split_loss_blocks = lambda n_rows, layout: cut(own_blocks(n_rows, layout))
+    loss_fused.split_loss_blocks = lambda n_rows: cut(own_blocks(n_rows))
     try:
         yield
     finally:
         losses.loss_layout = own_layout
-        losses.split_loss_rows, losses.split_loss_blocks = own_chunks, own_blocks
+        losses.split_loss_rows, loss_fused.split_loss_blocks = own_chunks, own_blocks
 
 
 @dataclass(frozen=True)

@@ -9,21 +9,24 @@ import math
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from preflight.models.loss_fused import NO_TARGET, cross_entropy_
+from preflight.models.loss_fused import (
+    BLOCK_ROWS,
+    NO_TARGET,
+    cross_entropy_,
+    cross_entropy_by_blocks_,
+)
 
 # Rows of logits held at once by the loss (measured, benchmarks/LOG.md). On the CPU, GPT-2's are
 # over the 32 MiB up to which malloc keeps freed blocks; on CUDA they fill the card.
 LOSS_ROWS_CPU = 256
 LOSS_ROWS_CUDA = 2048
-# In bf16 a CPU is fastest with one large matmul, as CUDA is. Its logits are then turned into their
-# gradient in place, a few rows at a time: in fp32 these fit the caches (benchmarks/LOG.md).
-LOSS_ROWS_CPU_BF16, LOSS_BLOCK_ROWS = 2048, 64
+# In bf16 a CPU is fastest with one large matmul, as CUDA is.
+LOSS_ROWS_CPU_BF16 = 2048
 _MAX_LOGITS_BYTES = 256 * 2**20  # of that matmul; a larger vocabulary gets fewer rows
-# Tensor cores want every dimension to be a multiple of this; 50,257 is odd.
-CUDA_VOCAB_MULTIPLE = 64
+# Matrix units want every dimension to be a multiple of this; 50,257 is odd.
+VOCAB_MULTIPLE = 64
 
 
 class LossLayout(NamedTuple):
@@ -34,35 +37,36 @@ class LossLayout(NamedTuple):
         vocab_multiple: the vocabulary is padded to a multiple of this.
         weight_first: whether fp32 logits are V C times C R, and lie in columns: MKL is up to 1.7
             times faster so than with R C times C V.
-        fused: whether one kernel turns logits into their gradient.
-        block_rows: of logits that are turned into their gradient at once; 0: all of `rows`.
+        fused: whether logits are turned into their gradient in place, without a copy in fp32.
+        keeps_logits: whether one buffer serves every chunk: fresh memory costs a page fault every
+            4 KiB. A card's allocator keeps it by itself.
     """
 
     rows: int
     vocab_multiple: int
     weight_first: bool
     fused: bool = False
-    block_rows: int = 0
+    keeps_logits: bool = False
 
     def count_rows(self, vocab_size: int) -> int:
-        """`rows`, or fewer where the logits of so many would be too large."""
-        if not self.block_rows:
+        """`rows`, or fewer where the logits of so many would be too large to keep."""
+        if not (self.fused and self.keeps_logits):
             return self.rows
-        most = _MAX_LOGITS_BYTES // (2 * vocab_size) // self.block_rows * self.block_rows
-        return min(self.rows, max(self.block_rows, most))
+        most = _MAX_LOGITS_BYTES // (2 * vocab_size) // BLOCK_ROWS * BLOCK_ROWS
+        return min(self.rows, max(BLOCK_ROWS, most))
 
 
 def loss_layout(device_type: str, dtype: torch.dtype = torch.float32) -> LossLayout:
     """What is fastest on that device, for logits of that type."""
     if device_type == "cuda":
-        return LossLayout(LOSS_ROWS_CUDA, CUDA_VOCAB_MULTIPLE, weight_first=False, fused=True)
+        return LossLayout(LOSS_ROWS_CUDA, VOCAB_MULTIPLE, weight_first=False, fused=True)
     if device_type != "cpu":
         return LossLayout(LOSS_ROWS_CUDA, 1, weight_first=False)
     if dtype == torch.float32:
-        return LossLayout(LOSS_ROWS_CPU, 1, weight_first=True)
-    if torch.compiler.is_compiling():  # its kernels go through a chunk several times
-        return LossLayout(LOSS_ROWS_CPU, 1, weight_first=False)
-    return LossLayout(LOSS_ROWS_CPU_BF16, 1, weight_first=False, block_rows=LOSS_BLOCK_ROWS)
+        return LossLayout(LOSS_ROWS_CPU, 1, weight_first=True, keeps_logits=True)
+    return LossLayout(
+        LOSS_ROWS_CPU_BF16, VOCAB_MULTIPLE, weight_first=False, fused=True, keeps_logits=True
+    )
 
 
 class TargetRows(NamedTuple):
@@ -117,29 +121,33 @@ def linear_cross_entropy(
     device = hidden.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
     with torch.autocast(device, enabled=False):
-        hidden, weight = hidden.to(dtype), weight.to(dtype)
-        layout = loss_layout(device, dtype)
-        padding = -len(weight) % layout.vocab_multiple
-        if padding:
-            weight = F.pad(weight, (0, 0, 0, padding))
+        hidden = hidden.to(dtype)
         if torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad):
-            return _LinearCrossEntropy.apply(hidden, weight, targets, padding, softcap)
+            return _LinearCrossEntropy.apply(hidden, weight, targets, softcap)
+        layout = loss_layout(device, dtype)
+        n_ids, weight = len(weight), _cast_head(weight, dtype, layout)
         total = hidden.new_zeros((), dtype=torch.float32)
         buffer = _make_logits_buffer(hidden, weight)
         for rows in split_loss_rows(hidden, weight):
             logits = _compute_logits(hidden[rows], weight, buffer)
             if layout.fused:
-                n_ids = len(weight) - padding
-                total += cross_entropy_(logits, targets[rows], n_ids, softcap or 0.0, False).sum()
+                total += _score_fused(logits, targets[rows], n_ids, softcap, False)
                 continue
-            ids, masked = _split_mask(targets[rows])
-            for block in split_loss_blocks(len(logits), layout):
-                part = logits[block]
-                if softcap is not None:
-                    part = part.div_(softcap).tanh_().mul_(softcap)
-                columns = buffer if layout.weight_first else None
-                total += _score_rows(part, ids[block], masked[block], padding, columns)[0]
+            if softcap is not None:
+                logits = logits.div_(softcap).tanh_().mul_(softcap)
+            total += _score_rows(logits, *_split_mask(targets[rows]), n_ids, buffer)[0]
         return total
+
+
+def _cast_head(weight: Tensor, dtype: torch.dtype, layout: LossLayout) -> Tensor:
+    """The head (V C) in `dtype`, with rows of zeros up to the layout's multiple."""
+    n_ids, padding = len(weight), -len(weight) % layout.vocab_multiple
+    if weight.dtype == dtype and not padding:
+        return weight
+    head = weight.new_empty((n_ids + padding, weight.shape[1]), dtype=dtype)
+    head[:n_ids].copy_(weight)
+    head[n_ids:].zero_()
+    return head
 
 
 def _split_mask(targets: Tensor) -> tuple[Tensor, Tensor]:
@@ -154,19 +162,12 @@ def split_loss_rows(hidden: Tensor, weight: Tensor) -> list[slice]:
     return [slice(start, start + rows) for start in range(0, len(hidden), rows)]
 
 
-def split_loss_blocks(n_rows: int, layout: LossLayout) -> list[slice]:
-    """Rows of logits, as many at a time as are turned into their gradient at once."""
-    size = layout.block_rows or n_rows
-    return [slice(start, start + size) for start in range(0, n_rows, max(1, size))]
-
-
 def _make_logits_buffer(hidden: Tensor, weight: Tensor) -> Tensor | None:
-    """Room for one chunk's logits, for every chunk to use again: fresh memory costs a page fault
-    every 4 KiB. ``None`` for the compiler, and where a card's allocator keeps it by itself.
+    """Room for one chunk's logits, for every chunk to use again; ``None`` for the compiler, and
+    where the layout has none.
     """
     layout = loss_layout(hidden.device.type, hidden.dtype)
-    has_buffer = (layout.weight_first and hidden.dtype == torch.float32) or layout.block_rows
-    if not has_buffer or torch.compiler.is_compiling():
+    if not layout.keeps_logits or torch.compiler.is_compiling():
         return None
     return hidden.new_empty(len(weight) * min(layout.count_rows(len(weight)), len(hidden)))
 
@@ -182,19 +183,33 @@ def _compute_logits(hidden: Tensor, weight: Tensor, buffer: Tensor | None) -> Te
     return torch.mm(weight, hidden.T, out=columns).T
 
 
+def _score_fused(
+    logits: Tensor, targets: Tensor, n_ids: int, softcap: float | None, with_gradient: bool
+) -> Tensor:
+    """One chunk's summed cross-entropy (scalar, fp32); its gradient takes the place of `logits`.
+
+    For the compiler, and on a card, it is one operation. Elsewhere torch's own are seen one by one,
+    as the memory estimate wants them.
+    """
+    keeps_logits = loss_layout(logits.device.type, logits.dtype).keeps_logits
+    is_one = torch.compiler.is_compiling() or not keeps_logits
+    score = cross_entropy_ if is_one else cross_entropy_by_blocks_
+    return score(logits, targets, n_ids, softcap or 0.0, with_gradient).sum()
+
+
 def _score_rows(
-    logits: Tensor, ids: Tensor, masked: Tensor, padding: int, buffer: Tensor | None
+    logits: Tensor, ids: Tensor, masked: Tensor, n_ids: int, buffer: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """One chunk's summed cross-entropy (scalar) and its softmax (R V), both in fp32.
 
     Args:
-        logits: of `_compute_logits` (R V), the last `padding` ids without meaning; overwritten.
+        logits: of `_compute_logits` (R V); overwritten.
         ids: the targets (R 1).
         masked: rows (R 1) that have no target; their softmax is computed like any other's.
+        n_ids: columns that mean something; those after it are padding.
         buffer: of `_make_logits_buffer`; the softmax returned lies there.
     """
-    if padding:
-        logits[:, -padding:] = -math.inf
+    logits[:, n_ids:] = -math.inf
     if buffer is None:
         log_p = torch.log_softmax(logits, dim=1, dtype=torch.float32)
         return -log_p.gather(1, ids).masked_fill_(masked, 0.0).sum(), log_p.exp_()
@@ -207,31 +222,11 @@ def _score_rows(
     return losses.sum(), exponentials.div_(sums)
 
 
-def _differentiate_blocks(
-    logits: Tensor,
-    ids: Tensor,
-    masked: Tensor,
-    padding: int,
-    softcap: float | None,
-    layout: LossLayout,
-) -> tuple[Tensor, Tensor]:
-    """As `_differentiate_rows`; the gradient takes the place of the logits, block by block."""
-    total = logits.new_zeros((), dtype=torch.float32)
-    for block in split_loss_blocks(len(logits), layout):
-        part = logits[block]
-        loss, grad = _differentiate_rows(
-            part.float(), ids[block], masked[block], padding, None, softcap
-        )
-        part.copy_(grad)
-        total = total + loss
-    return total, logits
-
-
 def _differentiate_rows(
     logits: Tensor,
     ids: Tensor,
     masked: Tensor,
-    padding: int,
+    n_ids: int,
     buffer: Tensor | None,
     softcap: float | None,
 ) -> tuple[Tensor, Tensor]:
@@ -240,7 +235,7 @@ def _differentiate_rows(
     if softcap is not None:
         tanh = logits.div_(softcap).tanh_()
         logits = tanh * softcap
-    loss, grad = _score_rows(logits, ids, masked, padding, buffer)
+    loss, grad = _score_rows(logits, ids, masked, n_ids, buffer)
     grad.scatter_add_(1, ids, grad.new_full((), -1.0).expand(ids.shape))
     if softcap is not None:  # d cap_logits(x) / d x = 1 - tanh(x / softcap)^2
         grad.mul_(tanh.square_().neg_().add_(1))
@@ -252,54 +247,47 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any,
-        hidden: Tensor,
-        weight: Tensor,
-        targets: Tensor,
-        padding: int,
-        softcap: float | None,
+        ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, softcap: float | None
     ) -> Tensor:
         total = hidden.new_zeros((), dtype=torch.float32)
         grad_hidden = torch.empty_like(hidden)
+        layout = loss_layout(hidden.device.type, hidden.dtype)
+        n_ids, head = len(weight), _cast_head(weight, hidden.dtype, layout)
         # Summed over chunks in fp32: in bf16 the later chunks would be rounded away. A frozen head
         # has none.
-        grad_weight: Tensor | None = None
-        if ctx.needs_input_grad[1] and (weight.dtype == torch.float32 or not len(hidden)):
-            grad_weight = torch.zeros_like(weight, dtype=torch.float32)
-        layout = loss_layout(hidden.device.type, hidden.dtype)
-        buffer = _make_logits_buffer(hidden, weight)
-        for rows in split_loss_rows(hidden, weight):
+        grad_head: Tensor | None = None
+        if ctx.needs_input_grad[1] and (head.dtype == torch.float32 or not len(hidden)):
+            grad_head = torch.zeros_like(weight, dtype=torch.float32)
+        buffer = _make_logits_buffer(hidden, head)
+        for rows in split_loss_rows(hidden, head):
             ids, masked = _split_mask(targets[rows])
-            logits = _compute_logits(hidden[rows], weight, buffer)
+            logits = _compute_logits(hidden[rows], head, buffer)
             # d loss / d logits = softmax - one-hot. What the loss is divided by comes in with the
             # backward pass, as a gradient scaler's factor does: in fp16 it would underflow here.
             if layout.fused:
-                n_ids = len(weight) - padding
-                loss = cross_entropy_(logits, targets[rows], n_ids, softcap or 0.0, True).sum()
+                loss = _score_fused(logits, targets[rows], n_ids, softcap, True)
                 grad = logits
-            elif layout.block_rows:
-                loss, grad = _differentiate_blocks(logits, ids, masked, padding, softcap, layout)
             else:
-                loss, grad = _differentiate_rows(logits, ids, masked, padding, buffer, softcap)
+                loss, grad = _differentiate_rows(logits, ids, masked, n_ids, buffer, softcap)
             total = total + loss  # not in place: compiled by torch 2.11, all gradients became 0
             # A masked row's gradient is dropped from what is C wide, on either side of the
             # matmuls: zeroing it in `grad` would be one more pass over R V.
-            torch.mm(grad, weight, out=grad_hidden[rows])
+            torch.mm(grad, head, out=grad_hidden[rows])
             grad_hidden[rows].masked_fill_(masked, 0.0)
             if not ctx.needs_input_grad[1]:
                 continue
             unmasked = hidden[rows].masked_fill(masked, 0.0)  # R C
-            if grad_weight is None:
-                grad_weight = (grad.T @ unmasked).float()
-            elif weight.dtype == torch.float32:
-                grad_weight.addmm_(grad.T, unmasked)
-            else:
-                grad_weight += grad.T @ unmasked
-        ctx.save_for_backward(grad_hidden, *([] if grad_weight is None else [grad_weight]))
+            if head.dtype == torch.float32:
+                assert grad_head is not None
+                grad_head.addmm_(grad[:, :n_ids].T, unmasked)
+                continue
+            part = (grad.T @ unmasked)[:n_ids]  # slower with columns that are no multiple
+            grad_head = part.float() if grad_head is None else grad_head.add_(part)
+        ctx.save_for_backward(grad_hidden, *([] if grad_head is None else [grad_head]))
         return total
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
         # In place: the embedding's gradient is the largest tensor there is.
         gradients = [gradient.mul_(grad_outputs[0]) for gradient in ctx.saved_tensors]
-        return gradients[0], gradients[1] if len(gradients) > 1 else None, None, None, None
+        return gradients[0], gradients[1] if len(gradients) > 1 else None, None, None

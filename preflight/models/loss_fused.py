@@ -1,7 +1,8 @@
-"""Cross-entropy and its gradient in the place of the logits, for CUDA: one kernel, no copy in fp32.
+"""Cross-entropy and its gradient in the place of the logits, without a copy of them in fp32.
 
-Its gain over torch's operations is memory traffic: bf16 logits are read twice and written once,
-where a copy in fp32, log-softmax, exponential and the cast back move eight times as many bytes.
+What it gains is memory traffic: bf16 logits are read twice and written once, where a copy in fp32,
+log-softmax, exponential and the cast back move eight times as many bytes. On CUDA it is one kernel,
+on a CPU a softmax of so few rows that they stay in its caches.
 
 Shapes: R rows of one chunk, V columns of the logits.
 """
@@ -18,6 +19,8 @@ except ModuleNotFoundError:
 
 # In the place of a target: nothing is predicted here. The same number as torch's `ignore_index`.
 NO_TARGET = -100
+BLOCK_ROWS = 64  # of logits that a CPU turns into their gradient at once (benchmarks/LOG.md)
+_SMALLEST = torch.finfo(torch.float32).tiny
 
 
 @torch.library.custom_op("preflight::cross_entropy_", mutates_args=("logits",))
@@ -26,7 +29,7 @@ def cross_entropy_(
 ) -> Tensor:
     """Cross-entropy of each row (R, fp32), and its gradient in the place of the logits.
 
-    A compiler takes this as one operation. Where Triton is missing, torch's operations do the same.
+    A compiler takes this as one operation. Without CUDA or Triton, torch's operations do the same.
 
     Args:
         logits: (R V); overwritten by d loss / d logits, unless `with_gradient` is False.
@@ -38,19 +41,42 @@ def cross_entropy_(
     """
     if logits.is_cuda and launch is not None:
         return launch(logits, targets, vocab_size, softcap, with_gradient)
-    scores = logits[:, :vocab_size].float()
-    tanh = torch.tanh(scores / softcap) if softcap else None
-    log_p = torch.log_softmax(scores if tanh is None else tanh * softcap, dim=1)
+    return cross_entropy_by_blocks_(logits, targets, vocab_size, softcap, with_gradient)
+
+
+def cross_entropy_by_blocks_(
+    logits: Tensor, targets: Tensor, vocab_size: int, softcap: float, with_gradient: bool
+) -> Tensor:
+    """As `cross_entropy_`, by torch's operations on a few rows at a time.
+
+    A row without a target has no loss; the caller drops its gradient. A loss of more than 87 counts
+    as 87, where the probability is the smallest number of fp32; its gradient is right all the same.
+    """
     masked = targets == NO_TARGET
     wrong = ~masked & ((targets < 0) | (targets >= vocab_size))
     ids = targets.masked_fill(masked | wrong, 0)[:, None]
-    losses = -log_p.gather(1, ids)[:, 0]
-    if with_gradient:
-        grad = log_p.exp_().scatter_add_(1, ids, log_p.new_full((), -1.0).expand(ids.shape))
-        if tanh is not None:  # d cap_logits(x) / d x = 1 - tanh(x / softcap)^2
-            grad.mul_(1 - tanh.square())
-        logits.zero_()[:, :vocab_size] = grad.masked_fill_(masked[:, None], 0.0)
+    scratch = logits.new_empty((min(BLOCK_ROWS, len(logits)), logits.shape[1]), dtype=torch.float32)
+    minus_one = scratch.new_full((), -1.0)
+    losses = torch.empty_like(targets, dtype=torch.float32)
+    for block in split_loss_blocks(len(logits)):
+        scores = scratch[: len(ids[block])].copy_(logits[block])
+        tanh = None
+        if softcap:
+            tanh = scores.div_(softcap).tanh_().clone()
+            scores.mul_(softcap)
+        scores[:, vocab_size:] = -torch.inf
+        probabilities = torch.softmax(scores, 1, out=scores)
+        chosen = probabilities.gather(1, ids[block]).clamp(min=_SMALLEST)
+        losses[block] = chosen.log().neg()[:, 0]
+        if with_gradient:  # d cap_logits(x) / d x = 1 - tanh(x / softcap)^2
+            grad = probabilities.scatter_add_(1, ids[block], minus_one.expand(chosen.shape))
+            logits[block] = grad if tanh is None else grad.mul_(1 - tanh.square())
     return losses.masked_fill(masked, 0.0).masked_fill(wrong, torch.nan)
+
+
+def split_loss_blocks(n_rows: int) -> list[slice]:
+    """The rows of logits, as many at a time as are turned into their gradient at once."""
+    return [slice(start, start + BLOCK_ROWS) for start in range(0, n_rows, BLOCK_ROWS)]
 
 
 @cross_entropy_.register_fake

@@ -34,6 +34,7 @@ from preflight.foresight.memory_trace import (
     trace_peaks,
     trace_whole,
 )
+from preflight.models import loss as losses
 from preflight.models.loss import TargetRows, Targets
 from preflight.settings import (
     AdapterConfig,
@@ -205,11 +206,11 @@ def test_training_step_is_predicted_within_one_percent(case: Case) -> None:
     estimate = estimate_memory(case.model, case.training, case.options)
     steps = max(estimate.phases["training step"], estimate.phases["optimizer step"])
     print(f"| {case.name} | {steps:,} | {measured:,} | {steps / measured:.4f} |")
-    assert steps == pytest.approx(measured, rel=0.01)
-    peak, _ = measure_allocations(lambda: trainer.evaluate(build_batches(case, 3), 1.0))
     # On a CPU with bf16 in hardware oneDNN borrows memory for a matmul, and does not say how much:
     # up to 0.6 MiB at these sizes, and a few MiB for GPT-2's.
     borrowed = 0.6 * 2**20 if case.dtype == BF16 and has_fast_bf16(torch.device("cpu")) else 0
+    assert steps == pytest.approx(measured, rel=0, abs=max(borrowed / 2, 0.01 * measured))
+    peak, _ = measure_allocations(lambda: trainer.evaluate(build_batches(case, 3), 1.0))
     limit = max(borrowed, 0.01 * (held + peak))
     assert estimate.phases["evaluation"] == pytest.approx(held + peak, rel=0, abs=limit)
 
@@ -277,6 +278,7 @@ def test_depth_is_extended_exactly(
 def test_a_few_chunks_of_the_loss_stand_for_all(
     monkeypatch: pytest.MonkeyPatch, batch: int, dtype: torch.dtype
 ) -> None:
+    monkeypatch.setattr(losses, "LOSS_ROWS_CPU_BF16", losses.LOSS_ROWS_CPU)
     case = TraceCase(SMALL, settings(batch, 2), dtype, "cpu", False, False, 1, SMALL.context_length)
     few = trace_whole(case)
     monkeypatch.setattr(memory_trace, "_LOSS_CHUNKS", 10**9)

@@ -51,8 +51,8 @@ def draw(n_rows: int, masked: list[int], device: str = "cpu") -> tuple[Tensor, T
     [
         loss_layout("cpu"),
         loss_layout("cpu")._replace(vocab_multiple=64),
-        LossLayout(R, 1, weight_first=False, block_rows=64),
-        LossLayout(R, 64, weight_first=False, block_rows=100),
+        LossLayout(R, 1, weight_first=False, fused=True, keeps_logits=True),
+        loss_layout("cpu", torch.bfloat16)._replace(rows=R),
         loss_layout("cuda")._replace(rows=R),
     ],
     ids=["cpu", "cpu, padded", "cpu, blocks", "cpu, blocks, padded", "cuda"],
@@ -91,8 +91,13 @@ def test_loss_equals_cross_entropy(
 
 @pytest.mark.parametrize(
     "layout",
-    [LossLayout(R, 1, True), LossLayout(R, 1, False), LossLayout(R, 64, False, fused=True)],
-    ids=["columns", "rows", "fused"],
+    [
+        LossLayout(R, 1, True, keeps_logits=True),
+        LossLayout(R, 1, False),
+        LossLayout(R, 64, False, fused=True),
+        LossLayout(R, 64, False, fused=True, keeps_logits=True),
+    ],
+    ids=["columns", "rows", "fused", "blocks"],
 )
 def test_loss_of_capped_logits(
     layout: LossLayout, device: str, monkeypatch: pytest.MonkeyPatch
@@ -161,7 +166,7 @@ class _Passes(TorchDispatchMode):
 def test_a_mask_costs_no_pass_over_the_logits(
     weight_first: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    layout = LossLayout(R, 1, weight_first)
+    layout = LossLayout(R, 1, weight_first, keeps_logits=weight_first)
     monkeypatch.setattr(losses, "loss_layout", lambda *_: layout)
     hidden, weight, targets = draw(R, MASKS["some"](R))
     with _Passes(R * 53) as passes:
