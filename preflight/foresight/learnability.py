@@ -275,7 +275,7 @@ def _find_rate_warnings(
     """A learning rate made for larger batches, and a warm-up that never ends."""
     found = []
     blocks = count_parameters(model_config) - count_embedding_parameters(model_config)
-    usual = MODEL_PRESETS.get(config.model.model_size, MODEL_PRESETS["micro"]).learning_rate
+    usual = config.model.learning_rate
     rate = config.peak_learning_rate
     size = min(1.0, blocks / _REFERENCE_BLOCK_PARAMETERS)
     wanted = REFERENCE_TOKENS_PER_STEP * size * (rate / usual) ** 2

@@ -281,8 +281,11 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 assert grad_head is not None
                 grad_head.addmm_(grad[:, :n_ids].T, unmasked)
                 continue
-            part = (grad.T @ unmasked)[:n_ids]  # slower with columns that are no multiple
-            grad_head = part.float() if grad_head is None else grad_head.add_(part)
+            # Sliced afterwards: a product of so many rows as there are ids is slower.
+            if grad_head is None:
+                grad_head = (grad.T @ unmasked)[:n_ids].float()
+            else:
+                grad_head += (grad.T @ unmasked)[:n_ids]
         ctx.save_for_backward(grad_hidden, *([] if grad_head is None else [grad_head]))
         return total
 

@@ -1,5 +1,7 @@
 """The architecture: presets, the flags, and the complete configuration of a model."""
 
+import bisect
+import math
 from dataclasses import MISSING, dataclass, fields
 from typing import Any
 
@@ -30,6 +32,29 @@ MODEL_PRESETS = {
     "large": ModelPreset(36, 20, 1280, 5120, 1024, 2.5e-4),
     "xl": ModelPreset(48, 25, 1600, 6400, 1024, 2e-4),
 }
+
+
+def choose_learning_rate(n_layers: int, hidden_size: int) -> float:
+    """The peak learning rate for a model of this size: a preset's, or one between two presets'.
+
+    Between them its logarithm is linear in that of the size, layers x hidden size squared, to which
+    the blocks' parameters are proportional. Outside of all presets it is that of the nearest.
+    """
+    presets = sorted(MODEL_PRESETS.values(), key=_measure_blocks)
+    sizes = [math.log(_measure_blocks(preset)) for preset in presets]
+    size = math.log(max(1, n_layers * hidden_size**2))
+    above = bisect.bisect_left(sizes, size)
+    if above == 0 or above == len(presets):
+        return presets[min(above, len(presets) - 1)].learning_rate
+    low, high = presets[above - 1].learning_rate, presets[above].learning_rate
+    share = (size - sizes[above - 1]) / (sizes[above] - sizes[above - 1])
+    return float(f"{low ** (1 - share) * high**share:.2g}")  # a preset's own comes out as it is
+
+
+def _measure_blocks(preset: ModelPreset) -> int:
+    return preset.n_layers * preset.n_embeddings**2
+
+
 CUSTOM_SIZE_FIELDS = ("n_layers", "n_heads", "n_embeddings", "context_length")
 
 
@@ -274,6 +299,12 @@ class ModelSettings:
             ValueError: naming every part that does not fit the others.
         """
         return ModelConfig(**self.choose_values(vocab_size))
+
+    @property
+    def learning_rate(self) -> float:
+        """The peak learning rate for a model of this size; see `choose_learning_rate`."""
+        shape = self.choose_values(1)
+        return choose_learning_rate(shape["n_layers"], shape["n_embeddings"])
 
     def choose_values(self, vocab_size: int) -> dict[str, Any]:
         """The fields of `resolve`, whether or not they fit together."""

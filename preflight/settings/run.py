@@ -18,7 +18,6 @@ from preflight.settings.handover import HandoverSettings
 from preflight.settings.model import (
     CUSTOM_SIZE_FIELDS,
     MODEL_FAMILIES,
-    MODEL_PRESETS,
     ModelSettings,
 )
 from preflight.settings.options import Option, list_options
@@ -62,7 +61,7 @@ class RunConfig:
 
     @property
     def peak_learning_rate(self) -> float:
-        """The learning rate given, else the preset's; a custom size uses micro's.
+        """The learning rate given, else what suits the model's size.
 
         Runs that begin with trained weights have their own: these want small steps, and adapters
         larger ones.
@@ -72,8 +71,7 @@ class RunConfig:
             return self.training.learning_rate or default
         if self.control.init_from:
             return self.training.learning_rate or INIT_LEARNING_RATE
-        preset = MODEL_PRESETS.get(self.model.model_size, MODEL_PRESETS["micro"])
-        return self.training.learning_rate or preset.learning_rate
+        return self.training.learning_rate or self.model.learning_rate
 
     def get(self, option: Option) -> Any:
         """The value of a flag."""

@@ -16,7 +16,7 @@ class TrainingSettings:
         1, "micro-steps per optimizer step", ge=1, le=1_048_576
     )
     learning_rate: float | None = setting(
-        None, "peak learning rate; unset: the preset's", gt=0, le=1e30
+        None, "peak learning rate; unset: what suits the model's size", gt=0, le=1e30
     )
     weight_decay: float = setting(
         0.1, "weight decay of the weight matrices (not biases, norms, embeddings)", ge=0, le=1e3

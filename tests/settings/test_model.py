@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 
 import pytest
 
@@ -16,6 +17,7 @@ from preflight.settings import (
     model_config_from_dict,
     model_config_to_dict,
 )
+from preflight.settings.model import choose_learning_rate
 
 
 def test_presets_are_complete_and_flags_override_them() -> None:
@@ -126,3 +128,18 @@ def test_parts_that_do_not_fit_are_refused(flags: dict[str, str], words: str) ->
     assert caught.value.code == ExitCode.FLAGS
     assert words in str(caught.value)
     assert len(caught.value.lines) == 1
+
+
+def test_learning_rate_of_a_custom_size_lies_between_the_presets() -> None:
+    for name, preset in MODEL_PRESETS.items():
+        assert ModelSettings(name).learning_rate == preset.learning_rate
+    rates = [choose_learning_rate(6, width) for width in range(1, 6000, 7)]
+    assert rates == sorted(rates, reverse=True)
+    assert (rates[0], rates[-1]) == (2e-3, 2e-4)
+    # Of a model as large as the geometric mean of two presets, it is the mean of theirs.
+    nano, micro = MODEL_PRESETS["nano"], MODEL_PRESETS["micro"]
+    sizes = [preset.n_layers * preset.n_embeddings**2 for preset in (nano, micro)]
+    width = round(math.sqrt(math.sqrt(sizes[0] * sizes[1])))
+    middle = math.sqrt(nano.learning_rate * micro.learning_rate)
+    assert choose_learning_rate(1, width) == pytest.approx(middle, rel=0.02)
+    assert ModelSettings("nano", n_embeddings=768, n_layers=12).learning_rate == 6e-4
