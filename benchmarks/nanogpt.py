@@ -1,11 +1,11 @@
-"""Training steps on the CPU: ours by default, nanoGPT as shipped and tuned by hand, in turn.
+"""Training steps on the CPU: ours, nanoGPT as shipped and tuned by hand, Hugging Face's, in turn.
 
     python benchmarks/nanogpt.py --nanogpt FOLDER [--shapes 6L nano] [--rounds 3]
 
 FOLDER is a clone of karpathy/nanoGPT. As shipped its CPU loop is fp32 without compilation, by hand
-it is bf16 autocast, torch.compile and fused AdamW. `matmuls` are those of our step alone, in our
-layouts and precision. Each subject has a process of its own in every round; its figure is the
-median of its rounds, each the median of six steps after two.
+it is bf16 autocast, torch.compile and fused AdamW, as Hugging Face's GPT-2 is here. `matmuls` are
+those of our step alone, in our layouts and precision. Each subject has a process of its own in
+every round; its figure is the median of its rounds, each the median of six steps after two.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ SHAPES = {  # layers, heads, hidden size, context, batch
     "micro": (4, 4, 256, 256, 8),
     "small": (12, 12, 768, 1024, 2),
 }
-SUBJECTS = ("ours", "ours, compiled", "nanoGPT", "nanoGPT by hand", "matmuls")
+SUBJECTS = ("ours", "ours, compiled", "nanoGPT", "nanoGPT by hand", "transformers", "matmuls")
 COMMON = """
 import json, resource, statistics, sys, time
 import torch
@@ -70,11 +70,23 @@ report(step)
 PEER = """
 import contextlib
 sys.path.insert(0, folder)
-from model import GPT, GPTConfig
-by_hand = subject == "nanoGPT by hand"
-model = GPT(GPTConfig(block_size=context, vocab_size=V, n_layer=layers, n_head=heads,
-                      n_embd=width, dropout=0.0, bias=True))
-optimizer = model.configure_optimizers(0.1, 1e-3, (0.9, 0.95), "cpu")
+by_hand = subject != "nanoGPT"
+if subject == "transformers":
+    from transformers import GPT2Config, GPT2LMHeadModel
+    whole = GPT2LMHeadModel(GPT2Config(
+        vocab_size=V, n_positions=context, n_embd=width, n_layer=layers, n_head=heads,
+        resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, use_cache=False))
+    class Model(torch.nn.Module):
+        def forward(self, inputs, targets):  # the labels are the inputs, which it shifts itself
+            return None, whole(inputs, labels=inputs).loss
+    model = Model()
+    model.whole = whole
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+else:
+    from model import GPT, GPTConfig
+    model = GPT(GPTConfig(block_size=context, vocab_size=V, n_layer=layers, n_head=heads,
+                          n_embd=width, dropout=0.0, bias=True))
+    optimizer = model.configure_optimizers(0.1, 1e-3, (0.9, 0.95), "cpu")
 if by_hand:
     groups = optimizer.param_groups
     optimizer = torch.optim.AdamW(groups, lr=1e-3, betas=(0.9, 0.95), fused=True)
@@ -93,7 +105,7 @@ report(step)
 
 def run(subject: str, shape: tuple[int, ...], nanogpt: str) -> tuple[float, float]:
     """Tokens/s and peak resident MiB."""
-    is_peer = subject.startswith("nanoGPT")
+    is_peer = subject in ("nanoGPT", "nanoGPT by hand", "transformers")
     folder = nanogpt if is_peer else str(Path(__file__).resolve().parent.parent)
     script = COMMON + (PEER if is_peer else OURS)
     environment = dict(os.environ)
