@@ -227,8 +227,10 @@ class JoinedRanks(Ranks):
         """As `Ranks.gather_whole`."""
         if not hasattr(tensor, "full_tensor"):
             return tensor
-        whole = tensor.full_tensor()
-        return whole.cpu() if self.is_first else torch.empty(0)
+        whole = tensor.full_tensor()  # may be a part of a larger, padded one
+        if not self.is_first:
+            return torch.empty(0)
+        return torch.empty_like(whole, device="cpu").copy_(whole)
 
     @contextlib.contextmanager
     def open_root(self, model: Any) -> Iterator[None]:

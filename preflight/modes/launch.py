@@ -100,9 +100,7 @@ def _launch(config: RunConfig, n_ranks: int, folder: str) -> int:
     try:
         elastic_launch(launch, sys.executable)(str(_PROGRAM), "--train", *list_run_flags(config))
     except ChildFailedError as error:
-        codes = [failure.exitcode for failure in error.failures.values()]
-        final = [code for code in codes if _is_final(code)]
-        return final[0] if final else ExitCode.WORKER_LOST
+        return _choose_code([failure.exitcode for failure in error.failures.values()])
     except SignalException as error:
         return ExitCode.SIGINT if error.sigval.name == "SIGINT" else ExitCode.SIGTERM
     finally:
@@ -110,9 +108,17 @@ def _launch(config: RunConfig, n_ranks: int, folder: str) -> int:
     return ExitCode.DONE
 
 
-def _is_final(code: int) -> bool:
-    """Whether a rank's exit code says what the run's end is; one that was killed says nothing."""
-    return code > 0 and code not in (ExitCode.WORKER_LOST, ExitCode.INTERNAL)
+def _choose_code(codes: list[int]) -> int:
+    """The exit code of a run whose ranks ended so at the same moment.
+
+    What a rank knows to be the end is the end. Otherwise one was killed (a negative code), which
+    may have been an internal error to another.
+    """
+    known = [code for code in codes if code > 0 and code != ExitCode.WORKER_LOST]
+    final = [code for code in known if code != ExitCode.INTERNAL]
+    if final:
+        return final[0]
+    return ExitCode.INTERNAL if len(known) == len(codes) else ExitCode.WORKER_LOST
 
 
 def end_with_launcher() -> None:

@@ -35,7 +35,7 @@ from preflight.device.token_store import DataPlace, measure_free_bytes
 from preflight.foresight.fits import check_memory
 from preflight.foresight.memory import MemoryOptions
 from preflight.models.base import TokenModel
-from preflight.models.lora import add_adapters
+from preflight.models.lora import add_adapters, list_trained_weights
 from preflight.models.loss import Targets
 from preflight.modes.base_checkpoint import (
     check_same_base,
@@ -581,7 +581,9 @@ class RunSetup:
             ranks=self.ranks,
         )
         if self.origin is not None and self.resumes:
-            shapes = {name: tuple(w.shape) for name, w in trainer.list_weights().items()}
+            shapes = {
+                name: tuple(w.shape) for name, w in list_trained_weights(trainer.model).items()
+            }
             # Taken out, not kept: on CUDA the run would hold a second copy in the host's memory.
             state = self.saved.pop("trainer", {})
             trainer.load_state_dict(load_weights(self.origin, shapes), state)

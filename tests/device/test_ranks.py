@@ -181,6 +181,11 @@ def assert_same(found: list[Tensor], expected: list[Tensor]) -> None:
         assert torch.equal(a.nan_to_num(-1.0), b.nan_to_num(-1.0)), float((a - b).abs().max())
 
 
+def drop_losses(figures: list[Tensor]) -> list[Tensor]:
+    """Without the losses told, whose sum over more than two ranks has an order of its own."""
+    return figures[1 : 2 * STEPS : 2] + figures[2 * STEPS :]
+
+
 class OneProcess(Ranks):
     """One process that takes the norm as several do: in fp64, so that no order of sums shows."""
 
@@ -208,7 +213,7 @@ def test_two_ranks_are_one_process_but_for_the_rounding_of_the_norm() -> None:
 def test_four_ranks_that_add_in_order_are_four_micro_steps() -> None:
     expected = train(Case(), OneProcess(), 4)
     for found in run_ranks(4, lambda ranks: train(Case(), ranks, 1, ordered=True)):
-        assert_same(found[2 * STEPS :], expected[2 * STEPS :])
+        assert_same(drop_losses(found), drop_losses(expected))
 
 
 def test_two_hosts_of_two_ranks_are_two_ranks_of_two_micro_steps() -> None:
@@ -217,4 +222,4 @@ def test_two_hosts_of_two_ranks_are_two_ranks_of_two_micro_steps() -> None:
     # Of the four parts of the rows each of the two ranks has the first and third, or the others.
     hosts = run_ranks(4, lambda ranks: train(Case(), ranks, 1, order=[0, 2, 1, 3]), hosts=2)
     for found in hosts:
-        assert_same(found, expected)
+        assert_same(drop_losses(found), drop_losses(expected))
