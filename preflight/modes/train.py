@@ -16,7 +16,7 @@ from preflight.checkpoints.store import find_best, list_checkpoints, remove_left
 from preflight.core.commands import format_command
 from preflight.core.errors import ExitCode, PreflightError
 from preflight.core.locks import FolderLock
-from preflight.core.log import log
+from preflight.core.log import log, muted
 from preflight.core.signals import StopFlag
 from preflight.core.storage import check_writable, foreign_error, make_folder, refuse_other_kind
 from preflight.core.units import format_bytes, format_seconds
@@ -92,9 +92,12 @@ def _join_training(config: RunConfig, stop: StopFlag, meeting: Meeting) -> int:
     """Train together with the other ranks. What ends them all is told by one."""
     if meeting.rank:
         log.setLevel("ERROR")
-    ranks = meeting.join("cuda" if build_runtime(config.system).device.type == "cuda" else "cpu")
+    ranks = meeting.join(build_runtime(config.system).device.type)
     try:
-        code = TrainingRun(RunSetup(config, stop, resumes=True, ranks=ranks)).run()
+        setup = RunSetup(config, stop, resumes=True, ranks=ranks)
+        with muted():  # whoever has prepared it has told of it
+            setup.data  # noqa: B018
+        code = TrainingRun(setup).run()
         ranks.barrier()
     except PreflightError as error:
         if meeting.is_first_to("tell an error"):
@@ -352,6 +355,12 @@ def announce(setup: RunSetup) -> None:
     windows = describe_windows(config.training, plan, model.context_length)
     if windows:
         log.info(f"windows: {windows}")
+    if setup.ranks.world > 1:
+        log.info(
+            f"ranks: {setup.ranks.world}, each with up to {config.training.batch_size} sequences "
+            f"in a micro-step; {plan.samples_per_step} sequences in an update, in "
+            f"{plan.accumulation_steps} micro-steps"
+        )
     tokens = plan.total_steps * plan.tokens_per_step
     log.info(
         f"plan: {plan.total_steps:,} steps of {plan.tokens_per_step:,} tokens, "
