@@ -92,6 +92,7 @@ def _join_training(config: RunConfig, stop: StopFlag, meeting: Meeting) -> int:
     """Train together with the other ranks. What ends them all is told by one."""
     if meeting.rank:
         log.setLevel("ERROR")
+        stop.is_quiet = True
     ranks = meeting.join(build_runtime(config.system).device.type)
     try:
         setup = RunSetup(config, stop, resumes=True, ranks=ranks)
