@@ -11,6 +11,7 @@ import functools
 import logging
 import shutil
 import sys
+from collections.abc import Iterator
 
 log = logging.getLogger("preflight")
 
@@ -40,6 +41,17 @@ def configure_logging(level: str) -> None:
 def log_once(message: str) -> None:
     """Log a message only the first time that this process has it."""
     log.info(message)
+
+
+@contextlib.contextmanager
+def muted() -> Iterator[None]:
+    """Within, only warnings and errors are shown."""
+    level = log.level
+    log.setLevel(max(level, logging.WARNING))
+    try:
+        yield
+    finally:
+        log.setLevel(level)
 
 
 def is_progress_shown() -> bool:

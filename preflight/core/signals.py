@@ -25,6 +25,7 @@ class StopFlag:
     def __init__(self) -> None:
         self.received: int | None = None
         self.save_requested = False
+        self.is_quiet = False  # another process tells of the stop
         self._before: dict[int, object] = {}
 
     def __enter__(self) -> StopFlag:
@@ -45,7 +46,8 @@ class StopFlag:
             _tell(b"\npreflight: stopped without saving; earlier checkpoints are intact\n")
             os._exit(int(ExitCode.SIGINT))
         self.received = number
-        _tell(b"\npreflight: stopping (press Ctrl-C again to stop at once)\n")
+        if not self.is_quiet:
+            _tell(b"\npreflight: stopping (press Ctrl-C again to stop at once)\n")
 
     def _note_save(self, number: int, frame: FrameType | None) -> None:
         self.save_requested = True
@@ -61,6 +63,10 @@ class StopFlag:
         if self.received is None:
             return ExitCode.DONE
         return ExitCode.SIGINT if self.received == signal.SIGINT else ExitCode.SIGTERM
+
+    def agree(self) -> bool:
+        """Whether to stop; here several processes tell each other of their signals."""
+        return self.stopping
 
     def leave_if_stopping(self, *lines: str) -> None:
         """Raise the `PreflightError` that ends the process with the signal's code.

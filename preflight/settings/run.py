@@ -21,6 +21,7 @@ from preflight.settings.model import (
     ModelSettings,
 )
 from preflight.settings.options import Option, list_options
+from preflight.settings.processes import ProcessSettings
 from preflight.settings.reporting import ReportSettings
 from preflight.settings.sampling import SamplingConfig
 from preflight.settings.search import SearchSettings
@@ -46,6 +47,7 @@ class RunConfig:
     data: DataSettings = field(default_factory=DataSettings)
     control: ControlSettings = field(default_factory=ControlSettings)
     system: SystemSettings = field(default_factory=SystemSettings)
+    processes: ProcessSettings = field(default_factory=ProcessSettings)
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
     generation: GenerationSettings = field(default_factory=GenerationSettings)
     check: CheckSettings = field(default_factory=CheckSettings)
@@ -100,6 +102,7 @@ GROUP_SUMMARIES = {
     "data": "The training text, and the token shards made from it.",
     "control": "Checkpoints, evaluation, logging and resuming.",
     "system": "Device, precision and compilation.",
+    "processes": "How many processes share a run, one for each card.",
     "sampling": "How the next token is chosen, and when generation ends.",
     "generation": "The checkpoint, the prompts, and where completions go.",
     "check": "What the report of `--check` holds, and for which GPU.",
@@ -202,6 +205,7 @@ def _find_conflicts(config: RunConfig) -> list[str]:
             f"--num-return-sequences {generation.num_return_sequences} must be at most --beams "
             f"{beams}: a search gives one completion for each beam"
         )
+    faults += config.processes.find_faults()
     if config.trials.find_lr_min >= config.trials.find_lr_max:
         faults.append("--find-lr-min must be less than --find-lr-max")
     return faults

@@ -24,7 +24,7 @@ PAIRED_MODES = {"finetune": FINETUNING_MODES, "serve": ("check",), "compare": ("
 MODE_FLAGS: dict[str, tuple[str, ...]] = {
     "check": (*_OF_A_RUN, "finetuning", "check", "serving"),
     "validate-only": (*_OF_A_RUN, "json"),
-    "train": _OF_A_RUN,
+    "train": (*_OF_A_RUN, "ranks"),
     "finetune": _OF_A_FINETUNING,
     "prepare": ("model", "data", "seed", "output_dir", "log_level", "config", "json"),
     "get-optimal-bs": (*_OF_A_RUN, "finetuning", "search", "json"),

@@ -1,0 +1,367 @@
+"""The processes (ranks) of one run: how they share its model, its batches and its decisions.
+
+One engine for any number of them: FSDP2 (Zhao et al. 2023, arXiv:2304.11277), which keeps a part of
+each parameter, gradient and optimizer state on each rank; over several hosts HSDP, which replicates
+the parts of a host on the others. With one process every method is the identity, and
+no group of processes is made.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import os
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+
+from preflight.core.errors import ExitCode, PreflightError
+from preflight.core.signals import StopFlag
+
+T = TypeVar("T")
+
+# Longer than the slowest thing that one rank waits for another with: a compilation, a save.
+TIMEOUT = datetime.timedelta(minutes=10)
+_LOOK_SECONDS = 0.2
+
+
+class Ranks:
+    """One process, which is the whole run.
+
+    Attributes:
+        rank: the number of this process, from 0.
+        world: the number of processes.
+        local_rank: the number of this process on its host: its card.
+        hosts: the machines.
+    """
+
+    rank: int = 0
+    world: int = 1
+    local_rank: int = 0
+    hosts: int = 1
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this is rank 0, which logs, draws, locks, deletes and prints."""
+        return self.rank == 0
+
+    def shard(self, model: nn.Module) -> None:
+        """Keep only this rank's part of each parameter of `model`, in place.
+
+        Before an optimizer is built. Gradients are summed over the ranks, so that a loss divided
+        by the targets of all ranks needs no further factor.
+        """
+
+    def share(self, n_rows: int) -> slice:
+        """This rank's rows of a micro-step; the counts of the ranks differ by at most one."""
+        first, end = (n_rows * rank // self.world for rank in (self.rank, self.rank + 1))
+        return slice(first, end)
+
+    def sync(self, model: Any, last: bool) -> None:
+        """Sum the gradients over the ranks after the `last` micro-step of an update alone."""
+
+    def total(self, *values: Tensor) -> tuple[Tensor, ...]:
+        """The sum of each scalar over the ranks, all in one message."""
+        return values
+
+    def norm(self, parameters: Iterable[nn.Parameter]) -> Tensor:
+        """The L2 norm of all gradients together, on every rank."""
+        return torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+
+    def decide(self, function: Callable[[], T]) -> T:
+        """What `function` returns on rank 0, which alone calls it, or its error, on every rank."""
+        return function()
+
+    def gather(self, value: T) -> list[T]:
+        """A small plain value of each rank, in the order of the ranks, on every rank."""
+        return [value]
+
+    def any(self, value: bool) -> bool:
+        """Whether `value` is true on any rank."""
+        return value
+
+    def share_signals(self, stop: StopFlag) -> StopFlag:
+        """`stop` as all ranks see it, so that all leave after the same step."""
+        return stop
+
+    def gather_whole(self, tensor: Tensor) -> Tensor:
+        """A tensor of which each rank has a part, on rank 0 in the host's memory; else empty."""
+        return tensor
+
+    def open_root(self, model: Any) -> AbstractContextManager[None]:
+        """Within, methods of `model` besides `forward` find its parameters, as generation needs.
+
+        All ranks call them alike, since each block gathers its own.
+        """
+        return contextlib.nullcontext()
+
+    def seed_step(self, step: int) -> None:
+        """Give each rank random numbers of its own in this step, for dropout."""
+
+    def barrier(self) -> None:
+        """Wait until every rank is here."""
+
+    def close(self) -> None:
+        """Leave the other ranks."""
+
+
+class JoinedRanks(Ranks):
+    """One of several processes that have found each other."""
+
+    def __init__(
+        self,
+        store: dist.Store,
+        rank: int,
+        world: int,
+        *,
+        local_rank: int | None = None,
+        hosts: int = 1,
+        device_type: str = "cpu",
+    ) -> None:
+        """Join the others.
+
+        Args:
+            store: where the ranks find each other; no other group has used it.
+            rank: of this process.
+            world: processes of all hosts, as many on each.
+            local_rank: of this process on its host; unset: `rank`.
+            hosts: with more than one, each host keeps the whole model among its ranks.
+            device_type: ``cuda``, where each rank has the card of its local rank, or ``cpu``.
+        """
+        self.rank, self.world, self.hosts = rank, world, hosts
+        self.local_rank = rank if local_rank is None else local_rank
+        self.device = torch.device(device_type)
+        if device_type == "cuda":
+            self.device = torch.device("cuda", self.local_rank)
+            torch.cuda.set_device(self.device)
+        backend = "cpu:gloo,cuda:nccl" if device_type == "cuda" else "gloo"
+        dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=TIMEOUT)
+        shape = (world,) if hosts == 1 else (hosts, world // hosts)
+        names = ("shard",) if hosts == 1 else ("replicate", "shard")
+        self._mesh = init_device_mesh(device_type, shape, mesh_dim_names=names)
+
+    def shard(self, model: nn.Module) -> None:
+        """As `Ranks.shard`: each of the model's `layers` by itself, then the rest.
+
+        Without a policy of precision: parameters are gathered in fp32, and autocast casts them as
+        on one card.
+        """
+        from torch.distributed.fsdp import FSDPModule, fully_shard
+
+        self._seed = torch.initial_seed()
+        for block in model.get_submodule("layers").children():
+            fully_shard(block, mesh=self._mesh)
+        fully_shard(model, mesh=self._mesh)
+        for module in model.modules():
+            if isinstance(module, FSDPModule):
+                module.set_gradient_divide_factor(1.0)
+                module.set_force_sum_reduction_for_comms(True)  # gloo has no scaled sum
+
+    def sync(self, model: Any, last: bool) -> None:
+        """As `Ranks.sync`; until then each rank keeps whole gradients of its own."""
+        model.set_requires_gradient_sync(last)
+
+    def total(self, *values: Tensor) -> tuple[Tensor, ...]:
+        """As `Ranks.total`, summed in fp64."""
+        together = torch.stack([value.detach().double() for value in values])
+        dist.all_reduce(together)
+        return tuple(summed.to(value.dtype) for summed, value in zip(together, values, strict=True))
+
+    def norm(self, parameters: Iterable[nn.Parameter]) -> Tensor:
+        """As `Ranks.norm`. Squares are summed in fp64, so that it does not depend on the shards."""
+        norms = [
+            torch.linalg.vector_norm(get_local(p.grad), dtype=torch.float64)
+            for p in parameters
+            if p.grad is not None
+        ]
+        squares = torch.stack(norms).square().sum()
+        dist.all_reduce(squares, group=self._mesh.get_group("shard"))
+        return squares.sqrt().float()
+
+    def decide(self, function: Callable[[], T]) -> T:
+        """As `Ranks.decide`.
+
+        Raises:
+            PreflightError: that of rank 0; code INTERNAL where it failed in any other way.
+        """
+        outcome: list[Any] = [None, None]
+        failure: Exception | None = None
+        if self.is_first:
+            try:
+                outcome[0] = function()
+            except Exception as error:
+                failure = error
+                told = f"rank 0 failed: {type(error).__name__}: {error}"
+                is_known = isinstance(error, PreflightError)
+                outcome[1] = error if is_known else PreflightError(ExitCode.INTERNAL, told)
+        dist.broadcast_object_list(outcome, src=0)
+        if failure is not None:
+            raise failure
+        if outcome[1] is not None:
+            raise outcome[1]
+        return outcome[0]
+
+    def gather(self, value: T) -> list[T]:
+        """As `Ranks.gather`."""
+        values: list[Any] = [None] * self.world
+        dist.all_gather_object(values, value)
+        return values
+
+    def any(self, value: bool) -> bool:
+        """As `Ranks.any`."""
+        (found,) = self.total(torch.tensor(int(value)))
+        return bool(found)
+
+    def share_signals(self, stop: StopFlag) -> StopFlag:
+        """As `Ranks.share_signals`."""
+        return SharedStop(stop, self)
+
+    def gather_whole(self, tensor: Tensor) -> Tensor:
+        """As `Ranks.gather_whole`."""
+        if not hasattr(tensor, "full_tensor"):
+            return tensor
+        whole = tensor.full_tensor()  # may be a part of a larger, padded one
+        if not self.is_first:
+            return torch.empty(0)
+        return torch.empty_like(whole, device="cpu").copy_(whole)
+
+    @contextlib.contextmanager
+    def open_root(self, model: Any) -> Iterator[None]:
+        """As `Ranks.open_root`."""
+        model.unshard()
+        try:
+            yield
+        finally:
+            model.reshard()
+
+    def seed_step(self, step: int) -> None:
+        """As `Ranks.seed_step`, from the seed of the model's initialisation."""
+        sequence = np.random.SeedSequence([self._seed, step, self.rank])
+        torch.manual_seed(int(sequence.generate_state(1, np.uint64)[0]))
+
+    def barrier(self) -> None:
+        """As `Ranks.barrier`."""
+        self.gather(None)
+
+    def close(self) -> None:
+        """As `Ranks.close`."""
+        dist.destroy_process_group()
+
+
+class SharedStop(StopFlag):
+    """The signals of all ranks, as they were when the ranks last agreed on them.
+
+    Args:
+        own: the signals of this process.
+        ranks: all of them.
+    """
+
+    def __init__(self, own: StopFlag, ranks: Ranks) -> None:
+        self._own, self._ranks = own, ranks
+        super().__init__()
+
+    @property
+    def save_requested(self) -> bool:
+        """Whether this process was asked to save."""
+        return self._own.save_requested
+
+    @save_requested.setter
+    def save_requested(self, value: bool) -> None:
+        self._own.save_requested = value
+
+    def agree(self) -> bool:
+        """As `StopFlag.agree`: the first signal that the lowest rank was sent holds for all."""
+        if self._ranks.any(self._own.stopping):
+            received = [number for number in self._ranks.gather(self._own.received) if number]
+            self.received = received[0]
+        return self.stopping
+
+
+def cut_like(whole: Tensor, like: Any) -> Tensor:
+    """This rank's part of `whole`, which is on every rank, cut as `like` is."""
+    if not hasattr(like, "device_mesh"):
+        return whole
+    from torch.distributed.tensor import distribute_tensor
+
+    placed = whole.to(like.device, like.dtype)
+    return distribute_tensor(placed, like.device_mesh, like.placements, src_data_rank=None)
+
+
+def get_local(tensor: Tensor) -> Tensor:
+    """This rank's part of a sharded tensor; any other tensor itself."""
+    to_local = getattr(tensor, "to_local", None)
+    return tensor if to_local is None else to_local()
+
+
+def local_ranks() -> Ranks:
+    """One process."""
+    return Ranks()
+
+
+def plan_ranks(world: int) -> Ranks:
+    """So many processes, of which this one only knows the number."""
+    ranks = Ranks()
+    ranks.world = world
+    return ranks
+
+
+def is_rank() -> bool:
+    """Whether torch's launcher started this process as one of several, or of one."""
+    return "RANK" in os.environ and "WORLD_SIZE" in os.environ
+
+
+class Meeting:
+    """Where the ranks that torch's launcher started with this one find each other.
+
+    Each attempt of the launcher has names of its own in the store: otherwise ranks may find the
+    addresses of those that were lost.
+    """
+
+    def __init__(self) -> None:
+        store, self.rank, self.world = next(dist.rendezvous("env://", timeout=TIMEOUT))
+        attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+        self.store = dist.PrefixStore(f"preflight/{attempt}", store)
+
+    def join(self, device_type: str) -> Ranks:
+        """Join the others, who all do."""
+        return JoinedRanks(
+            self.store,
+            self.rank,
+            self.world,
+            local_rank=int(os.environ["LOCAL_RANK"]),
+            hosts=max(1, self.world // int(os.environ["LOCAL_WORLD_SIZE"])),
+            device_type=device_type,
+        )
+
+    def announce_prepared(self) -> None:
+        """Tell the others that what they need is there."""
+        self.store.set("prepared", "1")
+
+    def wait_for_preparation(self, stop: StopFlag) -> None:
+        """Wait until rank 0 has announced it, however long that takes.
+
+        Raises:
+            PreflightError: code SIGTERM or SIGINT, after a signal.
+        """
+        while not self.store.check(["prepared"]):
+            stop.leave_if_stopping()
+            time.sleep(_LOOK_SECONDS)
+
+    def is_first_to(self, act: str) -> bool:
+        """Whether no other rank has asked this of the same act."""
+        try:
+            return self.store.add(act, 1) == 1
+        except RuntimeError:  # the launcher, which keeps the store, has gone
+            return True
+
+
+def is_lost_rank(error: BaseException) -> bool:
+    """Whether an error says that another rank has gone."""
+    return isinstance(error, dist.DistError) or "gloo" in str(error).lower()
