@@ -22,6 +22,7 @@ from preflight.settings.model import (
     ModelSettings,
 )
 from preflight.settings.options import Option, list_options
+from preflight.settings.processes import ProcessSettings
 from preflight.settings.reporting import ReportSettings
 from preflight.settings.sampling import SamplingConfig
 from preflight.settings.search import SearchSettings
@@ -47,6 +48,7 @@ class RunConfig:
     data: DataSettings = field(default_factory=DataSettings)
     control: ControlSettings = field(default_factory=ControlSettings)
     system: SystemSettings = field(default_factory=SystemSettings)
+    processes: ProcessSettings = field(default_factory=ProcessSettings)
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
     generation: GenerationSettings = field(default_factory=GenerationSettings)
     check: CheckSettings = field(default_factory=CheckSettings)
@@ -102,6 +104,7 @@ GROUP_SUMMARIES = {
     "data": "The training text, and the token shards made from it.",
     "control": "Checkpoints, evaluation, logging and resuming.",
     "system": "Device, precision and compilation.",
+    "processes": "The processes that share a run, one for each card, and their hosts.",
     "sampling": "How the next token is chosen, and when generation ends.",
     "generation": "The checkpoint, the prompts, and where completions go.",
     "check": "What the report of `--check` holds, and for which GPU.",
@@ -176,7 +179,7 @@ def _find_model_faults(model: ModelSettings, given: set[str]) -> list[str]:
 
 def _find_conflicts(config: RunConfig) -> list[str]:
     """Faults that one flag alone does not show, each with the flag to change."""
-    faults = []
+    faults = config.processes.find_faults()
     control, generation = config.control, config.generation
     for flag, value in (("--data-dir", config.data.data_dir), ("--output-dir", control.output_dir)):
         if os.path.exists(value) and not os.path.isdir(value):
