@@ -15,6 +15,7 @@ from torch import Tensor
 from preflight.core.errors import ExitCode, PreflightError
 from preflight.core.log import log
 from preflight.core.signals import StopFlag
+from preflight.device.ranks import Ranks, local_ranks
 from preflight.device.runtime import Runtime, is_out_of_memory
 from preflight.models.building import build_model
 from preflight.models.lora import add_adapters, list_trained_weights, load_trained_weights
@@ -40,6 +41,7 @@ def build_trainer(
     *,
     gradient_checkpointing: bool = False,
     weights: dict[str, Tensor] | None = None,
+    ranks: Ranks | None = None,
 ) -> Trainer:
     """A trainer of a new model: initialised from the seed, with the optimizer of the flags.
 
@@ -50,6 +52,7 @@ def build_trainer(
         runtime: as in `Trainer`.
         gradient_checkpointing: recompute each block in the backward pass.
         weights: that the model begins with; unset: random ones.
+        ranks: that share the model; unset: this process alone.
     """
     torch.manual_seed(training.seed)
     with runtime.device:
@@ -58,9 +61,13 @@ def build_trainer(
             model.load_state_dict(weights)
         if training.adapter is not None:
             add_adapters(model, training.adapter)
+    ranks = ranks or local_ranks()
+    ranks.shard(model)
     optimizer = build_optimizer(model, training, plan.peak_learning_rate)
     skips_on_device = OPTIMIZERS.load(training.optimizer).skips_on_device
-    return Trainer(model, optimizer, plan, runtime, skips_on_device=skips_on_device)
+    return Trainer(
+        model, optimizer, plan, runtime, skips_on_device=skips_on_device, ranks=ranks
+    )
 
 
 class Trainer:
@@ -72,6 +79,7 @@ class Trainer:
         plan: the run's length, for the learning rate, and how an update is made.
         runtime: device, precision and compilation, decided once.
         skips_on_device: as in `OptimizerSpec`.
+        ranks: that share the model; unset: this process alone.
     """
 
     def __init__(
@@ -82,9 +90,11 @@ class Trainer:
         runtime: Runtime,
         *,
         skips_on_device: bool = False,
+        ranks: Ranks | None = None,
     ) -> None:
         self.model, self.optimizer, self.plan, self.runtime = model, optimizer, plan, runtime
         self.skips_on_device = skips_on_device
+        self.ranks = ranks or local_ranks()
         self.scaler = torch.amp.GradScaler(runtime.device.type, enabled=runtime.needs_scaler)
         self._parameters = [p for p in self.model.parameters() if p.requires_grad]
         self._forward = torch.compile(model) if runtime.compile_model else model
@@ -101,8 +111,10 @@ class Trainer:
             group["lr"] = learning_rate
         batches = list(batches)  # all of them, since each loss is divided by the targets of all
         n_targets = torch.stack([count_targets(targets) for _, targets in batches]).sum()
+        (n_targets,) = self.ranks.total(n_targets)
         total = torch.zeros((), device=self.runtime.device)
-        for inputs, targets in batches:
+        for number, (inputs, targets) in enumerate(batches, 1):
+            self.ranks.sync(self.model, number == len(batches))
             loss = self._compute_loss(inputs, targets) / n_targets
             self.scaler.scale(loss).backward()
             total += loss.detach()
@@ -110,7 +122,8 @@ class Trainer:
         self.scaler.unscale_(self.optimizer)
         # An infinite limit measures the norm and changes nothing.
         limit = self.plan.max_grad_norm or math.inf
-        norm = torch.nn.utils.clip_grad_norm_(self._parameters, limit)
+        (total,), norm = self.ranks.total(total), self.ranks.norm(self._parameters)
+        torch.nn.utils.clip_grads_with_norm_(self._parameters, limit, norm)
         self._step_if_finite(norm + total)
         # Freed, not zeroed: the next backward pass writes instead of adding. Those of the model,
         # since a gradient that is not finite must not stay where the optimizer has no part.
