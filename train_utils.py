@@ -7,6 +7,7 @@ And chats to batches of like length. Shapes: B batch, T tokens of a window (see
 from __future__ import annotations
 
 import abc
+import itertools
 import queue
 import threading
 from collections.abc import Iterator, Sequence
@@ -25,6 +26,7 @@ from preflight.corpus.windows import (
     count_run_windows,
     count_windows,
 )
+from preflight.device.ranks import Ranks, local_ranks
 from preflight.device.token_store import DataPlace, TokenStore, choose_place, count_stored_bytes
 from preflight.models.loss import TargetRows, Targets
 from preflight.settings import SystemSettings, TrainingSettings
@@ -40,7 +42,8 @@ class Loader(abc.ABC):
     """Batches of a run's data.
 
     Attributes:
-        cursor: the global index after the last sample that was returned: the only number to save.
+        cursor: the global index after the last sample that was returned, here or on another rank:
+            the only number to save.
     """
 
     cursor: int
@@ -65,11 +68,68 @@ class Loader(abc.ABC):
         self.close()
 
 
-class _Rows(Protocol):
-    """Windows in their order, batch after batch."""
+class Shares:
+    """Which samples are whose: each micro-step is split over the ranks.
 
-    def take(self) -> torch.Tensor:
-        """(B, T + 1) int64 on the device: the next batch."""
+    The samples of an update are those of one process, whatever the number of ranks.
+
+    Args:
+        sizes: samples of each micro-step of an update, over all ranks.
+        ranks: that share them; unset: this process alone.
+    """
+
+    def __init__(self, sizes: Sequence[int], ranks: Ranks | None = None) -> None:
+        self.sizes, self._ranks = tuple(sizes), ranks or local_ranks()
+
+    def iterate(self, cursor: int) -> Iterator[tuple[range, int]]:
+        """Of each micro-step, the global indices of this rank's samples, and where it ends.
+
+        `cursor` is the global index of an update's first sample.
+        """
+        for size in itertools.cycle(self.sizes):
+            share = self._ranks.share(size)
+            yield range(cursor + share.start, cursor + share.stop), cursor + size
+            cursor += size
+
+
+def split_update(n_samples: int, n_micro_steps: int) -> tuple[int, ...]:
+    """The samples of each micro-step of an update; they differ by at most one."""
+    ends = [n_samples * number // n_micro_steps for number in range(n_micro_steps + 1)]
+    return tuple(end - first for first, end in itertools.pairwise(ends))
+
+
+def _share_out(count: int, batch_size: int, ranks: Ranks | None) -> Iterator[range]:
+    """This rank's share of each batch, which has `batch_size` rows on each rank, of `count`."""
+    ranks = ranks or local_ranks()
+    for first in range(0, count, batch_size * ranks.world):
+        share = ranks.share(min(batch_size * ranks.world, count - first))
+        yield range(first + share.start, first + share.stop)
+
+
+def _split_by_epoch(samples: range, per_epoch: int) -> Iterator[tuple[int, slice]]:
+    """Global indices as epochs, and places within each."""
+    first = samples.start
+    while first < samples.stop:
+        epoch, place = divmod(first, per_epoch)
+        end = min(per_epoch, place + samples.stop - first)
+        yield epoch, slice(place, end)
+        first += end - place
+
+
+def _build_empty_batch(device: torch.device) -> tuple[torch.Tensor, TargetRows]:
+    """A token without a target: the batch of a rank whose share of a micro-step is empty.
+
+    It computes nothing, and takes part in what all ranks do together.
+    """
+    nothing = torch.empty(0, dtype=torch.int64, device=device)
+    return torch.zeros(1, 1, dtype=torch.int64, device=device), TargetRows(nothing, nothing, 0)
+
+
+class _Rows(Protocol):
+    """This rank's windows in their order, batch after batch."""
+
+    def take(self, samples: range) -> torch.Tensor:
+        """(B, T + 1) int64 on the device: the next batch, of these global indices."""
 
     def close(self) -> None:
         """Free what it holds."""
@@ -79,8 +139,8 @@ class BatchLoader(Loader):
     """Batches of one split, in an order that is a pure function of the sample's global index.
 
     The order follows from (`seed`, ``data.fingerprint``, global sample index), so that a resumed
-    run, or another batch size, neither repeats nor skips a window within an epoch. ``cursor`` is
-    the global index after the last batch that was returned: the only number to save.
+    run, another batch size, or another number of ranks neither repeats nor skips a window within
+    an epoch.
 
     Raises:
         PreflightError: code DATA when a shard cannot be read.
@@ -99,13 +159,14 @@ class BatchLoader(Loader):
         prefetch: int = 2,
         overlap: float = 0.0,
         on_device: bool = False,
+        shares: Shares | None = None,
     ) -> None:
         """Open the split.
 
         Args:
             data: prepared shards.
             split: ``train`` or ``val``.
-            batch_size: B.
+            batch_size: B, at most.
             context_length: T, where the split is not shorter.
             seed: of the order.
             device: where batches are.
@@ -113,30 +174,33 @@ class BatchLoader(Loader):
             prefetch: chunks of batches (about 256 thousand tokens each) read ahead.
             overlap: the share of each window that the next one repeats.
             on_device: the whole split is copied to the device now, and batches are gathered there.
+            shares: what this rank reads of each micro-step; unset: `batch_size` samples.
         """
         part: Split = getattr(data, split)
         order = WindowOrder(part.n_tokens, context_length, overlap, seed, data.fingerprint)
         self.n_windows = order.n_windows
         self.cursor = cursor
-        self._batch_size = batch_size
+        shares = shares or Shares([batch_size])
+        self._shares = shares.iterate(cursor)
         reader = ShardReader(part, data.dtype, data.vocab_size)
-        place = torch.device(device)
+        self._device = place = torch.device(device)
         self._rows: _Rows
         if on_device:
             self._rows = _StoredRows(
-                _store_split(reader, part.n_tokens, data.vocab_size, place),
-                order,
-                cursor,
-                batch_size,
+                _store_split(reader, part.n_tokens, data.vocab_size, place), order
             )
         else:
-            self._rows = _RowsAhead(reader, order, cursor, batch_size, place, prefetch)
+            ahead = (samples for samples, _ in shares.iterate(cursor))
+            self._rows = _RowsAhead(reader, order, ahead, batch_size, place, prefetch)
 
-    def next_batch(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Inputs and targets, both (B, T)."""
-        rows = self._rows.take()
-        self.cursor += self._batch_size
-        return _split_rows(rows)
+    def next_batch(self) -> tuple[torch.Tensor, Targets]:
+        """Inputs and targets, both (B, T); the share of a rank may be empty."""
+        samples, cursor = next(self._shares)
+        batch = (
+            _split_rows(self._rows.take(samples)) if samples else _build_empty_batch(self._device)
+        )
+        self.cursor = cursor
+        return batch
 
     def close(self) -> None:
         """Stop reading ahead and close the shards."""
@@ -150,7 +214,7 @@ class _RowsAhead:
         self,
         reader: ShardReader,
         order: WindowOrder,
-        cursor: int,
+        batches: Iterator[range],
         batch_size: int,
         device: torch.device,
         prefetch: int,
@@ -161,15 +225,15 @@ class _RowsAhead:
         self._chunk_row = 0
         self._queue: queue.Queue[torch.Tensor | BaseException] = queue.Queue(max(1, prefetch))
         self._closing = threading.Event()
-        self._thread = threading.Thread(target=self._read_ahead, args=(cursor,), daemon=True)
+        self._thread = threading.Thread(target=self._read_ahead, args=(batches,), daemon=True)
         self._thread.start()
 
-    def take(self) -> torch.Tensor:
+    def take(self, samples: range) -> torch.Tensor:
         """The next batch."""
-        if self._chunk is None or self._chunk_row >= len(self._chunk):
+        while self._chunk is None or self._chunk_row >= len(self._chunk):
             self._chunk, self._chunk_row = self._take_chunk(), 0
-        rows = self._chunk[self._chunk_row : self._chunk_row + self._batch_size]
-        self._chunk_row += self._batch_size
+        rows = self._chunk[self._chunk_row : self._chunk_row + len(samples)]
+        self._chunk_row += len(samples)
         return rows.to(self._device, non_blocking=True)
 
     def _take_chunk(self) -> torch.Tensor:
@@ -191,21 +255,19 @@ class _RowsAhead:
                 "checkpoints are kept; run the same command to continue",
             ) from item
 
-    def _read_ahead(self, cursor: int) -> None:
-        """In the thread: chunks of whole batches from `cursor` on, until the loader is closed."""
+    def _read_ahead(self, batches: Iterator[range]) -> None:
+        """In the thread: chunks of whole `batches`, until the loader is closed."""
         try:
             row_tokens = self._order.window + 1
             n_batches = max(1, _CHUNK_TOKENS // (self._batch_size * row_tokens))
             current, of_epoch = -1, np.empty(0, np.int64)
             while not self._closing.is_set():
-                starts = []
-                end = cursor + n_batches * self._batch_size
-                while cursor < end:
-                    number, first = divmod(cursor, self._order.n_windows)
-                    if number != current:
-                        current, of_epoch = number, self._order.list_starts(number)
-                    starts.append(of_epoch[first : first + end - cursor])
-                    cursor += len(starts[-1])
+                starts = [np.empty(0, np.int64)]
+                for samples in itertools.islice(batches, n_batches):
+                    for number, places in _split_by_epoch(samples, self._order.n_windows):
+                        if number != current:
+                            current, of_epoch = number, self._order.list_starts(number)
+                        starts.append(of_epoch[places])
                 rows = torch.from_numpy(self._reader.read(np.concatenate(starts), row_tokens))
                 self._put(rows.pin_memory() if self._device.type == "cuda" else rows)
         except BaseException as error:
@@ -229,23 +291,19 @@ class _RowsAhead:
 class _StoredRows:
     """Rows gathered on the device from the whole split; once an epoch its order is copied there."""
 
-    def __init__(self, store: TokenStore, order: WindowOrder, cursor: int, batch_size: int) -> None:
+    def __init__(self, store: TokenStore, order: WindowOrder) -> None:
         self._store, self._order = store, order
-        self._cursor, self._batch_size = cursor, batch_size
         self._number, self._starts = -1, torch.empty(0, dtype=torch.int64)
 
-    def take(self) -> torch.Tensor:
+    def take(self, samples: range) -> torch.Tensor:
         """The next batch."""
         starts = []
-        end = self._cursor + self._batch_size
-        while self._cursor < end:
-            number, first = divmod(self._cursor, self._order.n_windows)
+        for number, places in _split_by_epoch(samples, self._order.n_windows):
             if number != self._number:
                 self._starts = torch.empty(0, dtype=torch.int64)  # freed before its successor
                 listed = torch.from_numpy(self._order.list_starts(number))
                 self._number, self._starts = number, listed.to(self._store.device)
-            starts.append(self._starts[first : first + end - self._cursor])
-            self._cursor += len(starts[-1])
+            starts.append(self._starts[places])
         together = starts[0] if len(starts) == 1 else torch.cat(starts)
         return self._store.gather(together, self._order.window + 1)
 
@@ -291,23 +349,25 @@ class ChatLoader(Loader):
         seed: int,
         device: torch.device | str,
         cursor: int = 0,
+        shares: Shares | None = None,
     ) -> None:
         self.cursor = cursor
+        self._shares = (shares or Shares([batch_size])).iterate(cursor)
         self._chats, self._rows = chats, chats.open_rows("train")
         self._seed = seed
         self._epoch, self._of_epoch = -1, np.empty(0, np.int64)
-        self._batch_size, self._device = batch_size, torch.device(device)
+        self._device = torch.device(device)
 
     def next_batch(self) -> tuple[torch.Tensor, TargetRows]:
-        """Inputs (B T), and the rows with a target."""
+        """Inputs (B T), and the rows with a target; the share of a rank may be empty."""
+        samples, self.cursor = next(self._shares)
+        if not samples:
+            return _build_empty_batch(self._device)
         chosen = []
-        end = self.cursor + self._batch_size
-        while self.cursor < end:
-            epoch, first = divmod(self.cursor, len(self._rows))
+        for epoch, places in _split_by_epoch(samples, len(self._rows)):
             if epoch != self._epoch:
                 self._epoch, self._of_epoch = epoch, self._chats.order(self._seed, epoch)
-            chosen.append(self._of_epoch[first : first + end - self.cursor])
-            self.cursor += len(chosen[-1])
+            chosen.append(self._of_epoch[places])
         rows = self._rows.read(np.concatenate(chosen))
         return _pad_chats(rows, self._chats, self._device)
 
@@ -344,7 +404,12 @@ def _pad_chats(
 
 
 def _iterate_chats(
-    chats: ChatData, split: str, batch_size: int, n_rows: int, device: torch.device | str
+    chats: ChatData,
+    split: str,
+    batch_size: int,
+    n_rows: int,
+    device: torch.device,
+    ranks: Ranks | None,
 ) -> Iterator[tuple[torch.Tensor, TargetRows]]:
     """`n_rows` fixed chats of a split, evenly spaced over it; like lengths share a batch."""
     rows = chats.open_rows(split)
@@ -352,9 +417,12 @@ def _iterate_chats(
         count = min(n_rows, len(rows))
         chosen = np.arange(count, dtype=np.int64) * len(rows) // count
         chosen = chosen[np.argsort(rows.lengths[chosen], kind="stable")]
-        for first in range(0, count, batch_size):
-            batch = rows.read(chosen[first : first + batch_size])
-            yield _pad_chats(batch, chats, torch.device(device))
+        for share in _share_out(count, batch_size, ranks):
+            if share:
+                batch = rows.read(chosen[share.start : share.stop])
+                yield _pad_chats(batch, chats, device)
+            else:
+                yield _build_empty_batch(device)
     finally:
         rows.close()
 
@@ -401,8 +469,12 @@ def open_training_loader(
     *,
     on_device: bool,
     cursor: int = 0,
+    shares: Shares | None = None,
 ) -> Loader:
-    """The training part as a run with these settings reads it, from sample `cursor` on."""
+    """The training part as a run with these settings reads it, from sample `cursor` on.
+
+    By default one process reads all of it, a micro-step of `training.batch_size` after the other.
+    """
     if isinstance(data, ChatData):
         return ChatLoader(
             data,
@@ -410,6 +482,7 @@ def open_training_loader(
             seed=training.seed,
             device=device,
             cursor=cursor,
+            shares=shares,
         )
     return BatchLoader(
         data,
@@ -421,6 +494,7 @@ def open_training_loader(
         cursor=cursor,
         overlap=training.overlap,
         on_device=on_device,
+        shares=shares,
     )
 
 
@@ -432,17 +506,19 @@ def iterate_windows(
     context_length: int,
     n_windows: int,
     device: torch.device | str,
+    ranks: Ranks | None = None,
 ) -> Iterator[tuple[torch.Tensor, Targets]]:
     """`n_windows` fixed windows, or chats, evenly spaced over the split, for evaluation.
 
     Yields inputs (B, T) int64 and targets, on the device; the last batch may be smaller. With
-    fewer windows than asked for, each comes once.
+    fewer windows than asked for, each comes once. Each of several ranks has its share, in as many
+    batches as the others.
 
     Raises:
         PreflightError: code DATA when a shard cannot be read or was changed.
     """
     if isinstance(data, ChatData):
-        yield from _iterate_chats(data, split, batch_size, n_windows, device)
+        yield from _iterate_chats(data, split, batch_size, n_windows, torch.device(device), ranks)
         return
     part: Split = getattr(data, split)
     window = choose_window(part.n_tokens, context_length)
@@ -451,8 +527,11 @@ def iterate_windows(
     starts = np.arange(count, dtype=np.int64) * available // count * window
     reader = ShardReader(part, data.dtype, data.vocab_size)
     try:
-        for first in range(0, count, batch_size):
-            rows = torch.from_numpy(reader.read(starts[first : first + batch_size], window + 1))
-            yield _split_rows(rows.to(device, non_blocking=True))
+        for share in _share_out(count, batch_size, ranks):
+            if share:
+                read = reader.read(starts[share.start : share.stop], window + 1)
+                yield _split_rows(torch.from_numpy(read).to(device, non_blocking=True))
+            else:
+                yield _build_empty_batch(torch.device(device))
     finally:
         reader.close()

@@ -15,7 +15,7 @@ from torch import Tensor
 from preflight.core.errors import ExitCode, PreflightError
 from preflight.core.log import log
 from preflight.core.signals import StopFlag
-from preflight.device.ranks import Ranks, local_ranks
+from preflight.device.ranks import Ranks, cut_like, local_ranks
 from preflight.device.runtime import Runtime, is_out_of_memory
 from preflight.models.building import build_model
 from preflight.models.lora import add_adapters, list_trained_weights, load_trained_weights
@@ -31,6 +31,9 @@ from preflight.training.saving import CheckpointSaver
 from preflight.training.schedules import learning_rate_at
 from preflight.training.state import Evaluation, StepResult, TrainState, convert_to_bits_per_byte
 from train_utils import Loader
+
+# Muon needs whole matrices, and torch's fused SGD does not know their parts.
+_SHARED_OPTIMIZERS = ("adamw", "adam")
 
 
 def build_trainer(
@@ -52,8 +55,13 @@ def build_trainer(
         runtime: as in `Trainer`.
         gradient_checkpointing: recompute each block in the backward pass.
         weights: that the model begins with; unset: random ones.
-        ranks: that share the model; unset: this process alone.
+        ranks: as in `Trainer`; the model is sharded over them.
+
+    Raises:
+        PreflightError: code FLAGS, when several ranks cannot train so.
     """
+    ranks = ranks or local_ranks()
+    refuse_unshared(training, runtime, ranks)
     torch.manual_seed(training.seed)
     with runtime.device:
         model = build_model(model_config, gradient_checkpointing=gradient_checkpointing)
@@ -61,13 +69,33 @@ def build_trainer(
             model.load_state_dict(weights)
         if training.adapter is not None:
             add_adapters(model, training.adapter)
-    ranks = ranks or local_ranks()
     ranks.shard(model)
     optimizer = build_optimizer(model, training, plan.peak_learning_rate)
     skips_on_device = OPTIMIZERS.load(training.optimizer).skips_on_device
-    return Trainer(
-        model, optimizer, plan, runtime, skips_on_device=skips_on_device, ranks=ranks
-    )
+    return Trainer(model, optimizer, plan, runtime, skips_on_device=skips_on_device, ranks=ranks)
+
+
+def refuse_unshared(training: TrainingSettings, runtime: Runtime, ranks: Ranks) -> None:
+    """Refuse what torch cannot compute on the parts of matrices that several ranks hold.
+
+    Raises:
+        PreflightError: code FLAGS.
+    """
+    if ranks.world == 1:
+        return
+    if training.optimizer not in _SHARED_OPTIMIZERS:
+        raise PreflightError(
+            ExitCode.FLAGS,
+            f"--optimizer {training.optimizer}: not on {ranks.world} ranks, each of which holds a "
+            "part of each matrix",
+            f"use --optimizer {_SHARED_OPTIMIZERS[0]}, or --ranks 1",
+        )
+    if runtime.needs_scaler:
+        raise PreflightError(
+            ExitCode.FLAGS,
+            f"fp16 with a gradient scaler: not on {ranks.world} ranks; these cards have no bf16",
+            "use --no-mixed-precision, or --ranks 1",
+        )
 
 
 class Trainer:
@@ -79,7 +107,7 @@ class Trainer:
         plan: the run's length, for the learning rate, and how an update is made.
         runtime: device, precision and compilation, decided once.
         skips_on_device: as in `OptimizerSpec`.
-        ranks: that share the model; unset: this process alone.
+        ranks: the processes over which the model is sharded; unset: this one alone.
     """
 
     def __init__(
@@ -102,34 +130,34 @@ class Trainer:
     def train_step(self, step: int, batches: Iterable[tuple[Tensor, Targets]]) -> StepResult:
         """One update from `plan.accumulation_steps` batches of inputs (B T) and targets.
 
-        The loss is the mean over all targets of the update, however the batches share them. An
-        update without any target has no loss (NaN) and changes nothing. Nothing here waits for
+        The loss is the mean over all targets of the update, however batches and ranks share them.
+        An update without any target has no loss (NaN) and changes nothing. Nothing here waits for
         the device, unless the optimizer cannot skip an update by itself.
         """
         learning_rate = learning_rate_at(step, self.plan)
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate
         batches = list(batches)  # all of them, since each loss is divided by the targets of all
-        n_targets = torch.stack([count_targets(targets) for _, targets in batches]).sum()
-        (n_targets,) = self.ranks.total(n_targets)
+        counts = torch.stack([count_targets(targets) for _, targets in batches])
+        (n_targets,) = self.ranks.total(counts.sum())
         total = torch.zeros((), device=self.runtime.device)
         for number, (inputs, targets) in enumerate(batches, 1):
-            self.ranks.sync(self.model, number == len(batches))
+            self.ranks.sync(self.model, last=number == len(batches))
             loss = self._compute_loss(inputs, targets) / n_targets
             self.scaler.scale(loss).backward()
             total += loss.detach()
         # Before the norm is taken, since a limit means unscaled gradients.
         self.scaler.unscale_(self.optimizer)
-        # An infinite limit measures the norm and changes nothing.
-        limit = self.plan.max_grad_norm or math.inf
         (total,), norm = self.ranks.total(total), self.ranks.norm(self._parameters)
+        # An infinite limit changes nothing.
+        limit = self.plan.max_grad_norm or math.inf
         torch.nn.utils.clip_grads_with_norm_(self._parameters, limit, norm)
         self._step_if_finite(norm + total)
         # Freed, not zeroed: the next backward pass writes instead of adding. Those of the model,
         # since a gradient that is not finite must not stay where the optimizer has no part.
         self.model.zero_grad(set_to_none=True)
-        n_tokens = sum(count_tokens(targets) for _, targets in batches)
-        return StepResult(step + 1, n_tokens, learning_rate, total, norm)
+        (n_tokens,) = self.ranks.total(torch.tensor([count_tokens(t) for _, t in batches]).sum())
+        return StepResult(step + 1, int(n_tokens), learning_rate, total, norm)
 
     def train(
         self,
@@ -146,7 +174,8 @@ class Trainer:
         """
         saver.retire()  # for a run cut between a save and the deletion of older checkpoints
         evaluator.evaluate_if_due()  # for a run cut between a save and its evaluation
-        while self._goes_on(state) and not stop.stopping:
+        while self._goes_on(state) and not stop.agree():
+            self.ranks.seed_step(state.step)
             batches = (loader.next_batch() for _ in range(self.plan.accumulation_steps))
             result = self.train_step(state.step, batches)
             state.advance(result, loader.cursor)
@@ -204,7 +233,7 @@ class Trainer:
             counts.append(count_targets(targets))
             with self.runtime.autocast():
                 means.append(self.model(inputs, targets) / counts[-1].clamp(min=1))
-            if stop is not None and stop.stopping:
+            if stop is not None and stop.agree():
                 break
         self.model.train()
         if stop is not None and stop.stopping:
@@ -215,20 +244,31 @@ class Trainer:
         for mean, count in zip(means, counts, strict=True):
             total += float(mean) * int(count)
             n_targets += int(count)
+        shared = torch.tensor(total, dtype=torch.float64), torch.tensor(n_targets)
+        total, n_targets = (value.item() for value in self.ranks.total(*shared))  # type: ignore[assignment]
         loss = total / n_targets if n_targets else math.nan
         return Evaluation(loss, convert_to_bits_per_byte(loss, tokens_per_byte))
 
     def list_weights(self) -> dict[str, Tensor]:
-        """What training changes: all weights, or those of the adapters."""
-        return list_trained_weights(self.model)
+        """What training changes: all weights, or those of the adapters.
+
+        Called by all ranks together, as is `state_dict`; each tensor is whole.
+        """
+        weights = list_trained_weights(self.model)
+        return {name: self.ranks.gather_whole(tensor) for name, tensor in weights.items()}
 
     def state_dict(self) -> dict[str, Any]:
         """Optimizer, scaler and random state: all of a step's memory besides the weights."""
         rng = {"cpu": torch.get_rng_state()}
         if self.runtime.device.type == "cuda":
             rng["cuda"] = torch.cuda.get_rng_state(self.runtime.device)
+        optimizer = self.optimizer.state_dict()
+        optimizer["state"] = {
+            index: {name: self.ranks.gather_whole(value) for name, value in tensors.items()}
+            for index, tensors in optimizer["state"].items()
+        }
         return {
-            "optimizer": self.optimizer.state_dict(),
+            "optimizer": optimizer,
             "scaler": self.scaler.state_dict(),
             "rng": rng,
             "device": self.runtime.device.type,
@@ -240,8 +280,11 @@ class Trainer:
         Raises:
             PreflightError: code CHECKPOINT, when the state belongs to another optimizer.
         """
-        load_trained_weights(self.model, weights)
+        own = list_trained_weights(self.model)
+        cut = {name: cut_like(tensor, own[name]) for name, tensor in weights.items()}
+        load_trained_weights(self.model, cut)
         try:
+            self._cut_optimizer_state(state["optimizer"]["state"])
             # Hyperparameters stay those of the flags: a checkpoint's are never used.
             groups = self.optimizer.state_dict()["param_groups"]
             self.optimizer.load_state_dict(state["optimizer"] | {"param_groups": groups})
@@ -262,3 +305,15 @@ class Trainer:
                 f"note: trained on {state.get('device')}, continuing on "
                 f"{self.runtime.device.type}: same data order, but not bit-identical"
             )
+
+    def _cut_optimizer_state(self, state: dict[int, dict[str, Any]]) -> None:
+        """Leave of a saved optimizer's state this rank's part, in place.
+
+        What has the shape of its parameter is cut as the parameter is. Raises KeyError or TypeError
+        for a state of another optimizer.
+        """
+        parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
+        for index, tensors in state.items():
+            for name, tensor in tensors.items():
+                if isinstance(tensor, Tensor) and tensor.shape == parameters[index].shape:
+                    tensors[name] = cut_like(tensor, parameters[index])

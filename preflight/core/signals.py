@@ -62,6 +62,10 @@ class StopFlag:
             return ExitCode.DONE
         return ExitCode.SIGINT if self.received == signal.SIGINT else ExitCode.SIGTERM
 
+    def agree(self) -> bool:
+        """Whether to stop; here several processes tell each other of their signals."""
+        return self.stopping
+
     def leave_if_stopping(self, *lines: str) -> None:
         """Raise the `PreflightError` that ends the process with the signal's code.
 

@@ -3,28 +3,33 @@
 One engine for any number of them: FSDP2 (Zhao et al. 2023, arXiv:2304.11277), which keeps a part of
 each parameter, gradient and optimizer state on each rank; over several hosts HSDP, which replicates
 the parts of a host on the others. With one process every method is the identity, and
-torch.distributed is not touched.
+no group of processes is made.
 """
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import os
-from collections.abc import Callable, Iterable
-from typing import TYPE_CHECKING, Any, TypeVar
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager
+from typing import Any, TypeVar
 
+import numpy as np
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
 
 from preflight.core.errors import ExitCode, PreflightError
-
-if TYPE_CHECKING:
-    from torch.distributed import Store
+from preflight.core.signals import StopFlag
 
 T = TypeVar("T")
 
 # Longer than the slowest thing that one rank waits for another with: a compilation, a save.
 TIMEOUT = datetime.timedelta(minutes=10)
+_LOOK_SECONDS = 0.2
 
 
 class Ranks:
@@ -59,7 +64,7 @@ class Ranks:
         first, end = (n_rows * rank // self.world for rank in (self.rank, self.rank + 1))
         return slice(first, end)
 
-    def sync(self, model: nn.Module, last: bool) -> None:
+    def sync(self, model: Any, last: bool) -> None:
         """Sum the gradients over the ranks after the `last` micro-step of an update alone."""
 
     def total(self, *values: Tensor) -> tuple[Tensor, ...]:
@@ -78,6 +83,28 @@ class Ranks:
         """A small plain value of each rank, in the order of the ranks, on every rank."""
         return [value]
 
+    def any(self, value: bool) -> bool:
+        """Whether `value` is true on any rank."""
+        return value
+
+    def share_signals(self, stop: StopFlag) -> StopFlag:
+        """`stop` as all ranks see it, so that all leave after the same step."""
+        return stop
+
+    def gather_whole(self, tensor: Tensor) -> Tensor:
+        """A tensor of which each rank has a part, on rank 0 in the host's memory; else empty."""
+        return tensor
+
+    def open_root(self, model: Any) -> AbstractContextManager[None]:
+        """Within, methods of `model` besides `forward` find its parameters, as generation needs.
+
+        All ranks call them alike, since each block gathers its own.
+        """
+        return contextlib.nullcontext()
+
+    def seed_step(self, step: int) -> None:
+        """Give each rank random numbers of its own in this step, for dropout."""
+
     def barrier(self) -> None:
         """Wait until every rank is here."""
 
@@ -90,7 +117,7 @@ class JoinedRanks(Ranks):
 
     def __init__(
         self,
-        store: Store,
+        store: dist.Store,
         rank: int,
         world: int,
         *,
@@ -108,9 +135,6 @@ class JoinedRanks(Ranks):
             hosts: with more than one, each host keeps the whole model among its ranks.
             device_type: ``cuda``, where each rank has the card of its local rank, or ``cpu``.
         """
-        import torch.distributed as dist
-        from torch.distributed.device_mesh import init_device_mesh
-
         self.rank, self.world, self.hosts = rank, world, hosts
         self.local_rank = rank if local_rank is None else local_rank
         self.device = torch.device(device_type)
@@ -131,6 +155,7 @@ class JoinedRanks(Ranks):
         """
         from torch.distributed.fsdp import FSDPModule, fully_shard
 
+        self._seed = torch.initial_seed()
         for block in model.get_submodule("layers").children():
             fully_shard(block, mesh=self._mesh)
         fully_shard(model, mesh=self._mesh)
@@ -139,22 +164,18 @@ class JoinedRanks(Ranks):
                 module.set_gradient_divide_factor(1.0)
                 module.set_force_sum_reduction_for_comms(True)  # gloo has no scaled sum
 
-    def sync(self, model: nn.Module, last: bool) -> None:
+    def sync(self, model: Any, last: bool) -> None:
         """As `Ranks.sync`; until then each rank keeps whole gradients of its own."""
-        model.set_requires_gradient_sync(last)  # type: ignore[operator]
+        model.set_requires_gradient_sync(last)
 
     def total(self, *values: Tensor) -> tuple[Tensor, ...]:
         """As `Ranks.total`, summed in fp64."""
-        import torch.distributed as dist
-
         together = torch.stack([value.detach().double() for value in values])
         dist.all_reduce(together)
         return tuple(summed.to(value.dtype) for summed, value in zip(together, values, strict=True))
 
     def norm(self, parameters: Iterable[nn.Parameter]) -> Tensor:
         """As `Ranks.norm`. Squares are summed in fp64, so that it does not depend on the shards."""
-        import torch.distributed as dist
-
         norms = [
             torch.linalg.vector_norm(get_local(p.grad), dtype=torch.float64)
             for p in parameters
@@ -170,8 +191,6 @@ class JoinedRanks(Ranks):
         Raises:
             PreflightError: that of rank 0; code INTERNAL where it failed in any other way.
         """
-        import torch.distributed as dist
-
         outcome: list[Any] = [None, None]
         failure: Exception | None = None
         if self.is_first:
@@ -191,11 +210,39 @@ class JoinedRanks(Ranks):
 
     def gather(self, value: T) -> list[T]:
         """As `Ranks.gather`."""
-        import torch.distributed as dist
-
         values: list[Any] = [None] * self.world
         dist.all_gather_object(values, value)
         return values
+
+    def any(self, value: bool) -> bool:
+        """As `Ranks.any`."""
+        (found,) = self.total(torch.tensor(int(value)))
+        return bool(found)
+
+    def share_signals(self, stop: StopFlag) -> StopFlag:
+        """As `Ranks.share_signals`."""
+        return SharedStop(stop, self)
+
+    def gather_whole(self, tensor: Tensor) -> Tensor:
+        """As `Ranks.gather_whole`."""
+        if not hasattr(tensor, "full_tensor"):
+            return tensor
+        whole = tensor.full_tensor()
+        return whole.cpu() if self.is_first else torch.empty(0)
+
+    @contextlib.contextmanager
+    def open_root(self, model: Any) -> Iterator[None]:
+        """As `Ranks.open_root`."""
+        model.unshard()
+        try:
+            yield
+        finally:
+            model.reshard()
+
+    def seed_step(self, step: int) -> None:
+        """As `Ranks.seed_step`, from the seed of the model's initialisation."""
+        sequence = np.random.SeedSequence([self._seed, step, self.rank])
+        torch.manual_seed(int(sequence.generate_state(1, np.uint64)[0]))
 
     def barrier(self) -> None:
         """As `Ranks.barrier`."""
@@ -203,9 +250,46 @@ class JoinedRanks(Ranks):
 
     def close(self) -> None:
         """As `Ranks.close`."""
-        import torch.distributed as dist
-
         dist.destroy_process_group()
+
+
+class SharedStop(StopFlag):
+    """The signals of all ranks, as they were when the ranks last agreed on them.
+
+    Args:
+        own: the signals of this process.
+        ranks: all of them.
+    """
+
+    def __init__(self, own: StopFlag, ranks: Ranks) -> None:
+        self._own, self._ranks = own, ranks
+        super().__init__()
+
+    @property
+    def save_requested(self) -> bool:
+        """Whether this process was asked to save."""
+        return self._own.save_requested
+
+    @save_requested.setter
+    def save_requested(self, value: bool) -> None:
+        self._own.save_requested = value
+
+    def agree(self) -> bool:
+        """As `StopFlag.agree`: the first signal that the lowest rank was sent holds for all."""
+        if self._ranks.any(self._own.stopping):
+            received = [number for number in self._ranks.gather(self._own.received) if number]
+            self.received = received[0]
+        return self.stopping
+
+
+def cut_like(whole: Tensor, like: Any) -> Tensor:
+    """This rank's part of `whole`, which is on every rank, cut as `like` is."""
+    if not hasattr(like, "device_mesh"):
+        return whole
+    from torch.distributed.tensor import distribute_tensor
+
+    placed = whole.to(like.device, like.dtype)
+    return distribute_tensor(placed, like.device_mesh, like.placements, src_data_rank=None)
 
 
 def get_local(tensor: Tensor) -> Tensor:
@@ -219,30 +303,63 @@ def local_ranks() -> Ranks:
     return Ranks()
 
 
+def plan_ranks(world: int) -> Ranks:
+    """So many processes, of which this one only knows the number."""
+    ranks = Ranks()
+    ranks.world = world
+    return ranks
+
+
 def is_rank() -> bool:
     """Whether torch's launcher started this process as one of several, or of one."""
     return "RANK" in os.environ and "WORLD_SIZE" in os.environ
 
 
-def join_ranks(device_type: str = "cpu") -> Ranks:
-    """The ranks that torch's launcher started with this one.
+class Meeting:
+    """Where the ranks that torch's launcher started with this one find each other.
 
     Each attempt of the launcher has names of its own in the store: otherwise ranks may find the
     addresses of those that were lost.
     """
-    import torch.distributed as dist
 
-    count = {name: int(os.environ[name]) for name in _LAUNCHER_VARIABLES}
-    store, rank, world = next(dist.rendezvous("env://", timeout=TIMEOUT))
-    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-    return JoinedRanks(
-        dist.PrefixStore(f"preflight/{attempt}", store),
-        rank,
-        world,
-        local_rank=count["LOCAL_RANK"],
-        hosts=max(1, world // count["LOCAL_WORLD_SIZE"]),
-        device_type=device_type,
-    )
+    def __init__(self) -> None:
+        store, self.rank, self.world = next(dist.rendezvous("env://", timeout=TIMEOUT))
+        attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+        self.store = dist.PrefixStore(f"preflight/{attempt}", store)
+
+    def join(self, device_type: str) -> Ranks:
+        """Join the others, who all do."""
+        return JoinedRanks(
+            self.store,
+            self.rank,
+            self.world,
+            local_rank=int(os.environ["LOCAL_RANK"]),
+            hosts=max(1, self.world // int(os.environ["LOCAL_WORLD_SIZE"])),
+            device_type=device_type,
+        )
+
+    def announce_prepared(self) -> None:
+        """Tell the others that what they need is there."""
+        self.store.set("prepared", "1")
+
+    def wait_for_preparation(self, stop: StopFlag) -> None:
+        """Wait until rank 0 has announced it, however long that takes.
+
+        Raises:
+            PreflightError: code SIGTERM or SIGINT, after a signal.
+        """
+        while not self.store.check(["prepared"]):
+            stop.leave_if_stopping()
+            time.sleep(_LOOK_SECONDS)
+
+    def is_first_to(self, act: str) -> bool:
+        """Whether no other rank has asked this of the same act."""
+        try:
+            return self.store.add(act, 1) == 1
+        except RuntimeError:  # the launcher, which keeps the store, has gone
+            return True
 
 
-_LAUNCHER_VARIABLES = ("LOCAL_RANK", "LOCAL_WORLD_SIZE")
+def is_lost_rank(error: BaseException) -> bool:
+    """Whether an error says that another rank has gone."""
+    return isinstance(error, dist.DistError) or "gloo" in str(error).lower()

@@ -7,7 +7,7 @@ every buffer of a real run on fake tensors, in one process.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch.distributed as dist
@@ -39,16 +39,27 @@ class Sharing:
         """Ranks that share one copy of the model."""
         return self.world // self.hosts
 
+    def describe(self) -> str:
+        """``64, 8 on each of 8 hosts``."""
+        if self.hosts == 1:
+            return f"{self.world:,} on one host"
+        return f"{self.world:,}, {self.ranks_per_host:,} on each of {self.hosts:,} hosts"
+
+
+ONE_RANK = Sharing()
+
 
 class SharingRanks(JoinedRanks):
     """Ranks that share a model as `Sharing` says."""
 
-    sharing: Sharing = Sharing()
+    sharing: Sharing = ONE_RANK
+    before_shard: Callable[[], None] = staticmethod(lambda: None)
 
     def shard(self, model: nn.Module) -> None:
         """As `JoinedRanks.shard`; generation is told to gather weights too."""
         from torch.distributed.fsdp import FSDPModule, register_fsdp_forward_method
 
+        self.before_shard()
         super().shard(model)
         for name in ("extend", "decode"):
             register_fsdp_forward_method(model, name)

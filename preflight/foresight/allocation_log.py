@@ -111,7 +111,7 @@ class AllocationLog(TorchDispatchMode):
             resize(storage, size_bytes)
             self._resize(storage)
 
-        torch.UntypedStorage.resize_ = resize_and_note  # type: ignore[method-assign]
+        torch.UntypedStorage.resize_ = resize_and_note  # type: ignore[assignment, method-assign]
         try:
             yield
         finally:

@@ -23,7 +23,7 @@ from torch.utils._pytree import tree_leaves
 from generate import PREFILL_TOKENS
 from preflight.decoding.choosing import choose_tokens
 from preflight.device.runtime import Runtime
-from preflight.foresight.absent_ranks import Sharing, pretend_ranks
+from preflight.foresight.absent_ranks import ONE_RANK, AbsentRanks, Sharing, pretend_ranks
 from preflight.foresight.allocation_log import CUDA_BLOCK_BYTES, ITEMS, AllocationLog, Peaks
 from preflight.foresight.memory_compiled import capture_graphs, trace_compiled_step
 from preflight.models import loss as losses
@@ -126,7 +126,7 @@ class TraceCase:
     generation_batch_size: int
     window_tokens: int
     target_share: float = 1.0
-    sharing: Sharing = Sharing()
+    sharing: Sharing = ONE_RANK
 
     @property
     def batch_shape(self) -> tuple[int, int]:
@@ -186,7 +186,9 @@ def trace_whole(case: TraceCase) -> Peaks:
     plan = build_plan(training, ControlSettings(), case.window_tokens, 1, 1)
     # The ranks come first: they know each other by real numbers, not by fake tensors.
     with pretend_ranks(case.sharing) as ranks, _pretend(case.device_type) as log:
-        log.mark("building", "all")
+        log.mark("building", "model")
+        if isinstance(ranks, AbsentRanks):
+            ranks.before_shard = lambda: log.mark("building", "sharding")
         trainer = build_trainer(
             *(config, training, plan, runtime),
             gradient_checkpointing=case.gradient_checkpointing,
@@ -194,6 +196,7 @@ def trace_whole(case: TraceCase) -> Peaks:
         )
         log.mark("", "")
         if case.device_type != "cpu":
+            assert isinstance(trainer.model, TokenModel)
             _use_cuda_dropout(trainer.model)
         run_phases(log, trainer, case, n_traced)
     peaks = log.peaks()
@@ -280,7 +283,7 @@ class _StepWatcher:
     def __init__(self, log: AllocationLog, model: TokenModel) -> None:
         self.log, self.model = log, model
         self._in_forward = False  # of training; not of an evaluation, nor of a recomputation
-        self._forward_began = self._loss_began = 0
+        self._forward_began = self._loss_began = self._n_begun = 0
         n_layers = len(model.layers)
         # Of the blocks between the first and the last, the highest stands for all.
         names = {0: "first block", n_layers - 1: "last block"}
@@ -299,24 +302,30 @@ class _StepWatcher:
     def _mark_when_backward_leaves(self, tensor: Tensor, entered: str) -> None:
         if not tensor.requires_grad:  # frozen: the backward pass does not go on from here
             return
-        tensor.register_hook(lambda _: self.log.mark("training step", f"backward {entered}"))
+        tensor.register_hook(lambda _: self._mark(f"backward {entered}"))
+
+    def _mark(self, stretch: str) -> None:
+        # The gradients grow over the first micro-step, and are reduced over the last one: in each
+        # of them a stretch grows with the layers along a line, in both together it does not.
+        self.log.mark("training step", f"{stretch}, again" if self._n_begun > 1 else stretch)
 
     def _before_model(self, *_: Any) -> None:
         self._in_forward = torch.is_grad_enabled()
         self.log.in_backward = False
         if self._in_forward:
             self._forward_began = self.log.clock
-            self.log.mark("training step", "embedding")
+            self._n_begun += 1
+            self._mark("embedding")
 
     def _before_block(self, index: int, _: Any, inputs: tuple[Any, ...]) -> None:
         if self._in_forward:
-            self.log.mark("training step", self._names[index])
+            self._mark(self._names[index])
             before = self._names[index - 1] if index else "embedding"
             self._mark_when_backward_leaves(inputs[0], before)
 
     def _before_norm(self, _: Any, inputs: tuple[Tensor]) -> None:
         if self._in_forward:
-            self.log.mark("training step", "loss")
+            self._mark("loss")
             self._mark_when_backward_leaves(inputs[0], self._names[-1])
 
     def _after_norm(self, *_: Any) -> None:
@@ -328,7 +337,7 @@ class _StepWatcher:
             # The later ones first: a label, once given, stays.
             self.log.label_since(self._loss_began, "logits and loss")
             self.log.label_since(self._forward_began, "activations kept")
-            self.log.mark("training step", "backward loss")
+            self._mark("backward loss")
 
     def _before_update(self, *_: Any) -> None:
         self.log.in_backward = False

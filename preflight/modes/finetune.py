@@ -9,12 +9,13 @@ import numpy as np
 
 from generate import stream_ids
 from preflight.core.commands import format_command
-from preflight.core.errors import PreflightError
+from preflight.core.errors import ExitCode, PreflightError
 from preflight.core.log import log
 from preflight.core.signals import StopFlag
 from preflight.corpus.chats.preview import describe_chats
 from preflight.corpus.metadata import METADATA_NAME
 from preflight.corpus.shards import DataFolder, load_data_folder
+from preflight.device.ranks import is_rank
 from preflight.modes.finetune_setup import FinetuneSetup
 from preflight.modes.train import TrainingRun, train
 from preflight.settings import RunConfig, SamplingConfig
@@ -30,8 +31,13 @@ def run(config: RunConfig) -> int:
     Raises:
         PreflightError: with the code of whatever stands in the way.
     """
+    if is_rank() and int(os.environ["WORLD_SIZE"]) > 1:
+        raise PreflightError(
+            ExitCode.FLAGS, "--finetune: one process only; start it without torchrun"
+        )
     with StopFlag() as stop:
-        return train(FinetuneSetup(config, stop, resumes=True), FinetuneRun)
+        setup = FinetuneSetup(config, stop, resumes=True)
+        return train(setup, lambda setup: FinetuneRun(setup).run())
 
 
 class FinetuneRun(TrainingRun):

@@ -42,7 +42,7 @@ CHATS_NAME = "chats"  # the folder of the prepared chats, in the output folder
 EVALUATIONS_PER_EPOCH = 5
 
 
-def build_setup(given: RunConfig, stop: StopFlag, **choices: bool) -> RunSetup:
+def build_setup(given: RunConfig, stop: StopFlag, **choices: Any) -> RunSetup:
     """The parts of a run: of a fine-tuning where the flags name chats."""
     kind = FinetuneSetup if given.finetuning.finetune else RunSetup
     return kind(given, stop, **choices)
@@ -137,8 +137,7 @@ class FinetuneSetup(RunSetup):
         """As of any run; evaluated every fifth of an epoch where no flag says otherwise."""
         control = self.known_config.control
         if control.eval_every is None:
-            samples = training.batch_size * training.gradient_accumulation_steps
-            every = self.data.n_rows / samples / EVALUATIONS_PER_EPOCH
+            every = self.data.n_rows / self.samples_per_step / EVALUATIONS_PER_EPOCH
             control = dataclasses.replace(control, eval_every=max(1, math.ceil(every)))
         return self.build_plan_of(training, control)
 

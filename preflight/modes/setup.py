@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import math
 import os
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
+import torch
 from torch import Tensor
 
 from generate import build_empty_model, load_model
@@ -29,6 +29,7 @@ from preflight.core.signals import StopFlag
 from preflight.corpus.build import prepare_data
 from preflight.corpus.shards import DataFolder, Split
 from preflight.corpus.windows import choose_window, count_run_windows
+from preflight.device.ranks import Ranks, local_ranks
 from preflight.device.runtime import MIN_STEPS_TO_COMPILE, Runtime, build_runtime
 from preflight.device.token_store import DataPlace, measure_free_bytes
 from preflight.foresight.fits import check_memory
@@ -45,7 +46,13 @@ from preflight.modes.base_checkpoint import (
     open_base,
     refuse_other_ids,
 )
-from preflight.settings import ControlSettings, ModelConfig, RunConfig, TrainingSettings
+from preflight.settings import (
+    ControlSettings,
+    ModelConfig,
+    RunConfig,
+    SystemSettings,
+    TrainingSettings,
+)
 from preflight.tokenization import (
     Tokenizer,
     TokenizerChoice,
@@ -65,12 +72,23 @@ from preflight.training.resume import (
     resolve_model,
 )
 from preflight.training.saved_state import load_saved_state
+from preflight.training.sharing import (
+    choose_samples_per_step,
+    count_micro_steps,
+    read_samples_per_step,
+)
 from preflight.training.state import TrainState
-from train_utils import Loader, choose_data_place, iterate_windows, open_training_loader
+from train_utils import (
+    Loader,
+    Shares,
+    choose_data_place,
+    iterate_windows,
+    open_training_loader,
+    split_update,
+)
 from trainer import Trainer, build_trainer
 
 T = TypeVar("T")
-_BATCH = ("batch_size", "gradient_accumulation_steps")  # sequences of an update, multiplied
 
 
 class part(Generic[T]):
@@ -105,6 +123,7 @@ class RunSetup:
         resumes: the training state of that checkpoint is read. Otherwise the run is only
             foreseen, and where it stands is taken from the manifest.
         trains: training steps will run. Otherwise nothing is compiled.
+        ranks: the processes of the run; unset: one.
     """
 
     def __init__(
@@ -115,9 +134,11 @@ class RunSetup:
         continues: bool = True,
         resumes: bool = False,
         trains: bool = True,
+        ranks: Ranks | None = None,
     ) -> None:
         self.given, self.stop, self.trains = given, stop, trains
         self.continues, self.resumes = continues, resumes
+        self.ranks = ranks or local_ranks()
         self.output_dir = Path(given.control.output_dir)
 
     @property
@@ -143,7 +164,8 @@ class RunSetup:
             if "kind" in (facts := origin.config["tokenizer"]):  # format v1 has no files of it
                 check_tokenizer(origin, load_saved_tokenizer(origin.path, facts))
             training = dataclasses.replace(self.given.training, **settings)
-            self._saved = load_saved_state(origin, model, training)
+            samples = read_samples_per_step(origin)
+            self._saved = load_saved_state(origin, model, training, samples)
 
     @part
     def base(self) -> Checkpoint | None:
@@ -188,7 +210,22 @@ class RunSetup:
     @part
     def config(self) -> RunConfig:
         """`adopted`, with what unset training flags stand for."""
-        return dataclasses.replace(self.adopted, training=self.resolve_training(self.adopted))
+        training = self.resolve_training(self.adopted)
+        n_micro_steps = count_micro_steps(self.samples_per_step, training, self.ranks.world)
+        training = dataclasses.replace(training, gradient_accumulation_steps=n_micro_steps)
+        return dataclasses.replace(self.adopted, training=training)
+
+    @part
+    def samples_per_step(self) -> int:
+        """Samples of an update, over all ranks.
+
+        Raises:
+            PreflightError: code FLAGS, for more ranks than samples.
+        """
+        adopted, origin = self.known_adopted, None
+        with contextlib.suppress(PreflightError):
+            origin = self.origin if self.adopted else None
+        return choose_samples_per_step(adopted, origin, self.ranks.world)
 
     def resolve_training(self, config: RunConfig) -> TrainingSettings:
         """The training flags, with what unset ones stand for in this run."""
@@ -342,9 +379,7 @@ class RunSetup:
         if origin is None:
             return TrainState()
         if not self.resumes:
-            training = self.config.training
-            samples = training.batch_size * training.gradient_accumulation_steps
-            return TrainState(step=origin.step, cursor=origin.step * samples)
+            return TrainState(step=origin.step, cursor=origin.step * self.samples_per_step)
         return _restore_state(self, origin)
 
     @part
@@ -378,6 +413,7 @@ class RunSetup:
             self.state,
             stride_tokens=windows.stride_tokens,
             tokens_per_sample=windows.mean_tokens,
+            samples_per_step=self.samples_per_step,
         )
 
     def describe_machine(self) -> dict[str, Any]:
@@ -463,27 +499,31 @@ class RunSetup:
 
     def check_before_data(self) -> None:
         """Raise whatever can refuse the run before its data is made or replaced."""
-        origin, training = self.origin, self.config.training
+        origin = self.origin
         self.base  # noqa: B018
         self.least_model_config  # noqa: B018
         window = self.window_length
         if origin is not None:
             self.saved  # noqa: B018
-            before = origin.config.get("training") or {}
-            _check_tokens_per_step(
-                self,
-                window * math.prod(before.get(name, getattr(training, name)) for name in _BATCH),
-                window * math.prod(getattr(training, name) for name in _BATCH),
-            )
+            before = window * read_samples_per_step(origin)
+            _check_tokens_per_step(self, before, window * self.samples_per_step)
 
     @part
     def runtime(self) -> Runtime:
         """Device, precision and compilation for the steps to come."""
         if not self.trains:
-            return build_runtime(self.given.system)
+            return build_runtime(self._system)
         # The plan, and with it the data, is needed only to choose whether to compile.
         decided = self.given.system.compile_model is not None
-        return build_runtime(self.given.system, 1 if decided else max(1, self.n_steps_to_come))
+        return build_runtime(self._system, 1 if decided else max(1, self.n_steps_to_come))
+
+    @property
+    def _system(self) -> SystemSettings:
+        """The flags of the machine, with the card of this rank."""
+        system = self.given.system
+        if self.ranks.world > 1 and torch.cuda.is_available() and system.device != "cpu":
+            return dataclasses.replace(system, device=f"cuda:{self.ranks.local_rank}")
+        return system
 
     @part
     def data_place(self) -> DataPlace:
@@ -538,6 +578,7 @@ class RunSetup:
             self.runtime,
             gradient_checkpointing=self.config.system.gradient_checkpointing,
             weights=self.load_base_weights(),
+            ranks=self.ranks,
         )
         if self.origin is not None and self.resumes:
             shapes = {name: tuple(w.shape) for name, w in trainer.list_weights().items()}
@@ -553,8 +594,12 @@ class RunSetup:
         return load_base_weights(self.base)
 
     def open_loader(self, cursor: int = 0, batch_size: int | None = None) -> Loader:
-        """The training part, read from sample `cursor` on."""
+        """The training part, read from sample `cursor` on.
+
+        With a `batch_size` as one process reads it, else this rank's share.
+        """
         training = self.known_config.training
+        sizes = split_update(self.samples_per_step, training.gradient_accumulation_steps)
         return open_training_loader(
             self.data,
             dataclasses.replace(training, batch_size=batch_size or training.batch_size),
@@ -562,12 +607,13 @@ class RunSetup:
             self.runtime.device,
             on_device=self.data_place.on_device,
             cursor=cursor,
+            shares=None if batch_size else Shares(sizes, self.ranks),
         )
 
     def list_validation(
         self, n_windows: int, batch_size: int | None = None
     ) -> Iterator[tuple[Tensor, Targets]]:
-        """Evenly spaced windows of the validation part, the same every time."""
+        """Evenly spaced windows of the validation part, the same every time: this rank's."""
         return iterate_windows(
             self.data,
             "val",
@@ -575,6 +621,7 @@ class RunSetup:
             context_length=self.window_length,
             n_windows=n_windows,
             device=self.runtime.device,
+            ranks=self.ranks,
         )
 
 

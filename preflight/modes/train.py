@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,18 +14,20 @@ import torch
 from generate import SAMPLE_TOKENS, generate_text
 from preflight.checkpoints.store import find_best, list_checkpoints, remove_leftovers
 from preflight.core.commands import format_command
-from preflight.core.errors import ExitCode
+from preflight.core.errors import ExitCode, PreflightError
 from preflight.core.locks import FolderLock
 from preflight.core.log import log
 from preflight.core.signals import StopFlag
 from preflight.core.storage import check_writable, foreign_error, make_folder, refuse_other_kind
 from preflight.core.units import format_bytes, format_seconds
 from preflight.corpus.sources import find_sources
-from preflight.device.runtime import is_out_of_memory
+from preflight.device.ranks import Meeting, is_lost_rank, is_rank, plan_ranks
+from preflight.device.runtime import build_runtime, is_out_of_memory
 from preflight.foresight.fits import explain_out_of_memory
 from preflight.foresight.learnability import find_short_text
 from preflight.models.cost import count_parameters
 from preflight.modes.forecast import compare_with_forecast
+from preflight.modes.launch import count_ranks, end_with_launcher, is_prepared, launch_ranks
 from preflight.modes.run_plan import save_plan
 from preflight.modes.setup import RunSetup
 from preflight.modes.start import check_machine, check_start
@@ -41,8 +44,10 @@ from preflight.training.metrics import METRICS_NAME, read_metrics, refuse_foreig
 from preflight.training.plan import describe_windows
 from preflight.training.recording import StepRecorder
 from preflight.training.saving import CheckpointSaver
+from preflight.training.sharing import describe_sharing
 from preflight.training.state import Evaluation, convert_to_bits_per_byte
 from preflight.training.trackers import Trackers, load_trackers
+from trainer import refuse_unshared
 
 
 def run(config: RunConfig) -> int:
@@ -53,15 +58,62 @@ def run(config: RunConfig) -> int:
     """
     find_sources(config.data)  # a misspelt file is told before any folder is made
     with StopFlag() as stop:
-        return train(RunSetup(config, stop, resumes=True))
+        if is_rank():
+            return train_as_rank(config, stop)
+        n_ranks = count_ranks(config)
+        if n_ranks == 1:
+            return train(RunSetup(config, stop, resumes=True))
+        setup = RunSetup(config, stop, resumes=True, ranks=plan_ranks(n_ranks))
+        return train(setup, lambda setup: launch_ranks(setup.given, n_ranks))
 
 
-def train(setup: RunSetup, kind: type[TrainingRun] | None = None) -> int:
+def train_as_rank(config: RunConfig, stop: StopFlag) -> int:
+    """What one of several processes does that torch's launcher has started.
+
+    Unless the parent has prepared and locked everything, rank 0 does, while the others wait.
+    """
+    meeting = Meeting()
+    if is_prepared():
+        end_with_launcher()
+    elif meeting.rank == 0:
+        setup = RunSetup(config, stop, resumes=True, ranks=plan_ranks(meeting.world))
+
+        def begin(setup: RunSetup) -> int:
+            meeting.announce_prepared()
+            return _join_training(config, stop, meeting)
+
+        return train(setup, begin)
+    else:
+        meeting.wait_for_preparation(stop)
+    return _join_training(config, stop, meeting)
+
+
+def _join_training(config: RunConfig, stop: StopFlag, meeting: Meeting) -> int:
+    """Train together with the other ranks. What ends them all is told by one."""
+    if meeting.rank:
+        log.setLevel("ERROR")
+    ranks = meeting.join("cuda" if build_runtime(config.system).device.type == "cuda" else "cpu")
+    try:
+        code = TrainingRun(RunSetup(config, stop, resumes=True, ranks=ranks)).run()
+        ranks.barrier()
+    except PreflightError as error:
+        if meeting.is_first_to("tell an error"):
+            raise
+        raise PreflightError(error.code) from None
+    except RuntimeError as error:
+        if not is_lost_rank(error):
+            raise
+        raise PreflightError(ExitCode.WORKER_LOST) from error
+    ranks.close()
+    return code
+
+
+def train(setup: RunSetup, begin: Callable[[RunSetup], int] | None = None) -> int:
     """Lock the output folder, check whatever can be checked, and train.
 
     Args:
         setup: of the run.
-        kind: of run; unset: `TrainingRun`.
+        begin: trains; unset: a `TrainingRun`.
     """
     config, output_dir = setup.given, setup.output_dir
     check_machine(config.system)
@@ -76,9 +128,10 @@ def train(setup: RunSetup, kind: type[TrainingRun] | None = None) -> int:
         remove_leftovers(output_dir)
         check_start(setup)
         setup.check_before_data()
+        refuse_unshared(setup.config.training, build_runtime(config.system), setup.ranks)
         setup.data  # noqa: B018
         with setup.lock_data():
-            return (kind or TrainingRun)(setup).run()
+            return begin(setup) if begin else TrainingRun(setup).run()
 
 
 def refuse_foreign_output(output_dir: Path) -> None:
@@ -98,11 +151,14 @@ class TrainingRun:
     """One run from its first or its resumed step to its end."""
 
     def __init__(self, setup: RunSetup) -> None:
-        self.setup, self.stop, self.output_dir = setup, setup.stop, setup.output_dir
+        self.setup, self.ranks, self.output_dir = setup, setup.ranks, setup.output_dir
+        self.stop = self.ranks.share_signals(setup.stop)
         self.config, self.plan, self.state = setup.config, setup.plan, setup.state
         self.state.eval_windows = self.plan.eval_windows
         self.runtime = setup.runtime
-        self.trackers = Trackers(self.output_dir, self.config.control)
+        self.trackers = Trackers(
+            self.output_dir, self.config.control, is_first_rank=self.ranks.is_first
+        )
         setup.check_memory(self.runtime, self.plan.window_tokens)
         self.trainer = setup.build_trainer()
         guard = DivergenceGuard(self.output_dir, fp16=self.runtime.needs_scaler)
@@ -123,6 +179,7 @@ class TrainingRun:
             self.stop,
             setup.origin,
             self._take_snapshot,
+            self.ranks,
         )
         self.evaluator = Evaluator(
             self.plan,
@@ -138,13 +195,13 @@ class TrainingRun:
     def run(self) -> int:
         """Train to the end of the plan, or until a signal; the exit code."""
         announce(self.setup)
-        if self.state.step > self.plan.total_steps or self._is_finished():
+        if self.state.step > self.plan.total_steps or self.ranks.decide(self._is_finished):
             log.info(
                 f"this run is finished: {self.state.step:,} steps trained; "
                 f"to train longer: --max-steps {2 * self.state.step}"
             )
             return ExitCode.DONE
-        save_plan(self.setup)
+        self.ranks.decide(lambda: save_plan(self.setup))
         self.trackers.resume(self.state.step)
         self.curve = LossCurve(read_metrics(self.output_dir / METRICS_NAME))
         self.trackers.add(self.curve)
@@ -196,12 +253,14 @@ class TrainingRun:
     def _sample(self) -> str:
         sampling = SamplingConfig(max_new_tokens=SAMPLE_TOKENS, seed=self.config.training.seed)
         self.trainer.model.eval()
-        with self.runtime.autocast():
+        with self.runtime.autocast(), self.ranks.open_root(self.trainer.model):
             text = generate_text(self.trainer.model, self.setup.tokenizer, "", sampling)
         self.trainer.model.train()
         return text
 
     def _draw_curve(self) -> None:
+        if not self.ranks.is_first:
+            return
         model = self.setup.model_config
         title = (
             f"{model.label}, {count_parameters(model) / 1e6:,.1f}M parameters, "
@@ -220,6 +279,8 @@ class TrainingRun:
 
     def _conclude(self, seconds: float) -> int:
         step = self.state.step
+        if not self.ranks.is_first:
+            return self.stop.exit_code
         if self.stop.stopping:
             newest = self.saver.newest_path or "no checkpoint yet"
             log.info(f"stopped at step {step:,}; newest checkpoint: {newest}")
@@ -263,6 +324,7 @@ def describe_run(setup: RunSetup) -> dict[str, Any]:
             "val_tokens": data.val.n_tokens,
         },
         "runtime": setup.describe_machine(),
+        **describe_sharing(setup.samples_per_step, setup.ranks.world),
         **setup.describe_extra(),
     }
 

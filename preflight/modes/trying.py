@@ -198,6 +198,12 @@ def format_train_command(config: RunConfig, *flags: str, without: tuple[str, ...
     words = ["--train"]
     if config.finetuning.finetune:
         words = ["--finetune", *config.finetuning.finetune]
+    return format_command(*words, *list_run_flags(config, without), *flags)
+
+
+def list_run_flags(config: RunConfig, without: tuple[str, ...] = ()) -> list[str]:
+    """The run's flags of this call but those in `without`, as they are typed."""
+    words = []
     for option in build_options().values():
         if (
             config.sources.get(option.name) == "the command line"
@@ -205,4 +211,4 @@ def format_train_command(config: RunConfig, *flags: str, without: tuple[str, ...
             and option.name not in ("finetune", *without)
         ):
             words += option.spell(config.get(option))
-    return format_command(*words, *flags)
+    return words

@@ -78,6 +78,7 @@ def build_plan(
     *,
     stride_tokens: int | None = None,
     tokens_per_sample: float | None = None,
+    samples_per_step: int | None = None,
 ) -> TrainingPlan:
     """Choose what the flags leave unset: intervals and warm-up are shares of the run.
 
@@ -90,9 +91,10 @@ def build_plan(
         state: where a resumed run stands; the rest of its epochs is counted from there.
         stride_tokens: from one training window to the next; unset: they do not overlap.
         tokens_per_sample: their mean, where samples differ in length; unset: `window_tokens`.
+        samples_per_step: of all ranks; unset: those of one.
     """
     state = state or TrainState()
-    samples = training.batch_size * training.gradient_accumulation_steps
+    samples = samples_per_step or training.batch_size * training.gradient_accumulation_steps
     epochs = training.num_epochs or (math.inf if training.max_steps else 3.0)
     total = training.max_steps or sys.maxsize
     if math.isfinite(epochs):

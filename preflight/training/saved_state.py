@@ -103,7 +103,10 @@ class _TrainingState(Schema):
 
 
 def load_saved_state(
-    origin: Checkpoint, model: LanguageModel, training: TrainingSettings
+    origin: Checkpoint,
+    model: LanguageModel,
+    training: TrainingSettings,
+    samples_per_step: int | None = None,
 ) -> dict[str, Any]:
     """The training state of `origin`, which has passed every check, as have the weights.
 
@@ -111,6 +114,7 @@ def load_saved_state(
         origin: verified.
         model: of its architecture, on any device; with adapters where `origin` holds adapters.
         training: its settings.
+        samples_per_step: of its run; unset: those of one process with its settings.
 
     Raises:
         PreflightError: code CHECKPOINT.
@@ -123,7 +127,8 @@ def load_saved_state(
         content = _TrainingState.read(saved)
         if content.state.step != origin.step:
             raise ValueError(f"it is of step {content.state.step:,}, not of {origin.step:,}")
-        _check_cursor(content, training)
+        own = training.batch_size * training.gradient_accumulation_steps
+        _check_cursor(content, samples_per_step or own)
         _check_optimizer(content.trainer.optimizer, origin.step, model, training)
     except ValueError as error:
         raise damage_error(origin.path / STATE_NAME, str(error)) from None
@@ -142,13 +147,13 @@ def _check_kind(origin: Checkpoint, model: LanguageModel) -> None:
         )
 
 
-def _check_cursor(content: _TrainingState, training: TrainingSettings) -> None:
+def _check_cursor(content: _TrainingState, samples_per_step: int) -> None:
     """Raise ValueError for a cursor beyond the samples that the steps can have taken.
 
     That is known where every step had as many tokens as the last.
     """
     step, cursor, tokens = content.state.step, content.state.cursor, content.state.tokens
-    samples = step * training.batch_size * training.gradient_accumulation_steps
+    samples = step * samples_per_step
     if tokens == step * content.tokens_per_step and cursor > samples:
         raise ValueError(f"its cursor {cursor:,} is beyond the {samples:,} samples of its steps")
 

@@ -19,6 +19,7 @@ from preflight.checkpoints.store import retire_checkpoints
 from preflight.core.errors import ExitCode, PreflightError
 from preflight.core.log import log
 from preflight.core.signals import StopFlag
+from preflight.device.ranks import Ranks, local_ranks
 from preflight.settings import ControlSettings
 from preflight.training.plan import TrainingPlan
 from preflight.training.recording import StepRecorder
@@ -32,7 +33,8 @@ class CheckpointSaver:
     Args:
         output_dir: the run's folder; it must stay the one that is locked.
         origin: the checkpoint that the run continues from.
-        snapshot: what `save_checkpoint` stores besides the step, made when it is called.
+        snapshot: what `save_checkpoint` stores besides the step, made when all ranks call it.
+        ranks: the processes of the run, which save together; unset: one.
     """
 
     def __init__(
@@ -45,9 +47,11 @@ class CheckpointSaver:
         stop: StopFlag,
         origin: Checkpoint | None,
         snapshot: Callable[[], dict[str, Any]],
+        ranks: Ranks | None = None,
     ) -> None:
         self.output_dir, self.plan, self.control, self.state = output_dir, plan, control, state
         self.recorder, self.stop, self.origin, self.snapshot = recorder, stop, origin, snapshot
+        self.ranks = ranks or local_ranks()
         # A checkpoint of this run that was not evaluated yet still gets its validation loss.
         is_own = origin is not None and origin.path.parent == output_dir / MILESTONES_NAME
         self.saved = origin if is_own else None
@@ -74,7 +78,7 @@ class CheckpointSaver:
             or self.stop.save_requested
             or self.state.step == self._extension_step
         )
-        if due and self.state.step < self.plan.total_steps:
+        if self.ranks.any(due) and self.state.step < self.plan.total_steps:
             self.save()
 
     def save(self) -> None:
@@ -86,21 +90,27 @@ class CheckpointSaver:
         self.recorder.flush()
         if self._saved_step == self.state.step or self.recorder.guard.skipped_in_a_row:
             return
-        self._check_place()
         began = time.monotonic()
         with self.recorder.paused("save", self.plan.checkpoint_every):
             self.stop.save_requested = False
-            self.saved = save_checkpoint(self.output_dir, self.state.step, **self.snapshot())
-            self.retire()
+            snapshot = self.snapshot()
+            self.saved = self.ranks.decide(lambda: self._publish(snapshot))
         self._saved_step, self._last_save = self.state.step, time.monotonic()
         log.debug(f"step {self.state.step:,}: saved in {self._last_save - began:.2f} s")
+
+    def _publish(self, snapshot: dict[str, Any]) -> Checkpoint:
+        """Write the checkpoint, and then delete what it makes superfluous."""
+        self._check_place()
+        self.saved = save_checkpoint(self.output_dir, self.state.step, **snapshot)
+        self.retire()
+        return self.saved
 
     def retire(self) -> None:
         """Delete the checkpoints that are neither among the newest nor the best.
 
         The one that the run can be made longer from stays as well.
         """
-        if self.saved is not None:
+        if self.saved is not None and self.ranks.is_first:
             keep = self.control.max_checkpoints
             start = self.output_dir / MILESTONES_NAME / f"checkpoint-{self._extension_step}"
             retire_checkpoints(self.output_dir, keep, protect=(self.saved.path, start))
@@ -109,12 +119,14 @@ class CheckpointSaver:
         """Give the checkpoint of this step, if there is one, its validation loss."""
         if self.saved is None or self._saved_step != self.state.step:
             return
-        if not os.path.lexists(self.saved.path):
-            log.warning(f"{self.saved.path.name} was deleted by someone else: it is saved again")
+        saved = self.saved
+        if self.ranks.decide(lambda: not os.path.lexists(saved.path)):
+            log.warning(f"{saved.path.name} was deleted by someone else: it is saved again")
             self._saved_step = -1
             self.save()
         if self._saved_step == self.state.step:
-            self.saved = record_validation(self.saved, loss)
+            saved = self.saved
+            self.saved = self.ranks.decide(lambda: record_validation(saved, loss))
 
     def _check_place(self) -> None:
         """Never follow what has been put in the place of the folder that is locked."""

@@ -32,10 +32,13 @@ def load_trackers(control: ControlSettings) -> list[Callable[[Path], Tracker]]:
 
 
 class Trackers:
-    """The trackers of a run, as one."""
+    """The trackers of a run, as one; of several ranks the first alone has any."""
 
-    def __init__(self, output_dir: Path, control: ControlSettings) -> None:
-        self._all = [build(output_dir) for build in load_trackers(control)]
+    def __init__(
+        self, output_dir: Path, control: ControlSettings, *, is_first_rank: bool = True
+    ) -> None:
+        kinds = load_trackers(control) if is_first_rank else []
+        self._all = [build(output_dir) for build in kinds]
 
     def add(self, tracker: Tracker) -> None:
         """One more, for this run."""

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import functools
+import math
 import multiprocessing
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +15,12 @@ import torch
 import torch.distributed as dist
 
 from preflight.device.runtime import Runtime
-from preflight.foresight.absent_ranks import Sharing, SharingRanks
+from preflight.foresight.absent_ranks import ONE_RANK, Sharing, SharingRanks
 from preflight.foresight.allocation_log import RANK_ITEMS, AllocationLog
+from preflight.foresight.memory import MemoryOptions, estimate_memory
 from preflight.foresight.memory_trace import Peaks, TraceCase, run_phases, trace_peaks, trace_whole
+from preflight.models.building import build_on_meta
+from preflight.models.cost import count_parameters
 from preflight.settings import ControlSettings, ModelConfig, TrainingSettings
 from preflight.training.plan import build_plan
 from trainer import build_trainer
@@ -107,7 +111,9 @@ MEASURED: dict[str, Callable[..., TraceCase]] = {
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("sharing", [Sharing(2), Sharing(4), Sharing(4, 2)], ids=["2", "4", "2 x 2"])
+@pytest.mark.parametrize(
+    "sharing", [Sharing(2), Sharing(4), Sharing(4, 2)], ids=["2", "4", "2 x 2"]
+)
 @pytest.mark.parametrize("name", MEASURED)
 def test_the_predicted_peak_is_that_of_real_ranks(
     name: str, sharing: Sharing, tmp_path: Path
@@ -116,3 +122,64 @@ def test_the_predicted_peak_is_that_of_real_ranks(
     measured = [total(peaks) for peaks in measure(case, tmp_path)]
     print(f"{name}, {sharing}: {total(trace_whole(case)):,.0f} measured {measured}")
     assert total(trace_whole(case)) == pytest.approx(max(measured), rel=0.01)
+
+
+# ---- ranks that do not exist --------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("sharing", [Sharing(7), Sharing(64), Sharing(14, 2)], ids=str)
+def test_weights_and_optimizer_are_shared_evenly(sharing: Sharing) -> None:
+    items = trace_whole(build_case(sharing))["optimizer step", "all"]
+    # Each tensor is shared by its rows: a rank has a row more than another at most.
+    per_host = sharing.ranks_per_host
+    rows = [p.shape for p in build_on_meta(SHAPE).parameters()]
+    expected = sum(4 * -(-shape[0] // per_host) * math.prod(shape[1:]) for shape in rows)
+    assert items["weights"] == expected
+    n_steps = 4 * len(rows)  # of each tensor, AdamW counts the steps in a number of its own
+    assert items["optimizer"] == 2 * expected + n_steps
+
+
+def test_one_rank_is_one_process() -> None:
+    case = build_case(ONE_RANK)
+    peaks = trace_whole(case)
+    assert not dist.is_initialized()
+    assert all(items[name] == 0 for items in peaks.values() for name in RANK_ITEMS)
+    assert case == replace(case, sharing=Sharing(1, 1))
+
+
+def test_ranks_leave_no_process_group_behind() -> None:
+    resize = torch.UntypedStorage.resize_
+    trace_whole(build_case(Sharing(2)))
+    assert not dist.is_initialized()
+    assert torch.UntypedStorage.resize_ is resize
+
+
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_depth_is_extended_exactly_among_ranks(accumulation: int) -> None:
+    deep = replace(SHAPE, vocab_size=500, n_layers=7)
+    case = build_case(Sharing(4, 2), deep, accumulation=accumulation)
+    extended, whole = trace_peaks(case), trace_whole(case)
+    assert extended.keys() == whole.keys()
+    for region, items in whole.items():
+        if region != ("building", "sharding"):  # of the first block, or of what is in none
+            assert sum(extended[region].values()) == pytest.approx(sum(items.values())), region
+
+
+def test_more_ranks_need_less_and_gathered_weights_more() -> None:
+    few, many, kept = (
+        total(trace_whole(build_case(sharing)))
+        for sharing in (Sharing(2), Sharing(8), Sharing(2, keeps_gathered=True))
+    )
+    assert many < few < kept
+
+
+def test_a_rank_that_holds_the_whole_model_at_first_is_said_to() -> None:
+    options = MemoryOptions(FP32, "cuda", sharing=Sharing(8))
+    estimate = estimate_memory(SHAPE, TrainingSettings(batch_size=1), options)
+    alone = estimate_memory(
+        SHAPE, TrainingSettings(batch_size=1), replace(options, sharing=ONE_RANK)
+    )
+    assert estimate.phases["building"] >= 4 * count_parameters(SHAPE)
+    assert sum(estimate.items.values()) == estimate.needed_bytes
+    assert "building" not in alone.phases
+    assert not {*RANK_ITEMS} & {*alone.items}

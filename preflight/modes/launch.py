@@ -1,0 +1,127 @@
+"""Several processes for one run on this machine, started by torch's own launcher.
+
+The parent has prepared the data and holds the locks. A rank that is lost takes the others with it:
+then all are started again, and continue from the last checkpoint.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+import tempfile
+import threading
+import time
+from pathlib import Path
+
+import torch
+from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalException
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+from preflight.checkpoints.store import list_checkpoints
+from preflight.core.errors import ExitCode, PreflightError
+from preflight.core.log import log
+from preflight.device.ranks import is_rank
+from preflight.modes.trying import list_run_flags
+from preflight.settings import RunConfig
+
+# Set for the ranks of a parent that has prepared the data and holds the locks; its process id.
+_PARENT_VARIABLE = "PREFLIGHT_PARENT"
+# What a rank may need to save after a signal, before it is killed.
+SHUTDOWN_SECONDS = 120
+_LOOK_SECONDS = 0.5
+_PROGRAM = Path(__file__).resolve().parents[2] / "main.py"
+
+
+def count_ranks(config: RunConfig) -> int:
+    """The processes of a run on this machine: `--ranks`, or one for each card."""
+    if config.processes.ranks is not None:
+        return config.processes.ranks
+    may_use_all = config.system.device in ("auto", "cuda") and torch.cuda.is_available()
+    return max(1, torch.cuda.device_count()) if may_use_all else 1
+
+
+def is_prepared() -> bool:
+    """Whether the parent of this rank has prepared its data and holds its locks."""
+    return is_rank() and _PARENT_VARIABLE in os.environ
+
+
+def launch_ranks(config: RunConfig, n_ranks: int) -> int:
+    """Train on `n_ranks` processes to the end, and return the exit code.
+
+    Raises:
+        PreflightError: code WORKER_LOST, when ranks were lost twice without a step in between.
+    """
+    output_dir = Path(config.control.output_dir)
+    reached = _find_step(output_dir)
+    while True:
+        code = _run_once(config, n_ranks)
+        if code != ExitCode.WORKER_LOST:
+            return code
+        before, reached = reached, _find_step(output_dir)
+        if reached == before:
+            raise PreflightError(
+                ExitCode.WORKER_LOST,
+                f"a rank was lost, and no checkpoint was made since step {before:,}",
+                "checkpoints are kept; run the same command to continue",
+                "to lose less: a smaller --checkpoint-minutes",
+            )
+        log.warning(f"a rank was lost; continuing from step {reached:,} on {n_ranks} ranks")
+
+
+def _find_step(output_dir: Path) -> int:
+    found = list_checkpoints(output_dir)
+    return found[0].step if found else 0
+
+
+def _run_once(config: RunConfig, n_ranks: int) -> int:
+    """Start the ranks and wait for their end: the exit code of the run."""
+    with tempfile.TemporaryDirectory(prefix="preflight-ranks-") as folder:
+        return _launch(config, n_ranks, folder)
+
+
+def _launch(config: RunConfig, n_ranks: int, folder: str) -> int:
+    launch = LaunchConfig(
+        min_nodes=1,
+        max_nodes=1,
+        nproc_per_node=n_ranks,
+        run_id=f"preflight-{os.getpid()}-{time.monotonic_ns()}",
+        rdzv_backend="c10d",
+        rdzv_endpoint="localhost:0",
+        local_addr="localhost",
+        logs_specs=DefaultLogsSpecs(log_dir=folder),
+        max_restarts=0,  # a new start has a new store: torch's own restart reuses the old one
+        shutdown_timeout=SHUTDOWN_SECONDS,
+    )
+    # Of ranks that end it tells much; what matters is told here and by them.
+    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
+    os.environ[_PARENT_VARIABLE] = str(os.getpid())
+    try:
+        elastic_launch(launch, sys.executable)(str(_PROGRAM), "--train", *list_run_flags(config))
+    except ChildFailedError as error:
+        codes = [failure.exitcode for failure in error.failures.values()]
+        final = [code for code in codes if _is_final(code)]
+        return final[0] if final else ExitCode.WORKER_LOST
+    except SignalException as error:
+        return ExitCode.SIGINT if error.sigval.name == "SIGINT" else ExitCode.SIGTERM
+    finally:
+        del os.environ[_PARENT_VARIABLE]
+    return ExitCode.DONE
+
+
+def _is_final(code: int) -> bool:
+    """Whether a rank's exit code says what the run's end is; one that was killed says nothing."""
+    return code > 0 and code not in (ExitCode.WORKER_LOST, ExitCode.INTERNAL)
+
+
+def end_with_launcher() -> None:
+    """End this rank as soon as its parent has ended, even by SIGKILL."""
+    parent = os.getppid()
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(_LOOK_SECONDS)
+        os._exit(int(ExitCode.WORKER_LOST))  # the main thread may be in a call that never returns
+
+    threading.Thread(target=watch, name="end-with-launcher", daemon=True).start()
