@@ -154,6 +154,16 @@ def test_one_rank_takes_as_long_as_one_card() -> None:
         assert step.link_seconds == step.network_seconds == 0
 
 
+def test_ranks_of_a_host_share_the_update() -> None:
+    training = TrainingSettings(batch_size=8)
+    choices = {"card": H100, "network": describe_network(400), "dtype": torch.bfloat16}
+    one, sixteen = (
+        estimate_rank_step(XL, training, sharing, **choices)
+        for sharing in (Sharing(), Sharing(16, 2))
+    )
+    assert sixteen.update == pytest.approx(one.update / 8)
+
+
 def test_the_bytes_are_those_of_the_papers() -> None:
     # FSDP moves 3 times the weights (W - 1) / W (Rajbhandari et al. 2020, section 7.2), here in
     # fp32; the block's second gather is spared of what is in no block.
