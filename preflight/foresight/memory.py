@@ -13,6 +13,8 @@ from dataclasses import dataclass, replace
 import torch
 
 from preflight.device.runtime import Runtime
+from preflight.foresight.absent_ranks import ONE_RANK, Sharing
+from preflight.foresight.allocation_log import RANK_ITEMS
 from preflight.foresight.memory_trace import Peaks, TraceCase, extend_peaks, trace_peaks
 from preflight.models import loss as losses
 from preflight.models.building import build_on_meta
@@ -32,9 +34,13 @@ CUBLAS_WORKSPACE_BYTES = 2 * 8_519_680
 CUBLAS_WORKSPACE_BYTES_HOPPER = 2 * 32 * MIB
 # Reserved beyond allocated: free pieces of blocks that are too small to use. Not yet measured.
 CUDA_FRAGMENTATION = 0.05
+# What NCCL keeps for the channels of its rings. A guess; several GPUs were never measured.
+NCCL_BYTES = 400 * MIB
 # Relative error of the peak, by (on CUDA, compiled). Tested on the CPU in tests/foresight; on CUDA
 # it is a goal that is not measured yet.
 _ERROR_SHARES = {(False, False): 0.01, (False, True): 0.05, (True, False): 0.03, (True, True): 0.1}
+# Of one of several ranks on CUDA: its streams hold buffers that the trace does not know.
+_RANK_ERROR_SHARE = 0.1
 # Resident beside the allocated tensors: interpreter, libraries, and freed memory that malloc keeps.
 # 400 to 490 MiB were measured on the CPU (benchmarks/RESULTS.md); the value for CUDA is a guess.
 HOST_BASE_BYTES = {"cpu": 450 * MIB, "cuda": 2500 * MIB}
@@ -55,6 +61,8 @@ class MemoryOptions:
         target_share: of the tokens of the largest micro-batch, those that are learned.
         hopper_or_newer: decides the size of the cuBLAS workspace. Unset: asks the card that is
             present, and assumes an older one where there is none.
+        sharing: the ranks that share the model. The estimate is that of the first, which holds
+            most. A compiled step of several is taken for an eager one.
     """
 
     dtype: torch.dtype
@@ -66,6 +74,7 @@ class MemoryOptions:
     data_bytes: int = 0
     hopper_or_newer: bool | None = None
     target_share: float = 1.0
+    sharing: Sharing = ONE_RANK
 
     @classmethod
     def of(
@@ -106,7 +115,8 @@ class MemoryEstimate:
         items: what the memory holds at the peak, by `memory_trace.ITEMS`, and the training data
             where it is kept there. The 16-bit copies of
             the weights that autocast makes count as activations kept.
-        phases: the peak of allocated memory in each of `PHASES`.
+        phases: the peak of allocated memory in each of `PHASES`; of several ranks also in
+            ``building``, when each has the whole model for a moment.
         peak_bytes: the highest of these peaks; on CUDA it compares with
             ``torch.cuda.max_memory_allocated``.
         reserved_bytes: what the caching allocator holds then; on CUDA it compares with
@@ -159,20 +169,23 @@ def _build_case(
         options.generation_batch_size,
         options.window_tokens or model_config.context_length,
         options.target_share,
+        options.sharing,
     )
 
 
 def _summarise(peaks: Peaks, case: TraceCase, options: MemoryOptions) -> MemoryEstimate:
     totals = {region: sum(items.values()) for region, items in peaks.items()}
+    if options.sharing.world == 1:  # a model alone needs less than a step with it
+        totals = {region: total for region, total in totals.items() if region[0] != "building"}
     top = max(totals, key=lambda region: totals[region])
     weights, optimizer = peaks[top]["weights"], peaks[top]["optimizer"]
-    on_cuda = case.device_type == "cuda"
+    on_cuda, several = case.device_type == "cuda", options.sharing.world > 1
     workspace, data = options.workspace_bytes, options.data_bytes
     phases = {
         phase: round(max(total for (name, _), total in totals.items() if name == phase))
         + workspace
         + data
-        for phase in PHASES[:-1]
+        for phase in ("building",) * several + PHASES[:-1]
     }
     # Resuming holds the weights twice on the CPU, as read and in the model; on CUDA they are read
     # into the host's memory. The optimizer adopts the tensors of its state as they were read. The
@@ -181,8 +194,10 @@ def _summarise(peaks: Peaks, case: TraceCase, options: MemoryOptions) -> MemoryE
     peak = max(phases.values())
     # One tensor that lasts as long as the run is not fragmented.
     reserved = round(peak + (peak - data) * CUDA_FRAGMENTATION) if on_cuda else peak
-    context = CUDA_CONTEXT_BYTES if on_cuda else 0
-    items = {item: round(size) for item, size in peaks[top].items()}
+    context = CUDA_CONTEXT_BYTES + NCCL_BYTES * several if on_cuda else 0
+    items = {
+        item: round(size) for item, size in peaks[top].items() if several or item not in RANK_ITEMS
+    }
     if data:
         items["training data"] = data
     items["context and workspace"] = context + workspace
@@ -196,7 +211,11 @@ def _summarise(peaks: Peaks, case: TraceCase, options: MemoryOptions) -> MemoryE
         needed_bytes=reserved + context,
         host_bytes=host + (round(weights + optimizer) if on_cuda else peak),
         disk_bytes=estimate_checkpoint_bytes(case.model_config, case.training),
-        error_share=_ERROR_SHARES[on_cuda, case.compile_model],
+        error_share=(
+            _RANK_ERROR_SHARE
+            if on_cuda and several
+            else _ERROR_SHARES[on_cuda, case.compile_model and not several]
+        ),
         device_type="cuda" if on_cuda else "cpu",
     )
 

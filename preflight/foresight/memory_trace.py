@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import weakref
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
@@ -19,12 +18,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from generate import PREFILL_TOKENS
 from preflight.decoding.choosing import choose_tokens
 from preflight.device.runtime import Runtime
+from preflight.foresight.absent_ranks import ONE_RANK, AbsentRanks, Sharing, pretend_ranks
+from preflight.foresight.allocation_log import CUDA_BLOCK_BYTES, ITEMS, AllocationLog, Peaks
 from preflight.foresight.memory_compiled import capture_graphs, trace_compiled_step
 from preflight.models import loss as losses
 from preflight.models import loss_fused
@@ -35,146 +35,12 @@ from preflight.models.loss import TargetRows, Targets
 from preflight.settings import ControlSettings, ModelConfig, SamplingConfig, TrainingSettings
 from preflight.training import muon
 from preflight.training.plan import build_plan
-from trainer import build_trainer
+from trainer import Trainer, build_trainer
 from transformer_model import Attention
 
-ITEMS = (
-    "weights",
-    "gradients",
-    "optimizer",
-    "activations kept",
-    "logits and loss",
-    "temporary",
-    "context and workspace",
-    "headroom",
-)
 # Deeper models are traced at these depths. Three: a first, a last, and one of those between.
 DEPTHS = (3, 4)
 _LOSS_CHUNKS = 4  # that are traced: a first, two after another one, and a last, perhaps shorter
-CUDA_BLOCK_BYTES = 512  # every CUDA allocation is a multiple of it
-
-Region = tuple[str, str]  # phase, stretch of it
-Peaks = dict[Region, dict[str, float]]  # bytes of each item at a stretch's highest moment
-
-
-@dataclass(eq=False)
-class _Storage:
-    """One allocation; times are counts of operations, `freed` the last one that it lives through.
-
-    `ref` is kept because a weak reference that is dropped never calls back.
-    """
-
-    size_bytes: int
-    allocated: int
-    freed: int | None = None
-    item: str = "temporary"
-    ref: Any = None
-
-
-class AllocationLog(TorchDispatchMode):
-    """Notes when each storage is allocated and freed; time is the count of operations.
-
-    Every operation below autograd comes through `__torch_dispatch__`, those of the backward pass
-    and of the optimizer too. What an operation returns is either a new storage or a view of a
-    known one, which the storage's identity tells apart.
-    """
-
-    def __init__(self, device_type: str) -> None:
-        super().__init__()
-        self.on_cuda = device_type == "cuda"
-        self.clock = 0
-        self.in_backward = False
-        self.storages: list[_Storage] = []
-        self.marks: list[tuple[int, Region]] = []
-        self._living: dict[int, _Storage] = {}  # by the id of torch's storage object
-
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        self.clock += 1
-        if func is torch.ops.aten._local_scalar_dense.default:
-            return 1  # `.item()`: fake tensors hold no number; "true", so that the step goes on
-        if self.on_cuda and "flash_attention" in func.__name__ and "backward" in func.__name__:
-            # FlashAttention-2 sums the query's gradient in fp32, and keeps a number a row.
-            query = args[1]
-            self._add(4 * query.numel() + 4 * query[..., 0].numel()).freed = self.clock
-        result = func(*args, **(kwargs or {}))
-        for leaf in tree_leaves(result):
-            if isinstance(leaf, Tensor):
-                record = self.find(leaf)
-                # Autograd adds up real gradients in place, but not those of tensor subclasses
-                # (torch/csrc/autograd/input_buffer.cpp): the sum takes over what a term had. So
-                # the sum counts from the next operation on, when that term is free again.
-                if (
-                    self.in_backward
-                    and func is torch.ops.aten.add.Tensor
-                    and not torch.is_grad_enabled()
-                ):
-                    record.allocated = self.clock + 1
-        return result
-
-    def find(self, tensor: Tensor) -> _Storage:
-        """The record of a tensor's storage, made when it is new."""
-        storage = tensor.untyped_storage()
-        key = id(storage)
-        if key not in self._living:
-            self._living[key] = record = self._add(storage.nbytes())
-            record.ref = weakref.ref(storage, lambda _: self._free(key))
-        return self._living[key]
-
-    def _add(self, size_bytes: int) -> _Storage:
-        if self.on_cuda:
-            size_bytes = -(-size_bytes // CUDA_BLOCK_BYTES) * CUDA_BLOCK_BYTES
-        self.storages.append(_Storage(size_bytes, self.clock))
-        return self.storages[-1]
-
-    def _free(self, key: int) -> None:
-        self._living.pop(key).freed = self.clock
-
-    def mark(self, phase: str, stretch: str) -> None:
-        """From the next operation on, time belongs to this stretch."""
-        self.marks.append((self.clock + 1, (phase, stretch)))
-
-    def label(self, tensors: list[Tensor], item: str) -> None:
-        """Say what some tensors are for."""
-        for tensor in tensors:
-            self.find(tensor).item = item
-
-    def label_since(self, since: int, item: str) -> None:
-        """Say what all living storages allocated after `since` and without a label are for."""
-        for record in self._living.values():
-            if record.allocated > since and record.item == "temporary":
-                record.item = item
-
-    def peaks(self) -> Peaks:
-        """The highest moment of each stretch; of stretches that repeat, the highest one."""
-        # What each operation adds and frees; the running total is the memory at that operation.
-        change = [0] * (self.clock + 2)
-        for record in self.storages:
-            change[record.allocated] += record.size_bytes
-            if record.freed is not None:
-                change[record.freed + 1] -= record.size_bytes
-        best: dict[Region, tuple[int, int]] = {}  # total and time
-        marks = iter([*self.marks, (self.clock + 2, ("", ""))])
-        start, region = 0, ("", "")
-        following, upcoming = next(marks)
-        total = 0
-        for time in range(self.clock + 1):
-            # Several marks may stand at one operation: the last of them names the stretch.
-            while time >= following:
-                start, region = following, upcoming
-                following, upcoming = next(marks)
-            total += change[time]
-            if time >= start and region[0]:
-                best[region] = max(best.get(region, (-1, 0)), (total, time))
-        return {region: self._itemise(time) for region, (_, time) in best.items()}
-
-    def _itemise(self, time: int) -> dict[str, float]:
-        items = dict.fromkeys(ITEMS, 0.0)
-        for record in self.storages:
-            if record.allocated <= time and (record.freed is None or record.freed >= time):
-                items[record.item] += record.size_bytes
-        return items
 
 
 class _CudaDropout(nn.Module):
@@ -207,6 +73,7 @@ def _pretend(device_type: str) -> Iterator[AllocationLog]:
         torch.random.fork_rng(devices=[]),
         FakeTensorMode(),
         log,
+        log.follow_resizes(),
     ):
         yield log
 
@@ -260,6 +127,7 @@ class TraceCase:
     generation_batch_size: int
     window_tokens: int
     target_share: float = 1.0
+    sharing: Sharing = ONE_RANK
 
     @property
     def batch_shape(self) -> tuple[int, int]:
@@ -317,36 +185,54 @@ def trace_whole(case: TraceCase) -> Peaks:
     training = replace(training, gradient_accumulation_steps=n_traced)
     runtime = Runtime(torch.device("cpu"), case.dtype, False, ())
     plan = build_plan(training, ControlSettings(), case.window_tokens, 1, 1)
-    with _pretend(case.device_type) as log:
+    # The ranks come first: they know each other by real numbers, not by fake tensors.
+    with pretend_ranks(case.sharing) as ranks, _pretend(case.device_type) as log:
+        log.mark("building", "model")
+        if isinstance(ranks, AbsentRanks):
+            ranks.before_shard = lambda: log.mark("building", "sharding")
         trainer = build_trainer(
-            config, training, plan, runtime, gradient_checkpointing=case.gradient_checkpointing
+            *(config, training, plan, runtime),
+            gradient_checkpointing=case.gradient_checkpointing,
+            ranks=ranks,
         )
-        model, optimizer = trainer.model, trainer.optimizer
-        assert isinstance(model, TokenModel)
-        if case.device_type != "cpu":
-            _use_cuda_dropout(model)
-        log.label(list(model.parameters()), "weights")
-        # The optimizer's state is there from the second step on; a tiny first one makes it.
-        trainer.train_step(0, [case.build_batch(1, 1)])
-        states = [tree_leaves(state) for state in optimizer.state.values()]
-        log.label([x for state in states for x in state if isinstance(x, Tensor)], "optimizer")
-        _StepWatcher(log, model).watch(optimizer)
-        batches = (case.build_batch(*case.batch_shape) for _ in range(n_traced))
-        log.mark("training step", "start")
-        trainer.train_step(1, batches)
-        log.mark("evaluation", "all")
-        trainer.evaluate((case.build_batch(*case.batch_shape) for _ in range(2)), 1.0)
-        log.mark("generation", "all")
-        with runtime.autocast():
-            generate_longest(model, case)
         log.mark("", "")
+        if case.device_type != "cpu":
+            assert isinstance(trainer.model, TokenModel)
+            _use_cuda_dropout(trainer.model)
+        run_phases(log, trainer, case, n_traced)
     peaks = log.peaks()
     # An update holds the batches of all its micro-steps from its start to its end.
     untraced = case.training.gradient_accumulation_steps - n_traced
     for (phase, _), items in peaks.items():
         if phase in ("training step", "optimizer step"):
             items["temporary"] += untraced * case.batch_bytes
-    return _replace_step(peaks, case) if case.compile_model else peaks
+    # Of a step that is compiled among ranks nothing is known but that the eager one holds more.
+    is_alone = case.sharing.world == 1
+    return _replace_step(peaks, case) if case.compile_model and is_alone else peaks
+
+
+def run_phases(log: AllocationLog, trainer: Trainer, case: TraceCase, n_micro_steps: int) -> None:
+    """What a run does after its first step: another one, an evaluation, the generation of text.
+
+    On fake tensors this is the trace; on real ones, what a trace is compared with.
+    """
+    model, optimizer = trainer.model, trainer.optimizer
+    assert isinstance(model, TokenModel)
+    log.label(list(model.parameters()), "weights")
+    # The optimizer's state is there from the second step on; a tiny first one makes it.
+    trainer.train_step(0, [case.build_batch(1, 1)])
+    states = [tree_leaves(state) for state in optimizer.state.values()]
+    log.label([x for state in states for x in state if isinstance(x, Tensor)], "optimizer")
+    _StepWatcher(log, model).watch(optimizer)
+    batches = (case.build_batch(*case.batch_shape) for _ in range(n_micro_steps))
+    log.mark("training step", "start")
+    trainer.train_step(1, batches)
+    log.mark("evaluation", "all")
+    trainer.evaluate((case.build_batch(*case.batch_shape) for _ in range(2)), 1.0)
+    log.mark("generation", "all")
+    with trainer.runtime.autocast():
+        generate_longest(model, case)
+    log.mark("", "")
 
 
 def _replace_step(peaks: Peaks, case: TraceCase) -> Peaks:
@@ -398,7 +284,7 @@ class _StepWatcher:
     def __init__(self, log: AllocationLog, model: TokenModel) -> None:
         self.log, self.model = log, model
         self._in_forward = False  # of training; not of an evaluation, nor of a recomputation
-        self._forward_began = self._loss_began = 0
+        self._forward_began = self._loss_began = self._n_begun = 0
         n_layers = len(model.layers)
         # Of the blocks between the first and the last, the highest stands for all.
         names = {0: "first block", n_layers - 1: "last block"}
@@ -417,24 +303,30 @@ class _StepWatcher:
     def _mark_when_backward_leaves(self, tensor: Tensor, entered: str) -> None:
         if not tensor.requires_grad:  # frozen: the backward pass does not go on from here
             return
-        tensor.register_hook(lambda _: self.log.mark("training step", f"backward {entered}"))
+        tensor.register_hook(lambda _: self._mark(f"backward {entered}"))
+
+    def _mark(self, stretch: str) -> None:
+        # The gradients grow over the first micro-step, and are reduced over the last one: in each
+        # of them a stretch grows with the layers along a line, in both together it does not.
+        self.log.mark("training step", f"{stretch}, again" if self._n_begun > 1 else stretch)
 
     def _before_model(self, *_: Any) -> None:
         self._in_forward = torch.is_grad_enabled()
         self.log.in_backward = False
         if self._in_forward:
             self._forward_began = self.log.clock
-            self.log.mark("training step", "embedding")
+            self._n_begun += 1
+            self._mark("embedding")
 
     def _before_block(self, index: int, _: Any, inputs: tuple[Any, ...]) -> None:
         if self._in_forward:
-            self.log.mark("training step", self._names[index])
+            self._mark(self._names[index])
             before = self._names[index - 1] if index else "embedding"
             self._mark_when_backward_leaves(inputs[0], before)
 
     def _before_norm(self, _: Any, inputs: tuple[Tensor]) -> None:
         if self._in_forward:
-            self.log.mark("training step", "loss")
+            self._mark("loss")
             self._mark_when_backward_leaves(inputs[0], self._names[-1])
 
     def _after_norm(self, *_: Any) -> None:
@@ -446,7 +338,7 @@ class _StepWatcher:
             # The later ones first: a label, once given, stays.
             self.log.label_since(self._loss_began, "logits and loss")
             self.log.label_since(self._forward_began, "activations kept")
-            self.log.mark("training step", "backward loss")
+            self._mark("backward loss")
 
     def _before_update(self, *_: Any) -> None:
         self.log.in_backward = False

@@ -9,6 +9,7 @@ import torch
 from preflight.device.cards import Card, find_card, match_device
 from preflight.device.host_memory import reachable_host_bytes
 from preflight.device.runtime import MIN_STEPS_TO_COMPILE, Runtime
+from preflight.foresight.absent_ranks import ONE_RANK, Sharing
 from preflight.foresight.memory import CUDA_CONTEXT_BYTES, MemoryOptions
 from preflight.settings import CheckSettings, SystemSettings
 
@@ -42,6 +43,7 @@ class Target:
         window_tokens: int | None = None,
         data_bytes: int = 0,
         target_share: float = 1.0,
+        sharing: Sharing = ONE_RANK,
     ) -> MemoryOptions:
         """What `estimate_memory` needs to know of it."""
         hopper = None
@@ -56,6 +58,7 @@ class Target:
             data_bytes=data_bytes,
             hopper_or_newer=hopper,
             target_share=target_share,
+            sharing=sharing,
         )
 
 

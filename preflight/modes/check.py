@@ -21,6 +21,7 @@ from preflight.core.storage import check_writable, foreign_error, refuse_other_k
 from preflight.core.units import format_bytes
 from preflight.corpus.chats.data import ChatData
 from preflight.corpus.chats.preview import pick_examples
+from preflight.device.ranks import plan_ranks
 from preflight.device.runtime import MIN_STEPS_TO_COMPILE, is_out_of_memory
 from preflight.foresight.chat_warnings import find_chat_warnings
 from preflight.foresight.fits import find_bf16_fault, judge_fit
@@ -42,6 +43,7 @@ from preflight.foresight.target import describe_absent, describe_present, is_abs
 from preflight.modes import check_sections as sections
 from preflight.modes.check_answers import answer_questions
 from preflight.modes.check_losses import describe_losses
+from preflight.modes.check_ranks import describe_fewest_ranks, share_host, time_ranks
 from preflight.modes.check_sections import Findings
 from preflight.modes.finetune_setup import FinetuneSetup, build_setup
 from preflight.modes.foresee_server import foresee_server
@@ -85,7 +87,8 @@ def build_report(config: RunConfig) -> Report:
 def find_all(config: RunConfig) -> Findings:
     """The report, and what it was made from."""
     with StopFlag() as stop:
-        found = Findings(build_setup(config, stop), Report())
+        ranks = plan_ranks(config.processes.ranks or 1)
+        found = Findings(build_setup(config, stop, ranks=ranks), Report())
         gather(found)
     return found
 
@@ -167,7 +170,7 @@ def choose_target(found: Findings) -> None:
     if is_absent(config.check):
         found.target = describe_absent(config.check, config.system, setup.n_steps_to_come)
     else:
-        found.target = describe_present(setup.runtime)
+        found.target = share_host(describe_present(setup.runtime), found.sharing)
     rows = found.report.sections["training configuration"]
     rows["precision"] = found.target.dtype_name
     rows["compilation"] = found.target.compile_model
@@ -190,6 +193,9 @@ def time_run(found: Findings) -> None:
     """Estimate the run's parts and, where the device is here and the run fits, measure them."""
     model, target, training = found.model, found.target, found.training
     if model is None or target is None:
+        return
+    if found.sharing.world > 1:
+        time_ranks(found)
         return
     rows, cpu_flops = found.report.sections["performance estimation"], None
     if target.runtime is not None and target.card is None:
@@ -326,6 +332,7 @@ STEPS: tuple[tuple[str, Step], ...] = (
     ("model", sections.describe_model),
     ("performance estimation", time_run),
     ("memory analysis", sections.describe_memory),
+    ("memory analysis", describe_fewest_ranks),
     ("performance estimation", sections.describe_performance),
     ("system information", sections.describe_system),
     ("recommendations", advise),

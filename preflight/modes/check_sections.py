@@ -21,6 +21,7 @@ from preflight.corpus.chats.data import ChatData
 from preflight.corpus.shards import DataFolder
 from preflight.device.host_memory import available_host_bytes, reachable_host_bytes
 from preflight.device.token_store import DataPlace
+from preflight.foresight.absent_ranks import Sharing
 from preflight.foresight.fits import check_disk, judge_fit, suggest_fit
 from preflight.foresight.learnability import Advice, Content
 from preflight.foresight.memory import MemoryEstimate, MemoryOptions, estimate_savings
@@ -76,7 +77,23 @@ class Findings:
             window_tokens=self.window_tokens,
             data_bytes=self.data_place.n_bytes if self.data_place else 0,
             target_share=self.setup.target_share if self.data else 1.0,
+            sharing=self.sharing,
         )
+
+    @property
+    def sharing(self) -> Sharing:
+        """The ranks that the flags ask for."""
+        processes = self.config.processes
+        return Sharing(processes.ranks or 1, processes.hosts)
+
+    @property
+    def sequences_per_step(self) -> int:
+        """Sequences of an update, of all ranks."""
+        if self.plan is not None:
+            return self.plan.samples_per_step
+        training = self.training
+        per_rank = training.batch_size * training.gradient_accumulation_steps
+        return per_rank * self.sharing.world
 
     @property
     def data_place(self) -> DataPlace | None:
@@ -100,16 +117,12 @@ class Findings:
         """Tokens of an update; of chats their mean."""
         if self.plan is not None:
             return self.plan.tokens_per_step
-        training = self.training
-        sequences = training.batch_size * training.gradient_accumulation_steps
-        return sequences * self.window_tokens
+        return self.sequences_per_step * self.window_tokens
 
     @property
     def mean_tokens(self) -> int:
         """Tokens of a sequence; of chats their mean."""
-        training = self.training
-        sequences = training.batch_size * training.gradient_accumulation_steps
-        return max(1, round(self.tokens_per_step / sequences))
+        return max(1, round(self.tokens_per_step / self.sequences_per_step))
 
     def find_model(self) -> None:
         """The architecture, unless its vocabulary is made from the text: see `find_made_model`."""
@@ -197,7 +210,9 @@ def describe_plan(found: Findings) -> None:
     training, rows = found.training, found.report.sections["training configuration"]
     rows["batch_size"] = training.batch_size
     rows["accumulation"] = training.gradient_accumulation_steps
-    rows["effective_batch"] = training.batch_size * training.gradient_accumulation_steps
+    rows["effective_batch"] = found.sequences_per_step
+    if found.sharing.world > 1:
+        rows["ranks"] = found.sharing.describe()
     rows["optimizer"] = training.optimizer
     rows["learning_rate"] = found.config.peak_learning_rate
     rows["scheduler"] = training.scheduler
@@ -336,7 +351,7 @@ def describe_rate(
         rows["timed_steps"] = measured.n_timed
         rows["spread_share"] = round(measured.spread_share, 4)
     rows["tokens_per_second"] = compare(round(predicted, 1), round(rate, 1) if measured else None)
-    used = count_training_flops(model, training) * rate / peak_flops
+    used = count_training_flops(model, training) * rate / (peak_flops * found.sharing.world)
     rows["model_flops_utilisation_share"] = round(used, 4)
     if target.card:
         source = f"the {target.card.name}'s data sheet"
@@ -372,7 +387,8 @@ def describe_performance(found: Findings) -> None:
         rows["finish_if_started_now"] = finish.strftime("%Y-%m-%d %H:%M")
     price = found.config.check.price_per_hour
     if price is not None:
-        rows["cost"] = round(run_time.total_seconds / 3600 * price, 2)
+        machines = found.sharing.hosts
+        rows["cost"] = round(run_time.total_seconds / 3600 * price * machines, 2)
 
 
 def describe_system(found: Findings) -> None:

@@ -63,6 +63,14 @@ def run(config: RunConfig) -> int:
         raise PreflightError(
             ExitCode.FLAGS, "--test-batch-sizes and --target-batch-size: give one of them"
         )
+    if (config.processes.ranks or 1) > 1:
+        raise PreflightError(
+            ExitCode.FLAGS,
+            f"--ranks {config.processes.ranks}: --get-optimal-bs tries batch sizes on one card",
+            "a rank needs less than one card alone, so that what fits there fits on each of "
+            "several ranks too: leave --ranks away",
+            "what each rank would need at a --batch-size: --check --ranks",
+        )
     output_dir = Path(config.control.output_dir)
     with (
         open_output(config, REPORT_NAME, FORMAT) as setup,

@@ -18,6 +18,7 @@ from preflight.settings.model import (
     model_config_to_dict,
 )
 from preflight.settings.options import Option
+from preflight.settings.processes import ProcessSettings
 from preflight.settings.run import (
     GROUP_SUMMARIES,
     GROUPS,
@@ -50,6 +51,7 @@ __all__ = [
     "ModelPreset",
     "ModelSettings",
     "Option",
+    "ProcessSettings",
     "RunConfig",
     "SamplingConfig",
     "SearchSettings",

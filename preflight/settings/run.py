@@ -102,7 +102,7 @@ GROUP_SUMMARIES = {
     "data": "The training text, and the token shards made from it.",
     "control": "Checkpoints, evaluation, logging and resuming.",
     "system": "Device, precision and compilation.",
-    "processes": "How many processes share a run, one for each card.",
+    "processes": "The processes that share a run, one for each card, and their hosts.",
     "sampling": "How the next token is chosen, and when generation ends.",
     "generation": "The checkpoint, the prompts, and where completions go.",
     "check": "What the report of `--check` holds, and for which GPU.",
@@ -177,7 +177,7 @@ def _find_model_faults(model: ModelSettings, given: set[str]) -> list[str]:
 
 def _find_conflicts(config: RunConfig) -> list[str]:
     """Faults that one flag alone does not show, each with the flag to change."""
-    faults = []
+    faults = config.processes.find_faults()
     control, generation = config.control, config.generation
     for flag, value in (("--data-dir", config.data.data_dir), ("--output-dir", control.output_dir)):
         if os.path.exists(value) and not os.path.isdir(value):
@@ -205,7 +205,6 @@ def _find_conflicts(config: RunConfig) -> list[str]:
             f"--num-return-sequences {generation.num_return_sequences} must be at most --beams "
             f"{beams}: a search gives one completion for each beam"
         )
-    faults += config.processes.find_faults()
     if config.trials.find_lr_min >= config.trials.find_lr_max:
         faults.append("--find-lr-min must be less than --find-lr-max")
     return faults

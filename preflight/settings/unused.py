@@ -22,12 +22,12 @@ _OF_A_TOKENIZER = ("tokenizer", "checkpoint_path", "output_dir", "data_dir", "lo
 # Modes that may stand beside another, which is then foreseen, tried or described, not done.
 PAIRED_MODES = {"finetune": FINETUNING_MODES, "serve": ("check",), "compare": ("report",)}
 MODE_FLAGS: dict[str, tuple[str, ...]] = {
-    "check": (*_OF_A_RUN, "finetuning", "check", "serving"),
+    "check": (*_OF_A_RUN, "processes", "finetuning", "check", "serving"),
     "validate-only": (*_OF_A_RUN, "json"),
     "train": (*_OF_A_RUN, "ranks"),
     "finetune": _OF_A_FINETUNING,
     "prepare": ("model", "data", "seed", "output_dir", "log_level", "config", "json"),
-    "get-optimal-bs": (*_OF_A_RUN, "finetuning", "search", "json"),
+    "get-optimal-bs": (*_OF_A_RUN, "ranks", "finetuning", "search", "json"),
     "find-lr": (*_OF_A_RUN, "find_lr_steps", "find_lr_min", "find_lr_max", "json"),
     "sweep": (*_OF_A_RUN, "sweep", "sweep_steps", "json"),
     "forecast": (*_OF_A_RUN, "json", "price_per_hour"),
@@ -106,7 +106,7 @@ def _is_of_a_run(config: RunConfig) -> bool:
 _OF_A_TRAINING = tuple(
     option.name
     for option in build_options().values()
-    if option.group in (*_OF_A_RUN, "finetuning", "check")
+    if option.group in (*_OF_A_RUN, "processes", "finetuning", "check")
     and option.name not in (*MODE_FLAGS["serve"], "json")
 )
 # What `--finetune` takes from the checkpoint or does not have.
@@ -206,6 +206,12 @@ IDLE_FLAGS = (
         ("measure",),
         "the report is for a GPU that is not here",
         lambda config: config.check.measure and _is_for_absent_gpu(config),
+        ("check",),
+    ),
+    IdleFlags(
+        ("network_gbits",),
+        "one host has no network to others: give --hosts",
+        lambda config: config.processes.hosts == 1,
         ("check",),
     ),
     IdleFlags(

@@ -1,0 +1,159 @@
+"""What `--check` says of a run on several ranks: time with communication, and how many cards."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+from preflight.device.cards import Link, describe_network
+from preflight.foresight.absent_ranks import Sharing
+from preflight.foresight.fits import judge_fit
+from preflight.foresight.learnability import Advice
+from preflight.foresight.memory import MemoryOptions, estimate_memory
+from preflight.foresight.rank_time import (
+    ASSUMED_NETWORK_GBITS,
+    ASSUMED_RESTART_SECONDS,
+    CARD_HOURS_PER_FAILURE,
+    RankStep,
+    estimate_losses,
+    estimate_rank_step,
+)
+from preflight.foresight.run_time import estimate_cost, estimate_run_time
+from preflight.foresight.target import Target
+from preflight.modes.check_sections import Findings, describe_rate
+from preflight.settings import ModelConfig, TrainingSettings
+
+MOST_RANKS = 512  # of one host or flat over several: beyond, what is shared is next to nothing
+_USUAL_CARDS_OF_A_HOST = 8
+_EXPOSED_SHARE = 0.05  # of a step, from which on waiting for the network is worth a warning
+
+
+def share_host(target: Target, sharing: Sharing) -> Target:
+    """The present device as one of several ranks has it: those on a CPU share its memory."""
+    n_ranks = sharing.ranks_per_host
+    if n_ranks == 1 or target.device_type != "cpu":
+        return target
+    name = f"{target.name}, shared by {n_ranks} ranks"
+    return dataclasses.replace(target, name=name, limit_bytes=target.limit_bytes // n_ranks)
+
+
+def time_ranks(found: Findings) -> None:
+    """A step's time by formula, what bounds it, and what failures cost; nothing is measured."""
+    model, target = found.model, found.target
+    assert model is not None
+    assert target is not None
+    rows = found.report.sections["performance estimation"]
+    if target.card is None:
+        rows["not_known"] = (
+            "the time of several ranks is estimated for known cards: name one with --target-gpu"
+        )
+        return
+    gbits = found.config.processes.network_gbits
+    network = describe_network(gbits or ASSUMED_NETWORK_GBITS)
+    choices: dict[str, Any] = {
+        "card": target.card,
+        "dtype": target.dtype,
+        "gradient_checkpointing": found.config.system.gradient_checkpointing,
+        "compile_model": target.compile_model,
+        "window_tokens": found.mean_tokens,
+    }
+    alone = estimate_cost(model, found.training, **choices)
+    step = estimate_rank_step(model, found.training, found.sharing, network=network, **choices)
+    found.cost = dataclasses.replace(
+        alone,
+        step_seconds=step.seconds,
+        window_seconds=alone.window_seconds / found.sharing.world,
+        basis=f"{alone.basis}; {_describe_links(target.card.link, network, found.sharing)}",
+    )
+    peak_flops = target.card.rate_tflops(target.dtype_name) * 1e12
+    describe_rate(found, found.cost, None, peak_flops)
+    rows["compute_seconds"] = step.compute_seconds
+    rows["communication_in_a_host_seconds"] = step.link_seconds
+    rows["communication_between_hosts_seconds"] = step.network_seconds
+    rows["of_which_not_hidden_seconds"] = step.exposed_seconds
+    rows["bound_by"] = step.bound
+    _warn_of_links(found, step, network, is_assumed=gbits is None)
+    if found.plan is None:
+        return
+    control = found.config.control
+    found.run_time = estimate_run_time(found.cost, found.plan, control, found.setup.state.step)
+    between = min(control.checkpoint_minutes * 60, found.plan.checkpoint_every * step.seconds)
+    losses = estimate_losses(found.sharing.world, between)
+    rows["hours_between_failures"] = round(1 / losses.failures)
+    rows["lost_in_an_hour_seconds"] = losses.lost_seconds
+    rows["failures_assumed"] = (
+        f"one in {CARD_HOURS_PER_FAILURE:,.0f} hours of a card, as Llama 3's run had; "
+        f"{ASSUMED_RESTART_SECONDS:.0f} s until the run goes on"
+    )
+
+
+def _describe_links(link: Link, network: Link, sharing: Sharing) -> str:
+    used = [link] if sharing.ranks_per_host > 1 else []
+    used += [network] if sharing.hosts > 1 else []
+    return " and ".join(
+        f"{x.share:.0%} of the {x.gb_per_second:g} GB/s of {x.name}, "
+        f"{x.hop_seconds * 1e6:.0f} us a hop"
+        for x in used
+    )
+
+
+def _warn_of_links(found: Findings, step: RankStep, network: Link, *, is_assumed: bool) -> None:
+    """A warning where compute does not hide a link: that, not the cards, sets the time."""
+    sharing, warnings = found.sharing, found.report.warnings
+    if sharing.ranks_per_host > _USUAL_CARDS_OF_A_HOST:
+        text = f"{sharing.ranks_per_host} cards in a host: few hosts have so many"
+        warnings.append(Advice("hosts", text, "--hosts, the number of machines"))
+    free = dataclasses.replace(step, exchange=0.0, root_exchange=0.0)
+    waiting = 1 - free.seconds / step.seconds
+    if waiting > _EXPOSED_SHARE:
+        text = f"the {network.name} is the bottleneck: {waiting:.0%} of each step waits for it"
+        text += " (assumed: give --network)" if is_assumed else ""
+        fix = "more --gradient-accumulation-steps, a faster --network, or fewer --hosts"
+        warnings.append(Advice("network", text, fix))
+    link = dataclasses.replace(free, gather=0.0, scatter=0.0, root_gather=0.0, root_scatter=0.0)
+    waiting = 1 - link.seconds / free.seconds
+    if waiting > _EXPOSED_SHARE:
+        assert found.target is not None
+        assert found.target.card is not None
+        text = f"{waiting:.0%} of each step waits for {found.target.card.link.name}, which joins "
+        text += "the cards of a host"
+        warnings.append(Advice("link", text, "a larger --batch-size, or fewer --ranks"))
+
+
+def describe_fewest_ranks(found: Findings) -> None:
+    """The fewest cards of one host that hold the run, at the same batch size of each."""
+    model, target = found.model, found.target
+    if model is None or target is None or found.memory is None or found.sharing.world == 1:
+        return
+    if target.device_type != "cuda":
+        return
+    rows, options = found.report.sections["memory analysis"], found.memory_options()
+    fewest = find_fewest_ranks(model, found.training, options, target.limit_bytes)
+    rows["fewest_cards_that_fit"] = (
+        fewest or f"none up to {MOST_RANKS}: what each card needs for itself is too much"
+    )
+
+
+def find_fewest_ranks(
+    model: ModelConfig, training: TrainingSettings, options: MemoryOptions, limit_bytes: int
+) -> int | None:
+    """The fewest ranks of one host that fit into `limit_bytes` each; ``None`` where no number does.
+
+    More ranks share the same weights, so that each needs less.
+    """
+
+    def fits(n_ranks: int) -> bool:
+        asked = dataclasses.replace(options, sharing=Sharing(n_ranks))
+        needed = estimate_memory(model, training, asked).required_bytes
+        return judge_fit(needed, limit_bytes) != "does not fit"
+
+    high = 1
+    while not fits(high):
+        if high >= MOST_RANKS:
+            return None
+        high *= 8
+    low = high // 8  # does not fit, or is none
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (low, middle) if fits(middle) else (middle, high)
+    return high

@@ -1,0 +1,98 @@
+"""`--check` of a run on several ranks: what the report says, and what it warns of."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from preflight.core.errors import ExitCode, PreflightError
+from preflight.foresight.absent_ranks import Sharing
+from preflight.foresight.memory import MemoryOptions, estimate_memory
+from preflight.modes import find_batch_size
+from preflight.modes.check import build_report
+from preflight.modes.check_ranks import find_fewest_ranks
+from preflight.modes.report import Report
+from preflight.settings import ModelConfig, TrainingSettings, build_config
+
+SHAPE = ModelConfig(1003, 64, 64, 4, 3, 256)
+
+
+def check(tmp_path: Path, **flags: Any) -> Report:
+    (tmp_path / "text.txt").write_text("all work and no play makes a dull day\n" * 400)
+    given = {
+        "text_file": str(tmp_path / "text.txt"),
+        "tokenizer": "byte",
+        "data_dir": str(tmp_path / "data"),
+        "output_dir": str(tmp_path / "out"),
+        "model_size": "nano",
+        "max_steps": 1000,
+        "compile_model": False,
+    }
+    return build_report(build_config(given | flags, {}))
+
+
+def test_the_report_is_that_of_all_ranks(tmp_path: Path) -> None:
+    report = check(tmp_path, target_gpu="H100 SXM", ranks=16, hosts=2, network_gbits=0.1)
+    times = report.sections["performance estimation"]
+    plan = report.sections["training configuration"]
+    assert not report.problems
+    assert plan["effective_batch"] == 16 * 8
+    assert plan["ranks"] == "16, 8 on each of 2 hosts"
+    assert times["tokens_per_second"] == pytest.approx(
+        plan["tokens_per_step"] / times["step_seconds"], rel=1e-3
+    )
+    assert times["step_seconds"] == pytest.approx(
+        times["compute_seconds"] + times["of_which_not_hidden_seconds"]
+    )
+    assert times["bound_by"] == "the network between hosts"
+    assert [w.key for w in report.warnings if w.key == "network"] == ["network"]
+    memory = report.sections["memory analysis"]
+    assert memory["fewest_cards_that_fit"] == 1
+    assert memory["gathered_weights_bytes"] > 0
+    # A card fails once in 50,677 hours.
+    assert times["hours_between_failures"] == pytest.approx(50_677 / 16, rel=1e-3)
+
+
+def test_one_host_has_no_network_and_one_rank_no_ranks(tmp_path: Path) -> None:
+    eight = check(tmp_path, target_gpu="H100 SXM", ranks=8)
+    one = check(tmp_path, target_gpu="H100 SXM")
+    assert eight.sections["performance estimation"]["communication_between_hosts_seconds"] == 0
+    assert "network" not in {warning.key for warning in eight.warnings}
+    assert "compute_seconds" not in one.sections["performance estimation"]
+    assert "ranks" not in one.sections["training configuration"]
+
+
+def test_ranks_on_a_cpu_share_its_memory_and_their_time_is_not_guessed(tmp_path: Path) -> None:
+    report = check(tmp_path, ranks=2, device="cpu", measure=False)
+    memory = report.sections["memory analysis"]
+    assert memory["device"] == "cpu, shared by 2 ranks"
+    assert "known cards" in report.sections["performance estimation"]["not_known"]
+
+
+@pytest.mark.parametrize("least", [1, 3, 5])
+def test_the_fewest_ranks_are_those_of_a_search_from_one(least: int) -> None:
+    training = TrainingSettings(batch_size=1)
+    options = MemoryOptions(torch.bfloat16, "cuda")
+    wide = replace(SHAPE, n_embeddings=1024, ffn_hid_dim=4096, vocab_size=32_000)
+
+    def needed(n_ranks: int) -> int:
+        sharing = Sharing(n_ranks)
+        return estimate_memory(wide, training, replace(options, sharing=sharing)).required_bytes
+
+    limit = needed(least) + 2**20
+    fewest = find_fewest_ranks(wide, training, options, limit)
+    by_hand = next((n for n in range(1, 9) if needed(n) <= limit), None)
+    assert fewest == by_hand == least
+    assert find_fewest_ranks(wide, training, options, 2**20) is None
+
+
+def test_a_search_for_a_batch_size_among_ranks_is_refused() -> None:
+    with pytest.raises(
+        PreflightError, match="--get-optimal-bs tries batch sizes on one card"
+    ) as caught:
+        find_batch_size.run(build_config({"ranks": 2}, {}))
+    assert caught.value.code == ExitCode.FLAGS
