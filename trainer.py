@@ -32,8 +32,8 @@ from preflight.training.schedules import learning_rate_at
 from preflight.training.state import Evaluation, StepResult, TrainState, convert_to_bits_per_byte
 from train_utils import Loader
 
-# Muon needs whole matrices, and torch's fused SGD does not know their parts.
-_SHARED_OPTIMIZERS = ("adamw", "adam")
+# torch's fused SGD does not know parts of matrices.
+_SHARED_OPTIMIZERS = ("adamw", "adam", "muon")
 
 
 def build_trainer(
