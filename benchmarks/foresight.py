@@ -33,6 +33,7 @@ sys.path.insert(0, str(ROOT))
 from preflight.corpus.build import prepare_data  # noqa: E402
 from preflight.corpus.windows import count_windows  # noqa: E402
 from preflight.device.runtime import Runtime, build_runtime, describe_device  # noqa: E402
+from preflight.foresight.cpu_rates import measure_cpu_rates  # noqa: E402
 from preflight.foresight.memory import MemoryOptions, estimate_memory  # noqa: E402
 from preflight.foresight.run_time import (  # noqa: E402
     estimate_cost,
@@ -120,7 +121,7 @@ def predict_one(flags: dict[str, Any], folder: str, seconds: float) -> dict[str,
         model,
         config.training,
         dtype=runtime.dtype,
-        cpu_flops=measure_matmul_flops(runtime.device, runtime.dtype),
+        cpu=measure_cpu_rates(measure_matmul_flops(runtime.device, runtime.dtype)),
         gradient_checkpointing=config.system.gradient_checkpointing,
         compile_model=runtime.compile_model,
     )

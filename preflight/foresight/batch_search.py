@@ -15,6 +15,7 @@ from preflight.foresight.trials import TrialResult
 MAX_SIZE = 1_048_576  # of --batch-size
 USUAL_TRIALS = 6  # a search with a fair prediction ends within so many
 FAST_SHARE = 0.98  # a size whose tokens/s reach this share of the best is as good
+SMALL_SIZE = 8  # of which a step is short, and wastes no tokens
 
 
 @dataclass(frozen=True)
@@ -26,7 +27,7 @@ class SearchResult:
         limit_bytes: what a trial was allowed to need.
         largest: the largest size that fits.
         fastest: the size with the most tokens per second.
-        recommended: the smallest size within 2 % of the fastest.
+        recommended: the size to take: the smallest within 2 % of the least time for the same loss.
         chosen: the size to use: the recommended one, or one near it that divides the update.
         accumulation: micro-steps that keep the update's sequences; ``None``: as configured.
         bound: why no larger size was tried: ``memory``, ``data``, ``time``, or ``list`` when the
@@ -56,8 +57,9 @@ def search(
     largest: int = MAX_SIZE,
     first: int | None = None,
     max_step_seconds: float = math.inf,
+    times_tokens: Callable[[int], float] = lambda size: 1.0,
 ) -> SearchResult:
-    """Find the largest size that fits and the fastest size, in few trials.
+    """Find the largest size that fits, the fastest, and the one to take, in few trials.
 
     Args:
         probe: runs a trial of one size.
@@ -69,8 +71,9 @@ def search(
         largest: sizes above it are of no use.
         first: a small size to begin with, where a step may take long.
         max_step_seconds: sizes whose micro-step would take longer are not tried.
+        times_tokens: how many times the tokens of a very small size one needs for the same loss.
     """
-    state = _Search(probe, predict, limit_bytes, target or largest, max_step_seconds)
+    state = _Search(probe, predict, limit_bytes, target or largest, max_step_seconds, times_tokens)
     for size in dict.fromkeys(sizes or (target,) if target else sizes):
         state.run(size)
     if not sizes and not (target and state.fitting()):
@@ -90,8 +93,10 @@ class _Search:
         limit_bytes: int,
         largest: int,
         max_step_seconds: float,
+        times_tokens: Callable[[int], float],
     ) -> None:
         self.probe, self.predict, self.limit_bytes = probe, predict, limit_bytes
+        self.times_tokens = times_tokens
         self.largest, self.max_step_seconds = largest, max_step_seconds
         self.trials: dict[int, TrialResult] = {}
 
@@ -202,17 +207,44 @@ class _Search:
         return min(max(size, low + 1), high - 1)
 
     def find_fastest(self) -> None:
-        """Try powers of two below the largest size, downwards until one is clearly slower."""
+        """Try powers of two from where the best is expected, until one is clearly worse."""
         largest, _, _ = self.bracket()
+        if not largest:
+            return
+        wasteful = FAST_SHARE * self.times_tokens(largest) > self.times_tokens(1)
+        if wasteful and min(t.batch_size for t in self.fitting()) > SMALL_SIZE:
+            self.run(SMALL_SIZE)  # how much speed a large size gains is not known without it
         # The largest power of two that is at most 3/4 of it: nearer ones tell nothing new.
-        size = 1 << max(0, int(largest * 3 / 4).bit_length() - 1)
-        for _ in range(max(1, USUAL_TRIALS - len(self.trials))):
-            if not 0 < size < largest:
-                return
-            best = max(t.tokens_per_second for t in self.fitting())
-            if self.run(size).tokens_per_second < FAST_SHARE * best:
-                return
-            size //= 2
+        top = max(0, int(largest * 3 / 4).bit_length() - 1)
+        start = self._expect_best(top)
+        end = len(self.trials) + max(1, USUAL_TRIALS - len(self.trials))
+        for exponents in (range(start, -1, -1), range(start + 1, top + 1)):
+            for exponent in exponents:
+                if len(self.trials) >= end or not 1 << exponent < largest:
+                    return
+                best = max(map(self.judge, self.fitting()))
+                if self.judge(self.run(1 << exponent)) < FAST_SHARE * best:
+                    break
+
+    def judge(self, trial: TrialResult) -> float:
+        """Tokens per second, as many as a very small size would need for the same loss."""
+        return trial.tokens_per_second / self.times_tokens(trial.batch_size)
+
+    def _expect_best(self, top: int) -> int:
+        """The power of two up to `top` that is best if a step's time is a line over the size."""
+        low, high = (choose(self.fitting(), key=lambda t: t.batch_size) for choose in (min, max))
+        short, long = (trial.step_seconds / trial.micro_steps for trial in (low, high))
+        slope = long / high.batch_size
+        if low is not high:
+            slope = min(slope, (long - short) / (high.batch_size - low.batch_size))
+        constant = long - slope * high.batch_size
+        best, least = top, math.inf
+        for exponent in range(top, -1, -1):
+            size = 1 << exponent
+            seconds = (constant / size + slope) * self.times_tokens(size)
+            if seconds < least * (1 - 1e-6):
+                best, least = exponent, seconds
+        return best
 
     def fitting(self) -> list[TrialResult]:
         """The trials that fit, below the smallest that does not."""
@@ -252,11 +284,9 @@ class _Search:
         )
 
     def recommend(self) -> int:
-        """The smallest size within 2 % of the fastest; 0 when none fits."""
-        enough = FAST_SHARE * max((t.tokens_per_second for t in self.fitting()), default=0.0)
-        return min(
-            (t.batch_size for t in self.fitting() if t.tokens_per_second >= enough), default=0
-        )
+        """The smallest size within 2 % of the best; 0 when none fits."""
+        enough = FAST_SHARE * max(map(self.judge, self.fitting()), default=0.0)
+        return min((t.batch_size for t in self.fitting() if self.judge(t) >= enough), default=0)
 
 
 def split_sequences(n_sequences: int, preferred: int, largest: int) -> tuple[int, int]:

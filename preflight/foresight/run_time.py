@@ -28,6 +28,12 @@ from preflight.device.cards import Card
 from preflight.device.runtime import Runtime
 from preflight.device.token_store import measure_free_bytes
 from preflight.foresight.chat_time import measure_chat_steps
+from preflight.foresight.cpu_rates import (
+    CpuRates,
+    describe_basis,
+    estimate_cpu_step,
+    estimate_cpu_token,
+)
 from preflight.foresight.memory import estimate_checkpoint_bytes
 from preflight.foresight.timing import Batch, time_steps
 from preflight.models.cost import (
@@ -58,9 +64,6 @@ _CURVE_SECONDS = 0.6  # drawing the loss curve, on one CPU core; a guess
 # Shares of the data sheet's rates that a training step reaches in its matmuls and in its memory
 # traffic, each taken alone. They follow public runs of GPT-2 on A100 and H100; not measured here.
 CUDA_MATMUL_SHARE, CUDA_BANDWIDTH_SHARE = 0.6, 0.7
-# Share of the rate of one large matmul that a step reaches on the CPU: the median of 13
-# configurations, which gave 0.43 to 1.06 (benchmarks/RESULTS.md).
-CPU_MATMUL_SHARE = 0.57
 _ASSUMED_DISK_BYTES_PER_SECOND = 500e6  # written, read back and hashed
 _ASSUMED_COMPILE_SECONDS = 60.0
 _LAUNCH_SECONDS = 5e-6  # of one CUDA kernel
@@ -190,7 +193,7 @@ def estimate_cost(
     *,
     dtype: torch.dtype,
     card: Card | None = None,
-    cpu_flops: float | None = None,
+    cpu: CpuRates | None = None,
     gradient_checkpointing: bool = False,
     compile_model: bool = False,
     window_tokens: int | None = None,
@@ -202,7 +205,7 @@ def estimate_cost(
         training: batch size and accumulation count.
         dtype: what the matmuls compute in.
         card: rates of a graphics card, present or not.
-        cpu_flops: without a card, the rate of a large matmul here, in FLOP/s.
+        cpu: without a card, the rates measured here.
         gradient_checkpointing: a third more work in the blocks (Chen et al. 2016).
         compile_model: fused kernels move less memory and need fewer launches.
         window_tokens: tokens of a training window, where they are fewer than the context length.
@@ -214,8 +217,17 @@ def estimate_cost(
     again = 4 / 3 if gradient_checkpointing else 1.0
     compile_seconds = _ASSUMED_COMPILE_SECONDS if compile_model else 0.0
     if card is None:
-        assert cpu_flops is not None
-        step, token_seconds, basis = _estimate_on_cpu(model_config, training, again, cpu_flops)
+        assert cpu is not None
+        step = again * estimate_cpu_step(
+            model_config,
+            cpu,
+            dtype,
+            flops_per_token=count_training_flops(model_config, training),
+            micro_steps=training.gradient_accumulation_steps,
+            sequences=training.batch_size,
+            compile_model=compile_model,
+        )
+        token_seconds, basis = estimate_cpu_token(model_config, cpu), describe_basis(cpu, dtype)
     else:
         step, token_seconds, basis = _estimate_on_card(
             model_config, training, again, card, dtype, compile_model
@@ -238,20 +250,6 @@ def count_training_flops(model_config: ModelConfig, training: TrainingSettings) 
     if training.adapter is not None:
         return estimate_adapter_flops_per_token(model_config, training.adapter)
     return estimate_flops_per_token(model_config)
-
-
-def _estimate_on_cpu(
-    model_config: ModelConfig, training: TrainingSettings, again: float, cpu_flops: float
-) -> tuple[float, float, str]:
-    """Seconds of a step and of a generated token, and where the figures come from."""
-    samples = training.batch_size * training.gradient_accumulation_steps
-    per_token = count_training_flops(model_config, training)
-    flops = per_token * samples * model_config.context_length * again
-    token_seconds = estimate_flops_per_token(model_config, training=False) / cpu_flops * 3
-    basis = (
-        f"{CPU_MATMUL_SHARE:.0%} of a matrix product's rate here, {cpu_flops / 1e9:,.0f} GFLOP/s"
-    )
-    return flops / (cpu_flops * CPU_MATMUL_SHARE), token_seconds, basis
 
 
 def _estimate_on_card(

@@ -24,6 +24,8 @@ from preflight.corpus.chats.preview import pick_examples
 from preflight.device.ranks import plan_ranks
 from preflight.device.runtime import MIN_STEPS_TO_COMPILE, is_out_of_memory
 from preflight.foresight.chat_warnings import find_chat_warnings
+from preflight.foresight.cpu_rates import measure_cpu_rates
+from preflight.foresight.critical_batch import estimate_learning_needs, find_batch_warnings
 from preflight.foresight.fits import find_bf16_fault, judge_fit
 from preflight.foresight.learnability import (
     Advice,
@@ -197,10 +199,10 @@ def time_run(found: Findings) -> None:
     if found.sharing.world > 1:
         time_ranks(found)
         return
-    rows, cpu_flops = found.report.sections["performance estimation"], None
+    rows, cpu = found.report.sections["performance estimation"], None
     if target.runtime is not None and target.card is None:
-        cpu_flops = measure_matmul_flops(target.runtime.device, target.dtype)
-        rows["matrix_product_gflops"] = round(cpu_flops / 1e9, 1)
+        cpu = measure_cpu_rates(measure_matmul_flops(target.runtime.device, target.dtype))
+        rows["matrix_product_gflops"] = round(cpu.matmul_flops / 1e9, 1)
     elif target.card is None:
         rows["not_known"] = "a memory size alone implies no speed: name the card with --target-gpu"
         return
@@ -209,14 +211,16 @@ def time_run(found: Findings) -> None:
         training,
         dtype=target.dtype,
         card=target.card,
-        cpu_flops=cpu_flops,
+        cpu=cpu,
         compile_model=target.compile_model,
         gradient_checkpointing=found.config.system.gradient_checkpointing,
         window_tokens=found.mean_tokens,
     )
     measured = measure(found, estimated) if may_measure(found) else None
     found.cost = measured or estimated
-    peak_flops = cpu_flops or target.card.rate_tflops(target.dtype_name) * 1e12  # type: ignore[union-attr]
+    peak_flops = (
+        cpu.matmul_flops if cpu else target.card.rate_tflops(target.dtype_name) * 1e12  # type: ignore[union-attr]
+    )
     sections.describe_rate(found, estimated, measured, peak_flops)
     if found.plan is not None:
         found.run_time = estimate_run_time(
@@ -276,6 +280,8 @@ def advise(found: Findings) -> None:
     """Warnings about what the run will learn, and what to do next."""
     report, target, config = found.report, found.target, found.config
     if found.plan is not None and found.model is not None and found.data is not None:
+        needs = estimate_learning_needs(config, found.model, found.plan, found.data)
+        report.warnings += find_batch_warnings(config, needs, found.plan)
         if isinstance(found.data, ChatData):
             report.warnings += find_chat_warnings(config, found.plan, found.data)
         else:

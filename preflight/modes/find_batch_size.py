@@ -31,6 +31,7 @@ from preflight.corpus.windows import count_run_windows
 from preflight.device.host_memory import available_host_bytes
 from preflight.device.runtime import Runtime, describe_device
 from preflight.foresight.batch_search import FAST_SHARE, MAX_SIZE, SearchResult, search
+from preflight.foresight.critical_batch import estimate_learning_needs
 from preflight.foresight.fits import format_batch_flags
 from preflight.foresight.memory import (
     MemoryEstimate,
@@ -132,6 +133,7 @@ class BatchTrials:
         limit_bytes: what a trial may need.
         total_bytes: the limit and the safety margin.
         n_kept: sequences per update that every batch size has to keep; ``None``: as they come.
+        needs: what learning wants of the tokens per step.
     """
 
     def __init__(self, spec: TrialSpec, stop: StopFlag) -> None:
@@ -145,6 +147,7 @@ class BatchTrials:
         )
         self.n_kept = self._count_kept_sequences()
         self._host_limit_bytes = available_host_bytes()
+        self.needs = estimate_learning_needs(self.config, spec.model_config, spec.plan(), spec.data)
         self._get_curve = functools.lru_cache(maxsize=4)(self._build_curve)
 
     def _count_kept_sequences(self) -> int | None:
@@ -154,6 +157,17 @@ class BatchTrials:
             accumulation = self.config.training.gradient_accumulation_steps
             return self.settings.target_batch_size * accumulation
         return None
+
+    def count_tokens_per_step(self, size: int) -> int:
+        """Tokens of a whole update at a batch size."""
+        spec = self.spec.at(size, self.config.training.gradient_accumulation_steps)
+        return spec.plan().tokens_per_step
+
+    def count_times_tokens(self, size: int) -> float:
+        """`LearningNeeds.count_times_tokens` of a batch size; 1 where the update is kept."""
+        if self.n_kept:
+            return 1.0
+        return self.needs.count_times_tokens(self.count_tokens_per_step(size))
 
     def search(self) -> SearchResult:
         """Find the sizes by as many trials as it takes."""
@@ -172,6 +186,7 @@ class BatchTrials:
             largest=min(MAX_SIZE, windows, self.n_kept or MAX_SIZE),
             first=None if self.on_cuda else FIRST_SIZE,
             max_step_seconds=MAX_STEP_SECONDS,
+            times_tokens=self.count_times_tokens,
         )
 
     def spec_at(self, size: int) -> TrialSpec:
@@ -275,6 +290,7 @@ class BatchSizeReport:
             "memory_bytes": self.trials.total_bytes,
             "safety_margin": self.settings.gpu_safety_margin,
             "batches": self.source,
+            "learning": dataclasses.asdict(self.trials.needs),
             **result,
             "flags": self.flags if self.result.chosen else None,
             "trials": [self._describe_trial(trial) for trial in self.result.trials],
@@ -282,19 +298,31 @@ class BatchSizeReport:
 
     def _describe_trial(self, trial: TrialResult) -> dict[str, Any]:
         estimate = self.trials.estimate(trial.batch_size)
+        tokens_per_step = self.trials.count_tokens_per_step(trial.batch_size)
+        in_epoch, in_run = self.trials.needs.count_updates(tokens_per_step)
         return dataclasses.asdict(trial) | {
+            "updates_per_epoch": in_epoch,
+            "updates": in_run,
+            "times_tokens": round(self.trials.count_times_tokens(trial.batch_size), 4),
             "predicted_peak_bytes": estimate.peak_bytes,
             "predicted_needed_bytes": estimate.required_bytes,
-            "ratio": round(trial.peak_bytes / estimate.peak_bytes, 4),
+            "ratio": round(self._compare(trial)[1] / self._compare(trial)[0], 4),
             "fits": trial.fits(self.trials.limit_bytes),
             "verdict": self.trials.judge(trial),
         }
+
+    def _compare(self, trial: TrialResult) -> tuple[int, int]:
+        """Predicted and measured bytes: allocated on CUDA, resident in the process on the CPU."""
+        estimate = self.trials.estimate(trial.batch_size)
+        if self.trials.on_cuda:
+            return estimate.peak_bytes, trial.peak_bytes
+        return estimate.required_bytes, trial.needed_bytes
 
     def to_text(self) -> str:
         """The report for a person: the limit, a table of the trials, and what follows from it."""
         trials, on_cuda = self.trials, self.trials.on_cuda
         total = f"{format_bytes(trials.total_bytes)} {'of the card' if on_cuda else 'available'}"
-        held = "reserved" if on_cuda else "resident"
+        held = "reserved" if on_cuda else "model's"
         context = trials.spec.model_config.context_length
         lines = [
             f"batch size for {trials.spec.model_config.label}, "
@@ -305,16 +333,17 @@ class BatchSizeReport:
             f"batches: {self.source}",
             "",
             f"{'batch':>7} {'predicted':>10} {'measured':>10} {'ratio':>6} "
-            f"{held:>10} {'tokens/s':>9} {'steps':>5}  result",
+            f"{held:>10} {'tokens/s':>9} {'updates':>9}  result",
         ]
         for trial in sorted(self.result.trials, key=lambda t: t.batch_size):
-            predicted = trials.estimate(trial.batch_size).peak_bytes
-            held_bytes = trial.reserved_bytes if on_cuda else trial.needed_bytes
+            predicted, measured = self._compare(trial)
+            held_bytes = trial.reserved_bytes if on_cuda else trial.peak_bytes
+            tokens_per_step = trials.count_tokens_per_step(trial.batch_size)
             lines.append(
                 f"{trial.batch_size:>7,} {format_bytes(predicted):>10} "
-                f"{format_bytes(trial.peak_bytes):>10} {trial.peak_bytes / predicted:>6.3f} "
+                f"{format_bytes(measured):>10} {measured / predicted:>6.3f} "
                 f"{format_bytes(held_bytes):>10} {trial.tokens_per_second:>9,.0f} "
-                f"{trial.steps:>5}  {trials.judge(trial)}"
+                f"{trials.needs.count_updates(tokens_per_step)[1]:>9,}  {trials.judge(trial)}"
             )
         return "\n".join([*lines, "", *self._conclude()])
 
@@ -330,8 +359,7 @@ class BatchSizeReport:
             lines = [
                 f"largest that fits: {result.largest:,} ({self._explain_bound()})",
                 f"fastest: {result.fastest:,}",
-                f"recommended: {result.recommended:,}, the smallest within "
-                f"{1 - FAST_SHARE:.0%} of the fastest",
+                f"recommended: {result.recommended:,}, {self._explain_recommended()}",
             ]
         if result.accumulation:
             lines.append(self._describe_update(result.chosen, result.accumulation))
@@ -339,6 +367,28 @@ class BatchSizeReport:
             self.config, *self.flags.split(), without=("batch_size", "gradient_accumulation_steps")
         )
         return [*lines, "", "continue with:", f"  {command}"]
+
+    def _explain_recommended(self) -> str:
+        """Why this is the size to take."""
+        trials, result = self.trials, self.result
+        sizes = {trial.batch_size: trial for trial in result.trials}
+        fastest, own = sizes[result.fastest or 0], sizes[result.recommended or 0]
+        least = f"the smallest within {1 - FAST_SHARE:.0%} of the"
+        if own.tokens_per_second >= FAST_SHARE * fastest.tokens_per_second:
+            return f"{least} fastest"
+        gain = fastest.tokens_per_second / own.tokens_per_second - 1
+        times = trials.count_times_tokens(fastest.batch_size)
+        times /= trials.count_times_tokens(own.batch_size)
+        updates = [
+            trials.needs.count_updates(trials.count_tokens_per_step(trial.batch_size))
+            for trial in (own, fastest)
+        ]
+        (own_epoch, own_run), (in_epoch, in_run) = updates
+        return (
+            f"{least} least time for the same loss: {own_epoch:,} updates an epoch, {own_run:,} in "
+            f"the run; {fastest.batch_size:,} is {gain:.0%} faster, but makes {in_epoch:,} and "
+            f"{in_run:,}, and needs {times:.1f} x the tokens ({trials.needs.basis})"
+        )
 
     def _explain_bound(self) -> str:
         """Why there is no larger size."""

@@ -212,6 +212,26 @@ def test_flat_throughput_recommends_a_small_size() -> None:
     assert result.recommended <= 128
 
 
+@given(
+    constant=st.floats(0.1, 100), critical=st.floats(4, 10_000), first=st.sampled_from([None, 8])
+)
+def test_the_size_to_take_weighs_speed_against_tokens(
+    constant: float, critical: float, first: int | None
+) -> None:
+    """A step of `constant` + size, and 1 + size / `critical` times the tokens."""
+    device = Device(affine(0, 1), rate=lambda size: 1000 * size / (constant + size))
+
+    def times_tokens(size: int) -> float:
+        return 1 + size / critical
+
+    result = device.search(affine(0, 1), 5000, first=first, times_tokens=times_tokens)
+    assert (result.largest, result.fastest) == (5000, 5000)
+    best = max(device.rate(1 << n) / times_tokens(1 << n) for n in range(13))
+    found = result.recommended or 0
+    assert device.rate(found) / times_tokens(found) >= 0.93 * best
+    assert len(result.trials) <= 7
+
+
 def test_time_and_data_bound_the_search() -> None:
     device = Device(affine(1e9, 1e6), rate=lambda size: 3000)
     result = device.search(affine(1e9, 1e6), 20e9, first=8, max_step_seconds=20)
