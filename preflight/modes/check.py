@@ -85,7 +85,7 @@ def build_report(config: RunConfig) -> Report:
 def find_all(config: RunConfig) -> Findings:
     """The report, and what it was made from."""
     with StopFlag() as stop:
-        found = Findings(build_setup(config, stop), Report())
+        found = Findings(build_setup(config, stop, measures=config.check.measure), Report())
         gather(found)
     return found
 

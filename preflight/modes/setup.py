@@ -45,6 +45,7 @@ from preflight.modes.base_checkpoint import (
     open_base,
     refuse_other_ids,
 )
+from preflight.modes.choosing_way import choose_run_way
 from preflight.settings import ControlSettings, ModelConfig, RunConfig, TrainingSettings
 from preflight.tokenization import (
     Tokenizer,
@@ -105,6 +106,8 @@ class RunSetup:
         resumes: the training state of that checkpoint is read. Otherwise the run is only
             foreseen, and where it stands is taken from the manifest.
         trains: training steps will run. Otherwise nothing is compiled.
+        measures: a short trial may choose precision and compilation. Otherwise they are those of
+            an earlier trial, or a rule's.
     """
 
     def __init__(
@@ -115,8 +118,9 @@ class RunSetup:
         continues: bool = True,
         resumes: bool = False,
         trains: bool = True,
+        measures: bool = False,
     ) -> None:
-        self.given, self.stop, self.trains = given, stop, trains
+        self.given, self.stop, self.trains, self.measures = given, stop, trains, measures
         self.continues, self.resumes = continues, resumes
         self.output_dir = Path(given.control.output_dir)
 
@@ -481,9 +485,11 @@ class RunSetup:
         """Device, precision and compilation for the steps to come."""
         if not self.trains:
             return build_runtime(self.given.system)
-        # The plan, and with it the data, is needed only to choose whether to compile.
-        decided = self.given.system.compile_model is not None
-        return build_runtime(self.given.system, 1 if decided else max(1, self.n_steps_to_come))
+        # The plan, and with it the data, is needed only to choose.
+        system = self.given.system
+        chosen = choose_run_way(self)
+        decided = system.compile_model is not None or chosen is not None
+        return build_runtime(system, 1 if decided else max(1, self.n_steps_to_come), chosen)
 
     @part
     def data_place(self) -> DataPlace:

@@ -53,7 +53,7 @@ def run(config: RunConfig) -> int:
     """
     find_sources(config.data)  # a misspelt file is told before any folder is made
     with StopFlag() as stop:
-        return train(RunSetup(config, stop, resumes=True))
+        return train(RunSetup(config, stop, resumes=True, measures=True))
 
 
 def train(setup: RunSetup, kind: type[TrainingRun] | None = None) -> int:
