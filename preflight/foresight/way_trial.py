@@ -115,7 +115,6 @@ def measure_ways(spec: WaySpec, report: Report) -> WayFigures:
         gradient_checkpointing=spec.gradient_checkpointing,
     )
     batch = _draw_batch(spec)
-    began = time.perf_counter()
     trainers: list[tuple[Way, Trainer]] = []
     starts: list[float] = []
     for way in spec.ways:
@@ -130,7 +129,6 @@ def measure_ways(spec: WaySpec, report: Report) -> WayFigures:
         )
         starts += time_steps(trainer, lambda: [batch], WARM_UP_STEPS)[:1]
         trainers.append((way, trainer))
-        report(time.perf_counter() - began)
     rounds: list[list[float]] = []
     began = time.perf_counter()
     while len(rounds) < LEAST_ROUNDS or (
@@ -157,13 +155,16 @@ def _draw_batch(spec: WaySpec) -> Batch:
     return ids[:, :-1].contiguous(), ids[:, 1:].contiguous()
 
 
-def try_ways(spec: WaySpec, stop: StopFlag) -> WayFigures | LackOfMemory:
+def try_ways(spec: WaySpec, micro_step_seconds: float, stop: StopFlag) -> WayFigures | LackOfMemory:
     """`measure_ways` in a new process; when this returns, the process and its files are gone.
+
+    On a machine that is busy otherwise it is given up after twice the time that it may take.
 
     Raises:
         PreflightError: as `run_in_child`.
         RuntimeError: the child failed.
     """
+    budget = TRIAL_SHARE * spec.n_micro_steps * micro_step_seconds
     rules = ChildRules(
         "the trial of precision and compilation",
         Path(tempfile.gettempdir()) / f"{TEMPORARY_PREFIX}preflight-{os.getpid()}",
@@ -171,6 +172,7 @@ def try_ways(spec: WaySpec, stop: StopFlag) -> WayFigures | LackOfMemory:
         stop,
         ("stopped: nothing was trained yet",),
         "choose without a trial: --mixed-precision --no-compile-model",
+        silent_seconds=2 * max(START_SECONDS + COMPILE_SECONDS, budget),
     )
     answer: WayFigures | LackOfMemory = run_in_child(functools.partial(measure_ways, spec), rules)
     return answer

@@ -10,6 +10,7 @@ import torch
 
 from preflight.core.errors import ExitCode, PreflightError
 from preflight.core.log import log
+from preflight.core.signals import StopFlag
 from preflight.device.remembered import describe_hardware, recall, remember
 from preflight.device.runtime import (
     Runtime,
@@ -112,7 +113,8 @@ def _choose(setup: RunSetup, spec: WaySpec) -> ChosenWay | None:
         return _take(known, spec, "remembered")
     if not setup.measures or not may_be_long(spec.model_config, spec.plan, spec.n_steps):
         return None
-    if not pick_affordable(spec.ways, spec.n_micro_steps, _estimate_micro_step(spec)):
+    micro_step_seconds = _estimate_micro_step(spec)
+    if not pick_affordable(spec.ways, spec.n_micro_steps, micro_step_seconds):
         return None
     missing = find_missing_compiler(spec.runtime.device)
     if missing:
@@ -122,7 +124,7 @@ def _choose(setup: RunSetup, spec: WaySpec) -> ChosenWay | None:
             return None
     log.info("trying precision and compilation on a few steps (a flag for both: no trial)")
     began = time.monotonic()
-    found = _try(setup, spec)
+    found = _try(spec, micro_step_seconds, setup.stop)
     if found is None:
         return None
     remember(key, found)
@@ -175,10 +177,10 @@ def _estimate_micro_step(spec: WaySpec) -> float:
     return cost.step_seconds / spec.plan.accumulation_steps
 
 
-def _try(setup: RunSetup, spec: WaySpec) -> WayFigures | None:
+def _try(spec: WaySpec, micro_step_seconds: float, stop: StopFlag) -> WayFigures | None:
     """What a trial measured; a trial that failed is told, and the run takes what the rule says."""
     try:
-        found = try_ways(spec, setup.stop)
+        found = try_ways(spec, micro_step_seconds, stop)
     except PreflightError as error:
         if error.code != ExitCode.WORKER_LOST:
             raise

@@ -56,7 +56,7 @@ def fake_trial(
     """Trials find this precision three times as fast; the list gets what they were asked."""
     asked: list[WaySpec] = []
 
-    def try_ways(spec: WaySpec, stop: StopFlag) -> WayFigures:
+    def try_ways(spec: WaySpec, micro_step_seconds: float, stop: StopFlag) -> WayFigures:
         asked.append(spec)
         factors = [1 if way.precision == fastest else 3 for way in spec.ways]
         return WayFigures(
@@ -71,7 +71,7 @@ def fake_trial(
 
 
 def forbid_trials(monkeypatch: pytest.MonkeyPatch) -> None:
-    def try_ways(spec: WaySpec, stop: StopFlag) -> WayFigures:
+    def try_ways(spec: WaySpec, micro_step_seconds: float, stop: StopFlag) -> WayFigures:
         raise AssertionError("a trial")
 
     monkeypatch.setattr(choosing_way, "try_ways", try_ways)
@@ -201,7 +201,7 @@ def test_a_trial_that_fails_does_not_end_the_run(
     failure: Any,
     words: str,
 ) -> None:
-    def try_ways(spec: WaySpec, stop: StopFlag) -> LackOfMemory:
+    def try_ways(spec: WaySpec, micro_step_seconds: float, stop: StopFlag) -> LackOfMemory:
         if isinstance(failure, LackOfMemory):
             return failure
         raise failure
@@ -216,7 +216,7 @@ def test_a_trial_that_fails_does_not_end_the_run(
 def test_a_signal_ends_the_trial_and_the_run(
     make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def try_ways(spec: WaySpec, stop: StopFlag) -> WayFigures:
+    def try_ways(spec: WaySpec, micro_step_seconds: float, stop: StopFlag) -> WayFigures:
         raise PreflightError(ExitCode.SIGTERM, "stopped")
 
     monkeypatch.setattr(choosing_way, "try_ways", try_ways)
@@ -248,9 +248,9 @@ def test_figures_of_fewer_ways_suffice_only_for_as_short_a_run(
     asked = fake_trial(monkeypatch, "bfloat16")
     whole = choosing_way.try_ways
 
-    def try_ways(spec: WaySpec, stop: StopFlag) -> WayFigures:
+    def try_ways(spec: WaySpec, micro_step_seconds: float, stop: StopFlag) -> WayFigures:
         """As the child: without what is too expensive."""
-        found = whole(spec, stop)
+        found = whole(spec, micro_step_seconds, stop)
         n_ways = len(way_trial.pick_affordable(spec.ways, spec.n_micro_steps, 1.0))
         return WayFigures(figures=found.figures[:n_ways])
 
