@@ -227,7 +227,8 @@ class DecoderOnlyTransformer(TokenModel):
         if weight.device.type == "cuda":
             return GraphDecoder(self, cache)
         is_supported = (
-            len(cache.lengths) == 1
+            self.decodes_in_numpy
+            and len(cache.lengths) == 1
             and weight.device.type == cache.layers[0].device.type == "cpu"
             and weight.dtype == torch.float32
             and self._has_parts_of_gpt2()

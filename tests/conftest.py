@@ -16,6 +16,7 @@ from hypothesis import HealthCheck, settings
 
 from preflight.core.errors import ExitCode
 from preflight.core.log import configure_logging
+from preflight.device.remembered import FOLDER_VARIABLE
 from preflight.settings import RunConfig, build_config
 
 # The tests run in one process per core, on shapes too small for a second thread to help.
@@ -65,6 +66,15 @@ WORDS = [
     "jade",
     "boxes",
 ]
+
+
+@pytest.fixture(scope="session", autouse=True)
+def cache_folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """The user's folder of measurements, which no test may depend on or write to."""
+    folder = tmp_path_factory.mktemp("cache")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv(FOLDER_VARIABLE, str(folder))
+        yield folder
 
 
 @pytest.fixture

@@ -45,8 +45,12 @@ class Decoder:
 
     def threads(self) -> contextlib.AbstractContextManager[None]:
         """The threads that suit this way, for a step with all that belongs to it."""
-        in_numpy = isinstance(self._fast, SingleRowDecoder)
-        return one_torch_thread() if in_numpy else contextlib.nullcontext()
+        return one_torch_thread() if self.is_in_numpy else contextlib.nullcontext()
+
+    @property
+    def is_in_numpy(self) -> bool:
+        """Whether numpy decodes, and not torch."""
+        return isinstance(self._fast, SingleRowDecoder)
 
 
 def find_fast_decoder(

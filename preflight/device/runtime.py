@@ -6,6 +6,9 @@ import contextlib
 import ctypes
 import dataclasses
 import importlib.util
+import os
+import shutil
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,6 +18,7 @@ import torch
 from preflight.core.errors import ExitCode, PreflightError
 from preflight.core.memory_lack import lacks_memory
 from preflight.device.host_memory import peak_resident_bytes, release_freed_memory
+from preflight.device.ways import ChosenWay
 from preflight.settings import SystemSettings
 
 # A compilation takes about a minute; a shorter run does not regain that time.
@@ -75,19 +79,26 @@ class Runtime:
             Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
 
 
-def build_runtime(settings: SystemSettings, planned_steps: int | None = None) -> Runtime:
+def build_runtime(
+    settings: SystemSettings, planned_steps: int | None = None, chosen: ChosenWay | None = None
+) -> Runtime:
     """Choose device, precision and compilation where the flags leave them unset.
 
     Args:
         settings: the system flags.
         planned_steps: updates to come; ``None`` where nothing is trained.
+        chosen: what is taken where no flag is given; unset: a simple rule, without measuring.
 
     Raises:
         PreflightError: code FLAGS, when the device that the flags name is not there.
     """
-    device = _choose_device(settings.device)
+    device = choose_device(settings.device)
     dtype, why_dtype = _choose_dtype(device, settings.mixed_precision)
     compile_model, why_compile = _choose_compilation(device, settings.compile_model, planned_steps)
+    if chosen is not None and settings.mixed_precision is None:
+        dtype, why_dtype = chosen.way.dtype, chosen.why
+    if chosen is not None and settings.compile_model is None:
+        compile_model, why_compile = chosen.way.compiled, chosen.why
     if device.type == "cuda":
         # TF32 for matmuls that stay in fp32: eight times the rate, ten bits of mantissa.
         torch.set_float32_matmul_precision("high")
@@ -98,6 +109,7 @@ def build_runtime(settings: SystemSettings, planned_steps: int | None = None) ->
         f"device: {describe_device(device)}",
         f"precision: {str(dtype).removeprefix('torch.')} ({why_dtype})",
         f"compilation: {'on' if compile_model else 'off'} ({why_compile})",
+        *(chosen.notes if chosen else ()),
     )
     return Runtime(device, dtype, compile_model, notes)
 
@@ -129,7 +141,12 @@ def _keep_freed_memory() -> None:
         mallopt(_M_TRIM_THRESHOLD, -1)
 
 
-def _choose_device(name: str) -> torch.device:
+def choose_device(name: str) -> torch.device:
+    """The device of `--device`.
+
+    Raises:
+        PreflightError: code FLAGS, when it is not there.
+    """
     has_mps = torch.backends.mps.is_available()
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "mps" if has_mps else "cpu"
@@ -180,12 +197,23 @@ def _choose_compilation(
     if asked is not None:
         return asked, "as asked"
     if device.type != "cuda":
-        return False, f"gains little on {device.type}"
+        return False, f"not measured on {device.type}"
     if importlib.util.find_spec("triton") is None:
         return False, "Triton is not installed"
     if planned_steps < MIN_STEPS_TO_COMPILE:
         return False, f"takes longer than it saves in {planned_steps} steps"
     return True, f"saves more time than it takes in {planned_steps:,} steps"
+
+
+def find_missing_compiler(device: torch.device) -> str:
+    """What torch.compile lacks on this device, in words; empty where nothing is missing."""
+    if device.type == "cuda" and importlib.util.find_spec("triton") is None:
+        return "Triton is not installed"
+    if device.type == "cpu":
+        # torch compiles for the CPU with this C++ compiler (torch/_inductor/cpp_builder.py).
+        compiler = os.environ.get("CXX") or ("clang++" if sys.platform == "darwin" else "g++")
+        return "" if shutil.which(compiler) else f"there is no C++ compiler {compiler}"
+    return ""
 
 
 def describe_device(device: torch.device) -> str:

@@ -25,6 +25,7 @@ from preflight.core import storage
 from preflight.core.errors import ExitCode, PreflightError
 from preflight.core.processes import end_with_parent, shield_children
 from preflight.core.signals import StopFlag
+from preflight.core.units import format_seconds
 from preflight.device.runtime import is_out_of_memory
 
 MAX_SILENT_SECONDS, LOOK_SECONDS = 1800.0, 0.1
@@ -50,6 +51,7 @@ class ChildRules:
         stop: after a signal it is killed.
         stopped: what is told then.
         advice: what is told when it is silent for too long.
+        silent_seconds: how long that is; unset: `MAX_SILENT_SECONDS`.
     """
 
     name: str
@@ -58,6 +60,7 @@ class ChildRules:
     stop: StopFlag
     stopped: tuple[str, ...]
     advice: str = "run the same command again"
+    silent_seconds: float | None = None
 
 
 def serve(work: Work, folder: Path, answer: Connection) -> None:
@@ -135,9 +138,9 @@ def await_answer(
     Raises:
         PreflightError: code WORKER_LOST after a long silence; SIGINT or SIGTERM after a signal.
     """
-    n_looks = 0
+    n_looks, longest = 0, rules.silent_seconds or MAX_SILENT_SECONDS
     # Looks are counted, since a clock runs on while a person has stopped both (Ctrl-Z).
-    while n_looks < round(MAX_SILENT_SECONDS / LOOK_SECONDS):
+    while n_looks < round(longest / LOOK_SECONDS):
         n_looks += 1
         rules.stop.leave_if_stopping(*rules.stopped)
         if receiver.poll(LOOK_SECONDS):
@@ -155,7 +158,7 @@ def await_answer(
                 return "answer", LackOfMemory("it held all the memory that was available")
     raise PreflightError(
         ExitCode.WORKER_LOST,
-        f"{rules.name} gave no result in {MAX_SILENT_SECONDS / 60:.0f} minutes",
+        f"{rules.name} gave no result in {format_seconds(longest)}",
         rules.advice,
     )
 

@@ -30,10 +30,14 @@ class TokenModel(nn.Module):
     initialises them. It is a `LanguageModel` with `forward`, `compute_hidden`, `extend` and
     `decode` of its own.
     The memory estimate watches `layers`, which are alike, and `norm`, after which the loss begins.
+
+    Attributes:
+        decodes_in_numpy: a single row may be decoded in numpy, where the model has such a way.
     """
 
     layers: nn.ModuleList
     norm: nn.Module
+    decodes_in_numpy = True
     _generate: Callable[..., list[list[int]]] | None = None
     _multiply_head: Callable[[Tensor], Tensor] | None = None
 

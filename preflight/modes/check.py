@@ -90,7 +90,8 @@ def find_all(config: RunConfig) -> Findings:
     """The report, and what it was made from."""
     with StopFlag() as stop:
         ranks = plan_ranks(config.processes.ranks or 1)
-        found = Findings(build_setup(config, stop, ranks=ranks), Report())
+        setup = build_setup(config, stop, ranks=ranks, measures=config.check.measure)
+        found = Findings(setup, Report())
         gather(found)
     return found
 

@@ -14,7 +14,7 @@ from preflight.checkpoints.format import Checkpoint
 from preflight.core.signals import StopFlag
 from preflight.corpus.chats.build import prepare_chats
 from preflight.corpus.chats.data import ChatData
-from preflight.device.runtime import Runtime, build_runtime
+from preflight.device.runtime import Runtime, build_runtime, choose_device
 from preflight.models.cost import resolve_adapter
 from preflight.modes.base_checkpoint import (
     check_same_base,
@@ -24,6 +24,7 @@ from preflight.modes.base_checkpoint import (
     load_base_weights,
     open_base,
 )
+from preflight.modes.choosing_way import find_kept_way
 from preflight.modes.setup import RunSetup, part
 from preflight.settings import RunConfig, TrainingSettings
 from preflight.tokenization.chat_encoding import ChatEncoder
@@ -148,8 +149,15 @@ class FinetuneSetup(RunSetup):
 
     @part
     def runtime(self) -> Runtime:
-        """Device and precision. Nothing is compiled unasked: every length would be anew."""
-        return build_runtime(self.given.system, planned_steps=1)
+        """Device and precision; a run that continues keeps its own.
+
+        Nothing is compiled unasked: every length would be anew.
+        """
+        system, kept = self.given.system, None
+        if self.known_origin is not None:
+            saved = self.known_origin.config.get("runtime")
+            kept = find_kept_way(saved, choose_device(system.device))
+        return build_runtime(system, planned_steps=1, chosen=kept)
 
     def check_before_data(self) -> None:
         """Raise whatever can refuse the run before its chats are read."""

@@ -19,6 +19,7 @@ from preflight.core.log import log
 from preflight.core.streams import print_error
 from preflight.device.runtime import build_exact_runtime
 from preflight.models.base import TokenModel
+from preflight.modes.decoding_way import choose_decoding
 from preflight.modes.quantizing import check_quantize, quantize_loaded
 from preflight.serving.keys import is_loopback, load_key
 from preflight.serving.limits import Limits
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
     from uvicorn import Server
 
 _GRACE_SECONDS = 10.0  # in which running answers may end after Ctrl-C
+_MANY_STEPS = 10**6  # a server decodes for long enough to measure how
 _STOPPING = ("SIGINT", "SIGTERM", "SIGHUP")  # Windows has no SIGHUP
 
 
@@ -79,11 +81,13 @@ def build_store(config: RunConfig) -> Store:
     for note in runtime.notes[:2]:
         log.info(note)
     entries, rows = find_entries(config.serving.serve), config.serving.serve_rows
-    if not check_quantize(config):
-        return Store(entries, runtime, rows, template)
+    quantizes = check_quantize(config)
 
     def prepare(model: TokenModel, tokenizer: Tokenizer) -> TokenModel:
-        return quantize_loaded(model, tokenizer, config, runtime)
+        if quantizes:
+            return quantize_loaded(model, tokenizer, config, runtime)
+        # In fp32, so that an answer does not depend on those beside it, and one is not slower.
+        return choose_decoding(model, False, 1, _MANY_STEPS)
 
     return Store(entries, runtime, rows, template, prepare)
 

@@ -46,6 +46,7 @@ from preflight.modes.base_checkpoint import (
     open_base,
     refuse_other_ids,
 )
+from preflight.modes.choosing_way import choose_run_way
 from preflight.settings import (
     ControlSettings,
     ModelConfig,
@@ -124,6 +125,8 @@ class RunSetup:
             foreseen, and where it stands is taken from the manifest.
         trains: training steps will run. Otherwise nothing is compiled.
         ranks: the processes of the run; unset: one.
+        measures: a short trial may choose precision and compilation. Otherwise they are those of
+            an earlier trial, or a rule's.
     """
 
     def __init__(
@@ -135,8 +138,9 @@ class RunSetup:
         resumes: bool = False,
         trains: bool = True,
         ranks: Ranks | None = None,
+        measures: bool = False,
     ) -> None:
-        self.given, self.stop, self.trains = given, stop, trains
+        self.given, self.stop, self.trains, self.measures = given, stop, trains, measures
         self.continues, self.resumes = continues, resumes
         self.ranks = ranks or local_ranks()
         self.output_dir = Path(given.control.output_dir)
@@ -513,9 +517,10 @@ class RunSetup:
         """Device, precision and compilation for the steps to come."""
         if not self.trains:
             return build_runtime(self._system)
-        # The plan, and with it the data, is needed only to choose whether to compile.
-        decided = self.given.system.compile_model is not None
-        return build_runtime(self._system, 1 if decided else max(1, self.n_steps_to_come))
+        # The plan, and with it the data, is needed only to choose.
+        chosen = choose_run_way(self)
+        decided = self.given.system.compile_model is not None or chosen is not None
+        return build_runtime(self._system, 1 if decided else max(1, self.n_steps_to_come), chosen)
 
     @property
     def _system(self) -> SystemSettings:

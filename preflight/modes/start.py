@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import errno
-import importlib.util
 import os
-import shutil
-import sys
 
 from preflight.core.errors import ExitCode, PreflightError
 from preflight.core.locks import FolderLock
@@ -14,7 +11,7 @@ from preflight.core.log import log
 from preflight.core.storage import check_access, storage_error
 from preflight.corpus.metadata import METADATA_NAME
 from preflight.corpus.ownership import refuse_foreign
-from preflight.device.runtime import build_runtime
+from preflight.device.runtime import build_runtime, find_missing_compiler
 from preflight.foresight.fits import check_disk
 from preflight.foresight.memory import estimate_checkpoint_bytes
 from preflight.modes.setup import RunSetup
@@ -28,15 +25,7 @@ def check_machine(system: SystemSettings) -> None:
         PreflightError: code FLAGS.
     """
     device = build_runtime(system).device
-    if not system.compile_model:
-        return
-    missing = ""
-    if device.type == "cuda" and importlib.util.find_spec("triton") is None:
-        missing = "Triton is not installed"
-    elif device.type == "cpu":
-        # torch compiles for the CPU with this C++ compiler (torch/_inductor/cpp_builder.py).
-        compiler = os.environ.get("CXX") or ("clang++" if sys.platform == "darwin" else "g++")
-        missing = "" if shutil.which(compiler) else f"there is no C++ compiler {compiler}"
+    missing = find_missing_compiler(device) if system.compile_model else ""
     if missing:
         raise PreflightError(
             ExitCode.FLAGS,

@@ -62,7 +62,7 @@ def run(config: RunConfig) -> int:
             return train_as_rank(config, stop)
         n_ranks = count_ranks(config)
         if n_ranks == 1:
-            return train(RunSetup(config, stop, resumes=True))
+            return train(RunSetup(config, stop, resumes=True, measures=True))
         setup = RunSetup(config, stop, resumes=True, ranks=plan_ranks(n_ranks))
         return train(setup, lambda setup: launch_ranks(setup.given, n_ranks))
 

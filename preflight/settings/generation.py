@@ -49,7 +49,7 @@ class GenerationSettings:
     num_return_sequences: int = setting(1, "completions per prompt", ge=1, le=100_000)
     generation_batch_size: int = setting(
         8,
-        "sequences generated at once; in fp32, the default here, completions do not depend on it",
+        "sequences generated at once; in fp32 completions do not depend on it",
         ge=1,
         le=65_536,
     )

@@ -22,13 +22,15 @@ class SystemSettings:
     mixed_precision: bool | None = setting(
         None,
         "bf16 where the hardware supports it, else fp16 with a gradient scaler (CUDA); unset: "
-        "where it is faster, but never in --generate",
+        "where it is faster; in --generate, where a short trial shows that it is",
     )
     gradient_checkpointing: bool = setting(
         False, "recompute activations in the backward pass: less memory, slower"
     )
     compile_model: bool | None = setting(
-        None, "use torch.compile; unset: on CUDA, for runs long enough to gain from it"
+        None,
+        "use torch.compile; unset: for runs long enough to gain from it, on a CPU where a short "
+        "trial shows that they do",
     )
     data_on_gpu: str = setting(
         "auto",

@@ -1,0 +1,105 @@
+"""A short trial of the ways to decode: fp32 or bf16, and torch or numpy for a single row.
+
+One row reads every weight for one product, which hardware for bf16 need not make faster; several
+rows share what is read. Which way wins depends on the processor, the model and the rows.
+"""
+
+from __future__ import annotations
+
+import copy
+import statistics
+import time
+from collections.abc import Sequence
+from typing import Annotated
+
+import torch
+from pydantic import Field
+
+from preflight.core.schema import Schema
+from preflight.decoding.stepping import Decoder, find_place
+from preflight.models.base import TokenModel
+
+NUMPY, FLOAT32, BFLOAT16 = "float32 in numpy", "float32", "bfloat16"
+TRIAL_SHARE = 0.02  # of the generation's time, at most, for the trial
+# Of the time of the first way, which another must save: the text may change with the way.
+LEAST_GAIN = 0.1
+# A smaller model's token takes milliseconds in any way, and a few of them decide nothing.
+LEAST_BYTES = 64 * 2**20
+_ROUNDS, _STEPS = 3, 4  # of each way; and as many steps for a warm-up
+# Of one core and more (benchmarks/LOG.md): weights that are read for a token, and converted.
+_READ_BYTES_PER_SECOND, _CONVERT_BYTES_PER_SECOND = 20e9, 2e9
+
+
+class DecodingFigures(Schema):
+    """Seconds of a step by way; the first way is the one that is taken unmeasured."""
+
+    seconds: Annotated[dict[str, Annotated[float, Field(gt=0)]], Field(min_length=1)]
+
+
+def list_decoding_ways(model: TokenModel, n_rows: int, *, has_bf16: bool) -> list[str]:
+    """The ways that a model in fp32 on the CPU may decode, the one taken unmeasured first."""
+    device, dtype = find_place(model)
+    cache = model.build_cache(n_rows, device, dtype, capacity=1)
+    in_numpy = Decoder(model, cache).is_in_numpy
+    return [*([NUMPY] if in_numpy else []), FLOAT32, *([BFLOAT16] if has_bf16 else [])]
+
+
+def choose_decoding_way(figures: DecodingFigures, ways: Sequence[str]) -> str:
+    """The fastest of `ways`; the first of them, unless another saves a share of `LEAST_GAIN`."""
+    best = min(ways, key=lambda way: figures.seconds[way])
+    limit = (1 - LEAST_GAIN) * figures.seconds[ways[0]]
+    return best if figures.seconds[best] < limit else ways[0]
+
+
+def is_trial_affordable(n_bytes: int, n_ways: int, n_steps: int) -> bool:
+    """Whether a trial takes at most its share of the time that so many steps of decoding take.
+
+    Args:
+        n_bytes: of the weights.
+        n_ways: that would be tried.
+        n_steps: of the generation to come.
+    """
+    step_seconds = n_bytes / _READ_BYTES_PER_SECOND
+    cost = n_ways * (_ROUNDS + 1) * _STEPS * step_seconds + n_bytes / _CONVERT_BYTES_PER_SECOND
+    return n_bytes >= LEAST_BYTES and cost <= TRIAL_SHARE * n_steps * step_seconds
+
+
+def prepare_for(way: str, model: TokenModel) -> TokenModel:
+    """The model in fp32, changed to decode that way; in place."""
+    model.decodes_in_numpy = way == NUMPY
+    return model.to(torch.bfloat16) if way == BFLOAT16 else model
+
+
+@torch.inference_mode()
+def measure_decoding(model: TokenModel, ways: Sequence[str], n_rows: int) -> DecodingFigures:
+    """Seconds of a step in each way, from steps that take turns. The model stays as it is.
+
+    With bf16 among the ways, half of the model's memory is needed besides.
+    """
+    decoders = [_build_decoder(way, model, n_rows) for way in ways]
+    tokens = torch.zeros(n_rows, dtype=torch.long, device=decoders[0].cache.layers[0].device)
+    rounds: list[list[float]] = []
+    for _ in range(1 + _ROUNDS):  # the first warms up
+        rounds.append([_time_steps(decoder, tokens) for decoder in decoders])
+    medians = [statistics.median(times) for times in zip(*rounds[1:], strict=True)]
+    return DecodingFigures(seconds=dict(zip(ways, medians, strict=True)))
+
+
+def _build_decoder(way: str, model: TokenModel, n_rows: int) -> Decoder:
+    if way == BFLOAT16:
+        model = copy.deepcopy(model)
+    else:
+        model = copy.copy(model)  # a flag of its own, the same weights
+    model = prepare_for(way, model)
+    device, dtype = find_place(model)
+    return Decoder(model, model.build_cache(n_rows, device, dtype, capacity=_STEPS))
+
+
+def _time_steps(decoder: Decoder, tokens: torch.Tensor) -> float:
+    """Seconds of a step, from some in a row."""
+    decoder.cache.lengths = [0] * len(tokens)
+    with decoder.threads():
+        began = time.perf_counter()
+        for _ in range(_STEPS):
+            decoder.decode(tokens)
+        return (time.perf_counter() - began) / _STEPS
