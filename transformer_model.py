@@ -173,6 +173,18 @@ class DecoderOnlyTransformer(TokenModel):
         Raises:
             ValueError: a row cannot hold them.
         """
+        self._extend(tokens, cache, rows, lengths)
+
+    def extend_hidden(self, tokens: Tensor, cache: KVCache) -> Tensor:
+        """As `extend` of the only row of `cache` by tokens (1 T); the vectors (1 T C) from which
+        the logits after each are computed.
+        """
+        return self.norm(self._extend(tokens, cache, [0], [tokens.shape[1]]))
+
+    def _extend(
+        self, tokens: Tensor, cache: KVCache, rows: list[int], lengths: list[int]
+    ) -> Tensor:
+        """As `extend`; what the last block gives (B T C)."""
         T = tokens.shape[1]
         ends = [cache.lengths[row] + length for row, length in zip(rows, lengths, strict=True)]
         cache.check_capacity(max(ends, default=0))
@@ -189,6 +201,7 @@ class DecoderOnlyTransformer(TokenModel):
             x = block(x, layer, step, angles)
         for row, end in zip(rows, ends, strict=True):
             cache.lengths[row] = end
+        return x
 
     def decode(self, tokens: Tensor, cache: KVCache) -> Tensor:
         """Append one token to every row of `cache`; logits (B V) of what follows it.

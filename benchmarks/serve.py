@@ -5,7 +5,8 @@
 
 One client and eight alternate, through the engine alone and over HTTP, and where xllamacpp is
 installed through llama.cpp's server on the same weights. Every client streams an answer to a prompt
-of its own. Other programs on the machine disturb all alike: the ratios count.
+of its own. Other programs on the machine disturb all alike: the ratios count. The CPU time of each
+thread is told too, since it does not depend on them.
 """
 
 from __future__ import annotations
@@ -27,6 +28,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+# As `main.py` has it: the engine alone and the server must not differ in this.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
 import torch
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -44,13 +48,37 @@ CLIENTS = (1, 8)
 
 @dataclass
 class Times:
-    """Of one round: seconds to the first token of each client, and tokens per second of all."""
+    """Of one round: seconds to the first token of each client, tokens per second of all, and
+    milliseconds of CPU for each token, by threads, the busiest first. Prompts are in both.
+    """
 
     firsts: list[float]
     rate: float
+    busy: list[float]
 
 
 Round = Callable[[int, int], Times]  # clients, tokens of each
+
+
+def read_cpu_seconds(pid: int) -> dict[str, float]:
+    """What each thread of a process has computed so far. Only Linux tells it."""
+    folder = Path("/proc", str(pid), "task")
+    threads = folder.iterdir() if folder.is_dir() else ()
+    return {each.name: int((each / "schedstat").read_text().split()[0]) / 1e9 for each in threads}
+
+
+@contextlib.contextmanager
+def counting_cpu(pid: int, found: list[float]) -> Iterator[None]:
+    """Add the seconds of each thread to `found`, the busiest first."""
+    before = read_cpu_seconds(pid)
+    yield
+    after = read_cpu_seconds(pid)
+    found += sorted((at - before.get(name, 0) for name, at in after.items()), reverse=True)
+
+
+def summarise(firsts: list[float], count: int, seconds: float, cpu: list[float]) -> Times:
+    busy = [1e3 * each / count for each in cpu if 1e3 * each > 0.01 * count]
+    return Times(sorted(firsts), count / seconds, busy)
 
 
 def through_engine(run: str, dtype: torch.dtype) -> Round:
@@ -65,17 +93,20 @@ def through_engine(run: str, dtype: torch.dtype) -> Round:
             batch.join(Job(ids, SamplingConfig(max_new_tokens=n_tokens), index=index), index)
         firsts: dict[int, float] = {}
         count = 0
-        while batch.tasks:
-            for task, event in batch.step():
-                if isinstance(event, TokenEvent):
-                    count += 1
-                    firsts.setdefault(task.owner, time.perf_counter() - began)
-        return Times(sorted(firsts.values()), count / (time.perf_counter() - began))
+        cpu: list[float] = []
+        with counting_cpu(os.getpid(), cpu):
+            while batch.tasks:
+                for task, event in batch.step():
+                    if isinstance(event, TokenEvent):
+                        count += 1
+                        firsts.setdefault(task.owner, time.perf_counter() - began)
+        return summarise(list(firsts.values()), count, time.perf_counter() - began, cpu)
 
     return go
 
 
-def over_http(address: str, model: str) -> Round:
+def over_http(address: str, model: str, pid: int) -> Round:
+    """Clients of a server, whose process is `pid`."""
     counter = iter(range(10**9))
 
     def ask(prompt: str, n_tokens: int, found: list[tuple[float, int]]) -> None:
@@ -99,12 +130,14 @@ def over_http(address: str, model: str) -> Round:
         prompts = [PROMPT.format(next(counter)) for _ in range(n_clients)]
         threads = [threading.Thread(target=ask, args=(p, n_tokens, found)) for p in prompts]
         began = time.perf_counter()
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
+        cpu: list[float] = []
+        with counting_cpu(pid, cpu):
+            for thread in threads:
+                thread.start()
+            for thread in threads:
+                thread.join()
         seconds = time.perf_counter() - began
-        return Times(sorted(first for first, _ in found), sum(n for _, n in found) / seconds)
+        return summarise([first for first, _ in found], sum(n for _, n in found), seconds, cpu)
 
     return go
 
@@ -122,7 +155,7 @@ def our_server(run: str, dtype: torch.dtype) -> Iterator[Round]:
         address = line.split("chat: ")[1].split("/ ")[0]
         with urllib.request.urlopen(address + "/v1/models") as answer:
             name = json.load(answer)["data"][0]["id"]
-        yield over_http(address, name)
+        yield over_http(address, name, process.pid)
     finally:
         process.terminate()
         process.wait(20)
@@ -141,8 +174,14 @@ def llama_server(run: str, folder: Path) -> Iterator[Round]:
     params.n_ctx, params.n_parallel = 8 * 1024, max(CLIENTS)
     params.cpuparams.n_threads = params.cpuparams_batch.n_threads = torch.get_num_threads()
     server = xllamacpp.Server(params)
-    yield over_http(server.listening_address, "model")
+    yield over_http(server.listening_address, "model", os.getpid())
     del server
+
+
+def summarise_busy(rounds: list[Times]) -> list[float]:
+    """The least of all rounds, thread by thread, of the four busiest."""
+    busiest = (times.busy[:4] for times in rounds)
+    return [round(min(each), 2) for each in zip(*busiest, strict=False)]
 
 
 def compare(name: str, go: Round, rounds: int, n_tokens: int) -> dict[str, Any]:
@@ -159,6 +198,8 @@ def compare(name: str, go: Round, rounds: int, n_tokens: int) -> dict[str, Any]:
         "tokens_per_second_of_1": round(statistics.median(t.rate for t in one), 1),
         "tokens_per_second_of_8": round(statistics.median(t.rate for t in many), 1),
         "ratio": round(ratio, 2),
+        "cpu_ms_per_token_of_1": summarise_busy(one),
+        "cpu_ms_per_token_of_8": summarise_busy(many),
         "first_token_alone": round(alone, 3),
         "first_of_8": round(statistics.median(t.firsts[0] for t in many), 3),
         "eighth_of_8": round(statistics.median(t.firsts[-1] for t in many), 3),

@@ -50,7 +50,7 @@ def test_what_the_requirements_bring_along_has_a_tested_version_too() -> None:
     waiting, seen = [requirement.name for requirement in NAMED], set[str]()
     while waiting:
         name = canonicalize_name(waiting.pop())
-        if name in seen or name.startswith(("nvidia-", "cuda-", "triton")):
+        if name in seen or name.startswith(("nvidia-", "cuda-", "triton")) or name == "pip":
             continue
         seen.add(name)
         needed = map(Requirement, metadata.requires(name) or [])

@@ -27,8 +27,8 @@ class TokenModel(nn.Module):
     """Base of the models: `embed_tokens`, `lm_head` where it is not tied, loss and logits.
 
     A subclass builds its parts, among them `layers` and `norm`, then calls `build_head` and
-    initialises them. It is a `LanguageModel` with `forward`, `compute_hidden`, `extend` and
-    `decode` of its own.
+    initialises them. It is a `LanguageModel` with `forward`, `compute_hidden`, `extend`,
+    `extend_hidden` and `decode` of its own.
     The memory estimate watches `layers`, which are alike, and `norm`, after which the loss begins.
 
     Attributes:
@@ -99,6 +99,12 @@ class TokenModel(nn.Module):
 
     def extend(self, tokens: Tensor, cache: KVCache, rows: list[int], lengths: list[int]) -> None:
         """Put tokens (B T) into rows of `cache` behind what they hold, of each its `lengths`."""
+        raise NotImplementedError
+
+    def extend_hidden(self, tokens: Tensor, cache: KVCache) -> Tensor:
+        """As `extend` of the only row of `cache` by tokens (1 T); the vectors (1 T C) from which
+        the logits after each are computed.
+        """
         raise NotImplementedError
 
     def decode(self, tokens: Tensor, cache: KVCache) -> Tensor:

@@ -92,6 +92,9 @@ class NgramMLP(TokenModel):
             ValueError: T is longer than the context.
         """
         self.check_length(tokens)
+        return self._compute_hidden(tokens)
+
+    def _compute_hidden(self, tokens: Tensor) -> Tensor:
         n = self.config.context_length
         padded = F.pad(self.embed_tokens(tokens) * self.scale, (0, 0, n - 1, 0))  # B T+n-1 C
         return self._transform(padded.unfold(1, n, 1).flatten(2))  # B T C n -> B T Cn -> B T C
@@ -123,6 +126,16 @@ class NgramMLP(TokenModel):
         for i, (row, end) in enumerate(zip(rows, ends, strict=True)):
             cache.layers[0][0, row, cache.lengths[row] : end] = tokens[i, : lengths[i]]
             cache.lengths[row] = end
+
+    def extend_hidden(self, tokens: Tensor, cache: KVCache) -> Tensor:
+        """As `extend` of the only row of `cache` by tokens (1 T); the vectors (1 T C) from which
+        the logits after each are computed.
+        """
+        T = tokens.shape[1]
+        self.extend(tokens, cache, [0], [T])
+        [end] = cache.lengths
+        first = max(0, end - T + 1 - self.config.context_length)  # that one of the tokens sees
+        return self._compute_hidden(cache.layers[0][0, :, first:end])[:, -T:]
 
     def decode(self, tokens: Tensor, cache: KVCache) -> Tensor:
         """Append one token (B,) to every row of `cache`; logits (B V) of what follows it.

@@ -32,8 +32,9 @@ from preflight.serving.foresight import (
     fit_rows,
     measure_speed,
 )
+from preflight.serving.pieces import PieceBudget
 from preflight.serving.protocol import Answer, Job, ServedModel, TokenEvent
-from preflight.serving.scoring import score_ids
+from preflight.serving.scoring import PromptScorer
 from preflight.tokenization import Tokenizer
 from preflight.tokenization.chat_encoding import ChatEncoder
 from preflight.tokenization.chat_template import DEFAULT_TEMPLATE, ChatTemplate
@@ -106,6 +107,7 @@ class ServedCheckpoint:
         if own is None:
             log.info(f"{self.name} has no chat template: the default one is used")
         self._template = own or DEFAULT_TEMPLATE
+        self._scoring_budget = PieceBudget()
         self._batch = RowBatch(model, tokenizer, memory.rows)
         self.speeds = self._measure()
         self.engine = Engine(self._batch, self.name)
@@ -142,8 +144,12 @@ class ServedCheckpoint:
 
     async def score(self, ids: Sequence[int], n_alternatives: int) -> list[TokenEvent]:
         """As in `ServedModel`."""
-        work = functools.partial(score_ids, self._model, self._tokenizer, ids, n_alternatives)
-        return await asyncio.wrap_future(self.engine.call(work))
+        scorer = PromptScorer(
+            self._model, self._tokenizer, ids, n_alternatives, self._scoring_budget
+        )
+        while await asyncio.wrap_future(self.engine.call(scorer.read_piece)):
+            pass  # a step of the answers lies between two pieces
+        return scorer.events
 
     def submit(self, job: Job) -> Answer:
         """As in `ServedModel`."""

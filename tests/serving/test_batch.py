@@ -14,6 +14,7 @@ from preflight.serving import slots as slots_module
 from preflight.serving.batch import RowBatch
 from preflight.serving.pieces import PieceBudget, count_common
 from preflight.serving.protocol import EndEvent, Job, TokenEvent
+from preflight.serving.scoring import PromptScorer
 from preflight.serving.slots import Task
 from preflight.settings import SamplingConfig
 
@@ -356,6 +357,22 @@ def test_a_lack_of_memory_ends_answers_and_not_the_batch(
     batch.join(job, 1)
     finish(batch, found)
     assert read(found[1]) == answer_alone(make_model("llama"), job)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_prompts_are_scored_in_pieces(family: str) -> None:
+    model, ids = make_model(family), [(7 * i * i) % 257 for i in range(40)]
+    scorer = PromptScorer(model, make_tokenizer(), ids, 2, PieceBudget(9))
+    told = [scorer.read_piece() for _ in range(5)]
+    assert told == [True, True, True, True, False]
+    expected = model(torch.tensor([ids]))[0].log_softmax(-1)
+    for place, event in enumerate(scorer.events[1:]):
+        assert event.chosen is not None
+        assert event.chosen.token == ids[place + 1]
+        assert event.chosen.logprob == pytest.approx(
+            float(expected[place, ids[place + 1]]), abs=1e-4
+        )
+        assert [a.token for a in event.alternatives] == expected[place].topk(2).indices.tolist()
 
 
 # ---- pieces -------------------------------------------------------------------------------------
