@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from preflight.checkpoints.rows import wrap_rows
 from preflight.core.errors import ExitCode, PreflightError
 from preflight.core.log import log
 from preflight.core.signals import StopFlag
@@ -23,6 +24,7 @@ from preflight.models.protocol import LanguageModel
 from preflight.settings import ModelConfig, TrainingSettings
 from preflight.settings.kinds import OPTIMIZERS
 from preflight.training.evaluating import Evaluator
+from preflight.training.optimizer_state import list_optimizer_tensors, load_optimizer_tensors
 from preflight.training.optimizers import build_optimizer
 from preflight.training.plan import TrainingPlan
 from preflight.training.recording import StepRecorder
@@ -209,29 +211,34 @@ class Trainer:
         """What training changes: all weights, or those of the adapters."""
         return list_trained_weights(self.model)
 
+    def list_optimizer_tensors(self) -> dict[str, Tensor]:
+        """What the optimizer remembers of the steps, by ``<parameter>.<key>``."""
+        return list_optimizer_tensors(self.model, self.optimizer)
+
     def state_dict(self) -> dict[str, Any]:
-        """Optimizer, scaler and random state: all of a step's memory besides the weights."""
+        """Scaler and random state: a step's memory besides the weights and the optimizer's."""
         rng = {"cpu": torch.get_rng_state()}
         if self.runtime.device.type == "cuda":
             rng["cuda"] = torch.cuda.get_rng_state(self.runtime.device)
         return {
-            "optimizer": self.optimizer.state_dict(),
             "scaler": self.scaler.state_dict(),
             "rng": rng,
             "device": self.runtime.device.type,
         }
 
-    def load_state_dict(self, weights: dict[str, Tensor], state: dict[str, Any]) -> None:
-        """Restore what `state_dict` and `list_weights` gave.
+    def load_state_dict(
+        self, weights: dict[str, Tensor], optimizer: dict[str, Tensor], state: dict[str, Any]
+    ) -> None:
+        """Restore what `list_weights`, `list_optimizer_tensors` and `state_dict` gave.
 
         Raises:
             PreflightError: code CHECKPOINT, when the state belongs to another optimizer.
         """
+        own = self.list_weights()
+        weights = {name: wrap_rows(w, own.get(name, w)) for name, w in weights.items()}
         load_trained_weights(self.model, weights)
         try:
-            # Hyperparameters stay those of the flags: a checkpoint's are never used.
-            groups = self.optimizer.state_dict()["param_groups"]
-            self.optimizer.load_state_dict(state["optimizer"] | {"param_groups": groups})
+            load_optimizer_tensors(self.model, self.optimizer, optimizer)
             if self.scaler.is_enabled() and state["scaler"]:
                 found = {name: state["scaler"][name] for name in ("scale", "_growth_tracker")}
                 self.scaler.load_state_dict(self.scaler.state_dict() | found)

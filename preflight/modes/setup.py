@@ -20,6 +20,7 @@ from torch import Tensor
 from generate import build_empty_model, load_model
 from preflight.checkpoints.adapters import read_adapter
 from preflight.checkpoints.format import Checkpoint, load_weights
+from preflight.checkpoints.rows import list_rows
 from preflight.checkpoints.store import find_best, open_checkpoint
 from preflight.core.commands import join_words
 from preflight.core.errors import ExitCode, PreflightError
@@ -540,10 +541,12 @@ class RunSetup:
             weights=self.load_base_weights(),
         )
         if self.origin is not None and self.resumes:
-            shapes = {name: tuple(w.shape) for name, w in trainer.list_weights().items()}
+            own = trainer.list_weights()
+            shapes = {name: tuple(w.shape) for name, w in own.items()}
+            weights = load_weights(self.origin, shapes, list_rows(own))
             # Taken out, not kept: on CUDA the run would hold a second copy in the host's memory.
-            state = self.saved.pop("trainer", {})
-            trainer.load_state_dict(load_weights(self.origin, shapes), state)
+            optimizer, state = self.saved.pop("optimizer", {}), self.saved.pop("trainer", {})
+            trainer.load_state_dict(weights, optimizer, state)
         return trainer
 
     def load_base_weights(self) -> dict[str, Tensor] | None:

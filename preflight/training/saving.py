@@ -13,8 +13,8 @@ from preflight.checkpoints.format import (
     MILESTONES_NAME,
     Checkpoint,
     record_validation,
-    save_checkpoint,
 )
+from preflight.checkpoints.saving import save_checkpoint
 from preflight.checkpoints.store import retire_checkpoints
 from preflight.core.errors import ExitCode, PreflightError
 from preflight.core.log import log

@@ -18,6 +18,7 @@ import torch
 
 from checkpoints.samples import (
     CONFIG,
+    FILE_NAMES,
     ROOT,
     SYSTEM_CALLS,
     FakeTokenizer,
@@ -31,7 +32,8 @@ from checkpoints.samples import (
 )
 from preflight.checkpoints import format as checkpoint_format
 from preflight.checkpoints import store, writing
-from preflight.checkpoints.manifest import REQUIRED_NAMES
+from preflight.checkpoints.saving import save_checkpoint
+from preflight.checkpoints.tensor_file import TensorFile
 from preflight.core import storage
 from preflight.core.errors import ExitCode, PreflightError
 
@@ -41,9 +43,9 @@ def test_bad_weights_are_never_saved(tmp_path: Path, value: float) -> None:
     weights = make_weights(1)
     weights["wte.weight"][3, 2] = value
     with refused(ExitCode.DIVERGED, "wte.weight"):
-        checkpoint_format.save_checkpoint(tmp_path, 5, weights, {}, CONFIG, {})
+        save_checkpoint(tmp_path, 5, weights, {}, CONFIG, {})
     with pytest.raises(ValueError, match="int64"):
-        checkpoint_format.save_checkpoint(tmp_path, 5, {"x": torch.tensor([1])}, {}, CONFIG, {})
+        save_checkpoint(tmp_path, 5, {"x": torch.tensor([1])}, {}, CONFIG, {})
     assert os.listdir(tmp_path) == []
 
 
@@ -241,18 +243,27 @@ def test_too_little_room_is_seen_before_writing(
     assert os.listdir(tmp_path / "milestones") == ["checkpoint-4"]
 
 
-@pytest.mark.parametrize("name", [*REQUIRED_NAMES, "manifest.json", "vocab.txt"])
+@pytest.mark.parametrize("name", [*FILE_NAMES, "manifest.json", "vocab.txt"])
 def test_disk_that_lies_is_caught_before_the_rename(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
-    real = writing.FolderWriter.read_back
+    real, real_compare = writing.FolderWriter.read_back, TensorFile._is_written
+
+    def change(path: Path) -> None:
+        raw = path.read_bytes()
+        path.write_bytes(raw[:-1] + bytes([raw[-1] ^ 1]))
 
     def read_back_changed(self: writing.FolderWriter) -> None:
-        path = self.folder / name
-        path.write_bytes(path.read_bytes()[:-1] + b"?")
+        change(self.folder / name)
         real(self)
 
+    def compare_changed(self: TensorFile, file: Any) -> bool:
+        if self.name == name:
+            change(Path(file.name))
+        return real_compare(self, file)
+
     monkeypatch.setattr(writing.FolderWriter, "read_back", read_back_changed)
+    monkeypatch.setattr(TensorFile, "_is_written", compare_changed)
     with refused(ExitCode.STORAGE, f"{name} differs from what was written"):
         save(tmp_path, 5, tokenizer=FakeTokenizer())
     assert os.listdir(tmp_path / "milestones") == []
