@@ -30,8 +30,9 @@ from checkpoints.samples import (
     same,
     save,
 )
+from checkpoints.thread_ranks import run_ranks
 from preflight.checkpoints import format as checkpoint_format
-from preflight.checkpoints import store, writing
+from preflight.checkpoints import store, tensor_file, writing
 from preflight.checkpoints.saving import save_checkpoint
 from preflight.checkpoints.tensor_file import TensorFile
 from preflight.core import storage
@@ -74,6 +75,7 @@ def run_killed(action: Callable[[], Any], point: int) -> bool:
 
         for name in SYSTEM_CALLS:
             setattr(os, name, wrap(getattr(os, name)))
+        tensor_file._write_at = wrap(tensor_file._write_at)
         action()
     except BaseException:
         os._exit(1)
@@ -138,6 +140,18 @@ def test_kill_at_every_point_of_replacing_the_only_one(tmp_path: Path) -> None:
         tmp_path, prepare, lambda output_dir: save(output_dir, 5, seed=77)
     )
     assert points > 30
+    assert bad == []
+
+
+def test_kill_at_every_point_of_a_save_by_two_ranks(tmp_path: Path) -> None:
+    """Whichever of them is at work: the threads share their process."""
+
+    def save_together(output_dir: Path) -> None:
+        results = run_ranks(2, lambda ranks: save(output_dir, 3, ranks=ranks))
+        assert [saved.step for saved in results] == [3, 3]
+
+    points, bad = find_unrecoverable_points(tmp_path, prepare_two, save_together)
+    assert points > 50
     assert bad == []
 
 
