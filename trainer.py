@@ -12,10 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from preflight.checkpoints.rows import wrap_rows
 from preflight.core.errors import ExitCode, PreflightError
 from preflight.core.log import log
 from preflight.core.signals import StopFlag
-from preflight.device.ranks import Ranks, cut_like, local_ranks
+from preflight.device.ranks import Ranks, local_ranks
 from preflight.device.runtime import Runtime, is_out_of_memory
 from preflight.models.building import build_model
 from preflight.models.lora import add_adapters, list_trained_weights, load_trained_weights
@@ -24,6 +25,7 @@ from preflight.models.protocol import LanguageModel
 from preflight.settings import ModelConfig, TrainingSettings
 from preflight.settings.kinds import OPTIMIZERS
 from preflight.training.evaluating import Evaluator
+from preflight.training.optimizer_state import list_optimizer_tensors, load_optimizer_tensors
 from preflight.training.optimizers import build_optimizer
 from preflight.training.plan import TrainingPlan
 from preflight.training.recording import StepRecorder
@@ -250,44 +252,37 @@ class Trainer:
         return Evaluation(loss, convert_to_bits_per_byte(loss, tokens_per_byte))
 
     def list_weights(self) -> dict[str, Tensor]:
-        """What training changes: all weights, or those of the adapters.
+        """What training changes: all weights, or those of the adapters; sharded over the ranks."""
+        return list_trained_weights(self.model)
 
-        Called by all ranks together, as is `state_dict`; each tensor is whole.
-        """
-        weights = list_trained_weights(self.model)
-        return {name: self.ranks.gather_whole(tensor) for name, tensor in weights.items()}
+    def list_optimizer_tensors(self) -> dict[str, Tensor]:
+        """What the optimizer remembers of the steps, by ``<parameter>.<key>``."""
+        return list_optimizer_tensors(self.model, self.optimizer)
 
     def state_dict(self) -> dict[str, Any]:
-        """Optimizer, scaler and random state: all of a step's memory besides the weights."""
+        """Scaler and random state: a step's memory besides the weights and the optimizer's."""
         rng = {"cpu": torch.get_rng_state()}
         if self.runtime.device.type == "cuda":
             rng["cuda"] = torch.cuda.get_rng_state(self.runtime.device)
-        optimizer = self.optimizer.state_dict()
-        optimizer["state"] = {
-            index: {name: self.ranks.gather_whole(value) for name, value in tensors.items()}
-            for index, tensors in optimizer["state"].items()
-        }
         return {
-            "optimizer": optimizer,
             "scaler": self.scaler.state_dict(),
             "rng": rng,
             "device": self.runtime.device.type,
         }
 
-    def load_state_dict(self, weights: dict[str, Tensor], state: dict[str, Any]) -> None:
-        """Restore what `state_dict` and `list_weights` gave.
+    def load_state_dict(
+        self, weights: dict[str, Tensor], optimizer: dict[str, Tensor], state: dict[str, Any]
+    ) -> None:
+        """Restore what `list_weights`, `list_optimizer_tensors` and `state_dict` gave.
 
         Raises:
             PreflightError: code CHECKPOINT, when the state belongs to another optimizer.
         """
-        own = list_trained_weights(self.model)
-        cut = {name: cut_like(tensor, own[name]) for name, tensor in weights.items()}
-        load_trained_weights(self.model, cut)
+        own = self.list_weights()
+        weights = {name: wrap_rows(w, own.get(name, w)) for name, w in weights.items()}
+        load_trained_weights(self.model, weights)
         try:
-            self._cut_optimizer_state(state["optimizer"]["state"])
-            # Hyperparameters stay those of the flags: a checkpoint's are never used.
-            groups = self.optimizer.state_dict()["param_groups"]
-            self.optimizer.load_state_dict(state["optimizer"] | {"param_groups": groups})
+            load_optimizer_tensors(self.model, self.optimizer, optimizer)
             if self.scaler.is_enabled() and state["scaler"]:
                 found = {name: state["scaler"][name] for name in ("scale", "_growth_tracker")}
                 self.scaler.load_state_dict(self.scaler.state_dict() | found)
@@ -305,15 +300,3 @@ class Trainer:
                 f"note: trained on {state.get('device')}, continuing on "
                 f"{self.runtime.device.type}: same data order, but not bit-identical"
             )
-
-    def _cut_optimizer_state(self, state: dict[int, dict[str, Any]]) -> None:
-        """Leave of a saved optimizer's state this rank's part, in place.
-
-        What has the shape of its parameter is cut as the parameter is. Raises KeyError or TypeError
-        for a state of another optimizer.
-        """
-        parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
-        for index, tensors in state.items():
-            for name, tensor in tensors.items():
-                if isinstance(tensor, Tensor) and tensor.shape == parameters[index].shape:
-                    tensors[name] = cut_like(tensor, parameters[index])

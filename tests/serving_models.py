@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from generate import stream_ids
-from preflight.checkpoints.format import save_checkpoint
+from preflight.checkpoints.saving import save_checkpoint
 from preflight.models.base import TokenModel
 from preflight.serving.protocol import Job
 from preflight.settings import ModelConfig, SamplingConfig

@@ -22,7 +22,7 @@ from generate import (
     load_model,
     stream_text,
 )
-from preflight.checkpoints.format import save_checkpoint
+from preflight.checkpoints.saving import save_checkpoint
 from preflight.core.errors import PreflightError
 from preflight.decoding.beam import BeamSearcher
 from preflight.decoding.vocabulary import AnyIds, Vocabulary

@@ -24,7 +24,7 @@ import torch
 
 import main
 from generate import generate_text, load_model
-from preflight.checkpoints.format import save_checkpoint
+from preflight.checkpoints.saving import save_checkpoint
 from preflight.checkpoints.store import open_checkpoint
 from preflight.core.errors import PreflightError
 from preflight.core.log import log

@@ -1,6 +1,6 @@
 """Checkpoints of adapters: what they describe, the base that they share, and PEFT's own files.
 
-    <output_dir>/base/                      a checkpoint folder without checkpoint.pt
+    <output_dir>/base/                      a checkpoint folder without its training state
     <output_dir>/milestones/checkpoint-<step>/
         adapter_model.safetensors           A and B, by PEFT's names
         adapter_config.json                 rank, alpha and targets, as PEFT describes them
@@ -12,7 +12,6 @@ The base is kept once for a run, however many checkpoints it has.
 from __future__ import annotations
 
 import hashlib
-import itertools
 import os
 import re
 import shutil
@@ -30,16 +29,21 @@ from preflight.checkpoints.manifest import (
     ADAPTER_CONFIG_NAME,
     ADAPTER_WEIGHTS_NAME,
     CONFIG_NAME,
+    FORMAT_VERSION,
     MANIFEST_NAME,
     STATE_NAME,
+    TRAINING_NAMES,
     WEIGHTS_NAME,
     render_json,
     render_manifest,
 )
+from preflight.checkpoints.ranks import ONE_RANK
+from preflight.checkpoints.rows import take_rows
+from preflight.checkpoints.tensor_file import TensorFile
 from preflight.checkpoints.weights import (
+    WEIGHT_DTYPES,
     Shapes,
-    build_header,
-    iterate_bytes,
+    check_finite,
     read_shapes,
     read_weights,
 )
@@ -182,7 +186,7 @@ def link_base(
     if storage.refuse_other_kind(folder, folder=True):
         return _check_kept(folder, checkpoint)
     manifest = checkpoint.manifest
-    names = manifest.files.keys() - {STATE_NAME}
+    names = manifest.files.keys() - set(TRAINING_NAMES)
     weights: dict[str, Tensor] = {}
     if manifest.weights_name != WEIGHTS_NAME:
         if merge is None:
@@ -197,8 +201,10 @@ def link_base(
             _link_or_copy(checkpoint.path / name, temporary / name)
         content = manifest.model_dump()
         if weights:
-            kept = {name: content["files"][name] for name in (*names, STATE_NAME)}
+            absent = manifest.files.keys() & set(TRAINING_NAMES)
+            kept = {name: content["files"][name] for name in (*names, *sorted(absent))}
             content["files"] = kept | _write_merged(checkpoint, temporary, weights)
+            content["format_version"] = FORMAT_VERSION
             content[_MERGED_FROM] = identify_weights(checkpoint)
         (temporary / MANIFEST_NAME).write_bytes(render_manifest(content))
         verify_checkpoint(read_checkpoint(temporary), needs_state=False)
@@ -227,10 +233,12 @@ def _write_merged(
     checkpoint: Checkpoint, folder: Path, weights: dict[str, Tensor]
 ) -> dict[str, dict[str, Any]]:
     """All weights and a ``config.json`` without adapters, in the place of the adapters' files."""
-    header = build_header(weights)
-    size_bytes = len(header) + sum(tensor.nbytes for tensor in weights.values())
+    check_finite(weights)
+    file = TensorFile(WEIGHTS_NAME, take_rows(weights, ONE_RANK), WEIGHT_DTYPES)
+    file.create(folder)
+    file.write(folder)
     writer = FolderWriter(folder)
-    writer.write_chunks(WEIGHTS_NAME, itertools.chain([header], iterate_bytes(weights)), size_bytes)
+    writer.files[file.name] = file.describe(folder, ONE_RANK)
     config = {key: value for key, value in checkpoint.config.items() if key != "adapter"}
     writer.write(CONFIG_NAME, render_json(config))
     return {name: entry.model_dump() for name, entry in writer.files.items()}

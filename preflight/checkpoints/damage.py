@@ -20,6 +20,16 @@ def damage_error(path: Path, reason: str, *details: str) -> PreflightError:
     )
 
 
+def unequal_error(path: Path) -> PreflightError:
+    """The error for a file that holds something else than what was just written: code STORAGE."""
+    return PreflightError(
+        ExitCode.STORAGE,
+        f"{path} differs from what was written when it is read back",
+        "the disk or the memory of this machine is failing",
+        "earlier checkpoints are kept; choose another --output-dir",
+    )
+
+
 def describe_path(path: Path, expected_name: str) -> str:
     """What a path that is no checkpoint seems to be, judged by its first bytes.
 

@@ -1,13 +1,15 @@
-"""A checkpoint folder: save it, verify it, and load what it holds.
+"""A checkpoint folder: verify it, and load what it holds.
 
     <output_dir>/milestones/checkpoint-<step>/
-        model.safetensors  the weights; or adapters, see adapters.py
-        checkpoint.pt      the training state: tensors and plain types only
-        config.json        model, tokenizer and training settings
-        (any name)         the files of the tokenizer
-        manifest.json      step, losses, versions, and the size and SHA-256 of the other files
+        model.safetensors      the weights; or adapters, see adapters.py
+        optimizer.safetensors  the optimizer's tensors
+        checkpoint.pt          the rest of the training state: tensors and plain types only
+        config.json            model, tokenizer and training settings
+        (any name)             the files of the tokenizer
+        manifest.json          step, losses, versions, and the size and SHA-256 of the other files
 
-A folder is built beside its final place and is renamed into it after every byte has been read back.
+All ranks write the files of tensors together, and rank 0 the others. A folder is built beside its
+final place and is renamed into it after every byte has been read back.
 Damage that happens later shows in the hashes. Nothing in a checkpoint is ever executed.
 ``docs/formats.md`` describes the format for other programs.
 """
@@ -16,55 +18,45 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import hashlib
-import itertools
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Annotated, Any
 
-import torch
 from pydantic import AfterValidator, Field
 from torch import Tensor
 
 from preflight.checkpoints import v1
-from preflight.checkpoints.adapter_config import render_adapter_config
 from preflight.checkpoints.damage import damage_error, describe_path
+from preflight.checkpoints.hashing import hash_opened, hash_together
 from preflight.checkpoints.manifest import (
-    ADAPTER_CONFIG_NAME,
-    ADAPTER_WEIGHTS_NAME,
     CONFIG_NAME,
     MANIFEST_NAME,
-    OWN_NAMES,
+    OPTIMIZER_NAME,
     STATE_NAME,
-    WEIGHTS_NAME,
+    TRAINING_NAMES,
+    FileEntry,
     Manifest,
-    build_manifest,
-    check_plain_name,
     drop_non_finite,
     read_manifest,
-    render_json,
     render_manifest,
 )
-from preflight.checkpoints.replacing import (
-    REPLACED_PREFIX,
-    prepare_parent,
-    restore_replaced,
-    set_aside,
+from preflight.checkpoints.ranks import ONE_RANK, Ranks, do_together
+from preflight.checkpoints.state import read_state
+from preflight.checkpoints.weights import (
+    STATE_DTYPES,
+    Shapes,
+    read_shapes,
+    read_weights,
 )
-from preflight.checkpoints.state import estimate_state_bytes, read_state
-from preflight.checkpoints.weights import Shapes, build_header, iterate_bytes, read_weights
-from preflight.checkpoints.writing import FolderWriter
 from preflight.core import storage, strict_json
 from preflight.core.commands import format_command
 from preflight.core.errors import ExitCode, PreflightError
 from preflight.core.schema import Schema
 from preflight.settings import ModelConfig, model_config_from_dict
-from preflight.settings.finetuning import AdapterConfig
 
 MILESTONES_NAME = "milestones"
-_SPARE_BYTES = 2**20  # manifest, config, file system blocks
 # The files whose hash this process has checked, by identity: a start hashes each file once.
 _verified: set[tuple[int | str, ...]] = set()
 
@@ -164,17 +156,45 @@ class Checkpoint:
                 f"{describe_path(path, MANIFEST_NAME)} of another size",
                 f"bytes: expected {entry.bytes:,}, found {info.st_size:,}",
             )
-        times = info.st_mtime_ns, info.st_ctime_ns
-        identity = (name, entry.sha256, info.st_dev, info.st_ino, info.st_size, *times)
+        identity = _identify(name, entry, info)
         if hashed and identity not in _verified:
-            found = hashlib.file_digest(file, "sha256").hexdigest()
-            if found != entry.sha256:
-                raise damage_error(
-                    path,
-                    "its content has changed",
-                    f"SHA-256: expected {entry.sha256}, found {found}",
-                )
+            self._compare_hash(name, hash_opened(file, entry.chunk_bytes))
             _verified.add(identity)
+
+    def _compare_hash(self, name: str, found: str) -> None:
+        """Raise PreflightError (code CHECKPOINT) where a file's SHA-256 is not the manifest's."""
+        expected = self.manifest.files[name].sha256
+        if found != expected:
+            raise damage_error(
+                self.path / name,
+                "its content has changed",
+                f"SHA-256: expected {expected}, found {found}",
+            )
+
+    def verify_together(self, name: str, ranks: Ranks) -> None:
+        """Compare the SHA-256 of a file with the manifest; each rank hashes a share of its chunks.
+
+        Raises:
+            PreflightError: code CHECKPOINT, on every rank.
+        """
+        entry = self.manifest.files[name]
+
+        def look() -> tuple[int | str, ...]:
+            with self.open(name, hashed=entry.chunk_bytes is None) as file:
+                return _identify(name, entry, os.fstat(file.fileno()))
+
+        identity = do_together(ranks, look)
+        if entry.chunk_bytes is None or all(ranks.gather(identity in _verified)):
+            return
+        opening = functools.partial(self.open, name, hashed=False)
+        self._compare_hash(name, hash_together(opening, entry.chunk_bytes, ranks))
+        _verified.add(identity)
+
+
+def _identify(name: str, entry: FileEntry, info: os.stat_result) -> tuple[int | str, ...]:
+    """The same for the same file as long as its size and its times are the same."""
+    times = info.st_mtime_ns, info.st_ctime_ns
+    return name, entry.sha256, info.st_dev, info.st_ino, info.st_size, *times
 
 
 def forget_verified() -> None:
@@ -191,30 +211,49 @@ def read_checkpoint(folder: Path) -> Checkpoint:
     return Checkpoint(folder, read_manifest(folder))
 
 
-def verify_checkpoint(checkpoint: Checkpoint, *, needs_state: bool = True) -> None:
+def verify_checkpoint(
+    checkpoint: Checkpoint, *, needs_state: bool = True, ranks: Ranks = ONE_RANK
+) -> None:
     """Compare every file that the manifest lists with it: all sizes, then all SHA-256.
 
     Args:
         checkpoint: its manifest is valid.
-        needs_state: False accepts a folder from which ``checkpoint.pt`` was removed.
+        needs_state: False accepts a folder from which ``checkpoint.pt`` or
+            ``optimizer.safetensors`` was removed.
+        ranks: all of them call this, and share the hashing.
 
     Raises:
-        PreflightError: code CHECKPOINT, naming the file, what was expected and what was found.
+        PreflightError: code CHECKPOINT, naming the file, what was expected and what was found; the
+            same on every rank.
     """
-    names = list(checkpoint.manifest.files)
-    if not needs_state and not os.path.lexists(checkpoint.path / STATE_NAME):
-        names.remove(STATE_NAME)
-    for hashed in (False, True):
+
+    def compare_sizes() -> list[str]:
+        names = list(checkpoint.manifest.files)
+        if not needs_state:
+            gone = [n for n in TRAINING_NAMES if not os.path.lexists(checkpoint.path / n)]
+            names = [name for name in names if name not in gone]
         for name in names:
-            checkpoint.open(name, hashed=hashed).close()
+            checkpoint.open(name, hashed=False).close()
+        return names
+
+    for name in do_together(ranks, compare_sizes):
+        checkpoint.verify_together(name, ranks)
 
 
 def load_weights(
-    checkpoint: Checkpoint, expected_shapes: Shapes | None = None
+    checkpoint: Checkpoint,
+    expected_shapes: Shapes | None = None,
+    rows: Mapping[str, slice] | None = None,
 ) -> dict[str, Tensor]:
     """The weights on the CPU: verified, finite, and of the expected names and shapes.
 
-    Of adapters, these alone. The names are those of format v2, also for a checkpoint of format v1.
+    Of adapters, these alone. The names are those since format v2, also for a checkpoint of format
+    v1.
+
+    Args:
+        checkpoint: verified by all ranks together, where there are several: this hashes alone.
+        expected_shapes: of the whole tensors; None accepts all.
+        rows: that are read of each tensor (see `rows.find_rows`); of any other, all.
 
     Raises:
         PreflightError: code CHECKPOINT, naming the first tensors that differ.
@@ -223,7 +262,36 @@ def load_weights(
     rename = v1.rename_weight if is_v1 else lambda name: name
     name = checkpoint.manifest.weights_name
     with checkpoint.open(name) as file:
-        return read_weights(checkpoint.path / name, file, rename, expected_shapes)
+        return read_weights(checkpoint.path / name, file, rename, expected_shapes, rows)
+
+
+def load_optimizer(
+    checkpoint: Checkpoint, rows: Mapping[str, slice] | None = None
+) -> dict[str, Tensor]:
+    """The optimizer's tensors on the CPU by ``<parameter>.<key>``: verified and finite.
+
+    Since format v3; before, they are in the training state.
+
+    Args:
+        checkpoint: as in `load_weights`.
+        rows: as in `load_weights`.
+
+    Raises:
+        PreflightError: code CHECKPOINT.
+    """
+    with checkpoint.open(OPTIMIZER_NAME) as file:
+        path = checkpoint.path / OPTIMIZER_NAME
+        return read_weights(path, file, str, None, rows, STATE_DTYPES.keys())
+
+
+def read_optimizer_shapes(checkpoint: Checkpoint) -> Shapes:
+    """Those of the tensors of `load_optimizer`, none of which is read.
+
+    Raises:
+        PreflightError: code CHECKPOINT.
+    """
+    with checkpoint.open(OPTIMIZER_NAME) as file:
+        return read_shapes(checkpoint.path / OPTIMIZER_NAME, file)
 
 
 class WeightsOnlyError(PreflightError):
@@ -252,95 +320,6 @@ def load_training_state(checkpoint: Checkpoint) -> dict[str, Any]:
             "these weights, another --output-dir and --init-from",
         )
     return state
-
-
-def save_checkpoint(
-    output_dir: Path,
-    step: int,
-    weights: dict[str, Tensor],
-    training_state: dict[str, Any],
-    config: dict[str, Any],
-    losses: dict[str, float | None],
-    tokenizer: Any | None = None,
-    *,
-    adapter: AdapterConfig | None = None,
-    extra_files: Mapping[str, bytes] | None = None,
-) -> Checkpoint:
-    """Write the state after `step` updates, read it back, and publish it under its name.
-
-    A checkpoint of the same step is replaced. If its weights are equal, its losses are kept.
-
-    Args:
-        output_dir: the run's folder. It must exist: if its mount is lost, it is not created again.
-        step: updates done.
-        weights: floating-point tensors on any device; with `adapter`, its tensors alone.
-        training_state: tensors and plain types, nested in dicts, lists and tuples.
-        config: plain JSON types; ``model`` holds the architecture.
-        losses: nats per token by name, among them ``val_loss``. NaN and infinity become None.
-        tokenizer: its ``save(folder)`` writes its files and returns their paths.
-        adapter: what `weights` are, if not all weights. `config` describes it under ``adapter``.
-        extra_files: more files by their plain names, for example ``chat_template.jinja``.
-
-    Raises:
-        PreflightError: code STORAGE when the disk is full, failing or read-only, code DIVERGED
-            when a weight is not finite. Every earlier checkpoint is then unchanged.
-        TypeError, ValueError: the arguments cannot be stored.
-    """
-    model_config_from_dict(config.get("model"))
-    more = {CONFIG_NAME: render_json(config), **_check_extra_files(extra_files or {})}
-    weights_name = WEIGHTS_NAME
-    if adapter is not None:
-        weights_name = ADAPTER_WEIGHTS_NAME
-        more[ADAPTER_CONFIG_NAME] = render_adapter_config(adapter, config, weights)
-    header = build_header(weights)
-    weights_bytes = len(header) + sum(tensor.nbytes for tensor in weights.values())
-    state_bytes = estimate_state_bytes(training_state)
-    needed_bytes = weights_bytes + state_bytes + sum(map(len, more.values())) + _SPARE_BYTES
-    folder = output_dir / MILESTONES_NAME / f"checkpoint-{step}"
-    prepare_parent(folder, needed_bytes)
-    try:
-        set_aside(folder)
-        with storage.publish_folder(folder, needed_bytes) as temporary:
-            writer = FolderWriter(temporary)
-            if tokenizer is not None:
-                writer.save_tokenizer(tokenizer)
-            for name, content in more.items():
-                writer.write(name, content)
-            chunks = itertools.chain([header], iterate_bytes(weights))
-            writer.write_chunks(weights_name, chunks, weights_bytes)
-            with writer.create(STATE_NAME, state_bytes) as file:
-                torch.save(training_state, file)  # type: ignore[arg-type]  # it only writes
-            _finish_folder(writer, step, losses, folder)
-    finally:
-        restore_replaced(folder.parent)
-    return read_checkpoint(folder)
-
-
-def _check_extra_files(files: Mapping[str, bytes]) -> Mapping[str, bytes]:
-    """`files`; ValueError for a name that is not plain, or that a checkpoint uses itself."""
-    for name in files:
-        check_plain_name(name)
-        if name in OWN_NAMES:
-            raise ValueError(f"{name} is a checkpoint's own file")
-    return files
-
-
-def _finish_folder(
-    writer: FolderWriter, step: int, losses: dict[str, float | None], folder: Path
-) -> None:
-    """Write the manifest, read every file back, and make room for `folder` to get its name."""
-    manifest = build_manifest(step, losses, dict(writer.files))
-    with contextlib.suppress(PreflightError):  # there is no checkpoint of this step yet
-        old = read_manifest(folder)
-        if old.files.get(name := manifest.weights_name) == manifest.files[name]:
-            new = {name: loss for name, loss in manifest.losses.items() if loss is not None}
-            known = manifest.losses | old.losses | new
-            manifest = manifest.model_copy(update={"losses": known})
-    writer.write(MANIFEST_NAME, render_manifest(manifest.model_dump()))
-    writer.read_back()
-    if os.path.lexists(folder):
-        os.rename(folder, folder.with_name(REPLACED_PREFIX + folder.name))
-        storage.fsync_folder(folder.parent)
 
 
 def record_validation(checkpoint: Checkpoint, val_loss: float) -> Checkpoint:

@@ -18,7 +18,13 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import torch
-from pydantic import Field, TypeAdapter, field_validator
+from pydantic import (
+    Field,
+    SerializerFunctionWrapHandler,
+    TypeAdapter,
+    field_validator,
+    model_serializer,
+)
 
 from preflight import __version__
 from preflight.checkpoints.damage import damage_error
@@ -30,12 +36,22 @@ WEIGHTS_NAME = "model.safetensors"
 ADAPTER_WEIGHTS_NAME = "adapter_model.safetensors"
 ADAPTER_CONFIG_NAME = "adapter_config.json"
 STATE_NAME = "checkpoint.pt"
+OPTIMIZER_NAME = "optimizer.safetensors"
 CONFIG_NAME = "config.json"
 MANIFEST_NAME = "manifest.json"
 REQUIRED_NAMES = (WEIGHTS_NAME, STATE_NAME, CONFIG_NAME)
-OWN_NAMES = (*REQUIRED_NAMES, ADAPTER_WEIGHTS_NAME, ADAPTER_CONFIG_NAME, MANIFEST_NAME)
+# What only a run that continues needs: a folder without them is enough to generate.
+TRAINING_NAMES = (STATE_NAME, OPTIMIZER_NAME)
+OWN_NAMES = (
+    *REQUIRED_NAMES,
+    OPTIMIZER_NAME,
+    ADAPTER_WEIGHTS_NAME,
+    ADAPTER_CONFIG_NAME,
+    MANIFEST_NAME,
+)
 FOLDER_NAME = re.compile(r"checkpoint-([0-9]+)")
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
+OPTIMIZER_FILE_VERSION = 3  # before, the optimizer was within checkpoint.pt
 MAX_FILES = 256
 
 Count = Annotated[int, Field(ge=0, lt=2**63)]
@@ -47,10 +63,22 @@ _FILE_NAME = TypeAdapter(FileName)
 
 
 class FileEntry(Schema):
-    """Size and SHA-256 (lower-case hexadecimal) of one file."""
+    """Size and SHA-256 (lower-case hexadecimal) of one file.
+
+    With `chunk_bytes` the SHA-256 is that of the SHA-256s (32 bytes each) of the file's chunks of
+    that size, so that several ranks can hash a file at once.
+    """
 
     bytes: Count
     sha256: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+    chunk_bytes: Annotated[int, Field(ge=2**10, lt=2**40)] | None = None
+
+    @model_serializer(mode="wrap")
+    def _leave_out_unset(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        content: dict[str, Any] = serialize(self)
+        if self.chunk_bytes is None:
+            del content["chunk_bytes"]
+        return content
 
 
 class Manifest(Schema):

@@ -1,12 +1,13 @@
-"""``model.safetensors``: its header, its tensors in order, and how it is read."""
+"""Safetensors files: the header, the tensors in order, and how they are read."""
 
 from __future__ import annotations
 
 import json
+import math
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
-from typing import IO, Annotated, Any
+from typing import IO, Annotated, Any, TypeVar
 
 import torch
 from pydantic import Field
@@ -14,11 +15,13 @@ from safetensors import safe_open
 from torch import Tensor
 
 from preflight.checkpoints.damage import damage_error, first_line
+from preflight.checkpoints.rows import Rows
 from preflight.core import strict_json
 from preflight.core.errors import ExitCode, PreflightError
 from preflight.core.schema import Schema
 
 Shapes = dict[str, tuple[int, ...]]
+Holder = TypeVar("Holder", Tensor, Rows, Tensor | Rows)
 
 
 class _TensorEntry(Schema):
@@ -28,56 +31,77 @@ class _TensorEntry(Schema):
 
 
 _MAX_HEADER_BYTES = 16 * 2**20
-_DTYPE_NAMES = {
+WEIGHT_DTYPES = {
     torch.float64: "F64",
     torch.float32: "F32",
     torch.float16: "F16",
     torch.bfloat16: "BF16",
 }
+# An optimizer may count, too.
+STATE_DTYPES = WEIGHT_DTYPES | {torch.int64: "I64", torch.int32: "I32", torch.uint8: "U8"}
 
 
 def build_header(weights: dict[str, Tensor]) -> bytes:
     """The safetensors header of `weights`.
 
-    It is built here because the library builds the whole file in memory, twice. With a header of
-    our own, one tensor at a time is copied to the host, and every byte passes through our hash.
-
     Raises:
         PreflightError: code DIVERGED, when a weight is not finite.
         ValueError: a tensor is not floating-point.
     """
+    header, _ = lay_out(weights, WEIGHT_DTYPES)
+    check_finite(weights)
+    return header
+
+
+def lay_out(
+    tensors: Mapping[str, Tensor | Rows], dtype_names: Mapping[torch.dtype, str]
+) -> tuple[bytes, dict[str, int]]:
+    """The safetensors header of `tensors`, and where each of them begins in the file.
+
+    It is built here because the library builds the whole file in memory, twice. With a header of
+    our own, a part at a time is copied to the host, and several ranks write at once.
+
+    Raises:
+        ValueError: a tensor is of another type than `dtype_names` has.
+    """
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    offset = 0
-    for name, tensor in _sort_weights(weights):
-        if name in header or tensor.dtype not in _DTYPE_NAMES:
+    offset, offsets = 0, {}
+    for name, tensor in _sort_tensors(tensors):
+        if name in header or tensor.dtype not in dtype_names:
             raise ValueError(f"cannot store the tensor {name!r} of {tensor.dtype}")
-        if not is_finite(tensor):
+        end = offset + math.prod(tensor.shape) * tensor.dtype.itemsize
+        header[name] = {
+            "dtype": dtype_names[tensor.dtype],
+            "shape": list(tensor.shape),
+            "data_offsets": [offset, end],
+        }
+        offsets[name], offset = offset, end
+    raw = json.dumps(header, separators=(",", ":")).encode()
+    raw += b" " * (-len(raw) % 8)  # so that the tensors are aligned
+    raw = len(raw).to_bytes(8, "little") + raw
+    return raw, {name: len(raw) + offset for name, offset in offsets.items()}
+
+
+def check_finite(weights: Mapping[str, Tensor | Rows]) -> None:
+    """Refuse to save weights that are not finite: PreflightError, code DIVERGED."""
+    for name, tensor in _sort_tensors(weights):
+        if not is_finite(tensor.values if isinstance(tensor, Rows) else tensor):
             raise PreflightError(
                 ExitCode.DIVERGED,
                 f"the weights {name} are not finite: nothing was saved",
                 "earlier checkpoints are kept; lower --learning-rate, then run the command again",
             )
-        end = offset + tensor.nbytes
-        header[name] = {
-            "dtype": _DTYPE_NAMES[tensor.dtype],
-            "shape": list(tensor.shape),
-            "data_offsets": [offset, end],
-        }
-        offset = end
-    raw = json.dumps(header, separators=(",", ":")).encode()
-    raw += b" " * (-len(raw) % 8)  # so that the tensors are aligned
-    return len(raw).to_bytes(8, "little") + raw
 
 
 def iterate_bytes(weights: dict[str, Tensor]) -> Iterator[Any]:
     """The bytes of each tensor on the host, in the order of the header."""
-    for _, tensor in _sort_weights(weights):
+    for _, tensor in _sort_tensors(weights):
         yield tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
 
 
-def _sort_weights(weights: dict[str, Tensor]) -> list[tuple[str, Tensor]]:
+def _sort_tensors(tensors: Mapping[str, Holder]) -> list[tuple[str, Holder]]:
     """Widest type first, as the library sorts them: every tensor is then aligned."""
-    return sorted(weights.items(), key=lambda item: (-item[1].element_size(), item[0]))
+    return sorted(tensors.items(), key=lambda item: (-item[1].dtype.itemsize, item[0]))
 
 
 def is_finite(tensor: Tensor) -> bool:
@@ -119,7 +143,12 @@ def read_shapes(path: Path, file: IO[bytes]) -> Shapes:
 
 
 def read_weights(
-    path: Path, file: IO[bytes], rename: Callable[[str], str], expected_shapes: Shapes | None
+    path: Path,
+    file: IO[bytes],
+    rename: Callable[[str], str],
+    expected_shapes: Shapes | None,
+    rows: Mapping[str, slice] | None = None,
+    dtypes: Collection[torch.dtype] = WEIGHT_DTYPES.keys(),
 ) -> dict[str, Tensor]:
     """The tensors of an opened file on the CPU, checked; see `format.load_weights`.
 
@@ -128,11 +157,14 @@ def read_weights(
         file: opened and verified, at its beginning.
         rename: from a tensor's name in the file to the model's name for it.
         expected_shapes: by the model's names; None accepts all.
+        rows: of each tensor that is not read whole, by the model's names.
+        dtypes: that a tensor may have.
     """
     _read_header(path, file)
     # On Linux this path opens the very file that was hashed, also where the real path is not
     # UTF-8, which the library refuses.
     same_file = Path(f"/proc/self/fd/{file.fileno()}")
+    rows = rows or {}
     try:
         with safe_open(
             same_file if same_file.exists() else path, framework="pt", device="cpu"
@@ -142,13 +174,18 @@ def read_weights(
             _check_shapes(path, shapes, shapes if expected_shapes is None else expected_shapes)
             # Copied out of the memory map: if the file were cut short later, reading the map
             # would end the process with SIGBUS.
-            weights = {new: reader.get_tensor(old).clone() for new, old in names.items()}
+            weights = {
+                new: (
+                    reader.get_slice(old)[rows[new]] if new in rows else reader.get_tensor(old)
+                ).clone()
+                for new, old in names.items()
+            }
     except (PreflightError, MemoryError):
         raise
     except Exception as error:  # the library raises several kinds, and not all are its own
         raise damage_error(path, f"not valid safetensors ({first_line(error)})") from None
     for name, tensor in weights.items():
-        if tensor.dtype not in _DTYPE_NAMES:
+        if tensor.dtype not in dtypes:
             raise damage_error(path, f"tensor {name[:80]!r} is {tensor.dtype}, not floating-point")
         # Models compute in fp32 at most, where a large number of fp64 is infinite.
         if not is_finite(tensor.float() if tensor.dtype == torch.float64 else tensor):

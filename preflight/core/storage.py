@@ -206,6 +206,17 @@ def reserve_bytes(file: IO[bytes], size_bytes: int) -> None:
 
 
 @contextlib.contextmanager
+def explain_errors(path: Path, size_bytes: int = 0) -> Iterator[None]:
+    """Turn the error of a failing, full or read-only disk into a PreflightError, code STORAGE."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in _STORAGE_ERRNOS:
+            raise storage_error(path, error, size_bytes) from error
+        raise
+
+
+@contextlib.contextmanager
 def publish_folder(folder: Path, size_bytes: int = 0) -> Iterator[Path]:
     """A temporary folder to fill, which becomes `folder` in one rename when the block ends.
 

@@ -52,6 +52,11 @@ class Ranks:
         """Whether this is rank 0, which logs, draws, locks, deletes and prints."""
         return self.rank == 0
 
+    @property
+    def shard_place(self) -> tuple[int, int]:
+        """Which of how many shards of each parameter this rank holds."""
+        return 0, 1
+
     def shard(self, model: nn.Module) -> None:
         """Keep only this rank's part of each parameter of `model`, in place.
 
@@ -90,10 +95,6 @@ class Ranks:
     def share_signals(self, stop: StopFlag) -> StopFlag:
         """`stop` as all ranks see it, so that all leave after the same step."""
         return stop
-
-    def gather_whole(self, tensor: Tensor) -> Tensor:
-        """A tensor of which each rank has a part, on rank 0 in the host's memory; else empty."""
-        return tensor
 
     def open_root(self, model: Any) -> AbstractContextManager[None]:
         """Within, methods of `model` besides `forward` find its parameters, as generation needs.
@@ -146,6 +147,11 @@ class JoinedRanks(Ranks):
         shape = (world,) if hosts == 1 else (hosts, world // hosts)
         names = ("shard",) if hosts == 1 else ("replicate", "shard")
         self._mesh = init_device_mesh(device_type, shape, mesh_dim_names=names)
+
+    @property
+    def shard_place(self) -> tuple[int, int]:
+        """As `Ranks.shard_place`."""
+        return self._mesh.get_local_rank("shard"), self._mesh["shard"].size()
 
     def shard(self, model: nn.Module) -> None:
         """As `Ranks.shard`: each of the model's `layers` by itself, then the rest.
@@ -223,15 +229,6 @@ class JoinedRanks(Ranks):
         """As `Ranks.share_signals`."""
         return SharedStop(stop, self)
 
-    def gather_whole(self, tensor: Tensor) -> Tensor:
-        """As `Ranks.gather_whole`."""
-        if not hasattr(tensor, "full_tensor"):
-            return tensor
-        whole = tensor.full_tensor()  # may be a part of a larger, padded one
-        if not self.is_first:
-            return torch.empty(0)
-        return torch.empty_like(whole, device="cpu").copy_(whole)
-
     @contextlib.contextmanager
     def open_root(self, model: Any) -> Iterator[None]:
         """As `Ranks.open_root`."""
@@ -282,16 +279,6 @@ class SharedStop(StopFlag):
             received = [number for number in self._ranks.gather(self._own.received) if number]
             self.received = received[0]
         return self.stopping
-
-
-def cut_like(whole: Tensor, like: Any) -> Tensor:
-    """This rank's part of `whole`, which is on every rank, cut as `like` is."""
-    if not hasattr(like, "device_mesh"):
-        return whole
-    from torch.distributed.tensor import distribute_tensor
-
-    placed = whole.to(like.device, like.dtype)
-    return distribute_tensor(placed, like.device_mesh, like.placements, src_data_rank=None)
 
 
 def get_local(tensor: Tensor) -> Tensor:

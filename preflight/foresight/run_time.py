@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from generate import SAMPLE_TOKENS, generate_text
-from preflight.checkpoints.format import save_checkpoint
+from preflight.checkpoints.saving import save_checkpoint
 from preflight.core.storage import TEMPORARY_PREFIX
 from preflight.corpus.chats.data import ChatData
 from preflight.corpus.shards import DataFolder
@@ -569,9 +569,10 @@ def _measure_checkpoint(config: RunConfig, model_config: ModelConfig, runtime: R
             Path(name),
             1,
             {"sample": third},
-            {"sample": [third, third.clone()]},
+            {},
             {"model": dataclasses.asdict(model_config)},
             {"val_loss": None},
+            optimizer={"sample.first": third, "sample.second": third.clone()},
         )
         seconds = time.perf_counter() - began
     return seconds * whole / size

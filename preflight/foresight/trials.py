@@ -22,6 +22,7 @@ import torch
 
 from generate import SAMPLE_TOKENS, generate_text
 from preflight.checkpoints import format as checkpoint_format
+from preflight.checkpoints.saving import save_checkpoint
 from preflight.core.signals import StopFlag
 from preflight.corpus.chats.data import ChatData
 from preflight.corpus.shards import DataFolder
@@ -258,13 +259,14 @@ def _run_phases(
         length = max(1, min(SAMPLE_TOKENS, spec.model_config.context_length - 1))
         generate_text(trainer.model, tokenizer, "", SamplingConfig(max_new_tokens=length))
     with meter.phase("save"):
-        saved = checkpoint_format.save_checkpoint(
+        saved = save_checkpoint(
             spec.folder,
             1,
             trainer.list_weights(),
             {"trainer": trainer.state_dict()},
             {"model": dataclasses.asdict(spec.model_config), **_describe_adapter(spec)},
             {"val_loss": None},
+            optimizer=trainer.list_optimizer_tensors(),
             adapter=spec.config.training.adapter,
         )
     shapes = {name: tuple(w.shape) for name, w in trainer.list_weights().items()}
@@ -272,6 +274,7 @@ def _run_phases(
     with meter.phase("resume"):
         build().load_state_dict(
             checkpoint_format.load_weights(saved, shapes),
+            checkpoint_format.load_optimizer(saved),
             checkpoint_format.load_training_state(saved)["trainer"],
         )
 

@@ -16,10 +16,10 @@ from preflight.checkpoints.format import (
     MILESTONES_NAME,
     Checkpoint,
     read_checkpoint,
-    save_checkpoint,
     verify_checkpoint,
 )
 from preflight.checkpoints.manifest import FOLDER_NAME
+from preflight.checkpoints.saving import save_checkpoint
 from preflight.core import storage
 from preflight.core.errors import ExitCode, PreflightError
 from preflight.models.base import TokenModel

@@ -10,8 +10,9 @@ import torch
 
 from generate import load_model
 from preflight.checkpoints.damage import describe_path
-from preflight.checkpoints.format import MILESTONES_NAME, Checkpoint, save_checkpoint
+from preflight.checkpoints.format import MILESTONES_NAME, Checkpoint
 from preflight.checkpoints.manifest import MANIFEST_NAME
+from preflight.checkpoints.saving import save_checkpoint
 from preflight.checkpoints.store import open_checkpoint, remove_leftovers, scan_checkpoints
 from preflight.core import storage
 from preflight.core.commands import format_command

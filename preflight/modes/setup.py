@@ -20,6 +20,7 @@ from torch import Tensor
 from generate import build_empty_model, load_model
 from preflight.checkpoints.adapters import read_adapter
 from preflight.checkpoints.format import Checkpoint, load_weights
+from preflight.checkpoints.rows import list_rows
 from preflight.checkpoints.store import find_best, open_checkpoint
 from preflight.core.commands import join_words
 from preflight.core.errors import ExitCode, PreflightError
@@ -35,7 +36,7 @@ from preflight.device.token_store import DataPlace, measure_free_bytes
 from preflight.foresight.fits import check_memory
 from preflight.foresight.memory import MemoryOptions
 from preflight.models.base import TokenModel
-from preflight.models.lora import add_adapters, list_trained_weights
+from preflight.models.lora import add_adapters
 from preflight.models.loss import Targets
 from preflight.modes.base_checkpoint import (
     check_same_base,
@@ -169,7 +170,7 @@ class RunSetup:
                 check_tokenizer(origin, load_saved_tokenizer(origin.path, facts))
             training = dataclasses.replace(self.given.training, **settings)
             samples = read_samples_per_step(origin)
-            self._saved = load_saved_state(origin, model, training, samples)
+            self._saved = load_saved_state(origin, model, training, samples, self.ranks.shard_place)
 
     @part
     def base(self) -> Checkpoint | None:
@@ -586,12 +587,12 @@ class RunSetup:
             ranks=self.ranks,
         )
         if self.origin is not None and self.resumes:
-            shapes = {
-                name: tuple(w.shape) for name, w in list_trained_weights(trainer.model).items()
-            }
+            own = trainer.list_weights()
+            shapes = {name: tuple(w.shape) for name, w in own.items()}
+            weights = load_weights(self.origin, shapes, list_rows(own))
             # Taken out, not kept: on CUDA the run would hold a second copy in the host's memory.
-            state = self.saved.pop("trainer", {})
-            trainer.load_state_dict(load_weights(self.origin, shapes), state)
+            optimizer, state = self.saved.pop("optimizer", {}), self.saved.pop("trainer", {})
+            trainer.load_state_dict(weights, optimizer, state)
         return trainer
 
     def load_base_weights(self) -> dict[str, Tensor] | None:

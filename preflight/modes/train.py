@@ -236,6 +236,7 @@ class TrainingRun:
         """What a checkpoint of this moment holds."""
         return {
             "weights": self.trainer.list_weights(),
+            "optimizer": self.trainer.list_optimizer_tensors(),
             "training_state": {
                 "state": dataclasses.asdict(self.state),
                 "trainer": self.trainer.state_dict(),

@@ -21,11 +21,12 @@ from torch import Tensor
 
 from generate import generate_text
 from preflight.checkpoints.format import (
+    load_optimizer,
     load_training_state,
     load_weights,
-    save_checkpoint,
     verify_checkpoint,
 )
+from preflight.checkpoints.saving import save_checkpoint
 from preflight.core.errors import ExitCode, PreflightError
 from preflight.core.storage import TEMPORARY_PREFIX, check_writable
 from preflight.core.units import format_bytes
@@ -418,7 +419,7 @@ def check_checkpoint(subject: Subject) -> str:
     """Weights and training state are saved, verified and read back bit for bit."""
     trainer = subject.trainer
     weights = trainer.model.state_dict()
-    state = {"trainer": trainer.state_dict()}
+    optimizer, state = trainer.list_optimizer_tensors(), {"trainer": trainer.state_dict()}
     with (
         _borrow_folder(subject.output_dir),
         tempfile.TemporaryDirectory(
@@ -432,13 +433,15 @@ def check_checkpoint(subject: Subject) -> str:
             state,
             {"model": dataclasses.asdict(trainer.model.config)},
             {"val_loss": None},
+            optimizer=optimizer,
         )
         verify_checkpoint(saved)
         shapes = {n: tuple(p.shape) for n, p in trainer.model.named_parameters()}
-        read, restored = load_weights(saved, shapes), load_training_state(saved)
+        read = load_weights(saved, shapes)
+        restored = {"optimizer": load_optimizer(saved), **load_training_state(saved)}
         size = sum(path.stat().st_size for path in saved.path.iterdir())
     odd = [name for name in weights if not _is_same(weights[name], read.get(name))]
-    if odd or not _is_same(state, restored):
+    if odd or not _is_same({"optimizer": optimizer, **state}, restored):
         raise Fault.of(
             f"read back differs from what was written: {odd[0] if odd else 'the state'}",
             "the disk or the memory is failing: choose another --output-dir",

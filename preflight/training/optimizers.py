@@ -47,7 +47,8 @@ def _split_matrices(
 ) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
     """The weight matrices, and the rest.
 
-    A checkpoint keeps the state by a parameter's index, so the order of the two must not change.
+    Checkpoints before format v3 keep the state by a parameter's index, so the order of the two must
+    not change.
     """
     matrices = [p for group in groups if group.kind == "matrix" for p in group.parameters]
     others = [p for group in groups if group.kind != "matrix" for p in group.parameters]

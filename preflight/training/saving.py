@@ -13,8 +13,8 @@ from preflight.checkpoints.format import (
     MILESTONES_NAME,
     Checkpoint,
     record_validation,
-    save_checkpoint,
 )
+from preflight.checkpoints.saving import save_checkpoint
 from preflight.checkpoints.store import retire_checkpoints
 from preflight.core.errors import ExitCode, PreflightError
 from preflight.core.log import log
@@ -93,24 +93,20 @@ class CheckpointSaver:
         began = time.monotonic()
         with self.recorder.paused("save", self.plan.checkpoint_every):
             self.stop.save_requested = False
-            snapshot = self.snapshot()
-            self.saved = self.ranks.decide(lambda: self._publish(snapshot))
+            self.ranks.decide(self._check_place)
+            self.saved = save_checkpoint(
+                self.output_dir, self.state.step, **self.snapshot(), ranks=self.ranks
+            )
+            self.ranks.decide(self.retire)
         self._saved_step, self._last_save = self.state.step, time.monotonic()
         log.debug(f"step {self.state.step:,}: saved in {self._last_save - began:.2f} s")
-
-    def _publish(self, snapshot: dict[str, Any]) -> Checkpoint:
-        """Write the checkpoint, and then delete what it makes superfluous."""
-        self._check_place()
-        self.saved = save_checkpoint(self.output_dir, self.state.step, **snapshot)
-        self.retire()
-        return self.saved
 
     def retire(self) -> None:
         """Delete the checkpoints that are neither among the newest nor the best.
 
         The one that the run can be made longer from stays as well.
         """
-        if self.saved is not None and self.ranks.is_first:
+        if self.saved is not None:
             keep = self.control.max_checkpoints
             start = self.output_dir / MILESTONES_NAME / f"checkpoint-{self._extension_step}"
             retire_checkpoints(self.output_dir, keep, protect=(self.saved.path, start))

@@ -23,12 +23,15 @@ from hypothesis import HealthCheck, settings
 from preflight.checkpoints import format as checkpoint_format
 from preflight.checkpoints import store
 from preflight.checkpoints.format import Checkpoint
-from preflight.checkpoints.manifest import REQUIRED_NAMES, render_manifest
+from preflight.checkpoints.manifest import OPTIMIZER_NAME, REQUIRED_NAMES, render_manifest
+from preflight.checkpoints.saving import save_checkpoint
 from preflight.core.errors import ExitCode, PreflightError
 
 ROOT = Path(__file__).parents[2]
 
 
+# What `save` writes besides the manifest.
+FILE_NAMES = (*REQUIRED_NAMES, OPTIMIZER_NAME)
 CONFIG = {
     "model": {
         "vocab_size": 11,
@@ -58,13 +61,18 @@ def make_weights(seed: int) -> dict[str, torch.Tensor]:
     }
 
 
-def make_state(seed: int) -> dict[str, Any]:
+def make_optimizer(seed: int) -> dict[str, torch.Tensor]:
+    """AdamW's tensors after a step, by name."""
     parameter = torch.nn.Parameter(torch.ones(4, 3))
     optimizer = torch.optim.AdamW([parameter])
     (parameter * seed).sum().backward()
     optimizer.step()
+    return {f"some.weight.{key}": value for key, value in optimizer.state[parameter].items()}
+
+
+def make_state(seed: int) -> dict[str, Any]:
     return {
-        "optimizer": optimizer.state_dict(),
+        "moments": make_optimizer(seed),
         "rng": torch.get_rng_state(),
         "step": seed,
         "cursor": {"epoch": 1, "seen": (1, 2.5, None, "x", True)},
@@ -89,8 +97,9 @@ def save(
     val_loss: float | None = None,
     seed: int = 0,
     tokenizer: Any | None = None,
+    **options: Any,
 ) -> Checkpoint:
-    return checkpoint_format.save_checkpoint(
+    return save_checkpoint(
         output_dir,
         step,
         make_weights(seed or step),
@@ -98,6 +107,8 @@ def save(
         CONFIG,
         {"train_loss": 3.0, "val_loss": val_loss},
         tokenizer,
+        optimizer=make_optimizer(seed or step),
+        **options,
     )
 
 
@@ -120,13 +131,23 @@ def refused(code: ExitCode, pattern: str = "") -> Iterator[None]:
     assert re.search(pattern, str(caught.value)), caught.value
 
 
+def describe_bytes(raw: bytes, chunk_bytes: int | None = None) -> dict[str, Any]:
+    """A manifest's entry of a file with this content."""
+    entry = {"bytes": len(raw), "sha256": hashlib.sha256(raw).hexdigest()}
+    if chunk_bytes is None:
+        return entry
+    parts = [raw[i : i + chunk_bytes] for i in range(0, len(raw), chunk_bytes)]
+    digest = hashlib.sha256(b"".join(hashlib.sha256(part).digest() for part in parts))
+    return entry | {"sha256": digest.hexdigest(), "chunk_bytes": chunk_bytes}
+
+
 def rewrite_manifest(folder: Path, **changes: Any) -> None:
     """A consistent manifest over whatever the files hold now, as an attacker would write it."""
     manifest = json.loads((folder / "manifest.json").read_bytes())
     del manifest["checksum"]
-    for name in REQUIRED_NAMES:
-        raw = (folder / name).read_bytes()
-        manifest["files"][name] = {"bytes": len(raw), "sha256": hashlib.sha256(raw).hexdigest()}
+    for name in manifest["files"].keys() & {*FILE_NAMES}:
+        chunk_bytes = manifest["files"][name].get("chunk_bytes")
+        manifest["files"][name] = describe_bytes((folder / name).read_bytes(), chunk_bytes)
     (folder / "manifest.json").write_bytes(render_manifest(manifest | changes))
 
 
@@ -136,6 +157,8 @@ def load_all(path: Path) -> None:
     assert opened.config
     checkpoint_format.load_weights(opened, None)
     checkpoint_format.load_training_state(opened)
+    if opened.manifest.format_version > 2:
+        checkpoint_format.load_optimizer(opened)
 
 
 def mutate(raw: bytes, kind: str, place: int) -> bytes:

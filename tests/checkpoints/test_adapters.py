@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import errno
-import hashlib
 import json
 import os
 import shutil
@@ -19,6 +18,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from checkpoints import samples
 from generate import build_empty_model, load_model
 from preflight.checkpoints import store
 from preflight.checkpoints.adapters import (
@@ -29,8 +29,9 @@ from preflight.checkpoints.adapters import (
     read_adapter,
     read_peft_adapter,
 )
-from preflight.checkpoints.format import Checkpoint, load_weights, save_checkpoint
+from preflight.checkpoints.format import Checkpoint, load_weights
 from preflight.checkpoints.manifest import render_manifest
+from preflight.checkpoints.saving import save_checkpoint
 from preflight.core.errors import ExitCode, PreflightError
 from preflight.device.runtime import Runtime
 from preflight.models.base import TokenModel
@@ -120,6 +121,7 @@ def save_adapted(
         state,
         described,
         {"val_loss": 1.5},
+        optimizer=trainer.list_optimizer_tensors(),
         adapter=ADAPTER,
         extra_files=TEMPLATE,
     )
@@ -158,8 +160,8 @@ def rewrite(folder: Path, **changes: Any) -> None:
     for name in manifest["files"]:
         if (folder / name).exists():
             raw = (folder / name).read_bytes()
-            entry = {"bytes": len(raw), "sha256": hashlib.sha256(raw).hexdigest()}
-            manifest["files"][name] = entry
+            chunk_bytes = manifest["files"][name].get("chunk_bytes")
+            manifest["files"][name] = samples.describe_bytes(raw, chunk_bytes)
     (folder / "manifest.json").write_bytes(render_manifest(manifest | changes))
 
 
@@ -234,7 +236,7 @@ def test_a_cut_run_continues_bit_equal(made: Run, tmp_path: Path) -> None:
     resumed = build_trainer(base)
     shapes = {n: tuple(t.shape) for n, t in list_trained_weights(empty).items()}
     load_trained_weights(resumed.model, load_weights(origin, shapes))
-    resumed.load_state_dict(resumed.list_weights(), saved["trainer"])
+    resumed.load_state_dict(resumed.list_weights(), saved["optimizer"], saved["trainer"])
     train(resumed, 4, 7)
     assert same(dict(resumed.model.state_dict()), dict(whole.model.state_dict()))
     with refused(ExitCode.CHECKPOINT, "holds adapters, and this run trains all weights"):

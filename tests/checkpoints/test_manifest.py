@@ -97,7 +97,7 @@ ENTRY = {"bytes": 1, "sha256": "0" * 64}
         {"step": None},
         {"format": "other"},
         {"format": None},
-        {"format_version": 3},
+        {"format_version": 4},
         {"format_version": 2.0},
         {"format_version": None},
         {"format_version": 2**70},
@@ -136,6 +136,10 @@ ENTRY = {"bytes": 1, "sha256": "0" * 64}
         {"files": {name: {"bytes": -1, "sha256": "0" * 64} for name in REQUIRED_NAMES}},
         {"files": {name: {"bytes": 1, "sha256": "x"} for name in REQUIRED_NAMES}},
         {"files": {name: {"bytes": 1} for name in REQUIRED_NAMES}},
+        *(
+            {"files": {name: ENTRY | {"chunk_bytes": size} for name in REQUIRED_NAMES}}
+            for size in (0, -1, 1, 1023, 2**40, 2**70, 4096.0, "4096", True)
+        ),
         {"files": dict.fromkeys(REQUIRED_NAMES, 7)},
     ],
 )
@@ -197,7 +201,7 @@ def test_nested_deeper_than_python_renders(tmp_path: Path, monkeypatch: pytest.M
 
 def test_newer_format_says_so(tmp_path: Path) -> None:
     folder = save(tmp_path, 5).path
-    rewrite_manifest(folder, format_version=3)
+    rewrite_manifest(folder, format_version=4)
     with refused(ExitCode.CHECKPOINT, "newer Preflight"):
         load_all(folder)
 
@@ -234,4 +238,5 @@ def test_any_value_in_any_key(tmp_path: Path, key: str, value: Any) -> None:
         assert key in ("losses", "versions", "../x") or (key, value) in (
             ("step", 5),
             ("format_version", 2),
+            ("format_version", 3),
         )

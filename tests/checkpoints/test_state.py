@@ -38,6 +38,8 @@ from checkpoints.samples import (
 )
 from preflight.checkpoints import format as checkpoint_format
 from preflight.checkpoints import store
+from preflight.checkpoints.saving import save_checkpoint
+from preflight.checkpoints.state import estimate_state_bytes
 from preflight.core.errors import ExitCode, PreflightError
 
 
@@ -65,7 +67,7 @@ def test_state_that_cannot_be_read_back_is_not_saved(
     tmp_path: Path, bad: Callable[[], Any]
 ) -> None:
     with pytest.raises(TypeError, match=r"not a plain type|contains itself"):
-        checkpoint_format.save_checkpoint(tmp_path, 5, make_weights(1), bad(), CONFIG, {})
+        save_checkpoint(tmp_path, 5, make_weights(1), bad(), CONFIG, {})
     assert os.listdir(tmp_path) == []
 
 
@@ -300,7 +302,7 @@ def test_mutated_state_with_a_true_hash(saved_folder: Path, place: int, kind: st
     except PreflightError as error:
         assert error.code == ExitCode.CHECKPOINT
     else:
-        checkpoint_format.estimate_state_bytes(state)  # plain types and whole tensors
+        estimate_state_bytes(state)  # plain types and whole tensors
 
 
 @settings(max_examples=40)
@@ -323,5 +325,5 @@ def test_mutated_state_with_a_true_hash(saved_folder: Path, place: int, kind: st
 )
 def test_what_is_saved_is_read_back(saved_folder: Path, state: Any) -> None:
     state = {"state": state, "empty": torch.empty(0, 3), "number": torch.tensor(2.0)}
-    checkpoint_format.estimate_state_bytes(state)
+    estimate_state_bytes(state)
     assert same(load_forged(saved_folder, torch_bytes(state)), state)

@@ -18,10 +18,10 @@ from checkpoints.samples import (
     rewrite_manifest,
     save,
 )
-from preflight.checkpoints import format as checkpoint_format
 from preflight.checkpoints import store
 from preflight.checkpoints.format import Checkpoint
 from preflight.checkpoints.manifest import REQUIRED_NAMES
+from preflight.checkpoints.saving import save_checkpoint
 from preflight.core.errors import ExitCode, PreflightError
 
 
@@ -104,7 +104,7 @@ def test_replaced_checkpoint_comes_back_after_a_kill(tmp_path: Path) -> None:
     (folder.parent / ".tmp-checkpoint-7").mkdir()
     store.remove_leftovers(tmp_path)
     assert os.listdir(folder.parent) == ["checkpoint-5"]
-    assert len(os.listdir(folder)) == 4
+    assert len(os.listdir(folder)) == 5
 
 
 def test_damaged_newest_is_passed_over_aloud(
@@ -185,7 +185,7 @@ def test_a_config_that_describes_no_model_is_damage(tmp_path: Path) -> None:
 
 
 def save_on(output_dir: Path, step: int, val_loss: float | None, data: str) -> None:
-    checkpoint_format.save_checkpoint(
+    save_checkpoint(
         output_dir,
         step,
         make_weights(step),

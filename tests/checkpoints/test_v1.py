@@ -16,15 +16,19 @@ import torch
 from faults.harness import is_equal, read_rows, read_state
 
 from conftest import CommandRunner, build
+from generate import build_empty_model
 from preflight.checkpoints import format as checkpoint_format
 from preflight.checkpoints import store
 from preflight.checkpoints.format import Checkpoint
 from preflight.checkpoints.manifest import render_manifest
+from preflight.checkpoints.saving import save_checkpoint
 from preflight.checkpoints.v1 import rename_weight
 from preflight.core.errors import PreflightError
 from preflight.corpus.shards import load_data_folder
+from preflight.settings import TrainingSettings
 from preflight.tokenization import load_tokenizer
 from preflight.training import resume
+from preflight.training.saved_state import load_saved_state
 
 FIXTURE = Path(__file__).parents[1] / "fixtures" / "v1"
 FOLDER = FIXTURE / "run" / "milestones" / "checkpoint-4"
@@ -184,16 +188,20 @@ def continue_run(folder: Path, preflight: CommandRunner, output_dir: str) -> Non
 @pytest.mark.slow
 def test_the_run_continues(folder: Path, preflight: CommandRunner) -> None:
     """Equal to the stored end of the run that was not cut, but for another CPU's rounding; and,
-    on this machine, bit for bit equal to the same state saved in format v2."""
+    on this machine, bit for bit equal to the same state saved in today's format."""
     old = store.open_checkpoint(str(folder / "run" / "milestones" / "checkpoint-4"))
     (folder / "new").mkdir()
-    checkpoint_format.save_checkpoint(
+    training = TrainingSettings(**resume.read_saved_settings(old))
+    state = load_saved_state(old, build_empty_model(old), training)
+    optimizer = state.pop("optimizer")
+    save_checkpoint(
         folder / "new",
         4,
         checkpoint_format.load_weights(old),
-        checkpoint_format.load_training_state(old),
+        state,
         old.config,
         old.manifest.losses,
+        optimizer=optimizer,
     )
     for output_dir in ("run", "new"):
         continue_run(folder, preflight, output_dir)
@@ -203,7 +211,7 @@ def test_the_run_continues(folder: Path, preflight: CommandRunner) -> None:
     assert is_equal(run, new)
 
     end = store.open_checkpoint(str(folder / "run" / "milestones" / "checkpoint-8"))
-    assert end.manifest.format_version == 2
+    assert end.manifest.format_version == 3
     stored = safetensors.torch.load_file(FIXTURE / "step-8.safetensors")
     torch.testing.assert_close(
         checkpoint_format.load_weights(end),

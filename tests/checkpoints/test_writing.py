@@ -18,6 +18,7 @@ import torch
 
 from checkpoints.samples import (
     CONFIG,
+    FILE_NAMES,
     ROOT,
     SYSTEM_CALLS,
     FakeTokenizer,
@@ -29,9 +30,11 @@ from checkpoints.samples import (
     same,
     save,
 )
+from checkpoints.thread_ranks import run_ranks
 from preflight.checkpoints import format as checkpoint_format
-from preflight.checkpoints import store, writing
-from preflight.checkpoints.manifest import REQUIRED_NAMES
+from preflight.checkpoints import store, tensor_file, writing
+from preflight.checkpoints.saving import save_checkpoint
+from preflight.checkpoints.tensor_file import TensorFile
 from preflight.core import storage
 from preflight.core.errors import ExitCode, PreflightError
 
@@ -41,9 +44,9 @@ def test_bad_weights_are_never_saved(tmp_path: Path, value: float) -> None:
     weights = make_weights(1)
     weights["wte.weight"][3, 2] = value
     with refused(ExitCode.DIVERGED, "wte.weight"):
-        checkpoint_format.save_checkpoint(tmp_path, 5, weights, {}, CONFIG, {})
+        save_checkpoint(tmp_path, 5, weights, {}, CONFIG, {})
     with pytest.raises(ValueError, match="int64"):
-        checkpoint_format.save_checkpoint(tmp_path, 5, {"x": torch.tensor([1])}, {}, CONFIG, {})
+        save_checkpoint(tmp_path, 5, {"x": torch.tensor([1])}, {}, CONFIG, {})
     assert os.listdir(tmp_path) == []
 
 
@@ -72,6 +75,7 @@ def run_killed(action: Callable[[], Any], point: int) -> bool:
 
         for name in SYSTEM_CALLS:
             setattr(os, name, wrap(getattr(os, name)))
+        tensor_file._write_at = wrap(tensor_file._write_at)
         action()
     except BaseException:
         os._exit(1)
@@ -136,6 +140,18 @@ def test_kill_at_every_point_of_replacing_the_only_one(tmp_path: Path) -> None:
         tmp_path, prepare, lambda output_dir: save(output_dir, 5, seed=77)
     )
     assert points > 30
+    assert bad == []
+
+
+def test_kill_at_every_point_of_a_save_by_two_ranks(tmp_path: Path) -> None:
+    """Whichever of them is at work: the threads share their process."""
+
+    def save_together(output_dir: Path) -> None:
+        results = run_ranks(2, lambda ranks: save(output_dir, 3, ranks=ranks))
+        assert [saved.step for saved in results] == [3, 3]
+
+    points, bad = find_unrecoverable_points(tmp_path, prepare_two, save_together)
+    assert points > 50
     assert bad == []
 
 
@@ -241,18 +257,27 @@ def test_too_little_room_is_seen_before_writing(
     assert os.listdir(tmp_path / "milestones") == ["checkpoint-4"]
 
 
-@pytest.mark.parametrize("name", [*REQUIRED_NAMES, "manifest.json", "vocab.txt"])
+@pytest.mark.parametrize("name", [*FILE_NAMES, "manifest.json", "vocab.txt"])
 def test_disk_that_lies_is_caught_before_the_rename(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
-    real = writing.FolderWriter.read_back
+    real, real_compare = writing.FolderWriter.read_back, TensorFile._is_written
+
+    def change(path: Path) -> None:
+        raw = path.read_bytes()
+        path.write_bytes(raw[:-1] + bytes([raw[-1] ^ 1]))
 
     def read_back_changed(self: writing.FolderWriter) -> None:
-        path = self.folder / name
-        path.write_bytes(path.read_bytes()[:-1] + b"?")
+        change(self.folder / name)
         real(self)
 
+    def compare_changed(self: TensorFile, file: Any) -> bool:
+        if self.name == name:
+            change(Path(file.name))
+        return real_compare(self, file)
+
     monkeypatch.setattr(writing.FolderWriter, "read_back", read_back_changed)
+    monkeypatch.setattr(TensorFile, "_is_written", compare_changed)
     with refused(ExitCode.STORAGE, f"{name} differs from what was written"):
         save(tmp_path, 5, tokenizer=FakeTokenizer())
     assert os.listdir(tmp_path / "milestones") == []

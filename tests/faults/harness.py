@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file
 
 ROOT = Path(__file__).resolve().parents[2]
 # Every call that changes what a folder holds, or makes it durable.
@@ -322,6 +323,8 @@ def read_state(output_dir: Path, step: int) -> tuple[str, dict[str, Any]]:
     """A checkpoint's weights (their hash) and its training state, less what a clock decides."""
     folder = output_dir / "milestones" / f"checkpoint-{step}"
     state = torch.load(folder / "checkpoint.pt", weights_only=True)
+    if (folder / "optimizer.safetensors").exists():  # since format v3
+        state["optimizer"] = load_file(folder / "optimizer.safetensors")
     return hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest(), state
 
 

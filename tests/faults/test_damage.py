@@ -18,12 +18,14 @@ import numpy
 import pytest
 import torch
 from checkpoints import samples
+from early_format import make_early
 from mutations import find_places
+from safetensors.torch import load_file, save_file
 
 from preflight.checkpoints import format as checkpoint_format
 from preflight.checkpoints import store
 from preflight.checkpoints.format import Checkpoint
-from preflight.checkpoints.manifest import REQUIRED_NAMES, render_manifest
+from preflight.checkpoints.manifest import render_manifest
 from preflight.core import storage
 from preflight.core.errors import ExitCode, PreflightError
 from preflight.corpus import metadata, shards
@@ -41,7 +43,7 @@ from .harness import (
 from .scenarios import build_training
 
 LONGEST_SECONDS = 10.0
-NAMES = (*REQUIRED_NAMES, "manifest.json")
+NAMES = (*samples.FILE_NAMES, "manifest.json")
 
 
 @pytest.fixture
@@ -162,8 +164,9 @@ def forge(folder: Path) -> None:
     manifest = json.loads((folder / "manifest.json").read_bytes())
     del manifest["checksum"]
     for name in manifest["files"]:
+        chunk_bytes = manifest["files"][name].get("chunk_bytes")
         raw = (folder / name).read_bytes()
-        manifest["files"][name] = {"bytes": len(raw), "sha256": hashlib.sha256(raw).hexdigest()}
+        manifest["files"][name] = samples.describe_bytes(raw, chunk_bytes)
     (folder / "manifest.json").write_bytes(render_manifest(manifest))
 
 
@@ -226,8 +229,22 @@ def change_state(folder: Path, change: Callable[[dict[str, Any]], None]) -> None
     forge(folder)
 
 
-def expand_moments(state: dict[str, Any]) -> None:
-    state["trainer"]["optimizer"]["state"][0]["exp_avg"] = torch.zeros(1).expand(10**12)
+def expand_moments(folder: Path) -> None:
+    """In the format that had them in a pickle."""
+
+    def expand(state: dict[str, Any]) -> None:
+        state["trainer"]["optimizer"]["state"][0]["exp_avg"] = torch.zeros(1).expand(10**12)
+
+    make_early(folder)
+    change_state(folder, expand)
+
+
+def drop_moments(folder: Path) -> None:
+    path = folder / "optimizer.safetensors"
+    tensors = load_file(path)
+    tensors.pop("norm.weight.exp_avg")
+    save_file(tensors, path)
+    forge(folder)
 
 
 def climb(state: dict[str, Any]) -> None:
@@ -252,7 +269,8 @@ def cut_vocabulary(folder: Path) -> None:
 FORGERIES: dict[str, Callable[[Path], None]] = {
     "vocabulary": cut_vocabulary,
     "no vocabulary size": lambda folder: change_config(folder, "tokenizer", vocab_size=None),
-    "moments expanded": lambda folder: change_state(folder, expand_moments),
+    "moments expanded": expand_moments,
+    "moments missing": drop_moments,
     "step 0": lambda folder: change_state(folder, lambda state: state["state"].update(step=0)),
     "ten million layers": lambda folder: change_config(folder, "model", n_layers=10**7),
     "training settings": lambda folder: change_config(folder, "training", seed="x\ny"),
@@ -305,6 +323,7 @@ def test_forged_hyperparameters_change_nothing(server: ForkServer, run_folder: P
     for number, change in enumerate([lambda state: None, climb]):
         moved = run_folder / f"moved-{number}"
         shutil.copytree(run_folder / "out", moved)
+        make_early(moved / "milestones" / "checkpoint-3")
         change_state(moved / "milestones" / "checkpoint-3", change)
         (run_folder / f"link-{number}").symlink_to(moved)
         flags = resume_flags(run_folder, "--output-dir", f"link-{number}")
@@ -479,7 +498,7 @@ def test_pickles_are_never_run(server: ForkServer, run_folder: Path, full: bool)
         for place in places if full else [places[0], places[1 + number % 4]]:
             if place != bare:
                 place.write_bytes(raw)
-            if place.name in REQUIRED_NAMES and place != bare:
+            if place.name in samples.FILE_NAMES and place != bare:
                 forge(folder)
             target = str(place if place == bare else folder)
             commands = [["--train", "--resume-from", target, *text, "--max-steps", "9", *common]]

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
 import trainer
-from preflight.checkpoints.format import save_checkpoint
+from preflight.checkpoints.saving import save_checkpoint
 from preflight.device.runtime import Runtime, has_fast_bf16
 from preflight.foresight import memory_trace
 from preflight.foresight.memory import (
@@ -312,15 +312,12 @@ def test_generation_and_resume(model: ModelConfig) -> None:
     peak, _ = measure_allocations(lambda: generate_longest(trainer.model, fake))
     assert estimate.phases["generation"] == pytest.approx(held + peak, rel=0.01)
     weights = {n: t.detach().clone() for n, t in trainer.model.state_dict().items()}
-    state = trainer.state_dict()
+    held_parts, state = (weights, trainer.list_optimizer_tensors()), trainer.state_dict()
 
     def resume() -> Trainer:
-        loaded = {name: tensor.clone() for name, tensor in weights.items()}
-        copies = torch.utils._pytree.tree_map(
-            lambda x: x.clone() if isinstance(x, Tensor) else x, state
-        )
+        parts = [{name: tensor.clone() for name, tensor in part.items()} for part in held_parts]
         again = build_trainer(case)
-        again.load_state_dict(loaded, copies)
+        again.load_state_dict(*parts, state)
         return again
 
     peak, _ = measure_allocations(resume)
@@ -340,6 +337,7 @@ def test_checkpoint_size(tmp_path: Path, optimizer: str, model: ModelConfig) -> 
         {"trainer": trainer.state_dict()},
         {"model": dataclasses.asdict(model)},
         {"val_loss": None},
+        optimizer=trainer.list_optimizer_tensors(),
     )
     size = sum(path.stat().st_size for path in saved.path.iterdir())
     assert estimate_checkpoint_bytes(model, case.training) == pytest.approx(size, rel=0.01)

@@ -20,7 +20,8 @@ from test_generate import Terminal
 import main
 from conftest import ROOT
 from generate import generate_ids, stream_ids
-from preflight.checkpoints.format import read_checkpoint, save_checkpoint
+from preflight.checkpoints.format import read_checkpoint
+from preflight.checkpoints.saving import save_checkpoint
 from preflight.core.errors import ExitCode, PreflightError
 from preflight.core.log import log_once
 from preflight.modes import chat

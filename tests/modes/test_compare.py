@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 import main
 from conftest import build
 from generate import generate_batch, load_model
-from preflight.checkpoints.format import save_checkpoint
+from preflight.checkpoints.saving import save_checkpoint
 from preflight.checkpoints.store import open_checkpoint
 from preflight.core.errors import ExitCode, PreflightError
 from preflight.evaluation.comparing import (

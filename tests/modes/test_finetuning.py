@@ -123,6 +123,8 @@ def test_a_cut_run_equals_the_unbroken_one(
         assert_equal_states(read_weights(cut_folder), read_weights(whole), error)
         states = [torch.load(p / "checkpoint.pt", weights_only=True) for p in (cut_folder, whole)]
         assert_equal_states(*states, error)
+        places = [p / "optimizer.safetensors" for p in (cut_folder, whole)]
+        assert_equal_states(*map(safetensors.torch.load_file, places), error)
         logged = ("step", "loss", "learning_rate", "grad_norm", "tokens")
         logs = [
             [[row[name] for name in logged] for row in read_rows(tmp_path / name)]

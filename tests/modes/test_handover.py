@@ -10,7 +10,7 @@ import torch
 from formats.shapes import GPT2, TEMPLATE, draw_model, train_bpe
 
 import main
-from preflight.checkpoints.format import save_checkpoint
+from preflight.checkpoints.saving import save_checkpoint
 from preflight.checkpoints.store import find_best
 from preflight.core.errors import ExitCode, PreflightError
 from preflight.formats import hf_export

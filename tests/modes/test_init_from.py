@@ -18,7 +18,7 @@ from torch.nn import functional
 import main
 from conftest import build
 from generate import load_model
-from preflight.checkpoints.format import save_checkpoint
+from preflight.checkpoints.saving import save_checkpoint
 from preflight.checkpoints.store import find_best
 from preflight.core.errors import ExitCode, PreflightError
 from preflight.core.signals import StopFlag

@@ -14,7 +14,7 @@ from tokenization.fakes import PlainText
 from tokenization.library_files import read_library_file
 
 import main
-from preflight.checkpoints.format import save_checkpoint
+from preflight.checkpoints.saving import save_checkpoint
 from preflight.corpus.build import prepare_data
 from preflight.settings import DataSettings
 from preflight.tokenization import Tokenizer, TokenizerRecipe, load_tokenizer

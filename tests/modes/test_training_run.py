@@ -64,6 +64,7 @@ def read_state(folder: Path, step: int) -> tuple[bytes, dict[str, Any]]:
     """A checkpoint's weights and its training state, less what a clock decides."""
     path = folder / "milestones" / f"checkpoint-{step}"
     state = torch.load(path / "checkpoint.pt", weights_only=True)
+    state["optimizer"] = safetensors.torch.load_file(path / "optimizer.safetensors")
     return (path / "model.safetensors").read_bytes(), state
 
 

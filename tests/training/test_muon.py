@@ -70,8 +70,8 @@ def test_a_run_continued_equals_the_whole_run() -> None:
     for step in range(3):
         cut.train_step(step, batches[step : step + 1])
     resumed = build_trainer(optimizer="muon", seed=7)
-    state = copy.deepcopy(cut.state_dict())
-    resumed.load_state_dict({k: v.clone() for k, v in cut.model.state_dict().items()}, state)
+    parts = cut.model.state_dict(), cut.list_optimizer_tensors(), cut.state_dict()
+    resumed.load_state_dict(*copy.deepcopy(parts))
     for step in range(3, 6):
         resumed.train_step(step, batches[step : step + 1])
     for a, b in zip(weights_of(whole), weights_of(resumed), strict=True):

@@ -15,11 +15,12 @@ import pytest
 import safetensors.torch
 import torch
 from checkpoints.samples import refused, rewrite_manifest, same, torch_bytes
+from early_format import list_names, make_early
 from mutations import find_places
 
 from generate import build_empty_model
-from preflight.checkpoints import format as checkpoint_format
 from preflight.checkpoints import store
+from preflight.checkpoints.saving import save_checkpoint
 from preflight.core.errors import ExitCode, PreflightError
 from preflight.device.runtime import Runtime
 from preflight.models.protocol import LanguageModel, ParameterGroup
@@ -58,7 +59,7 @@ def save(output_dir: Path, training: TrainingSettings, step: int = STEPS) -> Pat
     trainer = build(training)
     for number in range(step):
         train(trainer, number)
-    saved = checkpoint_format.save_checkpoint(
+    saved = save_checkpoint(
         output_dir,
         step,
         dict(trainer.model.state_dict()),
@@ -82,8 +83,16 @@ def save(output_dir: Path, training: TrainingSettings, step: int = STEPS) -> Pat
             "training": dataclasses.asdict(training),
         },
         {"val_loss": 4.5},
+        optimizer=trainer.list_optimizer_tensors(),
     )
     return saved.path
+
+
+def save_early(output_dir: Path, training: TrainingSettings, step: int = STEPS) -> Path:
+    """The same in format v2, which had the optimizer within ``checkpoint.pt``."""
+    folder = save(output_dir, training, step)
+    make_early(folder, training.optimizer)
+    return folder
 
 
 def load(folder: Path, training: TrainingSettings, model: LanguageModel | None = None) -> State:
@@ -94,7 +103,7 @@ def load(folder: Path, training: TrainingSettings, model: LanguageModel | None =
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save(tmp_path_factory.mktemp("forged"), describe("adamw"))
+    return save_early(tmp_path_factory.mktemp("forged"), describe("adamw"))
 
 
 @pytest.fixture(scope="module")
@@ -105,6 +114,18 @@ def honest(folder: Path) -> State:
 def forge(folder: Path, state: State) -> None:
     (folder / "checkpoint.pt").write_bytes(torch_bytes(state))
     rewrite_manifest(folder)
+
+
+def read_early(state: State) -> State:
+    """What is loaded of the content of ``checkpoint.pt`` in format v2."""
+    state = copy.deepcopy(state)
+    trainer = build(describe("adamw"))
+    names = list_names(trainer.model, trainer.optimizer)
+    held = state["trainer"].pop("optimizer")["state"]
+    state["optimizer"] = {
+        f"{names[i]}.{key}": t for i, each in held.items() for key, t in each.items()
+    }
+    return state
 
 
 def put(path: str, value: Any) -> Callable[[State], None]:
@@ -234,7 +255,7 @@ def test_what_a_newer_version_may_add_is_accepted(folder: Path, honest: State, k
     forged = copy.deepcopy(honest)
     HARMLESS[kind](forged)
     forge(folder, forged)
-    assert same(load(folder, describe("adamw")), forged)
+    assert same(load(folder, describe("adamw")), read_early(forged))
 
 
 @pytest.mark.parametrize(
@@ -264,6 +285,7 @@ def test_the_state_of_each_optimizer_is_known(
     training = describe(optimizer, **changes)
     folder = save(tmp_path, training, step)
     expected = torch.load(folder / "checkpoint.pt", weights_only=True)
+    expected["optimizer"] = safetensors.torch.load_file(folder / "optimizer.safetensors")
     assert same(load(folder, training), expected)
 
 
@@ -288,7 +310,7 @@ def test_another_optimizer_is_refused(tmp_path: Path, saved: str, other: str) ->
     ],
 )
 def test_forged_states_of_muon_are_refused(tmp_path: Path, change: Callable[[State], None]) -> None:
-    folder = save(tmp_path, describe("muon"))
+    folder = save_early(tmp_path, describe("muon"))
     forged = torch.load(folder / "checkpoint.pt", weights_only=True)
     change(forged)
     forge(folder, forged)
@@ -351,8 +373,8 @@ def test_one_change_anywhere_is_refused_or_harmless(folder: Path, honest: State)
             assert str(error).replace("\n", "").isprintable()
             continue
         accepted += 1
-        assert same(state, forged), number
-        trainer.load_state_dict(weights, state["trainer"])
+        assert same(state, read_early(forged)), number
+        trainer.load_state_dict(weights, state["optimizer"], state["trainer"])
         train(trainer, STEPS)
         assert all(bool(p.isfinite().all()) for p in trainer.model.parameters()), number
     assert 5 < accepted < 60
