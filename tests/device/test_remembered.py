@@ -99,6 +99,18 @@ def test_every_cut_and_every_flipped_byte_is_harmless(folder: Path) -> None:
         recall(KEY, Found)  # another value, or none; never an error
 
 
+def test_a_file_of_another_measurement_is_not_taken(
+    folder: Path, told: pytest.LogCaptureFixture
+) -> None:
+    remember(KEY, Found(seconds=0.1, name="x"))
+    [path] = folder.rglob("*.json")
+    remember(KEY | {"of": "another"}, Found(seconds=9.0, name="y"))
+    [other] = set(folder.rglob("*.json")) - {path}
+    other.replace(path)
+    assert recall(KEY, Found) is None
+    assert "about something else" in told.messages[0]
+
+
 def test_figures_of_another_shape_are_not_taken(
     folder: Path, told: pytest.LogCaptureFixture
 ) -> None:
