@@ -1,7 +1,9 @@
 """Seconds of a training step on a CPU by formula, from three rates that are measured at once.
 
 A step is its matmuls at a share of a large one's rate, what the rest reads and writes at the rate
-of a copy, and a price for each operation. The constants are fitted (benchmarks/cpu_rates.py).
+of a copy, and a price for each operation. The constants were set on one busy machine. When measured
+again, small models were up to 1.6 times as fast as estimated (benchmarks/LOG.md);
+benchmarks/cpu_rates.py measures both.
 """
 
 from __future__ import annotations

@@ -44,6 +44,7 @@ _RANK_ERROR_SHARE = 0.1
 # Resident beside the allocated tensors: interpreter, libraries, and freed memory that malloc keeps.
 # 400 to 490 MiB were measured on the CPU (benchmarks/RESULTS.md); the value for CUDA is a guess.
 HOST_BASE_BYTES = {"cpu": 450 * MIB, "cuda": 2500 * MIB}
+COMPILER_HOST_BYTES = 80 * MIB  # of torch.compile, in a process that compiled (benchmarks/LOG.md)
 
 
 @dataclass(frozen=True)
@@ -203,6 +204,8 @@ def _summarise(peaks: Peaks, case: TraceCase, options: MemoryOptions) -> MemoryE
     items["context and workspace"] = context + workspace
     items["headroom"] = reserved + context - sum(items.values())
     host = HOST_BASE_BYTES["cuda" if on_cuda else "cpu"]
+    if case.compile_model and not on_cuda:
+        host += COMPILER_HOST_BYTES
     return MemoryEstimate(
         items=items,
         phases=phases,
