@@ -158,8 +158,8 @@ class Trainer:
         # Freed, not zeroed: the next backward pass writes instead of adding. Those of the model,
         # since a gradient that is not finite must not stay where the optimizer has no part.
         self.model.zero_grad(set_to_none=True)
-        (n_tokens,) = self.ranks.total(torch.tensor([count_tokens(t) for _, t in batches]).sum())
-        return StepResult(step + 1, int(n_tokens), learning_rate, total, norm)
+        n_tokens = self.ranks.add(sum(count_tokens(targets) for _, targets in batches))
+        return StepResult(step + 1, n_tokens, learning_rate, total, norm)
 
     def train(
         self,
@@ -246,8 +246,7 @@ class Trainer:
         for mean, count in zip(means, counts, strict=True):
             total += float(mean) * int(count)
             n_targets += int(count)
-        shared = torch.tensor(total, dtype=torch.float64), torch.tensor(n_targets)
-        total, n_targets = (value.item() for value in self.ranks.total(*shared))  # type: ignore[assignment]
+        total, n_targets = self.ranks.add(total), self.ranks.add(n_targets)
         loss = total / n_targets if n_targets else math.nan
         return Evaluation(loss, convert_to_bits_per_byte(loss, tokens_per_byte))
 

@@ -26,6 +26,7 @@ from preflight.core.errors import ExitCode, PreflightError
 from preflight.core.signals import StopFlag
 
 T = TypeVar("T")
+N = TypeVar("N", int, float)
 
 # Longer than the slowest thing that one rank waits for another with: a compilation, a save.
 TIMEOUT = datetime.timedelta(minutes=10)
@@ -75,6 +76,10 @@ class Ranks:
     def total(self, *values: Tensor) -> tuple[Tensor, ...]:
         """The sum of each scalar over the ranks, all in one message."""
         return values
+
+    def add(self, value: N) -> N:
+        """The sum of a number over the ranks."""
+        return value
 
     def norm(self, parameters: Iterable[nn.Parameter]) -> Tensor:
         """The L2 norm of all gradients together, on every rank."""
@@ -180,6 +185,11 @@ class JoinedRanks(Ranks):
         dist.all_reduce(together)
         return tuple(summed.to(value.dtype) for summed, value in zip(together, values, strict=True))
 
+    def add(self, value: N) -> N:
+        """As `Ranks.add`, in fp64: exact for whole numbers up to 2^53."""
+        (total,) = self.total(torch.tensor(value, dtype=torch.float64))
+        return type(value)(total)
+
     def norm(self, parameters: Iterable[nn.Parameter]) -> Tensor:
         """As `Ranks.norm`. Squares are summed in fp64, so that it does not depend on the shards."""
         norms = [
@@ -222,8 +232,7 @@ class JoinedRanks(Ranks):
 
     def any(self, value: bool) -> bool:
         """As `Ranks.any`."""
-        (found,) = self.total(torch.tensor(int(value)))
-        return bool(found)
+        return self.add(int(value)) > 0
 
     def share_signals(self, stop: StopFlag) -> StopFlag:
         """As `Ranks.share_signals`."""

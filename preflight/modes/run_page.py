@@ -337,7 +337,7 @@ def _get_fingerprint(run: RunFacts) -> object:
 
 
 def _draw_checkpoints(runs: list[RunFacts]) -> list[Html]:
-    """Step, validation loss and the SHA-256 of the weights of each."""
+    """Step, validation loss and the SHA-256 of the weights, by the manifest, of each."""
     rows = [
         (
             *((cut(run.name),) if len(runs) > 1 else ()),
@@ -352,7 +352,7 @@ def _draw_checkpoints(runs: list[RunFacts]) -> list[Html]:
         for run in runs
         for checkpoint in run.checkpoints[:_MAX_CHECKPOINTS]
     ]
-    headers = ["checkpoint", "validation loss", "SHA-256 of the weights"]
+    headers = ["checkpoint", "validation loss", "SHA-256 of the weights in the manifest"]
     headers = ["run", *headers] if len(runs) > 1 else headers
     table = build_table(headers, rows, names=len(headers) - 2, class_="cards hashes")
     return [build_tag("h2", "Checkpoints"), table] if rows else []

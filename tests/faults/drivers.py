@@ -244,16 +244,16 @@ def make_clock_jump() -> None:
 
 def make_gradients_infinite() -> None:
     """From update 3 on the gradient's norm is not finite."""
-    original = torch.nn.utils.clip_grad_norm_
+    original = torch.nn.utils.get_total_norm
     count = 0
 
-    def clip(parameters: Any, limit: float) -> Any:
+    def measure(gradients: Any) -> Any:
         nonlocal count
         count += 1
-        norm = original(parameters, limit)
+        norm = original(gradients)
         return norm * math.nan if count > 3 else norm
 
-    torch.nn.utils.clip_grad_norm_ = clip  # type: ignore[assignment]
+    torch.nn.utils.get_total_norm = measure  # type: ignore[assignment]
 
 
 # ---- deliberately broken products, for the checks of the checks ---------------------------------

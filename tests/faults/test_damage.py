@@ -215,7 +215,7 @@ def test_a_loader_without_hashes_is_found(
         Checkpoint, "open", lambda c, name, hashed=True: storage.open_regular(c.path / name)
     )
     folder = run_folder / "out" / "milestones" / "checkpoint-3"
-    faults = find_accepted_mutants(folder, 60, random.Random(1))
+    faults = find_accepted_mutants(folder, 120, random.Random(1))
     assert sum("accepted in silence" in fault for fault in faults) > 3
 
 

@@ -305,7 +305,7 @@ def test_a_run_that_would_be_continued(make_config: MakeConfig) -> None:
     rows = report.sections["training configuration"]
     assert "checkpoint-4, step 4" in rows["continues"]
     flags = report.sections["system information"]["flags_set"]
-    assert "--learning-rate 0.001 (from the checkpoint)" in flags
+    assert "--learning-rate 0.002 (from the checkpoint)" in flags
     assert "a caller" not in flags
     assert report.problems == []
     written = Path("training_output/metrics.jsonl").read_text().splitlines()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import http.client
 import json
 import socket
@@ -200,13 +201,13 @@ def test_methods(local):
 def raw(url: str, data: bytes) -> bytes:
     parts = urlsplit(url)
     with socket.create_connection((parts.hostname, parts.port), timeout=10) as connection:
-        connection.sendall(data)
         received = b""
-        try:
+        # The answer may come, and the connection be closed, before all is sent.
+        with contextlib.suppress(ConnectionResetError, BrokenPipeError):
+            connection.sendall(data)
+        with contextlib.suppress(ConnectionResetError):
             while chunk := connection.recv(65536):
                 received += chunk
-        except ConnectionResetError:
-            pass
         return received
 
 
