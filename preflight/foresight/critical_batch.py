@@ -40,12 +40,14 @@ class LearningNeeds:
         plan_tokens: of the whole run.
         critical_tokens: B_crit at the end of the run, in tokens per step.
         least_updates: with fewer in a run, each counts.
+        is_assumed: whether the text is not known, and one of a usual length is assumed.
     """
 
     text_tokens: float
     plan_tokens: float
     critical_tokens: float
     least_updates: int
+    is_assumed: bool = False
 
     def count_updates(self, tokens_per_step: int) -> tuple[int, int]:
         """Updates of an epoch and of the run."""
@@ -71,7 +73,11 @@ class LearningNeeds:
     @property
     def basis(self) -> str:
         """Where the multiple comes from."""
-        return (
+        assumed = (
+            f"a text of {TOKENS_PER_PARAMETER} tokens per parameter is assumed, --prepare first to "
+            "weigh yours; "
+        )
+        return (assumed if self.is_assumed else "") + (
             f"the learning rate wants about {self.least_updates:,} updates; the critical batch "
             f"size is {self.critical_tokens:,.0f} tokens, Kaplan et al. 2020"
         )
@@ -120,6 +126,7 @@ def estimate_learning_needs(
         run,
         estimate_critical_tokens(blocks, read) / scale,
         max(1, round(least_updates)),
+        is_assumed=data is None,
     )
 
 

@@ -87,3 +87,11 @@ def test_a_warning_names_a_size_that_learns_more() -> None:
     # The number of steps is given: there a larger batch is more text.
     stepped = build({"model_size": "nano", "max_steps": 20})
     assert find_batch_warnings(stepped, NEEDS, plan_of(601)) == []
+
+
+def test_an_assumed_text_is_told(make_config: MakeConfig) -> None:
+    config = make_config()
+    model = config.model.resolve(257)
+    unknown = estimate_learning_needs(config, model, plan_of(8), None)
+    assert unknown.basis.startswith("a text of 20 tokens per parameter is assumed")
+    assert "assumed" not in NEEDS.basis
