@@ -301,10 +301,10 @@ def local_ranks() -> Ranks:
     return Ranks()
 
 
-def plan_ranks(world: int) -> Ranks:
+def plan_ranks(world: int, hosts: int = 1) -> Ranks:
     """So many processes, of which this one only knows the number."""
     ranks = Ranks()
-    ranks.world = world
+    ranks.world, ranks.hosts = world, hosts
     return ranks
 
 
@@ -322,6 +322,7 @@ class Meeting:
 
     def __init__(self) -> None:
         store, self.rank, self.world = next(dist.rendezvous("env://", timeout=TIMEOUT))
+        self.hosts = max(1, self.world // int(os.environ["LOCAL_WORLD_SIZE"]))
         attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
         self.store = dist.PrefixStore(f"preflight/{attempt}", store)
 
@@ -332,7 +333,7 @@ class Meeting:
             self.rank,
             self.world,
             local_rank=int(os.environ["LOCAL_RANK"]),
-            hosts=max(1, self.world // int(os.environ["LOCAL_WORLD_SIZE"])),
+            hosts=self.hosts,
             device_type=device_type,
         )
 
