@@ -197,9 +197,9 @@ def drop_losses(figures: list[Tensor]) -> list[Tensor]:
 class OneProcess(Ranks):
     """One process that takes the norm as several do: in fp64, so that no order of sums shows."""
 
-    def norm(self, parameters: Iterable[nn.Parameter]) -> Tensor:
+    def sum_up(self, loss: Tensor, parameters: Iterable[nn.Parameter]) -> tuple[Tensor, Tensor]:
         gradients = [p.grad.flatten() for p in parameters if p.grad is not None]
-        return torch.cat(gradients).double().norm().float()
+        return loss, torch.cat(gradients).double().norm().float()
 
 
 @pytest.mark.parametrize("name", CASES)

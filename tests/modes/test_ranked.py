@@ -27,7 +27,8 @@ from preflight.modes.check import build_report
 def test_a_run_is_refused_by_the_memory_that_check_prints(
     ranks: int, make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    config = make_config(ranks=ranks, n_embeddings=256, n_layers=3)
+    flags: dict[str, Any] = {"ranks": ranks, "tokenizer": "byte", "max_steps": 1}
+    config = make_config(**flags)
     rows = build_report(config).sections["memory analysis"]
     estimates: list[int] = []
 
@@ -45,13 +46,13 @@ def test_a_run_is_refused_by_the_memory_that_check_prints(
     assert estimates[-1] == rows["needed_bytes"] > 0
     monkeypatch.setattr(fits, "measure_reachable_bytes", lambda _: ranks * rows["needed_bytes"] - 1)
     with pytest.raises(PreflightError) as caught:
-        train.run(make_config(ranks=ranks, n_embeddings=256, n_layers=3, output_dir="other"))
+        train.run(make_config(**flags, output_dir="other"))
     assert caught.value.code == ExitCode.OUT_OF_MEMORY
 
 
 def test_hosts_are_part_of_the_prediction(make_config: MakeConfig) -> None:
     """Two hosts keep two copies of the model, one among the ranks of each."""
-    flags = {"ranks": 4, "target_gpu": "H100 SXM"}
+    flags = {"ranks": 4, "target_gpu": "H100 SXM", "tokenizer": "byte"}
     one, two = (
         build_report(make_config(**flags, hosts=hosts)).sections["memory analysis"]
         for hosts in (1, 2)
