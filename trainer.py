@@ -150,7 +150,7 @@ class Trainer:
             total += loss.detach()
         # Before the norm is taken, since a limit means unscaled gradients.
         self.scaler.unscale_(self.optimizer)
-        (total,), norm = self.ranks.total(total), self.ranks.norm(self._parameters)
+        total, norm = self.ranks.sum_up(total, self._parameters)
         # An infinite limit changes nothing.
         limit = self.plan.max_grad_norm or math.inf
         torch.nn.utils.clip_grads_with_norm_(self._parameters, limit, norm)

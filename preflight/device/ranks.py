@@ -81,9 +81,10 @@ class Ranks:
         """The sum of a number over the ranks."""
         return value
 
-    def norm(self, parameters: Iterable[nn.Parameter]) -> Tensor:
-        """The L2 norm of all gradients together, on every rank."""
-        return torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+    def sum_up(self, loss: Tensor, parameters: Iterable[nn.Parameter]) -> tuple[Tensor, Tensor]:
+        """The sum of the ranks' losses, and the L2 norm of all gradients, all in one message."""
+        gradients = [p.grad for p in parameters if p.grad is not None]
+        return loss, torch.nn.utils.get_total_norm(gradients)
 
     def decide(self, function: Callable[[], T]) -> T:
         """What `function` returns on rank 0, which alone calls it, or its error, on every rank."""
@@ -190,16 +191,16 @@ class JoinedRanks(Ranks):
         (total,) = self.total(torch.tensor(value, dtype=torch.float64))
         return type(value)(total)
 
-    def norm(self, parameters: Iterable[nn.Parameter]) -> Tensor:
-        """As `Ranks.norm`. Squares are summed in fp64, so that it does not depend on the shards."""
+    def sum_up(self, loss: Tensor, parameters: Iterable[nn.Parameter]) -> tuple[Tensor, Tensor]:
+        """As `Ranks.sum_up`, in fp64, so that the norm does not depend on the shards."""
         norms = [
             torch.linalg.vector_norm(get_local(p.grad), dtype=torch.float64)
             for p in parameters
             if p.grad is not None
         ]
         squares = torch.stack(norms).square().sum()
-        dist.all_reduce(squares, group=self._mesh.get_group("shard"))
-        return squares.sqrt().float()
+        loss, squares = self.total(loss, squares)
+        return loss, (squares / self.hosts).sqrt().float()  # each host has all gradients
 
     def decide(self, function: Callable[[], T]) -> T:
         """As `Ranks.decide`.
@@ -301,10 +302,10 @@ def local_ranks() -> Ranks:
     return Ranks()
 
 
-def plan_ranks(world: int) -> Ranks:
+def plan_ranks(world: int, hosts: int = 1) -> Ranks:
     """So many processes, of which this one only knows the number."""
     ranks = Ranks()
-    ranks.world = world
+    ranks.world, ranks.hosts = world, hosts
     return ranks
 
 
@@ -322,6 +323,7 @@ class Meeting:
 
     def __init__(self) -> None:
         store, self.rank, self.world = next(dist.rendezvous("env://", timeout=TIMEOUT))
+        self.hosts = max(1, self.world // int(os.environ["LOCAL_WORLD_SIZE"]))
         attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
         self.store = dist.PrefixStore(f"preflight/{attempt}", store)
 
@@ -332,7 +334,7 @@ class Meeting:
             self.rank,
             self.world,
             local_rank=int(os.environ["LOCAL_RANK"]),
-            hosts=max(1, self.world // int(os.environ["LOCAL_WORLD_SIZE"])),
+            hosts=self.hosts,
             device_type=device_type,
         )
 

@@ -125,6 +125,12 @@ def measure_reachable_bytes(runtime: Runtime) -> int:
     return min(total, free + ours)
 
 
+def _measure_share_bytes(runtime: Runtime, options: MemoryOptions) -> int:
+    """What one rank could have of it: each has its own card, but on a CPU they share the host."""
+    n_sharing = options.sharing.ranks_per_host if runtime.device.type == "cpu" else 1
+    return measure_reachable_bytes(runtime) // n_sharing
+
+
 def check_memory(
     model_config: ModelConfig,
     training: TrainingSettings,
@@ -135,11 +141,12 @@ def check_memory(
     """Refuse a run that cannot fit before it starts; asked on the CPU only.
 
     There it would not fail but swap for hours. On a graphics card the first step fails at once.
+    The ranks of a host share its memory.
 
     Raises:
         PreflightError: code OUT_OF_MEMORY.
     """
-    reachable = measure_reachable_bytes(runtime)
+    reachable = _measure_share_bytes(runtime, options)
     least = estimate_least_bytes(model_config, training)
     if runtime.device.type != "cpu" or _SLACK * least < reachable:
         return
@@ -167,7 +174,8 @@ def explain_out_of_memory(
         f"out of memory with {batch} sequences of {window} tokens: "
         f"{_describe_shortage(error, runtime)}"
     ]
-    found = _find_smaller_batch(model_config, training, options, measure_reachable_bytes(runtime))
+    limit_bytes = _measure_share_bytes(runtime, options)
+    found = _find_smaller_batch(model_config, training, options, limit_bytes)
     if found:
         lines.append(
             f"try {format_batch_flags(*found)}: the same update of {found[0] * found[1]} "
@@ -182,6 +190,34 @@ def explain_out_of_memory(
         )
     lines.append(f"last checkpoint, safe: {last_checkpoint}")
     return PreflightError(ExitCode.OUT_OF_MEMORY, *lines)
+
+
+def explain_rank_out_of_memory(
+    error: BaseException,
+    training: TrainingSettings,
+    runtime: Runtime,
+    rank: int,
+    command: str,
+    last_checkpoint: Path | str,
+) -> PreflightError:
+    """As `explain_out_of_memory`, told at once by one of several ranks, for which others wait.
+
+    Args:
+        error: the allocator's.
+        training: of the run.
+        runtime: of the rank.
+        rank: its number.
+        command: that predicts what a rank needs, and says what would save memory.
+        last_checkpoint: of the run.
+    """
+    return PreflightError(
+        ExitCode.OUT_OF_MEMORY,
+        f"rank {rank}: out of memory with {training.batch_size} sequences: "
+        f"{_describe_shortage(error, runtime)}",
+        "a smaller --batch-size keeps the update; more --ranks need less memory each",
+        f"what each rank needs, and what would save memory: {command}",
+        f"last checkpoint, safe: {last_checkpoint}",
+    )
 
 
 def _find_smaller_batch(

@@ -85,6 +85,7 @@ class MemoryOptions:
         window_tokens: int | None = None,
         data_bytes: int = 0,
         target_share: float = 1.0,
+        sharing: Sharing = ONE_RANK,
     ) -> MemoryOptions:
         """The options of a training run on a device that is present."""
         return cls(
@@ -95,6 +96,7 @@ class MemoryOptions:
             window_tokens=window_tokens,
             data_bytes=data_bytes,
             target_share=target_share,
+            sharing=sharing,
         )
 
     @property

@@ -89,7 +89,7 @@ def build_report(config: RunConfig) -> Report:
 def find_all(config: RunConfig) -> Findings:
     """The report, and what it was made from."""
     with StopFlag() as stop:
-        ranks = plan_ranks(config.processes.ranks or 1)
+        ranks = plan_ranks(config.processes.ranks or 1, config.processes.hosts)
         setup = build_setup(config, stop, ranks=ranks, measures=config.check.measure)
         found = Findings(setup, Report())
         gather(found)

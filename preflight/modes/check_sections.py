@@ -83,8 +83,7 @@ class Findings:
     @property
     def sharing(self) -> Sharing:
         """The ranks that the flags ask for."""
-        processes = self.config.processes
-        return Sharing(processes.ranks or 1, processes.hosts)
+        return self.setup.sharing
 
     @property
     def sequences_per_step(self) -> int:

@@ -9,15 +9,14 @@ import numpy as np
 
 from generate import stream_ids
 from preflight.core.commands import format_command
-from preflight.core.errors import ExitCode, PreflightError
+from preflight.core.errors import PreflightError
 from preflight.core.log import log
-from preflight.core.signals import StopFlag
 from preflight.corpus.chats.preview import describe_chats
 from preflight.corpus.metadata import METADATA_NAME
 from preflight.corpus.shards import DataFolder, load_data_folder
-from preflight.device.ranks import is_rank
 from preflight.modes.finetune_setup import FinetuneSetup
-from preflight.modes.train import TrainingRun, train
+from preflight.modes.ranked import RunKind, run_on_ranks
+from preflight.modes.train import TrainingRun
 from preflight.settings import RunConfig, SamplingConfig
 from train_utils import iterate_windows
 
@@ -31,13 +30,7 @@ def run(config: RunConfig) -> int:
     Raises:
         PreflightError: with the code of whatever stands in the way.
     """
-    if is_rank() and int(os.environ["WORLD_SIZE"]) > 1:
-        raise PreflightError(
-            ExitCode.FLAGS, "--finetune: one process only; start it without torchrun"
-        )
-    with StopFlag() as stop:
-        setup = FinetuneSetup(config, stop, resumes=True)
-        return train(setup, lambda setup: FinetuneRun(setup).run())
+    return run_on_ranks(config, RunKind(FinetuneSetup, lambda setup: FinetuneRun(setup).run()))
 
 
 class FinetuneRun(TrainingRun):
@@ -64,7 +57,7 @@ class FinetuneRun(TrainingRun):
             max_new_tokens=ANSWER_TOKENS, temperature=0.0, seed=self.config.training.seed
         )
         self.trainer.model.eval()
-        with self.runtime.autocast():
+        with self.runtime.autocast(), self.ranks.open_root(self.trainer.model):
             pieces = stream_ids(
                 self.trainer.model,
                 self.setup.tokenizer,
@@ -88,6 +81,7 @@ class FinetuneRun(TrainingRun):
             context_length=self.setup.context_length,
             n_windows=TEXT_WINDOWS,
             device=self.runtime.device,
+            ranks=self.ranks,
         )
         found = self.trainer.evaluate(windows, data.val.n_tokens / data.val.n_bytes, self.stop)
         return None if found is None else found.bits_per_byte
@@ -110,10 +104,15 @@ class FinetuneRun(TrainingRun):
             log.info(f"forgetting: {data_dir} is not the text that the base learned from")
         return data
 
+    def _conclude(self, seconds: float) -> int:
+        """As `TrainingRun._conclude`; what was forgotten is measured by all ranks together."""
+        is_asked = self.setup.bits_before is not None and not self.stop.stopping
+        self.bits_after = self._measure_text() if is_asked else None
+        return super()._conclude(seconds)
+
     def _suggest(self) -> None:
         """What was forgotten, and how to talk to the model."""
-        before = self.setup.bits_before
-        after = self._measure_text() if before is not None else None
+        before, after = self.setup.bits_before, self.bits_after
         if before is not None and after is not None:
             log.info(
                 f"forgetting: {before:.3f} bits per byte on the text of the base before, "

@@ -153,7 +153,7 @@ class FinetuneSetup(RunSetup):
 
         Nothing is compiled unasked: every length would be anew.
         """
-        system, kept = self.given.system, None
+        system, kept = self._system, None
         if self.known_origin is not None:
             saved = self.known_origin.config.get("runtime")
             kept = find_kept_way(saved, choose_device(system.device))
@@ -182,7 +182,9 @@ class FinetuneSetup(RunSetup):
         """The base as it is kept beside the adapters, which are nothing without it."""
         if self.config.training.adapter is None:
             return None
-        return self.base if self.origin else keep_base(self.base, self.output_dir)
+        if self.origin:
+            return self.base
+        return self.ranks.decide(lambda: keep_base(self.base, self.output_dir))
 
     @part
     def base_facts(self) -> dict[str, Any]:

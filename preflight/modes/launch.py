@@ -6,13 +6,17 @@ then all are started again, and continue from the last checkpoint.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
+import signal
 import sys
 import tempfile
 import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
+from types import FrameType
 
 import torch
 from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalException
@@ -23,11 +27,13 @@ from preflight.checkpoints.store import list_checkpoints
 from preflight.core.errors import ExitCode, PreflightError
 from preflight.core.log import log
 from preflight.device.ranks import is_rank
-from preflight.modes.trying import list_run_flags
+from preflight.modes.trying import list_train_words
 from preflight.settings import RunConfig
 
 # Set for the ranks of a parent that has prepared the data and holds the locks; its process id.
 _PARENT_VARIABLE = "PREFLIGHT_PARENT"
+# The folder in which each of these ranks leaves its process id, as soon as it handles signals.
+_READY_VARIABLE, _READY_NAME = "PREFLIGHT_READY", "ready"
 # What a rank may need to save after a signal, before it is killed.
 SHUTDOWN_SECONDS = 120
 _LOOK_SECONDS = 0.5
@@ -98,7 +104,8 @@ def _launch(config: RunConfig, n_ranks: int, folder: str) -> int:
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
     os.environ[_PARENT_VARIABLE] = str(os.getpid())
     try:
-        elastic_launch(launch, sys.executable)(str(_PROGRAM), "--train", *list_run_flags(config))
+        with _forwarding_saves(Path(folder)):
+            elastic_launch(launch, sys.executable)(str(_PROGRAM), *list_train_words(config))
     except ChildFailedError as error:
         return _choose_code([failure.exitcode for failure in error.failures.values()])
     except SignalException as error:
@@ -106,6 +113,38 @@ def _launch(config: RunConfig, n_ranks: int, folder: str) -> int:
     finally:
         del os.environ[_PARENT_VARIABLE]
     return ExitCode.DONE
+
+
+@contextlib.contextmanager
+def _forwarding_saves(folder: Path) -> Iterator[None]:
+    """Pass SIGUSR1 on to one rank, which makes all of them save once.
+
+    Only to one that has announced itself: before, the signal would end it.
+    """
+    if not hasattr(signal, "SIGUSR1"):  # Windows
+        yield
+        return
+
+    def forward(number: int, frame: FrameType | None) -> None:
+        for process_id in sorted(int(path.name) for path in (folder / _READY_NAME).iterdir()):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(process_id, number)
+                return
+
+    (folder / _READY_NAME).mkdir()
+    os.environ[_READY_VARIABLE] = str(folder / _READY_NAME)
+    before = signal.signal(signal.SIGUSR1, forward)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGUSR1, before)
+        del os.environ[_READY_VARIABLE]
+
+
+def announce_signals() -> None:
+    """Tell the parent that this rank's own handlers take its signals from now on."""
+    if _READY_VARIABLE in os.environ:
+        Path(os.environ[_READY_VARIABLE], str(os.getpid())).touch()
 
 
 def _choose_code(codes: list[int]) -> int:

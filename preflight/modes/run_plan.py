@@ -13,6 +13,7 @@ import torch
 from preflight import __version__
 from preflight.core.storage import write_json
 from preflight.models.cost import count_parameters
+from preflight.modes.launch import is_prepared
 from preflight.modes.setup import RunSetup
 from preflight.modes.trying import format_train_command, read_report
 from preflight.settings import describe_choices
@@ -29,7 +30,8 @@ def save_plan(setup: RunSetup) -> Path:
         PreflightError: code STORAGE.
     """
     path = setup.output_dir / PLAN_NAME
-    commands = [format_train_command(setup.given)]
+    launched = ("--ranks", str(setup.ranks.world)) if is_prepared() else ()
+    commands = [format_train_command(setup.given, *launched)]
     if setup.state.step:
         commands = _join_commands(read_report(path).get("commands"), commands[0])
     write_json(path, {"format": FORMAT, "version": VERSION} | _describe(setup, commands))
@@ -67,6 +69,7 @@ def _describe(setup: RunSetup, commands: list[str]) -> dict[str, Any]:
             name: None if isinstance(value, float) and not math.isfinite(value) else value
             for name, value in plan
         },
+        "ranks": {"world": setup.ranks.world, "hosts": setup.ranks.hosts},
         "machine": setup.describe_machine(),
         "versions": {
             "preflight": __version__,

@@ -33,6 +33,7 @@ from preflight.corpus.windows import choose_window, count_run_windows
 from preflight.device.ranks import Ranks, local_ranks
 from preflight.device.runtime import MIN_STEPS_TO_COMPILE, Runtime, build_runtime
 from preflight.device.token_store import DataPlace, measure_free_bytes
+from preflight.foresight.absent_ranks import Sharing
 from preflight.foresight.fits import check_memory
 from preflight.foresight.memory import MemoryOptions
 from preflight.models.base import TokenModel
@@ -468,6 +469,7 @@ class RunSetup:
             window_tokens,
             self.data_place.n_bytes if data_bytes is None else data_bytes,
             self.target_share,
+            self.sharing,
         )
         return {
             "model_config": model or self.model_config,
@@ -476,6 +478,11 @@ class RunSetup:
             "options": options,
             "last_checkpoint": self.origin.path if self.origin else "none yet",
         }
+
+    @property
+    def sharing(self) -> Sharing:
+        """How the ranks share the model, for predictions."""
+        return Sharing(self.ranks.world, self.ranks.hosts)
 
     @property
     def target_share(self) -> float:

@@ -2,35 +2,28 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import time
-from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from generate import SAMPLE_TOKENS, generate_text
-from preflight.checkpoints.store import find_best, list_checkpoints, remove_leftovers
+from preflight.checkpoints.store import find_best
 from preflight.core.commands import format_command
 from preflight.core.errors import ExitCode, PreflightError
-from preflight.core.locks import FolderLock
-from preflight.core.log import log, muted
-from preflight.core.signals import StopFlag
-from preflight.core.storage import check_writable, foreign_error, make_folder, refuse_other_kind
+from preflight.core.log import log
 from preflight.core.units import format_bytes, format_seconds
 from preflight.corpus.sources import find_sources
-from preflight.device.ranks import Meeting, is_lost_rank, is_rank, plan_ranks
-from preflight.device.runtime import build_runtime, is_out_of_memory
-from preflight.foresight.fits import explain_out_of_memory
+from preflight.device.runtime import is_out_of_memory
+from preflight.foresight.fits import explain_out_of_memory, explain_rank_out_of_memory
 from preflight.foresight.learnability import find_short_text
 from preflight.models.cost import count_parameters
 from preflight.modes.forecast import compare_with_forecast
-from preflight.modes.launch import count_ranks, end_with_launcher, is_prepared, launch_ranks
+from preflight.modes.ranked import RunKind, run_on_ranks
 from preflight.modes.run_plan import save_plan
 from preflight.modes.setup import RunSetup
-from preflight.modes.start import check_machine, check_start
+from preflight.modes.trying import list_train_words
 from preflight.settings import (
     RunConfig,
     SamplingConfig,
@@ -40,14 +33,13 @@ from preflight.settings import (
 from preflight.training.curve import CURVE_NAME, LossCurve
 from preflight.training.divergence import DivergenceGuard
 from preflight.training.evaluating import Evaluator
-from preflight.training.metrics import METRICS_NAME, read_metrics, refuse_foreign_log
+from preflight.training.metrics import METRICS_NAME, read_metrics
 from preflight.training.plan import describe_windows
 from preflight.training.recording import StepRecorder
 from preflight.training.saving import CheckpointSaver
 from preflight.training.sharing import describe_sharing
 from preflight.training.state import Evaluation, convert_to_bits_per_byte
-from preflight.training.trackers import Trackers, load_trackers
-from trainer import refuse_unshared
+from preflight.training.trackers import Trackers
 
 
 def run(config: RunConfig) -> int:
@@ -57,98 +49,7 @@ def run(config: RunConfig) -> int:
         PreflightError: with the code of whatever stands in the way.
     """
     find_sources(config.data)  # a misspelt file is told before any folder is made
-    with StopFlag() as stop:
-        if is_rank():
-            return train_as_rank(config, stop)
-        n_ranks = count_ranks(config)
-        if n_ranks == 1:
-            return train(RunSetup(config, stop, resumes=True, measures=True))
-        setup = RunSetup(config, stop, resumes=True, ranks=plan_ranks(n_ranks))
-        return train(setup, lambda setup: launch_ranks(setup.given, n_ranks))
-
-
-def train_as_rank(config: RunConfig, stop: StopFlag) -> int:
-    """What one of several processes does that torch's launcher has started.
-
-    Unless the parent has prepared and locked everything, rank 0 does, while the others wait.
-    """
-    meeting = Meeting()
-    if is_prepared():
-        end_with_launcher()
-    elif meeting.rank == 0:
-        setup = RunSetup(config, stop, resumes=True, ranks=plan_ranks(meeting.world))
-
-        def begin(setup: RunSetup) -> int:
-            meeting.announce_prepared()
-            return _join_training(config, stop, meeting)
-
-        return train(setup, begin)
-    else:
-        meeting.wait_for_preparation(stop)
-    return _join_training(config, stop, meeting)
-
-
-def _join_training(config: RunConfig, stop: StopFlag, meeting: Meeting) -> int:
-    """Train together with the other ranks. What ends them all is told by one."""
-    if meeting.rank:
-        log.setLevel("ERROR")
-        stop.is_quiet = True
-    ranks = meeting.join(build_runtime(config.system).device.type)
-    try:
-        setup = RunSetup(config, stop, resumes=True, ranks=ranks)
-        with muted():  # whoever has prepared it has told of it
-            setup.data  # noqa: B018
-        code = TrainingRun(setup).run()
-        ranks.barrier()
-    except PreflightError as error:
-        if meeting.is_first_to("tell an error"):
-            raise
-        raise PreflightError(error.code) from None
-    except RuntimeError as error:
-        if not is_lost_rank(error):
-            raise
-        raise PreflightError(ExitCode.WORKER_LOST) from error
-    ranks.close()
-    return code
-
-
-def train(setup: RunSetup, begin: Callable[[RunSetup], int] | None = None) -> int:
-    """Lock the output folder, check whatever can be checked, and train.
-
-    Args:
-        setup: of the run.
-        begin: trains; unset: a `TrainingRun`.
-    """
-    config, output_dir = setup.given, setup.output_dir
-    check_machine(config.system)
-    load_trackers(config.control)  # a missing library is told before any folder is made
-    with contextlib.ExitStack() as stack:
-        if config.control.resume_from:  # the newest checkpoint is asked for under the lock
-            setup.config  # noqa: B018
-        refuse_foreign_output(output_dir)
-        make_folder(output_dir)
-        stack.enter_context(FolderLock(output_dir))
-        check_writable(output_dir)  # under the lock: two probes at once would disturb each other
-        remove_leftovers(output_dir)
-        check_start(setup)
-        setup.check_before_data()
-        refuse_unshared(setup.config.training, build_runtime(config.system), setup.ranks)
-        setup.data  # noqa: B018
-        with setup.lock_data():
-            return begin(setup) if begin else TrainingRun(setup).run()
-
-
-def refuse_foreign_output(output_dir: Path) -> None:
-    """Refuse to write to another program's log, or to replace its picture.
-
-    Raises:
-        PreflightError: code STORAGE.
-    """
-    log_path, curve_path = output_dir / METRICS_NAME, output_dir / CURVE_NAME
-    refuse_foreign_log(log_path)
-    drawn = refuse_other_kind(curve_path)
-    if drawn and not log_path.exists() and not list_checkpoints(output_dir):
-        raise foreign_error(curve_path, "is another program's file")
+    return run_on_ranks(config, RunKind(RunSetup, lambda setup: TrainingRun(setup).run()))
 
 
 class TrainingRun:
@@ -163,7 +64,6 @@ class TrainingRun:
         self.trackers = Trackers(
             self.output_dir, self.config.control, is_first_rank=self.ranks.is_first
         )
-        setup.check_memory(self.runtime, self.plan.window_tokens)
         self.trainer = setup.build_trainer()
         guard = DivergenceGuard(self.output_dir, fp16=self.runtime.needs_scaler)
         self.recorder = StepRecorder(
@@ -227,10 +127,21 @@ class TrainingRun:
             finally:
                 self._draw_curve()
         if failure is not None:
-            case = self.setup.describe_memory(self.runtime, self.plan.window_tokens)
-            case["last_checkpoint"] = self.saver.newest_path or "none yet"
-            raise explain_out_of_memory(failure, **case)
+            raise self._explain_out_of_memory(failure)
         return self._conclude(time.monotonic() - began)
+
+    def _explain_out_of_memory(self, failure: BaseException) -> PreflightError:
+        newest = self.saver.newest_path or "none yet"
+        if self.ranks.world > 1:
+            words = ["--ranks", self.ranks.world, "--hosts", self.ranks.hosts]
+            words += [w for w in list_train_words(self.setup.given) if w != "--train"]
+            command = format_command("--check", *words)
+            training, rank = self.config.training, self.ranks.rank
+            return explain_rank_out_of_memory(
+                failure, training, self.runtime, rank, command, newest
+            )
+        case = self.setup.describe_memory(self.runtime, self.plan.window_tokens)
+        return explain_out_of_memory(failure, **case | {"last_checkpoint": newest})
 
     def _take_snapshot(self) -> dict[str, Any]:
         """What a checkpoint of this moment holds."""

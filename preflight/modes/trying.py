@@ -194,16 +194,15 @@ def read_report(path: Path) -> dict[str, Any]:
 
 
 def format_train_command(config: RunConfig, *flags: str, without: tuple[str, ...] = ()) -> str:
-    """`--train` with the run's flags of this call but those in `without`, and then `flags`."""
+    """The command that trains, and then `flags`: see `list_train_words`."""
+    return format_command(*list_train_words(config, without), *flags)
+
+
+def list_train_words(config: RunConfig, without: tuple[str, ...] = ()) -> list[str]:
+    """`--train` or `--finetune`, and the run's flags of this call but those in `without`."""
     words = ["--train"]
     if config.finetuning.finetune:
         words = ["--finetune", *config.finetuning.finetune]
-    return format_command(*words, *list_run_flags(config, without), *flags)
-
-
-def list_run_flags(config: RunConfig, without: tuple[str, ...] = ()) -> list[str]:
-    """The run's flags of this call but those in `without`, as they are typed."""
-    words = []
     for option in build_options().values():
         if (
             config.sources.get(option.name) == "the command line"

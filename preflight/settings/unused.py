@@ -15,7 +15,7 @@ from preflight.settings.run import RunConfig, build_options
 # every mode that foresees or tries that run. A mode without a row uses all.
 _OF_A_RUN = ("model", "training", "data", "control", "system")
 _OF_A_FINETUNING = (
-    *("finetuning", "training", "control", "system"),
+    *("finetuning", "ranks", "training", "control", "system"),
     *("dropout", "val_split", "data_dir", "log_level", "config"),
 )
 _OF_A_TOKENIZER = ("tokenizer", "checkpoint_path", "output_dir", "data_dir", "log_level", "config")

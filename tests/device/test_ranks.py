@@ -21,7 +21,7 @@ import trainer as trainer_module
 from preflight.device.ranks import JoinedRanks, Ranks, local_ranks
 from preflight.device.runtime import Runtime
 from preflight.models.loss import NO_TARGET
-from preflight.settings import ControlSettings, ModelConfig, TrainingSettings
+from preflight.settings import AdapterConfig, ControlSettings, ModelConfig, TrainingSettings
 from preflight.training import muon
 from preflight.training.plan import build_plan
 
@@ -65,6 +65,7 @@ class Case:
     bad_step: int | None = None
     optimizer: str = "adamw"
     max_grad_norm: float = 0.5  # less than any of their norms
+    adapter: AdapterConfig | None = None
 
 
 CASES = {
@@ -74,6 +75,10 @@ CASES = {
     "nan": Case(bad_step=2),
     "adam": Case(optimizer="adam"),
     "muon": Case(optimizer="muon"),
+    "adapters": Case(adapter=AdapterConfig(3, 6.0, ("o_proj", "down_proj"))),
+    "adapters, checkpointing": Case(
+        adapter=AdapterConfig(4, 8.0, ("qkv_proj", "up_proj")), checkpointing=True
+    ),
 }
 
 
@@ -97,6 +102,7 @@ def train(
         warmup_steps=0,
         optimizer=case.optimizer,
         max_grad_norm=case.max_grad_norm,
+        adapter=case.adapter,
     )
     plan = build_plan(training, ControlSettings(), MODEL.context_length, 1000, 20)
     trainer = trainer_module.build_trainer(
@@ -116,7 +122,7 @@ def train(
         batches = draw_share(step, n_micro_steps, case, ranks, trainer, order)
         result = trainer.train_step(step, batches)
         figures += [result.loss, result.grad_norm]
-    whole = [whole_of(p.detach()) for p in trainer._parameters]
+    whole = [whole_of(p.detach()) for p in trainer.model.parameters()]  # also those that are frozen
     for parameter in trainer._parameters:
         state = trainer.optimizer.state[parameter]
         whole += [whole_of(value) for value in state.values()]
@@ -191,9 +197,9 @@ def drop_losses(figures: list[Tensor]) -> list[Tensor]:
 class OneProcess(Ranks):
     """One process that takes the norm as several do: in fp64, so that no order of sums shows."""
 
-    def norm(self, parameters: Iterable[nn.Parameter]) -> Tensor:
+    def sum_up(self, loss: Tensor, parameters: Iterable[nn.Parameter]) -> tuple[Tensor, Tensor]:
         gradients = [p.grad.flatten() for p in parameters if p.grad is not None]
-        return torch.cat(gradients).double().norm().float()
+        return loss, torch.cat(gradients).double().norm().float()
 
 
 @pytest.mark.parametrize("name", CASES)

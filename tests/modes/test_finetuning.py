@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import random
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,7 +19,7 @@ from test_training_run import assert_equal_states, read_rows, stop_after
 from torch import Tensor
 
 import train_utils
-from conftest import build
+from conftest import ROOT, build
 from generate import load_model, stream_ids
 from preflight.checkpoints.store import find_best
 from preflight.core.errors import ExitCode, PreflightError
@@ -215,6 +217,41 @@ def test_a_sample_answers_a_question(run: Run, monkeypatch: pytest.MonkeyPatch) 
     with pytest.raises(PreflightError) as caught:
         run(max_steps=2, learn_from="answers")
     assert "--learn-from was all, now answers" in caught.value.lines[0]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("adapter", [{}, {"lora_rank": 4}], ids=["all weights", "adapters"])
+def test_two_ranks_learn_what_one_process_learns(
+    run: Run, tmp_path: Path, adapter: dict[str, int]
+) -> None:
+    """Without a limit, so that the rounding of the norm has no part in the weights."""
+    flags: dict[str, Any] = {"max_steps": 6, "batch_size": 4, "eval_every": 3, "num_epochs": 99}
+    flags |= {"max_grad_norm": 0.0, "learning_rate": 1e-2, "checkpoint_every": 3} | adapter
+    assert run(output_dir="one", gradient_accumulation_steps=2, **flags) == 0
+    words = ["--finetune", "chats.jsonl", "--from", "base", "--output-dir", "two"]
+    words += ["--device", "cpu", "--no-mixed-precision", "--ranks", "2"]
+    for name, value in flags.items():
+        words += [f"--{name.replace('_', '-')}", str(value)]
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "main.py"), *words], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count("forgetting:") == 1
+    one, two = (tmp_path / name for name in ("one", "two"))
+    for step in (3, 6):
+        folders = [out / f"milestones/checkpoint-{step}" for out in (one, two)]
+        assert_equal_states(*map(read_weights, folders))
+        assert_equal_states(
+            *(safetensors.torch.load_file(f / "optimizer.safetensors") for f in folders)
+        )
+    evaluated = [[row["val_loss"] for row in read_rows(out, "eval")] for out in (one, two)]
+    assert evaluated[0] == pytest.approx(evaluated[1], rel=1e-6)
+    answers = [[row["text"] for row in read_rows(out, "sample")] for out in (one, two)]
+    assert answers[0] == answers[1]
+    before = [
+        find_best(out).config["finetuning"]["base"]["text_bits_per_byte"] for out in (one, two)
+    ]
+    assert before[0] == pytest.approx(before[1], rel=1e-6)
 
 
 # ---- batches ------------------------------------------------------------------------------------

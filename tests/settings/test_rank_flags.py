@@ -29,6 +29,7 @@ def test_ranks_that_no_hosts_can_hold_are_refused(given: dict[str, str], told: s
     [
         ("check", set()),
         ("train", {"hosts", "network_gbits"}),
+        ("finetune", {"hosts", "network_gbits"}),
         ("get-optimal-bs", {"hosts", "network_gbits"}),
         ("generate", {"ranks", "hosts", "network_gbits"}),
     ],
