@@ -1,7 +1,7 @@
-"""Everything that wants a GPU, in one command and within its time: tests, speed, foresight.
+"""Everything that wants a GPU, in one command and within its time: tests, speed, modes, foresight.
 
     python benchmarks/gpu.py --output FOLDER             (under ten minutes)
-    python benchmarks/gpu.py --output FOLDER --smoke     (tiny shapes on the CPU; 90 seconds)
+    python benchmarks/gpu.py --output FOLDER --smoke     (tiny shapes on the CPU; three minutes)
 
 Each part has a process of its own. Its lines are shown as they come and kept in FOLDER/PART.txt,
 so that a part whose time ends has lost nothing of what it found. `--parts foresight` gives all of
@@ -22,7 +22,15 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 # Seconds that a part may take; what is left of them goes to the last one.
-LIMITS = {"tests": 120, "loader": 30, "generate": 80, "train": 220, "foresight": 120}
+LIMITS = {
+    "gpu_parts": 170,
+    "tests": 90,
+    "loader": 20,
+    "generate": 60,
+    "int8": 40,
+    "train": 120,
+    "foresight": 120,
+}
 GRACE = 10  # for foresight to print its table
 
 

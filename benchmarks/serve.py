@@ -81,8 +81,8 @@ def summarise(firsts: list[float], count: int, seconds: float, cpu: list[float])
     return Times(sorted(firsts), count / seconds, busy)
 
 
-def through_engine(run: str, dtype: torch.dtype) -> Round:
-    model, tokenizer = load_model(open_checkpoint(run), torch.device("cpu"), dtype)
+def through_engine(run: str, dtype: torch.dtype, device: str) -> Round:
+    model, tokenizer = load_model(open_checkpoint(run), torch.device(device), dtype)
     batch = RowBatch(model, tokenizer, max(CLIENTS))
     counter = iter(range(10**9))
 
@@ -143,11 +143,11 @@ def over_http(address: str, model: str, pid: int) -> Round:
 
 
 @contextlib.contextmanager
-def our_server(run: str, dtype: torch.dtype) -> Iterator[Round]:
+def our_server(run: str, dtype: torch.dtype, device: str) -> Iterator[Round]:
     flag = "--mixed-precision" if dtype == torch.bfloat16 else "--no-mixed-precision"
     argv = [sys.executable, str(ROOT / "main.py"), "--serve", run, "--port", "0", flag]
     process = subprocess.Popen(
-        [*argv, "--device", "cpu"], stderr=subprocess.PIPE, text=True, env=os.environ
+        [*argv, "--device", device], stderr=subprocess.PIPE, text=True, env=os.environ
     )
     assert process.stderr is not None
     try:
@@ -214,12 +214,13 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--new-tokens", type=int, default=48)
     parser.add_argument("--bf16", action="store_true")
+    parser.add_argument("--device", default="cpu")
     given = parser.parse_args()
     dtype = torch.bfloat16 if given.bf16 else torch.float32
     name = "bf16" if given.bf16 else "fp32"
     rounds, n_tokens = given.rounds, given.new_tokens
-    compare(f"engine, {name}", through_engine(given.run, dtype), rounds, n_tokens)
-    with our_server(given.run, dtype) as go:
+    compare(f"engine, {name}", through_engine(given.run, dtype, given.device), rounds, n_tokens)
+    with our_server(given.run, dtype, given.device) as go:
         compare(f"HTTP, {name}", go, rounds, n_tokens)
     if importlib.util.find_spec("xllamacpp") is not None:
         with tempfile.TemporaryDirectory() as folder, llama_server(given.run, Path(folder)) as go:

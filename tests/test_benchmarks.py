@@ -19,6 +19,7 @@ NAMES = [
     "foresight",
     "durability",
     "curves",
+    "startup",
     "families",
     "forecast",
     "int8",

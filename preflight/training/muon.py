@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from preflight.device.ranks import get_local
 from preflight.device.runtime import has_fast_bf16
+from preflight.training.uncompiled import leave_compiler_out
 
 MOMENTUM = 0.95  # Nesterov's; Jordan et al. 2024
 # A quintic polynomial whose slope at zero is steep: small singular values need few iterations.
@@ -59,7 +60,8 @@ class Muon(torch.optim.Optimizer):
         eps: float,
     ) -> None:
         rest = [{"params": others, "weight_decay": 0.0}]
-        self._adamw = torch.optim.AdamW(rest, lr=learning_rate, betas=betas, eps=eps, fused=True)
+        adamw = leave_compiler_out(torch.optim.AdamW)
+        self._adamw = adamw(rest, lr=learning_rate, betas=betas, eps=eps, fused=True)
         group = {"params": matrices, "weight_decay": weight_decay}
         super().__init__([group, *self._adamw.param_groups], {"lr": learning_rate})
         self._share()

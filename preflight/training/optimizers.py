@@ -14,6 +14,7 @@ from preflight.models.protocol import LanguageModel, ParameterGroup, ParameterKi
 from preflight.settings import TrainingSettings
 from preflight.settings.kinds import OPTIMIZERS
 from preflight.training.muon import Muon
+from preflight.training.uncompiled import leave_compiler_out
 
 
 @dataclass(frozen=True)
@@ -71,7 +72,7 @@ def _build_adam(
     learning_rate: float,
 ) -> torch.optim.Optimizer:
     # Fused kernels update all weights in one pass.
-    return kind(
+    return leave_compiler_out(kind)(
         _split_by_decay(groups, training.weight_decay),
         lr=learning_rate,
         betas=(training.beta1, training.beta2),
@@ -84,13 +85,15 @@ def _build_sgd(
     groups: list[ParameterGroup], training: TrainingSettings, learning_rate: float
 ) -> torch.optim.Optimizer:
     split = _split_by_decay(groups, training.weight_decay)
-    return torch.optim.SGD(split, lr=learning_rate, momentum=training.beta1, fused=True)
+    return leave_compiler_out(torch.optim.SGD)(
+        split, lr=learning_rate, momentum=training.beta1, fused=True
+    )
 
 
 def _build_muon(
     groups: list[ParameterGroup], training: TrainingSettings, learning_rate: float
 ) -> torch.optim.Optimizer:
-    return Muon(
+    return leave_compiler_out(Muon)(
         *_split_matrices(groups),
         learning_rate=learning_rate,
         weight_decay=training.weight_decay,
