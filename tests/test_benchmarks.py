@@ -22,6 +22,7 @@ NAMES = [
     "families",
     "forecast",
     "int8",
+    "save_ranks",
     "learning",
     "loader",
     "sources",

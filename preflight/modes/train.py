@@ -72,10 +72,12 @@ def train_as_rank(config: RunConfig, stop: StopFlag) -> int:
 
     Unless the parent has prepared and locked everything, rank 0 does, while the others wait.
     """
+    if is_prepared():
+        end_with_launcher()  # before it waits for anyone
     meeting = Meeting()
     if is_prepared():
-        end_with_launcher()
-    elif meeting.rank == 0:
+        return _join_training(config, stop, meeting)
+    if meeting.rank == 0:
         setup = RunSetup(config, stop, resumes=True, ranks=plan_ranks(meeting.world))
 
         def begin(setup: RunSetup) -> int:
@@ -83,8 +85,7 @@ def train_as_rank(config: RunConfig, stop: StopFlag) -> int:
             return _join_training(config, stop, meeting)
 
         return train(setup, begin)
-    else:
-        meeting.wait_for_preparation(stop)
+    meeting.wait_for_preparation(stop)
     return _join_training(config, stop, meeting)
 
 
