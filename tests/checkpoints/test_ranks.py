@@ -162,6 +162,13 @@ def test_a_share_of_the_chunks_is_read_by_each_rank(
     assert max(sizes) <= -(-n_chunks // 3)
 
 
+class Forgetful(set[Any]):
+    """Holds nothing."""
+
+    def __contains__(self, item: object) -> bool:
+        return False
+
+
 def test_ranks_find_the_newest_together(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each chunk is hashed once; what one rank finds damaged or refuses, none uses."""
     for step in (1, 2, 3):
@@ -175,7 +182,7 @@ def test_ranks_find_the_newest_together(tmp_path: Path, monkeypatch: pytest.Monk
         return digests
 
     monkeypatch.setitem(checkpoint_format.hash_together.__globals__, "hash_chunks", counted)
-    checkpoint_format.forget_verified()
+    monkeypatch.setattr(checkpoint_format, "_verified", Forgetful())  # the threads share it
     found = run_ranks(3, lambda ranks: store.find_newest(tmp_path, ranks=ranks))
     assert [each.step for each in found] == [3] * 3
     sizes = [(folder / f"{name}.safetensors").stat().st_size for name in ("model", "optimizer")]

@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections import Counter
 from pathlib import Path
 
 import psutil
@@ -22,7 +23,7 @@ from preflight.checkpoints import format as checkpoint_format
 from preflight.checkpoints.store import list_checkpoints, remove_leftovers
 from preflight.core.errors import ExitCode
 
-from .harness import ForkServer, find_points, find_temporaries, hash_tree
+from .harness import ForkServer, Point, find_points, find_temporaries, hash_tree
 from .scenarios import sample
 
 pytestmark = pytest.mark.slow
@@ -190,7 +191,7 @@ class Chaos:
     def disturb(self) -> str:
         """A signal to a random process at a random moment; what was done."""
         self._check()
-        time.sleep(self.draw.uniform(0, 12))
+        time.sleep(self.draw.uniform(0, 8))  # the start of a run takes half of it
         number = self.draw.choice([signal.SIGKILL, signal.SIGSTOP, signal.SIGTERM])
         target: psutil.Process = self.draw.choice([self.run.parent, *self.run.ranks()])
         with contextlib.suppress(psutil.NoSuchProcess):
@@ -232,7 +233,8 @@ def test_random_signals_cost_nothing(tmp_path: Path, text: Path, unbroken: str, 
         chaos = Chaos(tmp_path / str(seed), text, seed)
         done += [chaos.disturb() for _ in range(4 if full else 3)]
         assert chaos.finish() == unbroken, (seed, done[-4:])
-    print(f"{len(done)} signals at random moments, 0 lost")
+    kinds = ", ".join(f"{count} {kind}" for kind, count in Counter(done).most_common())
+    print(f"{len(done)} signals at random moments, 0 lost: {kinds}")
 
 
 class JointSave:
@@ -251,19 +253,36 @@ class JointSave:
         shutil.rmtree(self.out)
         shutil.copytree(self.place / "before", self.out)
 
-    def save(self, rank: int, inject: str | None = None) -> tuple[int, int, list[str]]:
+    def save(self, rank: int, **tracing: str) -> tuple[int, int, list[str]]:
         """Step 1 again, in its place, and step 2.
 
-        The exit codes of this rank and of the other, and the trace of this one, if `inject` is not
-        None.
+        The exit codes of this rank and of the other, and the trace of this one.
         """
         store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
         case = "rank save", rank, 2, store.port, str(self.out), [1, 2]
         other = self.server.start(*case[:1], 1 - rank, *case[2:], cwd=self.place)
-        if inject is None:
-            return self.server.run(*case, cwd=self.place)[0], other.wait(), []
-        code, _, lines = self.server.trace(*case, cwd=self.place, inject=inject)
+        code, _, lines = self.server.trace(*case, cwd=self.place, **tracing)
         return code, other.wait(), lines
+
+    def save_killed(self, rank: int, point: Point) -> tuple[int, int]:
+        """The exit codes, where this rank is killed at one of `points`.
+
+        Its number among all calls differs, since the ranks also wait for each other. That among
+        the calls on its path does not.
+        """
+        path = point.paths[0]
+        before = self.points[: self.points.index(point) + 1]
+        number = sum(p.call == point.call and path in p.paths for p in before)
+        inject = f"{point.call}:signal=SIGKILL:when={number}"
+        return self.save(rank, inject=inject, path=path)[:2]
+
+    def record(self, rank: int) -> None:
+        """Find the `points` of an undisturbed save, which has come to the right end."""
+        self.reset()
+        *codes, lines = self.save(rank)
+        assert codes == [0, 0]
+        assert hash_tree(self.out) == self.expected
+        self.points = find_points(lines, [self.out])
 
 
 def test_a_rank_killed_at_every_file_operation_of_a_save(
@@ -271,16 +290,12 @@ def test_a_rank_killed_at_every_file_operation_of_a_save(
 ) -> None:
     joint, n_points = JointSave(server, place), 0
     for rank in (0, 1):
-        joint.reset()
-        *codes, lines = joint.save(rank, inject="")
-        assert codes == [0, 0]
-        assert hash_tree(joint.out) == joint.expected
-        points = find_points(lines, [joint.out])
-        assert len(points) > (80, 4)[rank]
-        for point in sample(points, full):
+        joint.record(rank)
+        assert len(joint.points) > (80, 4)[rank]
+        for point in sample(joint.points, full):
             joint.reset()
-            code, other, _ = joint.save(rank, point.inject("signal=SIGKILL"))
-            assert (code, other) == (-signal.SIGKILL, ExitCode.WORKER_LOST), point
+            codes = joint.save_killed(rank, point)
+            assert codes == (-signal.SIGKILL, ExitCode.WORKER_LOST), point
             remove_leftovers(joint.out)  # as the next run does
             checkpoint_format.forget_verified()
             found = list_checkpoints(joint.out)
