@@ -23,6 +23,7 @@ NAMES = [
     "families",
     "forecast",
     "int8",
+    "save_ranks",
     "learning",
     "loader",
     "sources",

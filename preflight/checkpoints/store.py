@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import math
 import os
 import re
@@ -25,6 +26,7 @@ from preflight.checkpoints.manifest import (
     OWN_NAMES,
     WEIGHTS_NAME,
 )
+from preflight.checkpoints.ranks import ONE_RANK, Ranks, do_first, do_together
 from preflight.checkpoints.replacing import restore_replaced
 from preflight.core import storage
 from preflight.core.commands import format_command
@@ -75,7 +77,9 @@ def scan_checkpoints(output_dir: Path) -> tuple[list[Checkpoint], dict[Path, str
     return found, damaged
 
 
-def find_newest(output_dir: Path, check: Check | None = None) -> Checkpoint | None:
+def find_newest(
+    output_dir: Path, check: Check | None = None, ranks: Ranks = ONE_RANK
+) -> Checkpoint | None:
     """The newest checkpoint that verifies. A warning names each damaged newer one.
 
     A writer calls `remove_leftovers` first, under its lock. The result is None only when there is
@@ -85,20 +89,25 @@ def find_newest(output_dir: Path, check: Check | None = None) -> Checkpoint | No
     Args:
         output_dir: the run's folder.
         check: raises PreflightError for a checkpoint that verifies and yet cannot be used.
+        ranks: all of them call this and share the hashing. What one refuses, none uses.
 
     Raises:
         PreflightError: code CHECKPOINT, when there are folders and none of them verifies.
     """
-    return _find(output_dir, list, check=check)
+    return _find(output_dir, list, check=check, ranks=ranks)
 
 
-def find_best(output_dir: Path) -> Checkpoint:
+def find_best(output_dir: Path, ranks: Ranks = ONE_RANK) -> Checkpoint:
     """The verified checkpoint with the lowest validation loss. Without any loss: the newest.
+
+    Args:
+        output_dir: the run's folder.
+        ranks: as in `find_newest`.
 
     Raises:
         PreflightError: code CHECKPOINT, when there is none.
     """
-    best = _find(output_dir, _sort_by_loss, needs_state=False)
+    best = _find(output_dir, _sort_by_loss, needs_state=False, ranks=ranks)
     if best is None:
         raise PreflightError(
             ExitCode.CHECKPOINT,
@@ -109,11 +118,15 @@ def find_best(output_dir: Path) -> Checkpoint:
     return best
 
 
-def open_checkpoint(path: str) -> Checkpoint:
+def open_checkpoint(path: str, ranks: Ranks = ONE_RANK) -> Checkpoint:
     """The verified checkpoint that a user names: its folder, a file in it, or an output folder.
 
     An output folder stands for its best checkpoint. A folder without ``checkpoint.pt`` is
     accepted here; `load_training_state` refuses it.
+
+    Args:
+        path: as the user gives it.
+        ranks: as in `find_newest`.
 
     Raises:
         PreflightError: code CHECKPOINT, also when the named checkpoint is damaged: no other one
@@ -121,9 +134,9 @@ def open_checkpoint(path: str) -> Checkpoint:
     """
     place = Path(path)
     if place.name == MILESTONES_NAME and os.path.isdir(place):
-        return find_best(place.parent)
+        return find_best(place.parent, ranks)
     if os.path.isdir(place / MILESTONES_NAME):
-        return find_best(place)
+        return find_best(place, ranks)
     folder = place if os.path.isdir(place) else place.parent
     is_known_name = os.path.isdir(place) or place.name in OWN_NAMES
     if (
@@ -140,7 +153,7 @@ def open_checkpoint(path: str) -> Checkpoint:
             + format_command("--train"),
         )
     checkpoint = read_checkpoint(folder)
-    verify_checkpoint(checkpoint, needs_state=False)
+    verify_checkpoint(checkpoint, needs_state=False, ranks=ranks)
     return checkpoint
 
 
@@ -150,6 +163,7 @@ def _find(
     *,
     needs_state: bool = True,
     check: Check | None = None,
+    ranks: Ranks = ONE_RANK,
 ) -> Checkpoint | None:
     """The first in `order` that can be used; None where there is no checkpoint folder at all.
 
@@ -161,15 +175,13 @@ def _find(
         return None
     for checkpoint in order(found):
         try:
-            verify_checkpoint(checkpoint, needs_state=needs_state)
-            _ = checkpoint.config  # its hash does not say that it describes a possible model
-            if check is not None:
-                check(checkpoint)
+            verify_checkpoint(checkpoint, needs_state=needs_state, ranks=ranks)
+            do_together(ranks, functools.partial(_check_usable, checkpoint, check))
         except (MissingLibraryError, WeightsOnlyError):
             raise
         except PreflightError as error:
-            if not os.path.lexists(checkpoint.path):
-                return _find(output_dir, order, needs_state=needs_state, check=check)
+            if not do_first(ranks, functools.partial(os.path.lexists, checkpoint.path)):
+                return _find(output_dir, order, needs_state=needs_state, check=check, ranks=ranks)
             skipped[checkpoint.path] = error.lines[0]
             continue
         for path, reason in skipped.items():
@@ -182,6 +194,12 @@ def _find(
         "nothing was changed, and no run was started from the beginning",
         "restore one from a copy, or start a new run: --output-dir NEW",
     )
+
+
+def _check_usable(checkpoint: Checkpoint, check: Check | None) -> None:
+    _ = checkpoint.config  # its hash does not say that it describes a possible model
+    if check is not None:
+        check(checkpoint)
 
 
 def _sort_by_loss(newest_first: list[Checkpoint]) -> list[Checkpoint]:

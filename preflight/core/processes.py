@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import multiprocessing
 import os
 import signal
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from multiprocessing import resource_tracker
 
 _SHIELDED = {getattr(signal, n) for n in ("SIGINT", "SIGHUP", "SIGUSR1") if hasattr(signal, n)}
+_PR_SET_PDEATHSIG = 1  # of <sys/prctl.h>
 
 
 def end_with_parent(cleanup: Callable[[], None] | None = None, exit_code: int = 1) -> None:
@@ -36,6 +39,15 @@ def end_with_parent(cleanup: Callable[[], None] | None = None, exit_code: int = 
             os._exit(exit_code)  # the main thread may be in a call that never returns
 
     threading.Thread(target=watch, name="end-with-parent", daemon=True).start()
+
+
+def die_with_parent() -> None:
+    """On Linux: SIGKILL for this process as soon as the thread that started it has ended.
+
+    A stopped process dies too, and one whose threads never get to run. Elsewhere nothing happens.
+    """
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 @contextlib.contextmanager

@@ -58,6 +58,11 @@ class Ranks:
         """Which of how many shards of each parameter this rank holds."""
         return 0, 1
 
+    @property
+    def present(self) -> Ranks:
+        """The processes that make the same calls now; where others are only planned, this one."""
+        return self
+
     def shard(self, model: nn.Module) -> None:
         """Keep only this rank's part of each parameter of `model`, in place.
 
@@ -262,6 +267,26 @@ class JoinedRanks(Ranks):
         dist.destroy_process_group()
 
 
+class PlannedRanks(Ranks):
+    """Ranks that are to come. Until then one process acts for them.
+
+    Of a state that they will hold together, it looks at the first shard alone.
+    """
+
+    def __init__(self, world: int, hosts: int = 1) -> None:
+        self.world, self.hosts = world, hosts
+
+    @property
+    def shard_place(self) -> tuple[int, int]:
+        """As `Ranks.shard_place`."""
+        return 0, max(1, self.world // self.hosts)
+
+    @property
+    def present(self) -> Ranks:
+        """As `Ranks.present`."""
+        return local_ranks()
+
+
 class SharedStop(StopFlag):
     """The signals of all ranks, as they were when the ranks last agreed on them.
 
@@ -304,9 +329,7 @@ def local_ranks() -> Ranks:
 
 def plan_ranks(world: int, hosts: int = 1) -> Ranks:
     """So many processes, of which this one only knows the number."""
-    ranks = Ranks()
-    ranks.world, ranks.hosts = world, hosts
-    return ranks
+    return PlannedRanks(world, hosts) if world > 1 else Ranks()
 
 
 def is_rank() -> bool:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from generate import build_empty_model
 from preflight.checkpoints.format import Checkpoint
+from preflight.checkpoints.ranks import ONE_RANK, Ranks
 from preflight.checkpoints.store import find_best, open_checkpoint
 from preflight.core.errors import ExitCode, PreflightError
 from preflight.corpus.metadata import METADATA_NAME, read_metadata
@@ -25,14 +26,19 @@ from preflight.tokenization.chat_template import (
 from preflight.training.merging import load_merged_weights
 
 
-def open_base(named: str | None, output_dir: Path, flag: str) -> Checkpoint:
+def open_base(
+    named: str | None, output_dir: Path, flag: str, ranks: Ranks = ONE_RANK
+) -> Checkpoint:
     """The checkpoint that `flag` names; unset: the best of the default run.
+
+    All `ranks` call this, and share the hashing.
 
     Raises:
         PreflightError: code CHECKPOINT, when there is none; code FLAGS, when the run would write
             beside its checkpoints.
     """
-    found = open_checkpoint(named) if named else find_best(Path(ControlSettings.output_dir))
+    default = Path(ControlSettings.output_dir)
+    found = open_checkpoint(named, ranks) if named else find_best(default, ranks)
     if found.path.parent.parent.resolve() == output_dir.resolve():
         raise PreflightError(
             ExitCode.FLAGS,

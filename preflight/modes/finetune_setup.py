@@ -69,7 +69,8 @@ class FinetuneSetup(RunSetup):
             PreflightError: code CHECKPOINT, when there is none; code FLAGS, when the run would
                 write beside its checkpoints.
         """
-        return open_base(self.given.finetuning.from_checkpoint, self.output_dir, "--from")
+        named = self.given.finetuning.from_checkpoint
+        return open_base(named, self.output_dir, "--from", self.ranks.present)
 
     def resolve_training(self, config: RunConfig) -> TrainingSettings:
         """The training flags; adapters only for layers that the model has."""

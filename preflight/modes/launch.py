@@ -14,10 +14,12 @@ import sys
 import tempfile
 import threading
 import time
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from types import FrameType
 
+import psutil
 import torch
 from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
@@ -26,6 +28,7 @@ from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 from preflight.checkpoints.store import list_checkpoints
 from preflight.core.errors import ExitCode, PreflightError
 from preflight.core.log import log
+from preflight.core.processes import die_with_parent
 from preflight.device.ranks import is_rank
 from preflight.modes.trying import list_train_words
 from preflight.settings import RunConfig
@@ -36,6 +39,8 @@ _PARENT_VARIABLE = "PREFLIGHT_PARENT"
 _READY_VARIABLE, _READY_NAME = "PREFLIGHT_READY", "ready"
 # What a rank may need to save after a signal, before it is killed.
 SHUTDOWN_SECONDS = 120
+# What a rank may be stopped for (SIGSTOP, a debugger), while the others wait for it.
+STOPPED_SECONDS = 30
 _LOOK_SECONDS = 0.5
 _PROGRAM = Path(__file__).resolve().parents[2] / "main.py"
 
@@ -104,7 +109,7 @@ def _launch(config: RunConfig, n_ranks: int, folder: str) -> int:
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
     os.environ[_PARENT_VARIABLE] = str(os.getpid())
     try:
-        with _forwarding_saves(Path(folder)):
+        with _killing_stopped_ranks(), _forwarding_saves(Path(folder)):
             elastic_launch(launch, sys.executable)(str(_PROGRAM), *list_train_words(config))
     except ChildFailedError as error:
         return _choose_code([failure.exitcode for failure in error.failures.values()])
@@ -160,9 +165,49 @@ def _choose_code(codes: list[int]) -> int:
     return ExitCode.INTERNAL if len(known) == len(codes) else ExitCode.WORKER_LOST
 
 
+@contextlib.contextmanager
+def _killing_stopped_ranks() -> Iterator[None]:
+    """Kill each rank that has been stopped for `STOPPED_SECONDS`: it then counts as lost.
+
+    The system tells a stopped process from one that is busy, however long a compilation or a save
+    takes. Looks are counted and not seconds, since this process may have been stopped as well.
+    """
+    ended = threading.Event()
+
+    def watch() -> None:
+        looks: Counter[psutil.Process] = Counter()
+        while not ended.wait(_LOOK_SECONDS):
+            stopped = filter(_is_stopped_rank, psutil.Process().children())
+            looks = Counter({process: looks[process] + 1 for process in stopped})
+            for process, count in looks.items():
+                if count * _LOOK_SECONDS >= STOPPED_SECONDS:
+                    log.warning(f"a rank (process {process.pid}) has been stopped: it is ended")
+                    with contextlib.suppress(psutil.NoSuchProcess):
+                        process.kill()
+
+    watcher = threading.Thread(target=watch, name="stopped-ranks", daemon=True)
+    watcher.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        watcher.join()
+
+
+def _is_stopped_rank(process: psutil.Process) -> bool:
+    try:
+        return process.status() == psutil.STATUS_STOPPED and "RANK" in process.environ()
+    except psutil.Error:  # it has just ended
+        return False
+
+
 def end_with_launcher() -> None:
-    """End this rank as soon as its parent has ended, even by SIGKILL."""
-    parent = os.getppid()
+    """End this rank as soon as its parent has ended, even by SIGKILL.
+
+    On Linux the system does so at once, also where the rank is stopped; elsewhere a thread.
+    """
+    die_with_parent()
+    parent = int(os.environ[_PARENT_VARIABLE])
 
     def watch() -> None:
         while os.getppid() == parent:

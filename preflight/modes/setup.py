@@ -157,7 +157,8 @@ class RunSetup:
         """The checkpoint that `--train` continues from, if any: the newest that can be used."""
         if not self.continues:
             return None
-        return find_origin(self.given, self.output_dir, self._check_origin)
+        check = self._check_origin
+        return find_origin(self.given, self.output_dir, check, self.ranks.present)
 
     def _check_origin(self, origin: Checkpoint) -> None:
         """Refuse a checkpoint that a run cannot continue from, and keep the state of another."""
@@ -172,6 +173,8 @@ class RunSetup:
             training = dataclasses.replace(self.given.training, **settings)
             samples = read_samples_per_step(origin)
             self._saved = load_saved_state(origin, model, training, samples, self.ranks.shard_place)
+            if self.ranks.present is not self.ranks:
+                del self._saved["optimizer"]  # the ranks to come read it themselves
 
     @part
     def base(self) -> Checkpoint | None:
@@ -184,7 +187,7 @@ class RunSetup:
         flag, named = "--init-from", self.given.control.init_from
         if named is None:
             return None
-        base = open_base(named, self.output_dir, flag)
+        base = open_base(named, self.output_dir, flag, self.ranks.present)
         check_model_flags(self.given, base)
         origin = self.known_origin
         if origin is not None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from preflight.checkpoints.adapters import read_adapter
 from preflight.checkpoints.damage import damage_error
 from preflight.checkpoints.format import Checkpoint
 from preflight.checkpoints.manifest import CONFIG_NAME
+from preflight.checkpoints.ranks import ONE_RANK, Ranks, do_together
 from preflight.core.errors import ExitCode, PreflightError
 from preflight.core.log import log
 from preflight.models.cost import count_adapter_parameters, count_parameters
@@ -32,12 +34,15 @@ LENGTH_FLAGS = {"max_steps", "num_epochs"}  # giving one of them replaces both
 
 
 def find_origin(
-    config: RunConfig, output_dir: Path, check: store.Check | None = None
+    config: RunConfig,
+    output_dir: Path,
+    check: store.Check | None = None,
+    ranks: Ranks = ONE_RANK,
 ) -> Checkpoint | None:
     """The checkpoint to continue from: the one that --resume-from names, else the newest, if any.
 
     `check` raises PreflightError for one that verifies and yet cannot be used: then an older one
-    takes its place, unless it is named.
+    takes its place, unless it is named. All `ranks` call this, and share the hashing.
 
     Raises:
         PreflightError: code FLAGS, when the output folder holds newer checkpoints than the named
@@ -45,7 +50,7 @@ def find_origin(
             checkpoint is damaged.
     """
     if config.control.resume_from:
-        origin = store.open_checkpoint(config.control.resume_from)
+        origin = store.open_checkpoint(config.control.resume_from, ranks)
         newer = [c for c in store.list_checkpoints(output_dir) if c.step > origin.step]
         if newer:
             raise PreflightError(
@@ -55,9 +60,9 @@ def find_origin(
                 "choose another --output-dir, so that neither run loses its checkpoints",
             )
         if check is not None:
-            check(origin)
+            do_together(ranks, functools.partial(check, origin))
         return origin
-    newest = store.find_newest(output_dir, check)
+    newest = store.find_newest(output_dir, check, ranks)
     if newest is not None and not config.control.auto_resume:
         raise PreflightError(
             ExitCode.FLAGS,

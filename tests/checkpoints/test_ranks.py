@@ -162,6 +162,47 @@ def test_a_share_of_the_chunks_is_read_by_each_rank(
     assert max(sizes) <= -(-n_chunks // 3)
 
 
+class Forgetful(set[Any]):
+    """Holds nothing."""
+
+    def __contains__(self, item: object) -> bool:
+        return False
+
+
+def test_ranks_find_the_newest_together(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each chunk is hashed once; what one rank finds damaged or refuses, none uses."""
+    for step in (1, 2, 3):
+        folder = save_with(tmp_path, step, 2)[0].path
+    hashed: list[int] = []
+    real = checkpoint_format.hash_together.__globals__["hash_chunks"]
+
+    def counted(file: Any, chunk_bytes: int, ranks: Ranks) -> list[bytes]:
+        digests: list[bytes] = real(file, chunk_bytes, ranks)
+        hashed.append(len(digests))
+        return digests
+
+    monkeypatch.setitem(checkpoint_format.hash_together.__globals__, "hash_chunks", counted)
+    monkeypatch.setattr(checkpoint_format, "_verified", Forgetful())  # the threads share it
+    found = run_ranks(3, lambda ranks: store.find_newest(tmp_path, ranks=ranks))
+    assert [each.step for each in found] == [3] * 3
+    sizes = [(folder / f"{name}.safetensors").stat().st_size for name in ("model", "optimizer")]
+    assert sum(hashed) == sum(-(-size // CHUNK_BYTES) for size in sizes)
+
+    def refuse(ranks: Ranks) -> Checkpoint | None:
+        def check(checkpoint: Checkpoint) -> None:
+            if (ranks.rank, checkpoint.step) == (1, 3):
+                raise PreflightError(ExitCode.CHECKPOINT, "these rows are not finite")
+
+        return store.find_newest(tmp_path, check, ranks)
+
+    assert [each.step for each in run_ranks(3, refuse)] == [2] * 3
+    raw = bytearray((folder / "model.safetensors").read_bytes())
+    raw[-1] ^= 1
+    (folder / "model.safetensors").write_bytes(raw)
+    found = run_ranks(3, lambda ranks: store.find_newest(tmp_path, ranks=ranks))
+    assert [each.step for each in found] == [2] * 3
+
+
 def expect_all(errors: list[Any], code: ExitCode, text: str) -> None:
     assert {getattr(error, "code", error) for error in errors} == {code}
     assert len({str(error) for error in errors}) == 1

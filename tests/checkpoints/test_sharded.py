@@ -13,8 +13,9 @@ import torch
 
 from checkpoints.samples import CONFIG, same
 from preflight.checkpoints.format import load_optimizer, load_weights, read_checkpoint
-from preflight.checkpoints.rows import list_rows, wrap_rows
+from preflight.checkpoints.rows import Rows, list_rows, split_rows, wrap_rows
 from preflight.checkpoints.saving import save_checkpoint
+from preflight.device.host_memory import peak_resident_bytes, release_freed_memory
 from preflight.models.building import build_model
 from preflight.settings import ModelConfig
 from preflight.training.optimizer_state import list_optimizer_tensors, load_optimizer_tensors
@@ -109,3 +110,28 @@ def test_sharded_over_processes(tmp_path: Path, world: int) -> None:
         assert other.manifest == one.manifest, name
         assert same(load_weights(other), load_weights(one))
         assert same(load_optimizer(other), load_optimizer(one))
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="how Linux resets a peak")
+def test_a_save_needs_no_memory_of_the_size_of_the_state(tmp_path: Path) -> None:
+    """Nothing is gathered or copied: 5 % of the state, and the pieces that are under way."""
+    shape, world = (2**12, 2**13), 2  # 128 MiB
+    names = ("one", "two")
+    state_bytes = len(names) * 4 * shape[0] * shape[1]
+
+    def measure(ranks: GlooRanks) -> None:
+        mine = split_rows(shape[0], ranks.rank, world)
+        values = torch.full((mine.stop - mine.start, shape[1]), 0.5)
+        parts = {name: Rows(values, shape, mine.start) for name in names}
+        rises = []
+        for step in (1, 2):  # the first loads what is needed once
+            release_freed_memory()
+            Path("/proc/self/clear_refs").write_text("5")
+            before = peak_resident_bytes()
+            save_checkpoint(tmp_path, step, parts, {}, CONFIG, {}, ranks=ranks)
+            rises.append(peak_resident_bytes() - before)
+        print(f"rank {ranks.rank}: {rises[1] / 2**20:.1f} of {state_bytes / 2**20:.0f} MiB")
+        assert rises[1] <= 0.05 * state_bytes + 16 * 2**20, rises
+
+    run_processes(world, tmp_path, measure)

@@ -26,15 +26,20 @@ from typing import Any
 import tiktoken
 import torch
 import torch._dynamo  # an optimizer loads it at its first use: once here, not in every case
+from checkpoints.samples import CONFIG, FakeTokenizer
 from matplotlib.figure import Figure
 
 import main
 import train_utils
+from preflight.checkpoints.rows import Rows, split_rows
+from preflight.checkpoints.saving import save_checkpoint
+from preflight.checkpoints.store import retire_checkpoints
 from preflight.core import locks, storage
 from preflight.core.errors import ExitCode, PreflightError
 from preflight.core.signals import StopFlag
 from preflight.corpus import build
 from preflight.corpus.shard_reader import ShardReader
+from preflight.device.ranks import JoinedRanks, Ranks, is_lost_rank
 from preflight.modes import setup
 from preflight.settings import RunConfig
 from preflight.settings.kinds import SOURCES
@@ -181,6 +186,44 @@ def run_after_go(folder: str, go: str, release: str) -> int:
 
     main.run_mode = hold
     return main.main(["--train"])
+
+
+def save_as_rank(rank: int, world: int, port: int, output_dir: str, steps: list[int]) -> int:
+    """With the others, save the checkpoints of `steps`, and retire all but the last."""
+    torch.manual_seed(0)
+    ranks: Ranks = Ranks()
+    if world > 1:
+        store = torch.distributed.TCPStore("127.0.0.1", port)
+        ranks = JoinedRanks(store, rank, world)
+    weights = {"wide": torch.randn(37, 11), "few": torch.randn(1, 400)}
+    moments = {f"{name}.exp_avg": tensor * 2 for name, tensor in weights.items()}
+
+    def take(tensors: dict[str, torch.Tensor], step: int) -> dict[str, torch.Tensor | Rows]:
+        mine = {name: split_rows(len(tensor), rank, world) for name, tensor in tensors.items()}
+        return {
+            name: Rows(tensor[mine[name]] * step, tuple(tensor.shape), mine[name].start)
+            for name, tensor in tensors.items()
+        }
+
+    try:
+        for step in steps:
+            save_checkpoint(
+                Path(output_dir),
+                step,
+                take(weights, step),
+                {"step": step},
+                CONFIG,
+                {"val_loss": None},
+                FakeTokenizer(),
+                optimizer=take(moments, step),
+                ranks=ranks,
+            )
+        ranks.decide(lambda: retire_checkpoints(Path(output_dir), 1))
+    except RuntimeError as error:
+        if not is_lost_rank(error):
+            raise
+        return ExitCode.WORKER_LOST
+    return ExitCode.DONE
 
 
 def wait_for_file(path: str) -> None:
@@ -335,4 +378,5 @@ DRIVERS = {
     "small disk": run_on_small_disk,
     "read-only disk": run_on_read_only_disk,
     "lock": run_after_go,
+    "rank save": save_as_rank,
 }

@@ -185,9 +185,18 @@ class ForkServer:
         return process.wait(), process.said()
 
     def trace(
-        self, driver: str, *arguments: Any, cwd: Path, inject: str = "", **options: Any
+        self,
+        driver: str,
+        *arguments: Any,
+        cwd: Path,
+        inject: str = "",
+        path: str = "",
+        **options: Any,
     ) -> tuple[int, str, list[str]]:
-        """A case under strace: exit code, stderr, and the lines of the trace."""
+        """A case under strace: exit code, stderr, and the lines of the trace.
+
+        With a `path` only the calls that touch it are seen and counted.
+        """
         process = self.start(driver, *arguments, cwd=cwd, stopped=True, **options)
         log = process.stderr.with_suffix(".strace")
         command = [
@@ -205,6 +214,7 @@ class ForkServer:
             "trace=" + ",".join("?" + name for name in CALLS + OPENING),
         ]
         command += ["-e", f"inject={inject}"] if inject else []
+        command += ["-P", path] if path else []
         wait_until(lambda: read_status(process.pid, "State") in ("T", "Z", ""), 20)
         tracer = subprocess.Popen([*command, "-p", str(process.pid)], stderr=subprocess.PIPE)
         wait_until(lambda: read_status(process.pid, "TracerPid") not in ("0", ""), 10)
