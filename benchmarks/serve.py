@@ -3,10 +3,12 @@
     python benchmarks/serve.py RUN            (a model of SmolLM2-135M's shape; some minutes)
     python benchmarks/serve.py RUN --rounds 1 --new-tokens 8
 
-One client and eight alternate, through the engine alone and over HTTP, and where xllamacpp is
-installed through llama.cpp's server on the same weights. Every client streams an answer to a prompt
-of its own. Other programs on the machine disturb all alike: the ratios count. The CPU time of each
-thread is told too, since it does not depend on them.
+One client and eight alternate, through the engine alone and over HTTP. Two other servers are asked
+on the same weights: llama.cpp's, where xllamacpp is installed, and litgpt's with `--litgpt PYTHON`,
+an interpreter that has `pip install torch==2.13.0 litgpt litserve requests`.
+
+Every client streams an answer to a prompt of its own. Other programs on the machine disturb all
+alike: the ratios count. The CPU time of each thread is told too, since it does not depend on them.
 """
 
 from __future__ import annotations
@@ -16,14 +18,16 @@ import contextlib
 import importlib.util
 import json
 import os
+import signal
+import socket
 import statistics
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 import urllib.request
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,6 +35,7 @@ from typing import Any
 # As `main.py` has it: the engine alone and the server must not differ in this.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
+import psutil
 import torch
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -42,7 +47,8 @@ from preflight.serving.batch import RowBatch  # noqa: E402
 from preflight.serving.protocol import Job, TokenEvent  # noqa: E402
 from preflight.settings import SamplingConfig  # noqa: E402
 
-PROMPT = "Client number {0} asks: what is the shortest way from the mountains to the sea?"
+# No question: a model that was taught to chat would end here at once.
+PROMPT = "Client number {0} begins: once upon a time, on the way from the mountains to the sea,"
 CLIENTS = (1, 8)
 
 
@@ -58,12 +64,13 @@ class Times:
 
 
 Round = Callable[[int, int], Times]  # clients, tokens of each
+Ask = Callable[[str, int], tuple[float, int]]  # prompt, tokens; seconds to the first, tokens
 
 
 def read_cpu_seconds(pid: int) -> dict[str, float]:
-    """What each thread of a process has computed so far. Only Linux tells it."""
-    folder = Path("/proc", str(pid), "task")
-    threads = folder.iterdir() if folder.is_dir() else ()
+    """What each thread of a process and of its children has computed. Only Linux tells it."""
+    pids = [pid, *(child.pid for child in psutil.Process(pid).children(recursive=True))]
+    threads = [each for one in pids for each in Path("/proc").glob(f"{one}/task/*")]
     return {each.name: int((each / "schedstat").read_text().split()[0]) / 1e9 for each in threads}
 
 
@@ -105,60 +112,90 @@ def through_engine(run: str, dtype: torch.dtype, device: str) -> Round:
     return go
 
 
-def over_http(address: str, model: str, pid: int) -> Round:
-    """Clients of a server, whose process is `pid`."""
+def over_http(ask: Ask, pid: int) -> Round:
+    """Clients of a server, whose process is `pid`, all at once."""
     counter = iter(range(10**9))
 
-    def ask(prompt: str, n_tokens: int, found: list[tuple[float, int]]) -> None:
-        body = {"model": model, "prompt": prompt, "max_tokens": n_tokens, "stream": True}
-        body |= {"temperature": 0.8, "stream_options": {"include_usage": True}}
-        headers = {"Content-Type": "application/json"}
-        url = address + "/v1/completions"
-        request = urllib.request.Request(url, json.dumps(body).encode(), headers)
-        began, first, count = time.perf_counter(), 0.0, 0
-        with urllib.request.urlopen(request, timeout=600) as answer:
-            for line in answer:
-                if line.startswith(b"data: {"):
-                    chunk = json.loads(line[6:])
-                    first = first or time.perf_counter() - began
-                    usage = chunk.get("usage") or {}
-                    count = usage.get("completion_tokens", count)
-        found.append((first, count))
-
     def go(n_clients: int, n_tokens: int) -> Times:
-        found: list[tuple[float, int]] = []
         prompts = [PROMPT.format(next(counter)) for _ in range(n_clients)]
-        threads = [threading.Thread(target=ask, args=(p, n_tokens, found)) for p in prompts]
         began = time.perf_counter()
         cpu: list[float] = []
-        with counting_cpu(pid, cpu):
-            for thread in threads:
-                thread.start()
-            for thread in threads:
-                thread.join()
+        with counting_cpu(pid, cpu), ThreadPoolExecutor(n_clients) as pool:
+            found = list(pool.map(lambda prompt: ask(prompt, n_tokens), prompts))
         seconds = time.perf_counter() - began
-        return summarise([first for first, _ in found], sum(n for _, n in found), seconds, cpu)
+        firsts, counts = zip(*found, strict=True)
+        return summarise(list(firsts), sum(counts), seconds, cpu)
 
     return go
+
+
+def stream_lines(url: str, body: dict[str, Any]) -> Iterator[bytes]:
+    """The lines of an answer, as they come."""
+    headers = {"Content-Type": "application/json"}
+    request = urllib.request.Request(url, json.dumps(body).encode(), headers)
+    with urllib.request.urlopen(request, timeout=600) as answer:
+        yield from answer
+
+
+def ask_openai(address: str, model: str) -> Ask:
+    """What asks a server of OpenAI's interface."""
+
+    def ask(prompt: str, n_tokens: int) -> tuple[float, int]:
+        body = {"model": model, "prompt": prompt, "max_tokens": n_tokens, "stream": True}
+        body |= {"temperature": 0.8, "stream_options": {"include_usage": True}}
+        began, first, count = time.perf_counter(), 0.0, 0
+        for line in stream_lines(address + "/v1/completions", body):
+            if line.startswith(b"data: {"):
+                chunk = json.loads(line[6:])
+                first = first or time.perf_counter() - began
+                count = (chunk.get("usage") or {}).get("completion_tokens", count)
+        return first, count
+
+    return ask
+
+
+def ask_litgpt(address: str) -> Ask:
+    """What asks litgpt's server. It generates as many tokens as it was started with, one a line."""
+
+    def ask(prompt: str, n_tokens: int) -> tuple[float, int]:
+        began, first, count = time.perf_counter(), 0.0, 0
+        for line in stream_lines(address + "/predict", {"prompt": prompt}):
+            if line.strip():
+                first = first or time.perf_counter() - began
+                count += 1
+        return first, count
+
+    return ask
+
+
+@contextlib.contextmanager
+def start_server(run: str, *flags: str) -> Iterator[tuple[str, int]]:
+    """`--serve` in a process of its own: its address and the number of the process."""
+    argv = [sys.executable, str(ROOT / "main.py"), "--serve", run, "--port", "0"]
+    process = subprocess.Popen([*argv, *flags], stderr=subprocess.PIPE, text=True, env=os.environ)
+    assert process.stderr is not None
+    try:
+        line = next(line for line in process.stderr if "chat: http" in line)
+        yield line.split("chat: ")[1].split("/ ")[0], process.pid
+    finally:
+        process.terminate()
+        process.wait(20)
 
 
 @contextlib.contextmanager
 def our_server(run: str, dtype: torch.dtype, device: str) -> Iterator[Round]:
     flag = "--mixed-precision" if dtype == torch.bfloat16 else "--no-mixed-precision"
-    argv = [sys.executable, str(ROOT / "main.py"), "--serve", run, "--port", "0", flag]
-    process = subprocess.Popen(
-        [*argv, "--device", device], stderr=subprocess.PIPE, text=True, env=os.environ
-    )
-    assert process.stderr is not None
-    try:
-        line = next(line for line in process.stderr if "chat: http" in line)
-        address = line.split("chat: ")[1].split("/ ")[0]
+    with start_server(run, "--device", device, flag) as (address, pid):
         with urllib.request.urlopen(address + "/v1/models") as answer:
             name = json.load(answer)["data"][0]["id"]
-        yield over_http(address, name, process.pid)
-    finally:
-        process.terminate()
-        process.wait(20)
+        yield over_http(ask_openai(address, name), pid)
+
+
+def export(run: str, path: Path, quantization: str) -> Path:
+    """`--export`, whose proof has to hold."""
+    argv = [sys.executable, str(ROOT / "main.py"), "--export", str(path), "--checkpoint-path", run]
+    subprocess.run([*argv, "--quantize", quantization, "--force"], check=True, capture_output=True)
+    return path
 
 
 @contextlib.contextmanager
@@ -166,16 +203,54 @@ def llama_server(run: str, folder: Path) -> Iterator[Round]:
     """llama.cpp's server in this process, in fp16 weights: it has no fp32 kernels to speak of."""
     import xllamacpp
 
-    path = folder / "model.gguf"
-    argv = [sys.executable, str(ROOT / "main.py"), "--export", str(path), "--checkpoint-path", run]
-    subprocess.run([*argv, "--quantize", "f16", "--force"], check=True, capture_output=True)
+    path = export(run, folder / "model.gguf", "f16")
     params = xllamacpp.CommonParams()
     params.model.path = str(path)
     params.n_ctx, params.n_parallel = 8 * 1024, max(CLIENTS)
     params.cpuparams.n_threads = params.cpuparams_batch.n_threads = torch.get_num_threads()
     server = xllamacpp.Server(params)
-    yield over_http(server.listening_address, "model", os.getpid())
+    yield over_http(ask_openai(server.listening_address, "model"), os.getpid())
     del server
+
+
+@contextlib.contextmanager
+def litgpt_server(
+    run: str, folder: Path, python: str, dtype: torch.dtype, n_tokens: int
+) -> Iterator[Round]:
+    """litgpt's own server, in the environment of `python`, on the same weights.
+
+    The shape has to be SmolLM2-135M's: litgpt converts folders of the models that it knows.
+    """
+    path = export(run, folder / "litgpt", "f32")
+    command = [python, "-m", "litgpt"]
+    convert = ["convert_to_litgpt", str(path), "--model_name", "SmolLM2-135M"]
+    subprocess.run([*command, *convert], check=True, capture_output=True)
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    precision = "bf16-true" if dtype == torch.bfloat16 else "32-true"
+    flags = {"port": port, "stream": "true", "max_new_tokens": n_tokens, "timeout": 600}
+    flags |= {"accelerator": "cpu", "precision": precision}
+    argv = [f"--{name}={value}" for name, value in flags.items()]
+    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    process = subprocess.Popen(
+        [*command, "serve", str(path), *argv], start_new_session=True, **quiet
+    )
+    address = f"http://127.0.0.1:{port}"
+    try:
+        wait_for(address + "/health", process)
+        yield over_http(ask_litgpt(address), process.pid)
+    finally:
+        os.killpg(process.pid, signal.SIGKILL)  # its workers outlive it
+        process.wait(20)
+
+
+def wait_for(url: str, process: subprocess.Popen[bytes]) -> None:
+    """Until a server answers."""
+    while process.poll() is None:
+        with contextlib.suppress(OSError), urllib.request.urlopen(url, timeout=5):
+            return
+        time.sleep(0.5)
+    raise RuntimeError(f"the server ended with {process.returncode}")
 
 
 def summarise_busy(rounds: list[Times]) -> list[float]:
@@ -215,6 +290,9 @@ def main() -> None:
     parser.add_argument("--new-tokens", type=int, default=48)
     parser.add_argument("--bf16", action="store_true")
     parser.add_argument("--device", default="cpu")
+    parser.add_argument(
+        "--litgpt", metavar="PYTHON", help="of an environment with litgpt, requests and litserve"
+    )
     given = parser.parse_args()
     dtype = torch.bfloat16 if given.bf16 else torch.float32
     name = "bf16" if given.bf16 else "fp32"
@@ -225,6 +303,12 @@ def main() -> None:
     if importlib.util.find_spec("xllamacpp") is not None:
         with tempfile.TemporaryDirectory() as folder, llama_server(given.run, Path(folder)) as go:
             compare("llama-server, fp16", go, rounds, n_tokens)
+    if given.litgpt:
+        with (
+            tempfile.TemporaryDirectory() as folder,
+            litgpt_server(given.run, Path(folder), given.litgpt, dtype, n_tokens) as go,
+        ):
+            compare(f"litgpt serve, {name}", go, rounds, n_tokens)
 
 
 if __name__ == "__main__":

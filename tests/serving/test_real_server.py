@@ -127,7 +127,8 @@ def test_memory_is_flat_over_two_thousand_requests_by_http(tmp_path):
 def test_the_client_llm(tmp_path, monkeypatch):
     """Simon Willison's command-line client, configured for a server of this interface."""
     monkeypatch.setenv("LLM_USER_PATH", str(tmp_path))
-    llm = pytest.importorskip("llm")
+    import llm  # reads LLM_USER_PATH
+
     sampling = SamplingConfig(max_new_tokens=16, temperature=0.0)
     with serve_run(tmp_path) as (url, _):
         named = {"model_id": "ours", "model_name": "run", "api_base": url + "/v1"}
@@ -150,8 +151,8 @@ def test_the_client_llm(tmp_path, monkeypatch):
 @pytest.mark.slow
 def test_the_harness_gives_the_scores_of_evaluate(tmp_path):
     """lm-evaluation-harness asks the server for log-likelihoods of ids."""
-    completions = pytest.importorskip("lm_eval.models.openai_completions")
-    from lm_eval.api.instance import Instance
+    from lm_eval.api.instance import Instance  # slow to import: only here
+    from lm_eval.models.openai_completions import LocalCompletionsAPI
 
     from preflight.evaluation.lm_eval_adapter import build_adapter
 
@@ -163,7 +164,7 @@ def test_the_harness_gives_the_scores_of_evaluate(tmp_path):
     requests = [Instance("loglikelihood", {}, pair, i) for i, pair in enumerate(pairs)]
     model, tokenizer = make_model("llama", CONTEXT), make_tokenizer()
     with serve_run(tmp_path) as (url, _):
-        client = completions.LocalCompletionsAPI(
+        client = LocalCompletionsAPI(
             model="run",
             base_url=url + "/v1/completions",
             tokenizer_backend=None,
