@@ -31,6 +31,7 @@ sys.path.insert(0, str(ROOT))
 
 from preflight.checkpoints import format as checkpoint_format  # noqa: E402
 from preflight.checkpoints import store  # noqa: E402
+from preflight.checkpoints.saving import save_checkpoint  # noqa: E402
 from preflight.corpus.build import prepare_data  # noqa: E402
 from preflight.corpus.shards import load_data_folder  # noqa: E402
 from preflight.device.runtime import build_runtime  # noqa: E402
@@ -83,7 +84,7 @@ def measure_training(size: str, folder: Path, repeats: int) -> dict[str, Any]:
     numbers = iter(range(1, 1000))
 
     def save() -> None:
-        checkpoint_format.save_checkpoint(folder, next(numbers), weights, state, config, {})
+        save_checkpoint(folder, next(numbers), weights, state, config, {})
         store.retire_checkpoints(folder, 1)
 
     def save_plainly() -> None:

@@ -12,6 +12,7 @@ round stands beside it.
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import shutil
 import statistics
@@ -75,16 +76,19 @@ def main() -> None:
         (folder / "text.txt").write_text("a line of words to learn from, and more\n" * 20_000)
         time_command(["--prepare", *RUN], folder)
         shutil.rmtree(folder / "cache", ignore_errors=True)
+        found: dict[str, tuple[float, float]] = {}
         for told, (words, goal) in list(COMMANDS.items())[: 3 if given.smoke else None]:
             rounds = [
                 time_command(words, folder) for _ in range(1 if given.smoke else given.rounds)
             ]
             clock, processor = (statistics.median(column) for column in zip(*rounds, strict=True))
+            found[told] = clock, processor
             print(
                 f"{told:22} {clock:7.3f} s by the clock, {processor:7.3f} s of the processor; "
                 f"first round {rounds[0][0]:7.3f} s  <= {goal}",
                 flush=True,
             )
+    print(json.dumps({"seconds_by_clock_and_processor": found}))
 
 
 if __name__ == "__main__":

@@ -20,6 +20,7 @@ from torch.utils._pytree import tree_leaves
 from preflight.device.runtime import Runtime
 from preflight.models.base import TokenModel
 from preflight.models.loss import Targets
+from preflight.models.loss_fused import BLOCK_ROWS
 
 _aten = torch.ops.aten
 _VIEWS = {
@@ -57,7 +58,8 @@ _WRITTEN = (
 class _Graph:
     """Which buffers a graph writes, in order, and when each is read for the last time."""
 
-    def __init__(self, module: fx.GraphModule) -> None:
+    def __init__(self, module: fx.GraphModule, *, on_cpu: bool) -> None:
+        self.on_cpu = on_cpu
         self.nodes = list(module.graph.nodes)
         self.inputs = [node for node in self.nodes if node.op == "placeholder"]
         results = tree_leaves(next(node for node in self.nodes if node.op == "output").args)
@@ -118,6 +120,8 @@ class _Graph:
             now[item] = now.get(item, 0) + sizes[node]
             moment = dict(now)
             moment[item] += _count_bytes(node, several=True)
+            if self.on_cpu:
+                moment[item] += _count_scratch(node)
             if not _is_one_of(node, _LIBRARY):
                 # The result goes in the place of an input of the same size that ends here.
                 over = next(
@@ -139,6 +143,18 @@ def _base(node: fx.Node) -> fx.Node:
 
 def _is_one_of(node: fx.Node, names: tuple[str, ...]) -> bool:
     return node.target is not operator.getitem and any(name in str(node.target) for name in names)
+
+
+def _count_scratch(node: fx.Node) -> int:
+    """Bytes that the loss holds within itself on a CPU, besides its logits: a few rows in fp32.
+
+    `node` takes one of its results.
+    """
+    source = node.args[0] if node.target is operator.getitem else None
+    if not isinstance(source, fx.Node) or "cross_entropy_" not in str(source.args):
+        return 0
+    values = [each.meta["val"] for each in source.all_input_nodes]
+    return sum(4 * BLOCK_ROWS * int(logits.shape[1]) for logits in values if logits.dim() == 2)
 
 
 def _count_bytes(node: fx.Node, *, several: bool = False) -> int:
@@ -192,10 +208,10 @@ def capture_graphs(
 
 
 def trace_compiled_step(
-    forward: fx.GraphModule, backward: fx.GraphModule
+    forward: fx.GraphModule, backward: fx.GraphModule, *, on_cpu: bool
 ) -> dict[str, list[dict[str, int]]]:
     """Bytes by item, besides weights and optimizer, at the moments of each stretch of a step."""
-    ahead, back = _Graph(forward), _Graph(backward)
+    ahead, back = _Graph(forward, on_cpu=on_cpu), _Graph(backward, on_cpu=on_cpu)
     given = {node.name for node in ahead.inputs}
     kept = {
         node: _count_bytes(node)

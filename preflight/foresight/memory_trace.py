@@ -265,7 +265,7 @@ def _replace_step(peaks: Peaks, case: TraceCase) -> Peaks:
         "activations kept": float(training.gradient_accumulation_steps * case.batch_bytes),
     }
     result = {region: items for region, items in peaks.items() if region[0] != "training step"}
-    for stretch, moments in trace_compiled_step(*graphs).items():
+    for stretch, moments in trace_compiled_step(*graphs, on_cpu=case.device_type == "cpu").items():
         top = max(moments, key=lambda items: sum(items.values()))
         result["training step", stretch] = {
             item: held.get(item, 0.0) + top.get(item, 0) for item in ITEMS
