@@ -247,6 +247,8 @@ def _run_phases(
             gradient_checkpointing=spec.config.system.gradient_checkpointing,
         )
 
+    # A run draws its curve while it trains, and holds the library that draws from then on.
+    LossCurve([]).save(spec.folder / CURVE_NAME, "trial")
     with meter.phase("training step"):
         place = spec.choose_data_place(runtime.device)
         trainer = build()
