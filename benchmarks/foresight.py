@@ -32,15 +32,15 @@ sys.path.insert(0, str(ROOT))
 
 from preflight.corpus.build import prepare_data  # noqa: E402
 from preflight.corpus.windows import count_windows  # noqa: E402
+from preflight.device.matmul_rate import measure_matmul_flops  # noqa: E402
 from preflight.device.runtime import Runtime, build_runtime, describe_device  # noqa: E402
-from preflight.foresight.cpu_rates import measure_cpu_rates  # noqa: E402
 from preflight.foresight.memory import MemoryOptions, estimate_memory  # noqa: E402
 from preflight.foresight.run_time import (  # noqa: E402
     estimate_cost,
     estimate_run_time,
     measure_cost,
-    measure_matmul_flops,
 )
+from preflight.foresight.step_parts import estimate_step  # noqa: E402
 from preflight.modes import train as train_mode  # noqa: E402
 from preflight.settings import ModelConfig, RunConfig, build_config  # noqa: E402
 from preflight.tokenization import load_tokenizer  # noqa: E402
@@ -121,7 +121,13 @@ def predict_one(flags: dict[str, Any], folder: str, seconds: float) -> dict[str,
         model,
         config.training,
         dtype=runtime.dtype,
-        cpu=measure_cpu_rates(measure_matmul_flops(runtime.device, runtime.dtype)),
+        here=estimate_step(
+            model,
+            config.training,
+            runtime,
+            matmul_flops=measure_matmul_flops(runtime.device, runtime.dtype),
+            gradient_checkpointing=config.system.gradient_checkpointing,
+        ),
         gradient_checkpointing=config.system.gradient_checkpointing,
         compile_model=runtime.compile_model,
     )

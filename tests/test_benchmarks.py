@@ -29,6 +29,7 @@ NAMES = [
     "sources",
     "filters",
     "wiki",
+    "step_parts",
 ]
 
 

@@ -18,6 +18,7 @@ import torch
 from preflight.core.errors import ExitCode, PreflightError
 from preflight.core.memory_lack import lacks_memory
 from preflight.device.host_memory import peak_resident_bytes, release_freed_memory
+from preflight.device.matmul_rate import is_bf16_faster
 from preflight.device.ways import ChosenWay
 from preflight.settings import SystemSettings
 
@@ -180,6 +181,8 @@ def _choose_dtype(device: torch.device, asked: bool | None) -> tuple[torch.dtype
     fast = has_fast_bf16(device)
     if asked is False:
         return torch.float32, "--no-mixed-precision"
+    if fast and asked is None and device.type == "cpu" and not is_bf16_faster():
+        return torch.float32, "matrix products in bf16 are measured slower here"
     if fast:
         return torch.bfloat16, "in hardware here"
     if device.type == "cuda":

@@ -28,13 +28,8 @@ from preflight.device.cards import Card
 from preflight.device.runtime import Runtime
 from preflight.device.token_store import measure_free_bytes
 from preflight.foresight.chat_time import measure_chat_steps
-from preflight.foresight.cpu_rates import (
-    CpuRates,
-    describe_basis,
-    estimate_cpu_step,
-    estimate_cpu_token,
-)
 from preflight.foresight.memory import estimate_checkpoint_bytes
+from preflight.foresight.step_parts import LocalEstimate
 from preflight.foresight.timing import Batch, time_steps
 from preflight.models.cost import (
     count_parameters,
@@ -193,19 +188,19 @@ def estimate_cost(
     *,
     dtype: torch.dtype,
     card: Card | None = None,
-    cpu: CpuRates | None = None,
+    here: LocalEstimate | None = None,
     gradient_checkpointing: bool = False,
     compile_model: bool = False,
     window_tokens: int | None = None,
 ) -> RunCost:
-    """Seconds by formula: matmuls at a share of their rate, and the memory traffic.
+    """Seconds without the run's own steps: for a card by formula, from its matmul rate and traffic.
 
     Args:
         model_config: the architecture.
         training: batch size and accumulation count.
         dtype: what the matmuls compute in.
         card: rates of a graphics card, present or not.
-        cpu: without a card, the rates measured here.
+        here: without a card, what `estimate_step` says of the device at hand.
         gradient_checkpointing: a third more work in the blocks (Chen et al. 2016).
         compile_model: fused kernels move less memory and need fewer launches.
         window_tokens: tokens of a training window, where they are fewer than the context length.
@@ -217,17 +212,8 @@ def estimate_cost(
     again = 4 / 3 if gradient_checkpointing else 1.0
     compile_seconds = _ASSUMED_COMPILE_SECONDS if compile_model else 0.0
     if card is None:
-        assert cpu is not None
-        step = again * estimate_cpu_step(
-            model_config,
-            cpu,
-            dtype,
-            flops_per_token=count_training_flops(model_config, training),
-            micro_steps=training.gradient_accumulation_steps,
-            sequences=training.batch_size,
-            compile_model=compile_model,
-        )
-        token_seconds, basis = estimate_cpu_token(model_config, cpu), describe_basis(cpu, dtype)
+        assert here is not None
+        step, token_seconds, basis = here.step_seconds, here.token_seconds, here.basis
     else:
         step, token_seconds, basis = _estimate_on_card(
             model_config, training, again, card, dtype, compile_model
@@ -260,7 +246,7 @@ def _estimate_on_card(
     dtype: torch.dtype,
     compile_model: bool,
 ) -> tuple[float, float, str]:
-    """The same for a graphics card, whose memory traffic and kernel launches count as well."""
+    """Seconds of a step and of a generated token on a graphics card, and where they come from."""
     name, accumulation = str(dtype).removeprefix("torch."), training.gradient_accumulation_steps
     tokens = training.batch_size * accumulation * model_config.context_length
     parameters = count_parameters(model_config)
@@ -292,22 +278,6 @@ def _estimate_traffic_bytes(
 
 
 # ---- on the device ------------------------------------------------------------------------------
-
-
-def measure_matmul_flops(device: torch.device, dtype: torch.dtype) -> float:
-    """FLOP/s of a large matmul: a rate to compare with where no data sheet gives one."""
-    size = 1024 if device.type == "cpu" else 8192
-    a = torch.randn(size, size, device=device, dtype=dtype)
-    product = a @ a
-    seconds, repeats = 0.0, 0
-    best = math.inf
-    while seconds < 0.1 or repeats < 3:
-        began = time.perf_counter()
-        torch.mm(a, a, out=product)
-        float(product[0, 0])  # waits for the device
-        best = min(best, time.perf_counter() - began)
-        seconds, repeats = seconds + time.perf_counter() - began, repeats + 1
-    return 2 * size**3 / best
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,7 @@ that do not need it still report what they know. Text and JSON come from the sam
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import sys
 from collections.abc import Callable
@@ -21,10 +22,10 @@ from preflight.core.storage import check_writable, foreign_error, refuse_other_k
 from preflight.core.units import format_bytes
 from preflight.corpus.chats.data import ChatData
 from preflight.corpus.chats.preview import pick_examples
+from preflight.device.matmul_rate import measure_matmul_flops
 from preflight.device.ranks import plan_ranks
-from preflight.device.runtime import MIN_STEPS_TO_COMPILE, is_out_of_memory
+from preflight.device.runtime import MIN_STEPS_TO_COMPILE, Runtime, is_out_of_memory
 from preflight.foresight.chat_warnings import find_chat_warnings
-from preflight.foresight.cpu_rates import measure_cpu_rates
 from preflight.foresight.critical_batch import estimate_learning_needs, find_batch_warnings
 from preflight.foresight.fits import find_bf16_fault, judge_fit
 from preflight.foresight.learnability import (
@@ -36,17 +37,18 @@ from preflight.foresight.learnability import (
 from preflight.foresight.memory import estimate_memory
 from preflight.foresight.run_time import (
     RunCost,
+    count_training_flops,
     estimate_cost,
     estimate_run_time,
     measure_cost,
-    measure_matmul_flops,
 )
+from preflight.foresight.step_parts import LocalEstimate, estimate_by_rate, estimate_step
 from preflight.foresight.target import describe_absent, describe_present, is_absent
 from preflight.modes import check_sections as sections
 from preflight.modes.check_answers import answer_questions
 from preflight.modes.check_losses import describe_losses
 from preflight.modes.check_ranks import describe_fewest_ranks, share_host, time_ranks
-from preflight.modes.check_sections import Findings
+from preflight.modes.check_sections import ROOMY_SHARE, Findings
 from preflight.modes.finetune_setup import FinetuneSetup, build_setup
 from preflight.modes.foresee_server import foresee_server
 from preflight.modes.report import Problem, Report, is_in_colour
@@ -56,7 +58,6 @@ from preflight.training.schedule_picture import SCHEDULE_NAME, draw_schedule
 from train_utils import iterate_windows
 
 REPORT_NAME = "check_report.json"
-_ROOMY_SHARE = 0.4  # of the memory in use, below which a larger batch is worth a try
 
 
 def run(config: RunConfig) -> int:
@@ -200,11 +201,14 @@ def time_run(found: Findings) -> None:
     if found.sharing.world > 1:
         time_ranks(found)
         return
-    rows, cpu = found.report.sections["performance estimation"], None
-    if target.runtime is not None and target.card is None:
-        cpu = measure_cpu_rates(measure_matmul_flops(target.runtime.device, target.dtype))
-        rows["matrix_product_gflops"] = round(cpu.matmul_flops / 1e9, 1)
-    elif target.card is None:
+    rows, here = found.report.sections["performance estimation"], None
+    if target.card is not None:
+        peak_flops = target.card.rate_tflops(target.dtype_name) * 1e12
+    elif target.runtime is not None:
+        peak_flops = measure_matmul_flops(target.runtime.device, target.dtype)
+        rows["matrix_product_gflops"] = round(peak_flops / 1e9, 1)
+        here = estimate_here(found, target.runtime, peak_flops)
+    else:
         rows["not_known"] = "a memory size alone implies no speed: name the card with --target-gpu"
         return
     estimated = estimate_cost(
@@ -212,21 +216,43 @@ def time_run(found: Findings) -> None:
         training,
         dtype=target.dtype,
         card=target.card,
-        cpu=cpu,
+        here=here,
         compile_model=target.compile_model,
         gradient_checkpointing=found.config.system.gradient_checkpointing,
         window_tokens=found.mean_tokens,
     )
     measured = measure(found, estimated) if may_measure(found) else None
     found.cost = measured or estimated
-    peak_flops = (
-        cpu.matmul_flops if cpu else target.card.rate_tflops(target.dtype_name) * 1e12  # type: ignore[union-attr]
-    )
     sections.describe_rate(found, estimated, measured, peak_flops)
     if found.plan is not None:
         found.run_time = estimate_run_time(
             found.cost, found.plan, found.config.control, found.setup.state.step
         )
+
+
+def estimate_here(found: Findings, runtime: Runtime, matmul_flops: float) -> LocalEstimate:
+    """A step on the device at hand: from parts of the model where it fits, else from a rate."""
+    model, training, memory = found.model, found.training, found.memory
+    assert model is not None
+    assert found.target is not None
+    model = dataclasses.replace(model, context_length=found.mean_tokens or model.context_length)
+    checkpointing = found.config.system.gradient_checkpointing
+    fits = memory and judge_fit(memory.required_bytes, found.target.limit_bytes) != "does not fit"
+    if fits:
+        return estimate_step(
+            model,
+            training,
+            runtime,
+            matmul_flops=matmul_flops,
+            gradient_checkpointing=checkpointing,
+        )
+    return estimate_by_rate(
+        model,
+        training,
+        matmul_flops=matmul_flops,
+        flops_per_token=count_training_flops(model, training),
+        gradient_checkpointing=checkpointing,
+    )
 
 
 def estimate(found: Findings) -> None:
@@ -299,7 +325,7 @@ def advise(found: Findings) -> None:
         report.warnings.append(Advice("bf16", *fault))
     if target is not None and found.memory is not None and target.device_type == "cuda":
         share = found.memory.required_bytes / target.limit_bytes
-        if share < _ROOMY_SHARE:
+        if share < ROOMY_SHARE:
             report.recommendations.append(
                 f"{share:.0%} of the memory is used: a larger --batch-size may be faster; "
                 f"{format_command('--get-optimal-bs')} finds it"

@@ -40,6 +40,7 @@ from preflight.tokenization import TokenizerRecipe
 from preflight.training.plan import TrainingPlan, describe_windows
 from preflight.training.trackers import load_trackers
 
+ROOMY_SHARE = 0.4  # of the memory in use, below which a larger batch is worth a try
 _TIMED_PHASES = ("training step", "optimizer step", "evaluation")
 _SHOWN_CHARACTERS = 240  # of the decoded window
 
@@ -285,7 +286,10 @@ def describe_memory(found: Findings) -> None:
     rows["needed_bytes"] = needed
     rows["available_bytes"] = target.limit_bytes
     rows["verdict"] = judge_fit(needed, target.limit_bytes)
-    saved = estimate_savings(model, found.training, found.memory_options())
+    saved: dict[str, int] = {}
+    # A card costs by its size; of the host's memory only a lack is of interest.
+    if not on_cpu or needed > ROOMY_SHARE * target.limit_bytes:
+        saved = estimate_savings(model, found.training, found.memory_options())
     for flags, size in saved.items():
         rows[f"saved_by_{flags.replace(' ', '_')}_bytes"] = size
     _judge_memory(found, needed, list(saved))

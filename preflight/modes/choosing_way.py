@@ -11,6 +11,7 @@ import torch
 from preflight.core.errors import ExitCode, PreflightError
 from preflight.core.log import log
 from preflight.core.signals import StopFlag
+from preflight.device.matmul_rate import measure_matmul_flops
 from preflight.device.remembered import describe_hardware, recall, remember
 from preflight.device.runtime import (
     Runtime,
@@ -29,8 +30,8 @@ from preflight.device.ways import (
     list_ways,
 )
 from preflight.foresight.child import LackOfMemory
-from preflight.foresight.cpu_rates import measure_cpu_rates
-from preflight.foresight.run_time import estimate_cost, measure_matmul_flops
+from preflight.foresight.run_time import count_training_flops
+from preflight.foresight.step_parts import estimate_by_rate
 from preflight.foresight.way_trial import WaySpec, may_be_long, pick_affordable, try_ways
 
 if TYPE_CHECKING:
@@ -165,17 +166,16 @@ def _take(known: WayFigures, spec: WaySpec, how: str) -> ChosenWay:
 
 
 def _estimate_micro_step(spec: WaySpec) -> float:
-    """Seconds of a micro-step, by a formula; see `estimate_cost`."""
-    dtype = spec.runtime.dtype
-    cost = estimate_cost(
-        spec.model_config,
+    """Seconds of a micro-step, from the rate of a matmul: a model built here would be in memory."""
+    model = dataclasses.replace(spec.model_config, context_length=spec.plan.window_tokens)
+    estimate = estimate_by_rate(
+        model,
         spec.training,
-        dtype=dtype,
-        cpu=measure_cpu_rates(measure_matmul_flops(spec.runtime.device, dtype)),
+        matmul_flops=measure_matmul_flops(spec.runtime.device, spec.runtime.dtype),
+        flops_per_token=count_training_flops(model, spec.training),
         gradient_checkpointing=spec.gradient_checkpointing,
-        window_tokens=spec.plan.window_tokens,
     )
-    return cost.step_seconds / spec.plan.accumulation_steps
+    return estimate.step_seconds / spec.plan.accumulation_steps
 
 
 def _try(spec: WaySpec, micro_step_seconds: float, stop: StopFlag) -> WayFigures | None:

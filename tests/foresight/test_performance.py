@@ -21,7 +21,6 @@ from preflight.foresight.run_time import (
     estimate_cost,
     estimate_run_time,
     find_earliest_stop,
-    measure_matmul_flops,
 )
 from preflight.settings import ModelConfig, TrainingSettings
 from preflight.tokenization import load_tokenizer
@@ -144,7 +143,3 @@ def test_a_part_scales_to_the_whole(
     assert cost.step_seconds == pytest.approx(whole, rel=1e-6)
     assert "scaled" in cost.basis
     assert cost.peak_bytes is None
-
-
-def test_product_rate() -> None:
-    assert measure_matmul_flops(torch.device("cpu"), torch.float32) > 1e8

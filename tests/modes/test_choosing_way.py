@@ -37,6 +37,7 @@ def machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(FOLDER_VARIABLE, str(tmp_path / "cache"))
     for module in (device_runtime, choosing_way):
         monkeypatch.setattr(module, "has_fast_bf16", lambda device: True)
+    monkeypatch.setattr(device_runtime, "is_bf16_faster", lambda: True)
     monkeypatch.setattr(way_trial, "TRIAL_SHARE", 1e9)
 
 
