@@ -3,7 +3,8 @@
     python benchmarks/nanogpt.py --nanogpt FOLDER [--shapes 6L nano] [--rounds 3]
 
 FOLDER is a clone of karpathy/nanoGPT. As shipped its CPU loop is fp32 without compilation, by hand
-it is bf16 autocast, torch.compile and fused AdamW, as Hugging Face's GPT-2 is here. `matmuls` are
+it is bf16 autocast (or fp32, where a CPU is faster so), torch.compile and fused AdamW, as Hugging
+Face's GPT-2 in bf16 is here. `matmuls` are
 those of our step alone, in our layouts and precision. Each subject has a process of its own in
 every round; its figure is the median of its rounds, each the median of six steps after two.
 """
@@ -24,7 +25,8 @@ SHAPES = {  # layers, heads, hidden size, context, batch
     "micro": (4, 4, 256, 256, 8),
     "small": (12, 12, 768, 1024, 2),
 }
-SUBJECTS = ("ours", "ours, compiled", "nanoGPT", "nanoGPT by hand", "transformers", "matmuls")
+PEERS = ("nanoGPT", "nanoGPT by hand", "nanoGPT by hand, fp32", "transformers")
+SUBJECTS = ("ours", "ours, compiled", *PEERS, "matmuls")
 COMMON = """
 import json, resource, statistics, sys, time
 import torch
@@ -68,7 +70,6 @@ else:
 report(step)
 """
 PEER = """
-import contextlib
 sys.path.insert(0, folder)
 by_hand = subject != "nanoGPT"
 if subject == "transformers":
@@ -92,7 +93,7 @@ if by_hand:
     optimizer = torch.optim.AdamW(groups, lr=1e-3, betas=(0.9, 0.95), fused=True)
     model = torch.compile(model)
 def step():
-    with torch.autocast("cpu", torch.bfloat16) if by_hand else contextlib.nullcontext():
+    with torch.autocast("cpu", torch.bfloat16, enabled=by_hand and "fp32" not in subject):
         _, loss = model(inputs, targets)
     loss.backward()
     torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -105,7 +106,7 @@ report(step)
 
 def run(subject: str, shape: tuple[int, ...], nanogpt: str) -> tuple[float, float]:
     """Tokens/s and peak resident MiB."""
-    is_peer = subject in ("nanoGPT", "nanoGPT by hand", "transformers")
+    is_peer = subject in PEERS
     folder = nanogpt if is_peer else str(Path(__file__).resolve().parent.parent)
     script = COMMON + (PEER if is_peer else OURS)
     environment = dict(os.environ)
@@ -141,7 +142,7 @@ def main() -> None:
             rate = statistics.median(rate for rate, _ in figures)
             peak = max(peak for _, peak in figures)
             print(
-                f"{name:6} {subject:16} {rate:10,.0f} tokens/s  ours over it {ours / rate:6.2f}  "
+                f"{name:6} {subject:22} {rate:10,.0f} tokens/s  ours over it {ours / rate:6.2f}  "
                 f"{peak:8,.0f} MiB",
                 flush=True,
             )
