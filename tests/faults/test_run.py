@@ -26,10 +26,11 @@ from .harness import (
 
 
 def build_flags(place: Path, steps: int = 12) -> list[str]:
-    """A run with a checkpoint after each second step."""
+    """A run with a checkpoint after each second step, and without a trial of compilation."""
     (place / "text.txt").write_text(make_text(6000))
     return [
         *TRAIN_FLAGS,
+        "--no-compile-model",
         "--data-dir",
         str(place / "data"),
         "--output-dir",
