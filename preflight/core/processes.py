@@ -50,6 +50,19 @@ def die_with_parent() -> None:
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
+def _start_tracker() -> None:
+    """Start multiprocessing's helper that frees semaphores of killed processes, without a word.
+
+    It outlives this process. By default it then tells of each semaphore in a warning, which would
+    follow the last line that this process has told. It is started once.
+    """
+    sys.warnoptions.append("ignore:resource_tracker")  # is passed on to it
+    try:
+        resource_tracker.ensure_running()
+    finally:
+        sys.warnoptions.pop()
+
+
 @contextlib.contextmanager
 def shield_children() -> Iterator[None]:
     """Child processes that start within never receive Ctrl-C, SIGHUP or SIGUSR1.
@@ -65,7 +78,7 @@ def shield_children() -> Iterator[None]:
     before = signal.pthread_sigmask(signal.SIG_BLOCK, _SHIELDED)
     try:
         # Python starts this helper with the first child, and unblocks SIGINT when it has.
-        resource_tracker.ensure_running()
+        _start_tracker()
         signal.pthread_sigmask(signal.SIG_BLOCK, _SHIELDED)
         yield
     finally:

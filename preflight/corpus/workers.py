@@ -97,12 +97,13 @@ class Encoders:
             # From files: half a megabyte of vocabulary would not go into the pipe at once, and
             # Python waits forever for a worker that dies before it has read all.
             try:
-                self._pool = concurrent.futures.ProcessPoolExecutor(
-                    n_workers,
-                    multiprocessing.get_context("spawn"),
-                    _start_worker,
-                    (kind, folder, facts, recipes or {}),
-                )
+                with shield_children():  # its semaphores start a helper process
+                    self._pool = concurrent.futures.ProcessPoolExecutor(
+                        n_workers,
+                        multiprocessing.get_context("spawn"),
+                        _start_worker,
+                        (kind, folder, facts, recipes or {}),
+                    )
             except (OSError, ImportError) as error:  # no semaphores: /dev/shm is full or missing
                 log.info(f"no worker processes ({error}); /dev/shm may be full or missing")
 

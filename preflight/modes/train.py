@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import time
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -112,7 +114,11 @@ class TrainingRun:
         if self.state.step:
             self.trackers.log({"event": "resume", "step": self.state.step})
         began = time.monotonic()
-        with self.setup.open_loader(self.state.cursor) as loader, self.recorder.bar:
+        with (
+            self.setup.open_loader(self.state.cursor) as loader,
+            self.recorder.bar,
+            self._drawing_at_the_end(),
+        ):
             try:
                 self.trainer.train(
                     self.state, loader, self.recorder, self.saver, self.evaluator, self.stop
@@ -124,8 +130,6 @@ class TrainingRun:
                 del self.trainer  # room for the picture and the explanation
             else:
                 failure = None
-            finally:
-                self._draw_curve()
         if failure is not None:
             raise self._explain_out_of_memory(failure)
         return self._conclude(time.monotonic() - began)
@@ -173,6 +177,17 @@ class TrainingRun:
             text = generate_text(self.trainer.model, self.setup.tokenizer, "", sampling)
         self.trainer.model.train()
         return text
+
+    @contextlib.contextmanager
+    def _drawing_at_the_end(self) -> Iterator[None]:
+        """Draw the loss curve, however the run ends. The first error is the one that is told."""
+        try:
+            yield
+        except BaseException:
+            with contextlib.suppress(PreflightError):
+                self._draw_curve()
+            raise
+        self._draw_curve()
 
     def _draw_curve(self) -> None:
         if not self.ranks.is_first:

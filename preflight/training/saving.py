@@ -19,6 +19,7 @@ from preflight.checkpoints.store import retire_checkpoints
 from preflight.core.errors import ExitCode, PreflightError
 from preflight.core.log import log
 from preflight.core.signals import StopFlag
+from preflight.core.storage import explain_errors
 from preflight.device.ranks import Ranks, local_ranks
 from preflight.settings import ControlSettings
 from preflight.training.plan import TrainingPlan
@@ -35,6 +36,9 @@ class CheckpointSaver:
         origin: the checkpoint that the run continues from.
         snapshot: what `save_checkpoint` stores besides the step, made when all ranks call it.
         ranks: the processes of the run, which save together; unset: one.
+
+    Raises:
+        PreflightError: code STORAGE, when the folder is gone.
     """
 
     def __init__(
@@ -57,7 +61,8 @@ class CheckpointSaver:
         self.saved = origin if is_own else None
         self._saved_step = state.step if origin is not None else -1
         self._last_save = time.monotonic()
-        self._place = output_dir.stat()
+        with explain_errors(output_dir):
+            self._place = output_dir.stat()
         self._extension_step = find_extension_step(plan)
 
     @property

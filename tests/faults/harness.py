@@ -364,5 +364,5 @@ def find_message_faults(said: str, *words: str) -> str:
         return f"a traceback or an internal error: {said}"
     message = read_message(said)
     if not 1 <= len(message) <= 5:
-        return f"{len(message)} lines: {message}"
+        return f"{len(message)} lines: {message}; the end of what was said: {said[-1000:]!r}"
     return "".join(f"no {word!r} in {message}" for word in words if word not in "\n".join(message))

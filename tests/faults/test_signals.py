@@ -41,10 +41,11 @@ PHASES = {
 
 @pytest.fixture
 def flags(place: Path, server: ForkServer) -> list[str]:
-    """Endless training on data that is there already."""
+    """Endless training, without a trial of compilation before it."""
     (place / "text.txt").write_text(make_text(20_000))
     return [
         *TRAIN_FLAGS,
+        "--no-compile-model",
         "--max-steps",
         "1000000",
         "--log-every",

@@ -13,6 +13,7 @@ import pytest
 from checkpoints.samples import CONFIG, make_state, make_weights
 
 from preflight.checkpoints import store
+from preflight.core.errors import ExitCode, PreflightError
 from preflight.settings import ControlSettings
 from preflight.training.saving import CheckpointSaver
 from preflight.training.state import TrainState
@@ -36,6 +37,12 @@ def build_saver(output_dir: Path, state: TrainState, scheduler: str = "none") ->
     plan: Any = SimpleNamespace(checkpoint_every=1, total_steps=99, scheduler=scheduler)
     control = ControlSettings(max_checkpoints=2)
     return CheckpointSaver(output_dir, plan, control, state, recorder, stop, None, snapshot)
+
+
+def test_a_folder_that_is_gone_before_the_first_step(tmp_path: Path) -> None:
+    with pytest.raises(PreflightError, match=r"cannot write .*gone: No such file") as caught:
+        build_saver(tmp_path / "gone", TrainState())
+    assert caught.value.code == ExitCode.STORAGE
 
 
 @pytest.mark.parametrize("remove", ["newest", "all", "milestones"])
