@@ -34,11 +34,11 @@ from preflight.corpus.build import prepare_data  # noqa: E402
 from preflight.corpus.windows import count_windows  # noqa: E402
 from preflight.device.matmul_rate import measure_matmul_flops  # noqa: E402
 from preflight.device.runtime import Runtime, build_runtime, describe_device  # noqa: E402
+from preflight.foresight.measured_cost import measure_cost  # noqa: E402
 from preflight.foresight.memory import MemoryOptions, estimate_memory  # noqa: E402
 from preflight.foresight.run_time import (  # noqa: E402
     estimate_cost,
     estimate_run_time,
-    measure_cost,
 )
 from preflight.foresight.step_parts import estimate_step  # noqa: E402
 from preflight.modes import train as train_mode  # noqa: E402

@@ -34,13 +34,13 @@ from preflight.foresight.learnability import (
     find_plan_warnings,
     scan_content,
 )
+from preflight.foresight.measured_cost import measure_cost
 from preflight.foresight.memory import estimate_memory
 from preflight.foresight.run_time import (
     RunCost,
     count_training_flops,
     estimate_cost,
     estimate_run_time,
-    measure_cost,
 )
 from preflight.foresight.step_parts import LocalEstimate, estimate_by_rate, estimate_step
 from preflight.foresight.target import describe_absent, describe_present, is_absent

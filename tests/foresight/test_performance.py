@@ -13,11 +13,10 @@ from conftest import MakeConfig, build
 from preflight.corpus.build import prepare_data
 from preflight.device.cards import find_card
 from preflight.device.runtime import build_runtime
-from preflight.foresight import run_time
+from preflight.foresight import measured_cost
+from preflight.foresight.measured_cost import _choose_loads, _Load
 from preflight.foresight.run_time import (
     RunCost,
-    _choose_loads,
-    _Load,
     estimate_cost,
     estimate_run_time,
     find_earliest_stop,
@@ -135,10 +134,10 @@ def test_a_part_scales_to_the_whole(
         clock[0] += 0.5 + flops / 1e9
         return type("Result", (), {"loss": torch.zeros(())})()
 
-    monkeypatch.setattr(run_time.Trainer, "train_step", train_step)
-    monkeypatch.setattr(run_time.time, "perf_counter", lambda: clock[0])
+    monkeypatch.setattr(measured_cost.Trainer, "train_step", train_step)
+    monkeypatch.setattr(measured_cost.time, "perf_counter", lambda: clock[0])
     Path("training_output").mkdir()
-    cost = run_time.measure_cost(config, model, plan, runtime, data, tokenizer, 100.0)
+    cost = measured_cost.measure_cost(config, model, plan, runtime, data, tokenizer, 100.0)
     whole = 0.5 + _Load(4, 8, 32).count_flops(model) / 1e9
     assert cost.step_seconds == pytest.approx(whole, rel=1e-6)
     assert "scaled" in cost.basis
