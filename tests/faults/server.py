@@ -17,13 +17,13 @@ import time
 import traceback
 from typing import Any, NoReturn
 
-from faults import drivers
-
 
 def run_case(job: dict[str, Any]) -> NoReturn:
     """In the forked process: the streams, then the driver; its result is the exit code."""
     code = 99
     try:
+        from faults import drivers
+
         libc, die_with_parent = ctypes.CDLL(None), 1  # PR_SET_PDEATHSIG
         libc.prctl(die_with_parent, signal.SIGKILL)
         os.chdir(job["cwd"])
@@ -65,6 +65,10 @@ def wait_for(pid: int, seconds: float) -> int | None:
 
 def serve() -> None:
     """Answer until stdin ends."""
+    # Here, since each process that multiprocessing starts for a case imports this file again, and
+    # torch would take it seconds.
+    from faults import drivers
+
     drivers.build_byte_tokenizer().fingerprint  # noqa: B018
     gc.freeze()
     replies = os.fdopen(os.dup(1), "w")

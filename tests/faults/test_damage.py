@@ -495,7 +495,9 @@ def test_pickles_are_never_run(server: ForkServer, run_folder: Path, full: bool)
             folder / "config.json",
             folder / "manifest.json",
         ]
-        for place in places if full else [places[0], places[1 + number % 4]]:
+        # The bare file is no checkpoint, whatever it holds.
+        sample = [*places[: number % 4 == 0], places[1 + number % 4]]
+        for place in places if full else sample:
             if place != bare:
                 place.write_bytes(raw)
             if place.name in samples.FILE_NAMES and place != bare:

@@ -175,6 +175,7 @@ def test_signals_save_before_leaving(
         str(ROOT / "main.py"),
         "--train",
         *TINY_FLAGS,
+        "--no-compile-model",  # without a trial of it
         "--max-steps",
         "100000",
         "--text-file",

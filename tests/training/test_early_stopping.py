@@ -17,7 +17,7 @@ from preflight.training.state import Evaluation
 OUT = Path("training_output")
 # The best evaluation is that of step 4, which is no step of a regular checkpoint.
 LOSSES = {2: 4.0, 4: 3.0, 6: 3.5, 8: 3.0, 10: 3.2, 12: 1.0}
-FLAGS = {"eval_every": 2, "checkpoint_every": 5, "max_steps": 12}
+FLAGS = {"eval_every": 2, "checkpoint_every": 5, "max_steps": 12, "tokenizer": "byte"}
 
 
 @pytest.fixture
