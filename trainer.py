@@ -34,9 +34,6 @@ from preflight.training.schedules import learning_rate_at
 from preflight.training.state import Evaluation, StepResult, TrainState, convert_to_bits_per_byte
 from train_utils import Loader
 
-# torch's fused SGD does not know parts of matrices.
-_SHARED_OPTIMIZERS = ("adamw", "adam", "muon")
-
 
 def build_trainer(
     model_config: ModelConfig,
@@ -78,19 +75,19 @@ def build_trainer(
 
 
 def refuse_unshared(training: TrainingSettings, runtime: Runtime, ranks: Ranks) -> None:
-    """Refuse what torch cannot compute on the parts of matrices that several ranks hold.
+    """Refuse what cannot be computed on the parts of matrices that several ranks hold.
 
     Raises:
         PreflightError: code FLAGS.
     """
     if ranks.world == 1:
         return
-    if training.optimizer not in _SHARED_OPTIMIZERS:
+    if not OPTIMIZERS.load(training.optimizer).knows_shards:
         raise PreflightError(
             ExitCode.FLAGS,
             f"--optimizer {training.optimizer}: not on {ranks.world} ranks, each of which holds a "
             "part of each matrix",
-            f"use --optimizer {_SHARED_OPTIMIZERS[0]}, or --ranks 1",
+            f"use --optimizer {TrainingSettings().optimizer}, or --ranks 1",
         )
     if runtime.needs_scaler:
         raise PreflightError(

@@ -10,7 +10,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from preflight.foresight.trials import TrialResult
+from preflight.foresight.trial_spec import TrialResult
 
 MAX_SIZE = 1_048_576  # of --batch-size
 USUAL_TRIALS = 6  # a search with a fair prediction ends within so many

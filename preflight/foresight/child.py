@@ -40,6 +40,9 @@ class LackOfMemory:
     reason: str
 
 
+ALL_MEMORY_HELD = LackOfMemory("it held all the memory that was available")
+
+
 @dataclass(frozen=True)
 class ChildRules:
     """What a child is called, where it writes, and when it is given up.
@@ -100,19 +103,46 @@ def run_in_child(work: Work, rules: ChildRules, on_message: Report = lambda mess
         PreflightError: what the child raised; code WORKER_LOST, when it ended without an answer or
             is silent; code SIGINT or SIGTERM after a signal.
     """
-    context = multiprocessing.get_context("spawn")
-    receiver, sender = context.Pipe(duplex=False)
-    process = context.Process(target=serve, args=(work, rules.folder, sender))
+    child = None
     try:
         storage.make_own_folder(rules.folder)
         with shield_children():
-            process.start()
-        sender.close()
-        kind, content = await_answer(receiver, process, rules, on_message)
+            child = Child(work, rules.folder)
+        kind, content = await_answer(child.receiver, child.process, rules, on_message)
     finally:
-        _kill(process)
-        receiver.close()
+        if child is not None:
+            child.end()
         storage.remove_tree(rules.folder)
+    return conclude(kind, content, rules)
+
+
+class Child:
+    """A process that does some work, started at once.
+
+    Attributes:
+        process: which ends with this one.
+        receiver: where its messages and its answer come.
+    """
+
+    def __init__(self, work: Work, folder: Path) -> None:
+        context = multiprocessing.get_context("spawn")
+        self.receiver, sender = context.Pipe(duplex=False)
+        self.process = context.Process(target=serve, args=(work, folder, sender))
+        self.process.start()
+        sender.close()
+
+    def end(self) -> None:
+        """Kill it and the processes that it started, and wait for it."""
+        _kill(self.process)
+        self.receiver.close()
+
+
+def conclude(kind: str, content: Any, rules: ChildRules) -> Any:
+    """What a child returned, by the kind and content of its last message.
+
+    Raises:
+        PreflightError: as `run_in_child`.
+    """
     if kind == "error":
         raise PreflightError(content[0], *content[1])
     if kind == "crash":
@@ -143,30 +173,50 @@ def await_answer(
     while n_looks < round(longest / LOOK_SECONDS):
         n_looks += 1
         rules.stop.leave_if_stopping(*rules.stopped)
-        if receiver.poll(LOOK_SECONDS):
-            try:
-                kind, content = receiver.recv()
-            except (EOFError, ConnectionError):
-                process.join()
-                return "end", process.exitcode
+        found = look(receiver, process, LOOK_SECONDS)
+        if found is not None:
+            kind, content = found
             if kind != "message":
                 return kind, content
             on_message(content)
             n_looks = 0
-        with contextlib.suppress(psutil.Error):
-            if psutil.Process(process.pid).memory_info().rss > rules.hard_limit_bytes:
-                return "answer", LackOfMemory("it held all the memory that was available")
-    raise PreflightError(
+        if measure_resident_bytes(process) > rules.hard_limit_bytes:
+            return "answer", ALL_MEMORY_HELD
+    raise silence_error(rules, longest)
+
+
+def look(receiver: Connection, process: BaseProcess, seconds: float) -> tuple[str, Any] | None:
+    """The kind and content of a child's next message, waiting so long; none has come: ``None``.
+
+    Of a child that has ended that is ``end``, and its exit status.
+    """
+    if not receiver.poll(seconds):
+        return None
+    try:
+        return receiver.recv()
+    except (EOFError, ConnectionError):
+        process.join()
+        return "end", process.exitcode
+
+
+def measure_resident_bytes(process: BaseProcess) -> int:
+    """The resident memory of a process; none where it has ended."""
+    with contextlib.suppress(psutil.Error):
+        return psutil.Process(process.pid).memory_info().rss
+    return 0
+
+
+def silence_error(rules: ChildRules, seconds: float) -> PreflightError:
+    """No child has said anything for so long."""
+    return PreflightError(
         ExitCode.WORKER_LOST,
-        f"{rules.name} gave no result in {format_seconds(longest)}",
+        f"{rules.name} gave no result in {format_seconds(seconds)}",
         rules.advice,
     )
 
 
 def _kill(process: BaseProcess) -> None:
     """Kill a child and the processes that it started (a compiler's workers), and wait for it."""
-    if process.pid is None:
-        return
     family: list[psutil.Process] = []
     with contextlib.suppress(psutil.Error):
         family = psutil.Process(process.pid).children(recursive=True)

@@ -14,6 +14,7 @@ from preflight.models.protocol import LanguageModel, ParameterGroup, ParameterKi
 from preflight.settings import TrainingSettings
 from preflight.settings.kinds import OPTIMIZERS
 from preflight.training.muon import Muon
+from preflight.training.sgd import SharedSGD
 from preflight.training.uncompiled import leave_compiler_out
 
 
@@ -28,11 +29,14 @@ class OptimizerSpec:
         skips_on_device: whether its step reads ``found_inf``, as torch's fused ones do, and then
             leaves weights and state alone. Of any other optimizer the trainer asks the device
             before each step whether loss and gradients are finite, and waits for the answer.
+        knows_shards: whether its step takes parameters of which each rank holds a part. Any other
+            optimizer is refused on several ranks.
     """
 
     build: Callable[[list[ParameterGroup], TrainingSettings, float], torch.optim.Optimizer]
     state_copies: Callable[[TrainingSettings, ParameterKind], float]
     skips_on_device: bool = False
+    knows_shards: bool = False
 
 
 def build_optimizer(
@@ -85,7 +89,7 @@ def _build_sgd(
     groups: list[ParameterGroup], training: TrainingSettings, learning_rate: float
 ) -> torch.optim.Optimizer:
     split = _split_by_decay(groups, training.weight_decay)
-    return leave_compiler_out(torch.optim.SGD)(
+    return leave_compiler_out(SharedSGD)(
         split, lr=learning_rate, momentum=training.beta1, fused=True
     )
 
@@ -106,7 +110,8 @@ def _count_sgd_copies(training: TrainingSettings, kind: ParameterKind) -> float:
     return 1 if training.beta1 else 0  # the momentum, which `--beta1 0` turns off
 
 
-ADAMW = OptimizerSpec(partial(_build_adam, torch.optim.AdamW), lambda *_: 2, skips_on_device=True)
-ADAM = OptimizerSpec(partial(_build_adam, torch.optim.Adam), lambda *_: 2, skips_on_device=True)
-SGD = OptimizerSpec(_build_sgd, _count_sgd_copies, skips_on_device=True)
-MUON = OptimizerSpec(_build_muon, lambda _, kind: 1 if kind == "matrix" else 2)
+_FUSED = {"skips_on_device": True, "knows_shards": True}
+ADAMW = OptimizerSpec(partial(_build_adam, torch.optim.AdamW), lambda *_: 2, **_FUSED)
+ADAM = OptimizerSpec(partial(_build_adam, torch.optim.Adam), lambda *_: 2, **_FUSED)
+SGD = OptimizerSpec(_build_sgd, _count_sgd_copies, **_FUSED)
+MUON = OptimizerSpec(_build_muon, lambda _, kind: 1 if kind == "matrix" else 2, knows_shards=True)

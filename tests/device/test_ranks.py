@@ -18,11 +18,13 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 import trainer as trainer_module
-from preflight.device.ranks import JoinedRanks, Ranks, local_ranks
+from preflight.core.errors import ExitCode, PreflightError
+from preflight.device.ranks import JoinedRanks, Ranks, local_ranks, plan_ranks
 from preflight.device.runtime import Runtime
 from preflight.models.loss import NO_TARGET
 from preflight.settings import AdapterConfig, ControlSettings, ModelConfig, TrainingSettings
 from preflight.training import muon
+from preflight.training.optimizers import SGD
 from preflight.training.plan import build_plan
 
 MODEL = ModelConfig(
@@ -74,6 +76,8 @@ CASES = {
     "checkpointing": Case(checkpointing=True),
     "nan": Case(bad_step=2),
     "adam": Case(optimizer="adam"),
+    "sgd": Case(optimizer="sgd"),
+    "sgd, nan at first": Case(optimizer="sgd", bad_step=0),
     "muon": Case(optimizer="muon"),
     "adapters": Case(adapter=AdapterConfig(3, 6.0, ("o_proj", "down_proj"))),
     "adapters, checkpointing": Case(
@@ -248,3 +252,17 @@ def test_muon_has_one_owner_for_each_stack_of_matrices(
         if world == 4:
             assert_same(drop_losses(found), expected)
         torch.testing.assert_close(drop_losses(found), expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(("knows_shards", "scaled"), [(False, False), (True, True)])
+def test_what_cannot_be_shared_is_refused(
+    knows_shards: bool, scaled: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spec = dataclasses.replace(SGD, knows_shards=knows_shards)
+    monkeypatch.setattr(trainer_module.OPTIMIZERS, "load", lambda name: spec)
+    runtime = Runtime(torch.device("cpu"), torch.float16 if scaled else torch.float32, False, ())
+    training = TrainingSettings(optimizer="own")
+    trainer_module.refuse_unshared(training, runtime, plan_ranks(1))
+    with pytest.raises(PreflightError, match="fp16" if scaled else "--optimizer own") as caught:
+        trainer_module.refuse_unshared(training, runtime, plan_ranks(2))
+    assert caught.value.code == ExitCode.FLAGS

@@ -3,13 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
-import os
 import random
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from collections import Counter
 from pathlib import Path
@@ -18,12 +14,12 @@ import psutil
 import pytest
 from torch.distributed import TCPStore
 
-from conftest import ROOT
 from preflight.checkpoints import format as checkpoint_format
 from preflight.checkpoints.store import list_checkpoints, remove_leftovers
 from preflight.core.errors import ExitCode
 
 from .harness import ForkServer, Point, find_points, find_temporaries, hash_tree
+from .ranked_run import PATIENCE_SECONDS, RankedRun
 from .scenarios import sample
 
 pytestmark = pytest.mark.slow
@@ -33,62 +29,16 @@ FLAGS = [
     *("--tokenizer", "char", "--num-workers", "1", "--max-steps", "60", "--dropout", "0.1"),
     *("--checkpoint-every", "10", "--eval-every", "30", "--max-checkpoints", "10"),
 ]
-PATIENCE_SECONDS = 240
-# The command line, for which a rank may be stopped for two seconds.
-_MAIN = f"""
-import sys
-sys.path.insert(0, {str(ROOT)!r})
-import main
-from preflight.modes import launch
-launch.STOPPED_SECONDS = 2
-sys.exit(main.main(sys.argv[1:]))
-"""
 
 
-class Run:
-    """`main.py --train --ranks N` in a folder of its own, watched from outside."""
+class Run(RankedRun):
+    """A training on a text."""
 
     def __init__(self, folder: Path, text: Path, name: str, *flags: str) -> None:
-        self.output_dir = folder / name
-        argv = [sys.executable, "-c", _MAIN, "--train", "--text-file", str(text)]
-        argv += [*FLAGS, "--output-dir", name, *flags]
-        self.log = folder / f"{name}.log"
-        environment = os.environ | {"OMP_NUM_THREADS": "1"}
-        with open(self.log, "ab") as log:
-            self.process = subprocess.Popen(
-                argv, cwd=folder, stdin=subprocess.DEVNULL, stderr=log, env=environment
-            )
-        self.parent = psutil.Process(self.process.pid)
+        super().__init__(folder, name, ["--train", "--text-file", str(text), *FLAGS, *flags])
 
-    def ranks(self) -> list[psutil.Process]:
-        """Its ranks, in their order."""
-        with contextlib.suppress(psutil.Error):  # some have just ended
-            found = [p for p in self.parent.children() if "RANK" in p.environ()]
-            return sorted(found, key=lambda process: int(process.environ()["RANK"]))
-        return []
-
-    def wait_for_step(self, step: int) -> None:
-        deadline = time.monotonic() + PATIENCE_SECONDS
-        while not any(c.step >= step for c in list_checkpoints(self.output_dir)):
-            assert self.process.poll() is None, self.read_log()
-            assert time.monotonic() < deadline, self.read_log()
-            time.sleep(0.05)
-
-    def finish(self) -> int:
-        """Its exit code; none of its processes is left."""
-        family = [self.parent, *self.parent.children(recursive=True)]
-        code = self.process.wait(PATIENCE_SECONDS)
-        _, left = psutil.wait_procs(family, timeout=5)
-        assert not left
-        return code
-
-    def read_log(self) -> str:
-        return self.log.read_text("utf-8")
-
-    def hash_end(self) -> str:
-        newest = list_checkpoints(self.output_dir)[0]
-        assert newest.step == 60
-        return hashlib.sha256((newest.path / "model.safetensors").read_bytes()).hexdigest()
+    def hash_end(self, step: int = 60) -> str:
+        return super().hash_end(step)
 
 
 @pytest.fixture(scope="module")

@@ -36,8 +36,11 @@ def build_case(
     dtype: torch.dtype = FP32,
     accumulation: int = 1,
     checkpointing: bool = False,
+    optimizer: str = "adamw",
 ) -> TraceCase:
-    training = TrainingSettings(batch_size=4, gradient_accumulation_steps=accumulation)
+    training = TrainingSettings(
+        batch_size=4, gradient_accumulation_steps=accumulation, optimizer=optimizer
+    )
     window = model.context_length
     return TraceCase(
         *(model, training, dtype, "cpu", checkpointing, False, 1, window), sharing=sharing
@@ -103,6 +106,7 @@ MEASURED: dict[str, Callable[..., TraceCase]] = {
         replace(sharing, sums_each_micro_step=True), accumulation=2
     ),
     "checkpointing": functools.partial(build_case, checkpointing=True),
+    "sgd": functools.partial(build_case, optimizer="sgd"),
     "untied": functools.partial(build_case, model=replace(SHAPE, tied=False)),
     "bf16, all": functools.partial(
         build_case, model=replace(SHAPE, tied=False), dtype=BF16, accumulation=2, checkpointing=True

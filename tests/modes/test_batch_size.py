@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import json
 import math
@@ -21,19 +22,23 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from conftest import ROOT, TINY_FLAGS, CommandRunner
+from conftest import ROOT, TINY_FLAGS, CommandRunner, MakeConfig
 from preflight.core.errors import ExitCode, PreflightError
 from preflight.core.processes import end_with_parent
 from preflight.core.signals import StopFlag
-from preflight.device.runtime import build_runtime
+from preflight.device.runtime import Runtime, build_runtime
 from preflight.foresight import child, trials
+from preflight.foresight.absent_ranks import Sharing
 from preflight.foresight.batch_search import MAX_SIZE, SearchResult, search, split_sequences
-from preflight.foresight.trials import TrialResult, TrialSpec, run_trial
-from preflight.modes import find_batch_size
+from preflight.foresight.memory import MemoryOptions, estimate_memory
+from preflight.foresight.trial_spec import TrialResult, TrialSpec
+from preflight.foresight.trials import run_trial
+from preflight.modes import batch_trials, find_batch_size
 from preflight.settings import build_config
 from trainer import Trainer, build_trainer
 
 GIB = 2**30
+PHASES = ("training step", "evaluation", "generation", "save", "resume")
 PATIENCE_SECONDS = 300  # until a process has started or ended, on a busy machine
 Line = Callable[[int], float]
 
@@ -310,7 +315,8 @@ def build_spec(tmp_path: Path, **flags: Any) -> TrialSpec:
         "mixed_precision": False,
     } | flags
     config = build_config(values, dict.fromkeys(values, "the command line"))
-    return TrialSpec(config, config.model.resolve(50257), None, tmp_path / "trial")
+    n_ranks = config.processes.ranks or 1
+    return TrialSpec(config, config.model.resolve(50257), None, tmp_path / "trial", n_ranks)
 
 
 @pytest.fixture(autouse=True)
@@ -330,7 +336,7 @@ def test_a_trial_runs_every_phase(tmp_path: Path, device: str) -> None:
     freed = [torch.ones(1_000_000) for _ in range(60)]
     del freed
     trial = trials.measure(spec)
-    assert list(trial.phases) == ["training step", "evaluation", "generation", "save", "resume"]
+    assert list(trial.phases) == [*PHASES]
     assert trial.steps == 3
     assert trial.failure == ""
     # Weights, gradients and AdamW's two averages of 1.6 M parameters in fp32 are 26 MB.
@@ -358,10 +364,13 @@ def test_out_of_memory_is_a_result_and_names_the_phase(
     trial = trials.measure(spec)
     assert trial.failure.startswith("out of memory in the evaluation: CUDA out of memory. Tried")
     assert not trial.fits(2**60)
-    assert built[-1] == {"gradient_checkpointing": True}
+    assert built[-1]["gradient_checkpointing"] is True
     monkeypatch.setattr(trials.Trainer, "evaluate", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         trials.measure(spec)
+
+
+MEASURE_RANK = trials._measure_rank
 
 
 def list_children() -> list[int]:
@@ -543,13 +552,130 @@ def run_in_process(
     """The whole mode with a simulated device."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(
-        find_batch_size,
+        batch_trials,
         "run_trial",
         lambda spec, *_: device.probe(spec.config.training.batch_size),
     )
-    monkeypatch.setattr(find_batch_size, "measure_limit", lambda runtime, margin: (limit, limit))
+    monkeypatch.setattr(batch_trials, "measure_limit", lambda *_: (limit, limit))
     values = {"model_size": "nano", "device": "cpu", "mixed_precision": False} | flags
     return find_batch_size.run(build_config(values, dict.fromkeys(values, "the command line")))
+
+
+def test_ranks_share_an_update_and_the_memory_of_a_cpu(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(batch_trials, "available_host_bytes", lambda: 3 * 10**9)
+    spec = build_spec(tmp_path, ranks=3, batch_size=4, gpu_safety_margin=0.1)
+    with StopFlag() as stop:
+        among = batch_trials.BatchTrials(spec, stop)
+        alone = batch_trials.BatchTrials(dataclasses.replace(spec, n_ranks=1), stop)
+    assert (among.total_bytes, among.limit_bytes) == (10**9, 9 * 10**8)
+    assert (alone.total_bytes, alone.limit_bytes) == (3 * 10**9, 27 * 10**8)
+    # Learning sees the whole update: a size on three ranks is three times that on one.
+    assert among.count_tokens_per_step(4) == alone.count_tokens_per_step(12) == 12 * 32
+    assert among.count_times_tokens(40) == alone.count_times_tokens(120) > 1
+    # Each keeps its third of the update that is asked for.
+    config = build_spec(tmp_path, ranks=3, tokens_per_step=3 * 32 * 10).config
+    with StopFlag() as stop:
+        kept = batch_trials.BatchTrials(dataclasses.replace(spec, config=config), stop)
+    assert kept.n_kept == 10
+    assert kept.count_times_tokens(40) == 1
+    assert kept.spec_at(4).config.training.gradient_accumulation_steps == 2
+
+
+@pytest.mark.slow
+def test_the_memory_that_is_predicted_is_that_of_a_rank(tmp_path: Path) -> None:
+    spec = build_spec(tmp_path, ranks=2, batch_size=4)
+    with StopFlag() as stop:
+        search_trials = batch_trials.BatchTrials(spec, stop)
+    runtime = spec.runtime()
+    expected = estimate_memory(
+        spec.model_config,
+        spec.config.resolve_training(),
+        MemoryOptions.of(runtime, False, sharing=Sharing(2)),
+    )
+    assert search_trials.estimate(4).items == expected.items
+    assert search_trials.predict(4) == expected.required_bytes
+
+
+def test_a_search_has_the_ranks_of_a_run(make_config: MakeConfig, monkeypatch: Any) -> None:
+    """All cards, where no flag says otherwise; what cannot be shared is refused at once."""
+    asked: list[TrialSpec] = []
+
+    def stop_here(spec: TrialSpec, _: StopFlag) -> None:
+        asked.append(spec)
+        raise PreflightError(ExitCode.INTERNAL, "far enough")
+
+    monkeypatch.setattr(find_batch_size, "BatchTrials", stop_here)
+    monkeypatch.setattr(find_batch_size, "count_ranks", lambda config: 3)
+    with pytest.raises(PreflightError, match="far enough"):
+        find_batch_size.run(make_config(tokenizer="byte"))
+    assert [spec.n_ranks for spec in asked] == [3]
+    fp16 = Runtime(torch.device("cpu"), torch.float16, False, ())
+    monkeypatch.setattr(find_batch_size, "build_runtime", lambda _: fp16)
+    with pytest.raises(PreflightError, match="not on 3 ranks"):
+        find_batch_size.run(make_config(tokenizer="byte"))
+
+
+def test_of_ranks_the_fullest_is_told_and_the_slowest() -> None:
+    first = TrialResult(4, 5, 20, 0, 320, 1, 2.0, 64.0, phases={"save": 20}, rank_bytes=(320,))
+    second = TrialResult(4, 5, 30, 0, 330, 1, 4.0, 32.0, phases={"save": 30}, rank_bytes=(330,))
+    joined = trials._join_results([first, second])
+    assert joined == dataclasses.replace(second, rank_bytes=(320, 330))
+    assert trials._join_results([first]) == first
+    assert trials._join_results([second, first]).step_seconds == 4.0
+
+
+@pytest.mark.slow
+def test_real_ranks_need_what_is_predicted_and_then_train(
+    preflight: CommandRunner, tmp_path: Path, tiny_text: Path
+) -> None:
+    flags = [*TINY_FLAGS, "--device", "cpu"]
+    sizes = ("--test-batch-sizes", "128", "8")
+    search_flags = [*flags, "--ranks", "2", *sizes, "--tokens-per-step", "1024"]
+    result = preflight("--get-optimal-bs", *search_flags, timeout=PATIENCE_SECONDS)
+    assert result.returncode == 0, result.stderr
+    report = json.loads((tmp_path / "training_output/batch_size_report.json").read_text())
+    assert report["ranks"] == 2
+    assert [t["batch_size"] for t in report["trials"]][:2] == [128, 8]
+    for trial in report["trials"]:
+        assert len(trial["rank_bytes"]) == 2
+        assert trial["needed_bytes"] == max(trial["rank_bytes"])
+        assert list(trial["phases"]) == [*PHASES]
+        assert trial["fits"]
+        tokens = 2 * trial["batch_size"] * trial["micro_steps"] * 32
+        assert trial["tokens_per_second"] * trial["step_seconds"] == pytest.approx(tokens)
+        assert 0.7 < trial["ratio"] < 1.1
+    assert report["chosen"] * report["accumulation"] * 32 * 2 == 1024
+    assert "ranks: 2; batch size of each" in result.stdout
+    assert f"2 ranks x {report['chosen']}" in result.stdout
+    trained = preflight(
+        *("--train", *flags, *report["flags"].split()),
+        *("--max-steps", "2", "--text-file", str(tiny_text)),
+    )
+    assert trained.returncode == 0, trained.stderr
+    assert "2 steps of 1,024 tokens" in trained.stderr
+
+
+@pytest.mark.slow
+def test_a_rank_that_lacks_memory_ends_the_trial_and_not_the_search(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = list_children()
+    monkeypatch.setattr(trials, "_measure_rank", _exhaust_rank_1)
+    with StopFlag() as stop:
+        trial = run_trial(build_spec(tmp_path, ranks=2), GIB * 64, stop)
+    assert trial.failure.startswith("out of memory in the evaluation: CUDA out of memory")
+    assert list_children() == before
+
+
+def _exhaust_rank_1(spec: TrialSpec, port: int, rank: int, report: Any) -> TrialResult:
+    def exhaust(*_: Any) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB.")
+
+    if rank:
+        trials.Trainer.evaluate = exhaust  # type: ignore[assignment, method-assign]
+    return MEASURE_RANK(spec, port, rank, report)
 
 
 @pytest.mark.slow

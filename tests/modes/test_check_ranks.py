@@ -9,10 +9,8 @@ from typing import Any
 import pytest
 import torch
 
-from preflight.core.errors import ExitCode, PreflightError
 from preflight.foresight.absent_ranks import Sharing
 from preflight.foresight.memory import MemoryOptions, estimate_memory
-from preflight.modes import find_batch_size
 from preflight.modes.check import build_report
 from preflight.modes.check_ranks import find_fewest_ranks
 from preflight.modes.report import Report
@@ -88,11 +86,3 @@ def test_the_fewest_ranks_are_those_of_a_search_from_one() -> None:
         by_hand = next((n for n in range(1, 9) if needed(n) <= limit), None)
         assert fewest == by_hand == least
     assert find_fewest_ranks(wide, training, options, 2**20) is None
-
-
-def test_a_search_for_a_batch_size_among_ranks_is_refused() -> None:
-    with pytest.raises(
-        PreflightError, match="--get-optimal-bs tries batch sizes on one card"
-    ) as caught:
-        find_batch_size.run(build_config({"ranks": 2}, {}))
-    assert caught.value.code == ExitCode.FLAGS

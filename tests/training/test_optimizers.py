@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import subprocess
 import sys
 
@@ -41,6 +42,22 @@ def test_updates_equal_torchs_plain_optimizer(name: str) -> None:
         plain.step()
     for ours, theirs in zip(weights_of(trainer), reference.parameters(), strict=True):
         torch.testing.assert_close(ours, theirs.detach(), rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("name", ["adamw", "adam", "sgd"])
+def test_a_first_update_that_is_skipped_leaves_no_trace(name: str) -> None:
+    """torch's fused SGD, of itself, then keeps a momentum that was never written."""
+    unhurt, hurt = (build_trainer(optimizer=name) for _ in range(2))
+    (batch,) = draw_batches(1)
+    handle = hurt.model.register_forward_hook(lambda *args: args[-1] * math.nan)
+    junk = [torch.full_like(p, 7.0) for p in hurt.model.parameters()]
+    del junk  # what is not written to holds it
+    hurt.train_step(0, [batch])
+    handle.remove()
+    for trainer in (unhurt, hurt):
+        trainer.train_step(1, [batch])
+    for ours, theirs in zip(weights_of(hurt), weights_of(unhurt), strict=True):
+        assert torch.equal(ours, theirs)
 
 
 def test_only_weight_matrices_decay() -> None:
