@@ -33,6 +33,7 @@ from preflight.models.loss import Targets
 from preflight.models.mlp import MLP
 from preflight.models.norms import build_norm
 from preflight.models.positions import LearnedPositions
+from preflight.models.quantization import Int8Embedding, Int8Linear, Int8Matrix
 from preflight.models.single_row import SingleRowDecoder
 from preflight.settings import ModelConfig
 from preflight.settings.kinds import FEED_FORWARDS, POSITIONS
@@ -231,8 +232,8 @@ class DecoderOnlyTransformer(TokenModel):
         """What decodes into `cache` faster than `decode`; ``None`` where nothing does.
 
         On CUDA that is a graph of the step's kernels. On the CPU it is numpy, for one row in fp32
-        and a model made of nothing but the modules that it knows, which are GPT-2's. Weights that
-        are being trained have neither.
+        and a model made of nothing but the modules that it knows, which are GPT-2's, or those in
+        int8 that are multiplied in integers. Weights that are being trained have neither.
         """
         weight = next(iter(self.norm.parameters()))  # matrices may be quantised
         if weight.dtype != cache.layers[0].dtype or any(p.requires_grad for p in self.parameters()):
@@ -248,14 +249,16 @@ class DecoderOnlyTransformer(TokenModel):
         )
         if not is_supported:
             return None
-        return SingleRowDecoder(
-            self.config, dict(self.named_parameters()), self.config.norm_eps, cache
-        )
+        modules = dict(self.named_modules())
+        return SingleRowDecoder(self.config, modules, self.config.norm_eps, cache)
 
     def _has_parts_of_gpt2(self) -> bool:
         """Whether nothing is changed that `SingleRowDecoder` would have to compute otherwise."""
         changed = set(self.config.list_changed_parts()) - {"model_family", "norm_eps"}
-        return not changed and all(type(module) in _SINGLE_ROW_MODULES for module in self.modules())
+        return not changed and all(
+            module.is_integer if type(module) is Int8Matrix else type(module) in _SINGLE_ROW_MODULES
+            for module in self.modules()
+        )
 
 
 # What `SingleRowDecoder` computes; nothing derived from these, which may compute something else.
@@ -268,6 +271,8 @@ _SINGLE_ROW_MODULES = {
     nn.Linear,
     nn.LayerNorm,
     nn.Embedding,
+    Int8Linear,
+    Int8Embedding,
     LearnedPositions,
     nn.Identity,
     nn.Dropout,

@@ -29,11 +29,11 @@ from peers import alternate, print_rows  # noqa: E402
 
 from generate import generate_batch, load_model  # noqa: E402
 from preflight.checkpoints.store import open_checkpoint  # noqa: E402
-from preflight.device.runtime import build_runtime, describe_device, has_fast_bf16  # noqa: E402
+from preflight.device.runtime import Runtime, build_runtime, describe_device  # noqa: E402
 from preflight.models.base import TokenModel  # noqa: E402
 from preflight.models.building import build_model  # noqa: E402
 from preflight.models.quantization import quantize_model  # noqa: E402
-from preflight.modes.quantizing import SAMPLE_TOKENS, measure_loss  # noqa: E402
+from preflight.modes.quantizing import SAMPLE_TOKENS, choose_dtype, measure_loss  # noqa: E402
 from preflight.settings import ModelConfig, ModelSettings, SamplingConfig, SystemSettings  # noqa: E402
 from preflight.tokenization import Tokenizer, load_tokenizer  # noqa: E402
 
@@ -50,9 +50,9 @@ def build_random(shape: ModelConfig) -> TokenModel:
     return model
 
 
-def build_variants(model: TokenModel, device: torch.device) -> dict[str, TokenModel]:
+def build_variants(model: TokenModel, runtime: Runtime) -> dict[str, TokenModel]:
     """The model in fp32, in bf16, and with int8 weights."""
-    wide = torch.bfloat16 if has_fast_bf16(device) else torch.float32
+    device, wide = runtime.device, choose_dtype(runtime)
     small = copy.deepcopy(model).to(device, wide)
     quantize_model(small, wide)
     return {
@@ -92,7 +92,9 @@ def main() -> int:
     parser.add_argument("--rows", type=int, nargs="+", default=ROWS, help="texts at once")
     parser.add_argument("--cpu-time", action="store_true", help="the process's, least of all turns")
     given = parser.parse_args()
-    device = torch.device("cpu") if given.smoke else build_runtime(SystemSettings()).device
+    settings = SystemSettings(device="cpu" if given.smoke else "auto", mixed_precision=False)
+    runtime = build_runtime(settings)
+    device = runtime.device
     if given.checkpoint:
         cpu = torch.device("cpu")
         model, tokenizer = load_model(open_checkpoint(given.checkpoint), cpu, torch.float32)
@@ -100,7 +102,7 @@ def main() -> int:
         small = ModelSettings(model_size="small").resolve(50257)
         model = build_random(ModelConfig(50257, 64, 64, 4, 2, 256) if given.smoke else small)
         tokenizer = load_tokenizer("gpt2")
-    variants = build_variants(model, device)
+    variants = build_variants(model, runtime)
     n_tokens, repeats = (8, 2) if given.smoke else (given.tokens, 5)
     rows: list[tuple[str, Any, str]] = []
     compare = alternate_cpu_time if given.cpu_time else alternate

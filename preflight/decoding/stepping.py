@@ -45,7 +45,8 @@ class Decoder:
 
     def threads(self) -> contextlib.AbstractContextManager[None]:
         """The threads that suit this way, for a step with all that belongs to it."""
-        return one_torch_thread() if self.is_in_numpy else contextlib.nullcontext()
+        in_numpy = isinstance(self._fast, SingleRowDecoder) and self._fast.multiplies_in_numpy
+        return one_torch_thread() if in_numpy else contextlib.nullcontext()
 
     @property
     def is_in_numpy(self) -> bool:

@@ -1,40 +1,39 @@
-"""Weight-only int8 for inference: each row of a matrix is int8 with one scale, activations are not.
+"""Int8 weights for inference: each row of a matrix is int8 with one scale.
 
 A token of one sequence reads every weight once, so that a quarter of fp32's bytes means less time.
-On a CPU the product is torch's own `_weight_int8pack_mm`. It is private and may change: it is used
-only where it is there and agrees with the plain product. Elsewhere, and for many rows at once, the
-weights are converted part by part and multiplied in a floating-point type.
+On a CPU one of torch's own products does it (int8_kernels.py). Where there is none, or it is slow
+for so many rows, the weights are converted part by part and multiplied in a floating-point type.
+A matrix that is multiplied in integers is kept rotated, as its inputs are before each product.
 
 Shapes: N rows of a matrix (outputs), K columns (inputs), C hidden size, V vocabulary.
 
 The scale, the largest absolute value of a row over 127, is that of Dettmers et al. 2022
-(arXiv:2208.07339, section 2), without the outliers: here the inputs keep their precision.
+(arXiv:2208.07339, section 2), without the outliers: a rotation spreads those of the inputs.
 """
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable
 from typing import cast
 
 import torch
 from torch import Tensor, nn
 
 from preflight.models.base import TokenModel
+from preflight.models.int8_kernels import (
+    LARGEST,
+    find_block,
+    find_kernel,
+    multiply_integers,
+    rotate,
+)
 
-_LARGEST = 127
-# Rows of inputs up to which torch's kernel is faster: its time grows with each row, and to convert
-# the weights takes as long as 16 rows of it (benchmarks/LOG.md).
-_KERNEL_ROWS = 16
 _PART_ROWS = 4096  # of a matrix that are converted at once: they stay in the cache
-_TOLERANCE = 0.02  # of the largest result; bf16 rounds to 0.004
-_Kernel = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 def quantize_rows(weight: Tensor) -> tuple[Tensor, Tensor]:
     """A matrix (N K) as int8 (N K), and a scale for each row (N) in fp32."""
     weight = weight.detach().float()
-    scale = weight.abs().amax(dim=1) / _LARGEST
+    scale = weight.abs().amax(dim=1) / LARGEST
     divisor = torch.where(scale > 0, scale, 1.0)
     return (weight / divisor[:, None]).round().to(torch.int8), scale
 
@@ -52,17 +51,27 @@ class Int8Matrix(nn.Module):
 
     def __init__(self, weight: Tensor, wide_dtype: torch.dtype) -> None:
         super().__init__()
-        values, scale = quantize_rows(weight)
+        self.block = find_block(weight)
+        values, scale = quantize_rows(rotate(weight.detach().float(), self.block))
         self.register_buffer("values", values)
-        self.register_buffer("scale", scale.to(torch.bfloat16))
+        self._kernel = find_kernel(values, scale, self.block)
+        dtype = torch.bfloat16 if self._kernel is None else self._kernel.dtype
+        self.register_buffer("scale", scale.to(dtype))
         self.wide_dtype = wide_dtype
-        self._kernel = find_kernel(values, self.scale)
+
+    @property
+    def is_integer(self) -> bool:
+        """Whether inputs are rounded to int8 too."""
+        return self._kernel is not None and self._kernel.multiply is multiply_integers
 
     def multiply(self, x: Tensor) -> Tensor:
         """(... K) -> (... N), in the type of `x`."""
         rows = x.reshape(-1, x.shape[-1])
-        if self._kernel is not None and len(rows) <= _KERNEL_ROWS:
-            product = self._kernel(rows.to(torch.bfloat16), self.values, self.scale)
+        if self.block > 1:
+            rows = rotate(rows.float(), self.block)
+        kernel = self._kernel
+        if kernel is not None and len(rows) <= kernel.max_rows:
+            product = kernel.multiply(rows.to(kernel.dtype), self.values, self.scale)
         else:
             product = self._multiply_wide(rows)
         return product.to(x.dtype).reshape(*x.shape[:-1], -1)
@@ -76,11 +85,14 @@ class Int8Matrix(nn.Module):
 
     def read_rows(self, ids: Tensor, dtype: torch.dtype) -> Tensor:
         """The rows (... K) of `ids` (...)."""
-        return self.values[ids].to(dtype) * self.scale[ids].to(dtype)[..., None]
+        found = self.values[ids].float() * self.scale[ids].float()[..., None]
+        return rotate(found, self.block).to(dtype)
 
     def dequantize(self) -> Tensor:
         """The matrix (N K) in `wide_dtype`."""
-        return self.values.to(self.wide_dtype) * self.scale.to(self.wide_dtype)[:, None]
+        return self.read_rows(
+            torch.arange(len(self.values), device=self.values.device), self.wide_dtype
+        )
 
 
 class Int8Linear(nn.Module):
@@ -136,25 +148,3 @@ def quantize_model(model: TokenModel, wide_dtype: torch.dtype = torch.float32) -
     model.embed_tokens = cast(nn.Embedding, Int8Embedding(model.embed_tokens, wide_dtype))
     head = model.embed_tokens if model.config.tied else model.lm_head
     model.bind_head(cast(Int8Linear | Int8Embedding, head).matrix.multiply)
-
-
-def find_kernel(values: Tensor, scale: Tensor) -> _Kernel | None:
-    """torch's int8 product for this matrix (N K), if it has one here that computes what we mean."""
-    kernel = load_kernel()
-    if kernel is None or values.device.type != "cpu":
-        return None
-    some = values[:_PART_ROWS]
-    generator = torch.Generator().manual_seed(0)
-    x = torch.randn(3, values.shape[1], generator=generator).to(torch.bfloat16)
-    with contextlib.suppress(RuntimeError, NotImplementedError, TypeError):
-        found = kernel(x, some, scale[:_PART_ROWS]).float()
-        meant = (x.float() @ some.float().T) * scale[:_PART_ROWS].float()
-        if (found - meant).abs().max() <= _TOLERANCE * meant.abs().max():
-            return kernel
-    return None
-
-
-def load_kernel() -> _Kernel | None:
-    """torch's int8 product, if this torch has it: inputs (M K), int8 (N K), scales (N)."""
-    kernel: _Kernel | None = getattr(torch.ops.aten, "_weight_int8pack_mm", None)
-    return kernel

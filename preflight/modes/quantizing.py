@@ -13,6 +13,7 @@ from preflight.core.errors import ExitCode, PreflightError
 from preflight.core.log import log
 from preflight.device.runtime import Runtime, has_fast_bf16
 from preflight.models.base import TokenModel
+from preflight.models.int8_kernels import has_exact_products
 from preflight.models.quantization import quantize_model
 from preflight.modes.export_model import read_sample
 from preflight.settings import RunConfig
@@ -40,7 +41,11 @@ def check_quantize(config: RunConfig) -> bool:
 
 
 def choose_dtype(runtime: Runtime) -> torch.dtype:
-    """The type of a quantised model's activations: bf16 where the hardware multiplies in it."""
+    """The type of a quantised model's activations: bf16 where the hardware multiplies in it, and
+    not in integers. These take fp32 as well, in which one row is decoded in numpy.
+    """
+    if runtime.device.type == "cpu" and has_exact_products():
+        return torch.float32
     return torch.bfloat16 if has_fast_bf16(runtime.device) else runtime.dtype
 
 
