@@ -25,8 +25,8 @@ from .harness import (
 )
 
 
-def build_flags(place: Path, steps: int = 12) -> list[str]:
-    """A run with a checkpoint after each second step, and without a trial of compilation."""
+def build_flags(place: Path, steps: int = 12, checkpoint_every: int = 2) -> list[str]:
+    """A run with many checkpoints, and without a trial of compilation."""
     (place / "text.txt").write_text(make_text(6000))
     return [
         *TRAIN_FLAGS,
@@ -38,7 +38,7 @@ def build_flags(place: Path, steps: int = 12) -> list[str]:
         "--max-steps",
         str(steps),
         "--checkpoint-every",
-        "2",
+        str(checkpoint_every),
         "--eval-every",
         str(steps),
         "--log-every",
@@ -99,7 +99,9 @@ def test_output_folder_is_taken_away(server: ForkServer, place: Path, kind: str)
 
 
 def test_shard_is_edited_in_the_middle(server: ForkServer, place: Path) -> None:
-    process = server.start("main", build_flags(place, steps=1_000_000), cwd=place)
+    # Some hundred steps are made of what is read already.
+    flags = build_flags(place, steps=1_000_000, checkpoint_every=10)
+    process = server.start("main", flags, cwd=place)
     wait_until(lambda: "\nstep 3/" in process.said(), 30)
     shard = next((place / "data" / "train").glob("*.npy"))
     with open(shard, "r+b") as file:
