@@ -243,9 +243,12 @@ def test_muon_has_one_owner_for_each_stack_of_matrices(
     world: int, stacked: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """With fewer stacks than ranks, or more. 32 rows are not the same number on each of three
-    ranks, where torch's kernels, AdamW's too, round the last few numbers of a part otherwise.
+    ranks, where torch's kernels, AdamW's too, round the last few numbers of a part otherwise: bf16
+    would make these differences larger by as much as it is coarser.
     """
     monkeypatch.setattr(muon, "_STACKED", stacked)
+    if world == 3:
+        monkeypatch.setattr(muon, "choose_dtype", lambda device: torch.float32)
     case = Case(optimizer="muon")
     expected = drop_losses(train(case, OneProcess(), world))
     for found in run_ranks(world, lambda ranks: train(case, ranks, 1, ordered=True)):
