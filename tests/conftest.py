@@ -19,6 +19,10 @@ from preflight.core.log import configure_logging
 from preflight.device.remembered import FOLDER_VARIABLE
 from preflight.settings import RunConfig, build_config
 
+# Files that tests write need not outlast the machine: in memory, saves wait for no disk.
+_SHARED_MEMORY, _ROOM = Path("/dev/shm"), 6 * 2**30
+if _SHARED_MEMORY.is_dir() and shutil.disk_usage(_SHARED_MEMORY).free > _ROOM:
+    os.environ.setdefault("PYTEST_DEBUG_TEMPROOT", str(_SHARED_MEMORY))
 # The tests run in one process per core, on shapes too small for a second thread to help.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 torch.set_num_threads(1)
