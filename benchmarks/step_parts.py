@@ -93,11 +93,9 @@ def main() -> int:
     if given.threads:
         torch.set_num_threads(given.threads)
     for name in given.shapes[: 2 if given.smoke else None]:
-        for precision in ({}, {"mixed_precision": False}):
-            print(
-                json.dumps(measure_shape(name, SHAPES[name] | precision, given.compile_model)),
-                flush=True,
-            )
+        for mixed in (True, False):
+            flags = SHAPES[name] | {"mixed_precision": mixed}
+            print(json.dumps(measure_shape(name, flags, given.compile_model)), flush=True)
     return 0
 
 
