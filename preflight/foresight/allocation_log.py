@@ -64,6 +64,7 @@ class AllocationLog(TorchDispatchMode):
         self.on_cuda = device_type == "cuda"
         self.clock = 0
         self.in_backward = False
+        self.is_paused = False
         self.storages: list[_Storage] = []
         self.marks: list[tuple[int, Region]] = []
         self._living: dict[int, _Storage] = {}  # by the id of torch's storage object
@@ -73,6 +74,8 @@ class AllocationLog(TorchDispatchMode):
     ) -> Any:
         if any(hasattr(kind, "to_local") for kind in types):
             return NotImplemented  # a sharded tensor: what it does with its part comes here next
+        if self.is_paused:
+            return func(*args, **(kwargs or {}))
         self.clock += 1
         if func is torch.ops.aten._local_scalar_dense.default:
             return 1  # `.item()`: fake tensors hold no number; "true", so that the step goes on
@@ -116,6 +119,21 @@ class AllocationLog(TorchDispatchMode):
             yield
         finally:
             torch.UntypedStorage.resize_ = resize  # type: ignore[method-assign]
+
+    @contextlib.contextmanager
+    def leave_out_shapes(self) -> Iterator[None]:
+        """Note nothing of what torch computes for the shape of a sharded tensor alone.
+
+        It does so once for each operation, on whole tensors that no rank ever has.
+        """
+        from torch.distributed.tensor._sharding_prop import ShardingPropagator
+
+        own = ShardingPropagator._fake_mode_lock
+        ShardingPropagator._fake_mode_lock = _Pause(self)  # type: ignore[assignment]
+        try:
+            yield
+        finally:
+            ShardingPropagator._fake_mode_lock = own
 
     def _resize(self, storage: torch.UntypedStorage) -> None:
         """A resize lies between two operations: one record ends with the first of them."""
@@ -189,3 +207,16 @@ class AllocationLog(TorchDispatchMode):
             if record.allocated <= time and (record.freed is None or record.freed >= time):
                 items[record.item] += record.size_bytes
         return items
+
+
+class _Pause:
+    """Within, a log notes nothing; to be entered again and again."""
+
+    def __init__(self, log: AllocationLog) -> None:
+        self._log = log
+
+    def __enter__(self) -> None:
+        self._log.is_paused = True
+
+    def __exit__(self, *unused: object) -> None:
+        self._log.is_paused = False

@@ -186,7 +186,11 @@ def trace_whole(case: TraceCase) -> Peaks:
     runtime = Runtime(torch.device("cpu"), case.dtype, False, ())
     plan = build_plan(training, ControlSettings(), case.window_tokens, 1, 1)
     # The ranks come first: they know each other by real numbers, not by fake tensors.
-    with pretend_ranks(case.sharing) as ranks, _pretend(case.device_type) as log:
+    with (
+        pretend_ranks(case.sharing) as ranks,
+        _pretend(case.device_type) as log,
+        log.leave_out_shapes() if case.sharing.world > 1 else contextlib.nullcontext(),
+    ):
         log.mark("building", "model")
         if isinstance(ranks, AbsentRanks):
             ranks.before_shard = lambda: log.mark("building", "sharding")

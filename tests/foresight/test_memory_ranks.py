@@ -158,6 +158,12 @@ def test_ranks_leave_no_process_group_behind() -> None:
     assert torch.UntypedStorage.resize_ is resize
 
 
+def test_a_first_trace_is_like_the_next() -> None:
+    """torch derives the shapes of sharded tensors once, on tensors that no rank has."""
+    case = build_case(Sharing(2), replace(SHAPE, vocab_size=1009))
+    assert trace_whole(case) == trace_whole(case)
+
+
 @pytest.mark.parametrize("accumulation", [1, 2])
 def test_depth_is_extended_exactly_among_ranks(accumulation: int) -> None:
     deep = replace(SHAPE, vocab_size=500, n_layers=7)
