@@ -15,6 +15,7 @@ from preflight.core.errors import ExitCode, PreflightError
 from preflight.core.log import log
 from preflight.core.units import format_bytes, format_seconds
 from preflight.corpus.sources import find_sources
+from preflight.device.ranks import is_lost_rank
 from preflight.device.runtime import is_out_of_memory
 from preflight.foresight.fits import explain_out_of_memory, explain_rank_out_of_memory
 from preflight.foresight.learnability import find_short_text
@@ -111,13 +112,14 @@ class TrainingRun:
         self.trackers.add(self.curve)
         if self.state.step:
             self.trackers.log({"event": "resume", "step": self.state.step})
-        began = time.monotonic()
+        began, is_lost = time.monotonic(), False
         with self.setup.open_loader(self.state.cursor) as loader, self.recorder.bar:
             try:
                 self.trainer.train(
                     self.state, loader, self.recorder, self.saver, self.evaluator, self.stop
                 )
             except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
+                is_lost = is_lost_rank(error)
                 if not is_out_of_memory(error):
                     raise
                 failure: BaseException | None = error.with_traceback(None)
@@ -125,7 +127,8 @@ class TrainingRun:
             else:
                 failure = None
             finally:
-                self._draw_curve()
+                if not is_lost:  # then the next start is not kept waiting for a picture
+                    self._draw_curve()
         if failure is not None:
             raise self._explain_out_of_memory(failure)
         return self._conclude(time.monotonic() - began)
