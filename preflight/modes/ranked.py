@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -78,21 +78,38 @@ def _run_as_rank(config: RunConfig, kind: RunKind, stop: StopFlag) -> int:
     Unless the parent has prepared and locked everything, rank 0 does, while the others wait.
     """
     name_process(f"rank {os.environ['RANK']}")
-    accept_signals()
+    if is_prepared():
+        accept_signals()
     end_with_launcher()
     heartbeat = begin_heartbeat()
-    meeting = Meeting()
-    if not is_prepared() and meeting.rank == 0:
-        planned = plan_ranks(meeting.world, meeting.hosts)
+    with _ending_with_others():
+        meeting = Meeting()
+        if not is_prepared() and meeting.rank == 0:
+            planned = plan_ranks(meeting.world, meeting.hosts)
 
-        def begin(_: RunSetup) -> int:
-            meeting.announce_prepared()
-            return _join(config, kind, stop, meeting, heartbeat)
+            def begin(_: RunSetup) -> int:
+                meeting.announce_prepared()
+                return _join(config, kind, stop, meeting, heartbeat)
 
-        return _prepare(kind.setup(config, stop, resumes=True, ranks=planned), begin)
-    if not is_prepared():
-        meeting.wait_for_preparation(stop)
-    return _join(config, kind, stop, meeting, heartbeat)
+            return _prepare(kind.setup(config, stop, resumes=True, ranks=planned), begin)
+        if not is_prepared():
+            meeting.wait_for_preparation(stop)
+        return _join(config, kind, stop, meeting, heartbeat)
+
+
+@contextlib.contextmanager
+def _ending_with_others() -> Iterator[None]:
+    """Turn what torch says where another rank or the launcher has gone into the end of this one.
+
+    Raises:
+        PreflightError: code WORKER_LOST.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        if not is_lost_rank(error):
+            raise
+        raise PreflightError(ExitCode.WORKER_LOST) from error
 
 
 def _join(
@@ -117,10 +134,6 @@ def _join(
         if meeting.is_first_to("tell an error"):
             raise
         raise PreflightError(error.code) from None
-    except RuntimeError as error:
-        if not is_lost_rank(error):
-            raise
-        raise PreflightError(ExitCode.WORKER_LOST) from error
     ranks.close()
     return code
 

@@ -28,7 +28,8 @@ pytestmark = pytest.mark.slow
 _TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
 _TORCHRUN += [str(ROOT / "main.py")]
 
-_WEIGHTS = {"the parent": 2, "a rank": 6, "the fork server": 1}
+# Where a new parent has to load libraries, a case takes five times as long.
+_WEIGHTS = {"the parent": 1, "a rank": 16, "the fork server": 1}
 
 
 class Chaos:
@@ -49,8 +50,11 @@ class Chaos:
     def disturb(self) -> str:
         """A signal to a random process at a random moment; what was done."""
         self._check()
-        time.sleep(self.draw.uniform(0, 3))
-        number = self.draw.choice([signal.SIGKILL, signal.SIGKILL, signal.SIGSTOP, signal.SIGTERM])
+        if self.draw.random() < 0.8:  # otherwise mostly the start of the parent would be met
+            while not self.run.ranks() and self.run.process.poll() is None:
+                time.sleep(0.02)
+        time.sleep(self.draw.uniform(0, 2.5))
+        number = self.draw.choice([signal.SIGKILL] * 8 + [signal.SIGSTOP, signal.SIGTERM])
         ranks = self.run.ranks()
         kinds = {"the parent": [self.run.parent], "a rank": ranks, "the fork server": []}
         if number == signal.SIGKILL:  # to the others it does not listen
@@ -109,14 +113,14 @@ def test_random_signals_cost_nothing(tmp_path: Path, text: Path, unbroken: str, 
     """Runs that are each disturbed several times."""
     done: list[str] = []
     pauses: list[float] = []
-    for seed in range(40 if full else 1):
+    for seed in range(20 if full else 1):
         (tmp_path / str(seed)).mkdir()
         chaos = Chaos(tmp_path / str(seed), text, seed)
-        done += [chaos.disturb() for _ in range(5 if full else 3)]
-        assert chaos.finish() == unbroken, (seed, done[-5:])
+        done += [chaos.disturb() for _ in range(10 if full else 3)]
+        assert chaos.finish() == unbroken, (seed, done[-10:])
         pauses += chaos.pauses
         kinds = ", ".join(f"{count} {kind}" for kind, count in Counter(done).most_common())
-        print(f"{len(done)} signals at random moments, 0 lost: {kinds}")
+        print(f"seed {seed}: {len(done)} signals at random moments, 0 lost: {kinds}")
         print(f"seconds from a kill to the next step: {sorted(round(p, 1) for p in pauses)}")
 
 

@@ -112,7 +112,7 @@ def test_a_rank_without_memory_ends_the_run_and_tells_of_a_check(
     program = write_program(tmp_path, {25: "torch.empty(2**60, dtype=torch.uint8)"})
     run = Run(tmp_path, text, program=program)
     assert run.finish() == ExitCode.OUT_OF_MEMORY, run.read_log()
-    assert run.read_log().count("out of memory on rank 1") == 1
+    assert run.read_log().count("rank 1: out of memory with 2 sequences") == 1
     assert "--check --ranks 2 " in run.read_log()
     assert "a rank was lost" not in run.read_log()
     assert "internal error" not in run.read_log()

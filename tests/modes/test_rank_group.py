@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
+from conftest import ROOT
 from preflight.core.errors import ExitCode
 from preflight.device.heartbeat import Heartbeat, read_heartbeat
 from preflight.modes import launch, rank_group
@@ -79,3 +83,23 @@ LOST, INTERNAL = ExitCode.WORKER_LOST, ExitCode.INTERNAL
 )
 def test_what_a_rank_knows_to_be_the_end_is_the_end(codes: list[int], expected: int) -> None:
     assert launch._choose_code(codes) == expected
+
+
+_LOAD = """
+import os, torch
+def refuse(*_): raise AssertionError("a card was asked for")
+torch.cuda.is_available = torch.cuda.device_count = torch.cuda.init = refuse
+import preflight.modes.rank_imports
+print(len(os.listdir("/proc/self/task")), torch.cuda.is_initialized())
+"""
+
+
+@pytest.mark.slow
+def test_what_ranks_are_forked_from_has_one_thread_and_no_card() -> None:
+    """Neither outlives a fork. OpenBLAS alone, which numpy loads, ends its threads before one."""
+    environment = os.environ | {"OMP_NUM_THREADS": "4", "OPENBLAS_NUM_THREADS": "1"}
+    command = [sys.executable, "-c", _LOAD]
+    done = subprocess.run(
+        command, env=environment, cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    assert done.stdout.split() == ["1", "False"]
