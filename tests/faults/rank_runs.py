@@ -22,7 +22,6 @@ FLAGS = [
     *("--tokenizer", "char", "--num-workers", "1", "--max-steps", "60", "--dropout", "0.1"),
     *("--checkpoint-every", "10", "--eval-every", "30", "--max-checkpoints", "10"),
 ]
-LAST_STEP = 60
 PATIENCE_SECONDS = 240
 # The command line, with shorter limits, and ranks that may run another program.
 MAIN = f"""
@@ -58,6 +57,7 @@ class Run:
         argv = launcher or [sys.executable, "-c", MAIN, str(program or ROOT / "main.py")]
         argv = [*argv, "--train", "--text-file", str(text), *FLAGS]
         argv += ["--output-dir", "out", *([] if launcher else ["--ranks", "2"]), *flags]
+        self.last_step = int(argv[-argv[::-1].index("--max-steps")])  # the last of a flag holds
         environment = os.environ | {"OMP_NUM_THREADS": "1"}
         self._said_before = self.log.stat().st_size if self.log.exists() else 0
         with open(self.log, "ab") as log:
@@ -117,8 +117,9 @@ class Run:
         return self.log.read_bytes()[self._said_before :].decode()
 
     def hash_end(self) -> str:
+        """Of the weights, after its last step."""
         newest = list_checkpoints(self.output_dir)[0]
-        assert newest.step == LAST_STEP
+        assert newest.step == self.last_step
         return hashlib.sha256((newest.path / "model.safetensors").read_bytes()).hexdigest()
 
 
