@@ -8,12 +8,14 @@ import os
 import runpy
 import signal
 import sys
+import time
 from collections.abc import Iterator
 from multiprocessing.context import ForkServerContext, SpawnContext
 from multiprocessing.process import BaseProcess
 from pathlib import Path
+from typing import Any
 
-from preflight.core.errors import ExitCode
+from preflight.core.errors import ExitCode, PreflightError
 from preflight.core.processes import (
     die_with_parent,
     end_with_parent,
@@ -22,22 +24,39 @@ from preflight.core.processes import (
 
 _ROOT = Path(__file__).resolve().parents[2]
 PROGRAM = _ROOT / "main.py"
+# What a killed process may need until the system says so.
+_DEATH_SECONDS = 0.2
 
 
 def start_rank(rank: int, words: list[str], environment: dict[str, str]) -> BaseProcess:
     """Start a rank with a command line, and with `environment` besides this one's.
 
     Signals wait until it calls `accept_signals`.
+
+    Raises:
+        PreflightError: code WORKER_LOST, when the process that forks ranks is killed twice.
     """
-    is_forked = sys.platform == "linux"  # elsewhere libraries do not bear a fork
+    arguments = (str(PROGRAM), words, os.environ | environment)
+    for _ in range(2):
+        try:
+            with shield_children(signal.SIGTERM), _finding_modules():
+                return _start(f"rank {rank}", arguments)
+        except (EOFError, ConnectionError):  # then another one is started
+            time.sleep(_DEATH_SECONDS)
+    raise PreflightError(
+        ExitCode.WORKER_LOST,
+        "the process that starts ranks was killed twice",
+        "checkpoints are kept; run the same command to continue",
+    )
+
+
+def _start(name: str, arguments: tuple[Any, ...]) -> BaseProcess:
     context: ForkServerContext | SpawnContext = multiprocessing.get_context("spawn")
-    if is_forked:
+    if sys.platform == "linux":  # elsewhere libraries do not bear a fork
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(["preflight.modes.rank_imports"])
-    arguments = (str(PROGRAM), words, os.environ | environment)
-    process = context.Process(target=_run, args=arguments, name=f"rank {rank}")
-    with shield_children(signal.SIGTERM), _finding_modules():
-        process.start()
+    process = context.Process(target=_run, args=arguments, name=name)
+    process.start()
     return process
 
 

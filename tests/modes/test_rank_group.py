@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 
 from conftest import ROOT
-from preflight.core.errors import ExitCode
+from preflight.core.errors import ExitCode, PreflightError
 from preflight.device.heartbeat import Heartbeat, read_heartbeat
-from preflight.modes import launch, rank_group
+from preflight.modes import launch, rank_group, rank_process
 from preflight.modes.rank_group import HangWatch
 
 
@@ -83,6 +83,25 @@ LOST, INTERNAL = ExitCode.WORKER_LOST, ExitCode.INTERNAL
 )
 def test_what_a_rank_knows_to_be_the_end_is_the_end(codes: list[int], expected: int) -> None:
     assert launch._choose_code(codes) == expected
+
+
+@pytest.mark.parametrize("error", [EOFError, ConnectionRefusedError, BrokenPipeError])
+def test_a_server_that_is_killed_while_it_forks_is_replaced_once(
+    error: type[Exception], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    outcomes: list[object] = [error(), "started", error(), error()]
+
+    def start(*_: object) -> object:
+        outcome = outcomes.pop(0)
+        if isinstance(outcome, Exception):
+            raise outcome
+        return outcome
+
+    monkeypatch.setattr(rank_process, "_start", start)
+    assert rank_process.start_rank(0, [], {}) == "started"
+    with pytest.raises(PreflightError, match="killed twice") as caught:
+        rank_process.start_rank(0, [], {})
+    assert caught.value.code == ExitCode.WORKER_LOST
 
 
 _LOAD = """
