@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import random
 import shutil
 import signal
@@ -47,28 +46,34 @@ class Chaos:
         # A parent that imports libraries does not listen yet: SIGTERM ends it, as any program.
         self.allowed |= {-signal.SIGKILL, -signal.SIGTERM}
 
+    @property
+    def is_done(self) -> bool:
+        """Whether the run has come to its last step."""
+        return self.run.process.poll() == ExitCode.DONE
+
     def disturb(self) -> str:
-        """A signal to a random process at a random moment; what was done."""
+        """A signal to a random process at a random moment; what was done, empty if nothing was."""
         self._check()
         if self.draw.random() < 0.8:  # otherwise mostly starts would be met
             while not self._has_saved() and self.run.process.poll() is None:
-                time.sleep(0.02)
-        time.sleep(self.draw.uniform(0, 1))
+                time.sleep(0.05)
+        time.sleep(self.draw.uniform(0, 0.5))
+        if self.run.process.poll() is not None:
+            return ""
         number = self.draw.choice([signal.SIGKILL] * 12 + [signal.SIGSTOP, signal.SIGTERM])
         ranks = self.run.ranks()
         kinds = {"the parent": [self.run.parent], "a rank": ranks, "the fork server": []}
         if number == signal.SIGKILL:  # to the others it does not listen
             kinds["the fork server"] = self.run.servers()
-        weights = [
-            weight * bool(kinds[kind]) for kind, weight in zip(kinds, (2, 6, 1), strict=True)
-        ]
-        (kind,) = self.draw.choices(list(kinds), weights)
+        kind = self.draw.choice([k for k in kinds if kinds[k] for _ in range(_WEIGHTS[k])])
         target = self.draw.choice(kinds[kind])
-        with contextlib.suppress(psutil.NoSuchProcess):
+        try:
             target.send_signal(number)
             if kind == "the parent" and number == signal.SIGSTOP:
                 time.sleep(self.draw.uniform(0, 3))
                 target.send_signal(signal.SIGCONT)
+        except psutil.NoSuchProcess:  # it has just ended
+            return ""
         if kind == "the parent" and number != signal.SIGSTOP:
             self.run.process.wait(PATIENCE_SECONDS)
             assert_gone(ranks)
@@ -96,7 +101,8 @@ class Chaos:
         """Nothing is lost; where the run has ended before its time, it is begun again."""
         if (code := self.run.process.poll()) is not None:
             assert code in self.allowed, (code, self.run.read_log())
-            self.run = self.start()
+            if code != ExitCode.DONE:
+                self.run = self.start()
         found = list_checkpoints(self.run.output_dir)
         assert not self.newest or (found and found[0].step >= self.newest), self.run.read_log()
         self.newest = found[0].step if found else 0
@@ -123,8 +129,10 @@ def test_random_signals_cost_nothing(tmp_path: Path, text: Path, full: bool) -> 
     for seed in range(20 if full else 1):
         (tmp_path / str(seed)).mkdir()
         chaos = Chaos(tmp_path / str(seed), text, seed, *flags)
-        done += [chaos.disturb() for _ in range(10 if full else 3)]
-        assert chaos.finish() == whole.hash_end(), (seed, done[-10:])
+        n_before = len(done)
+        while len(done) < n_before + (10 if full else 3) and not chaos.is_done:
+            done += [told] if (told := chaos.disturb()) else []
+        assert chaos.finish() == whole.hash_end(), (seed, done[n_before:])
         pauses += chaos.pauses
         kinds = ", ".join(f"{count} {kind}" for kind, count in Counter(done).most_common())
         print(f"seed {seed}: {len(done)} signals at random moments, 0 lost: {kinds}")
