@@ -175,8 +175,9 @@ class Trainer:
         evaluator.evaluate_if_due()  # for a run cut between a save and its evaluation
         while self._goes_on(state) and not stop.agree():
             self.ranks.seed_step(state.step)
-            batches = (loader.next_batch() for _ in range(self.plan.accumulation_steps))
-            result = self.train_step(state.step, batches)
+            batches = [loader.next_batch() for _ in range(self.plan.accumulation_steps)]
+            with self.ranks.watched_step():
+                result = self.train_step(state.step, batches)
             state.advance(result, loader.cursor)
             recorder.record(result)
             saver.save_if_due()

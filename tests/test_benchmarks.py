@@ -24,6 +24,7 @@ NAMES = [
     "forecast",
     "int8",
     "save_ranks",
+    "lost_rank",
     "learning",
     "loader",
     "sources",

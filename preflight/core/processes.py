@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from multiprocessing import resource_tracker
 
 _SHIELDED = {getattr(signal, n) for n in ("SIGINT", "SIGHUP", "SIGUSR1") if hasattr(signal, n)}
-_PR_SET_PDEATHSIG = 1  # of <sys/prctl.h>
+_PR_SET_PDEATHSIG, _PR_SET_NAME = 1, 15  # of <sys/prctl.h>
 
 
 def end_with_parent(cleanup: Callable[[], None] | None = None, exit_code: int = 1) -> None:
@@ -63,9 +63,21 @@ def _start_tracker() -> None:
         sys.warnoptions.pop()
 
 
+def name_process(name: str) -> None:
+    """On Linux: the name of this process in ``top`` and ``ps``, of at most 15 letters."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_NAME, name.encode())
+
+
+def accept_signals() -> None:
+    """Take the signals that `shield_children` has kept from this process, also those before."""
+    if hasattr(signal, "pthread_sigmask"):  # not on Windows
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {*_SHIELDED, signal.SIGTERM})
+
+
 @contextlib.contextmanager
-def shield_children() -> Iterator[None]:
-    """Child processes that start within never receive Ctrl-C, SIGHUP or SIGUSR1.
+def shield_children(*also: int) -> Iterator[None]:
+    """Child processes that start within never receive Ctrl-C, SIGHUP or SIGUSR1, nor `also`.
 
     A terminal and a batch system send these to all processes of a run. The parent acts on them,
     and ends its children. They are blocked while a child starts, since it inherits the signal mask
@@ -75,11 +87,12 @@ def shield_children() -> Iterator[None]:
     if not hasattr(signal, "pthread_sigmask"):  # Windows
         yield
         return
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, _SHIELDED)
+    shielded = {*_SHIELDED, *also}
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, shielded)
     try:
         # Python starts this helper with the first child, and unblocks SIGINT when it has.
         _start_tracker()
-        signal.pthread_sigmask(signal.SIG_BLOCK, _SHIELDED)
+        signal.pthread_sigmask(signal.SIG_BLOCK, shielded)
         yield
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)

@@ -24,6 +24,7 @@ from torch.distributed.device_mesh import init_device_mesh
 
 from preflight.core.errors import ExitCode, PreflightError
 from preflight.core.signals import StopFlag
+from preflight.device.heartbeat import Heartbeat
 
 T = TypeVar("T")
 N = TypeVar("N", int, float)
@@ -117,6 +118,10 @@ class Ranks:
     def seed_step(self, step: int) -> None:
         """Give each rank random numbers of its own in this step, for dropout."""
 
+    def watched_step(self) -> AbstractContextManager[None]:
+        """Within, whoever started the ranks takes one that comes no further for one that hangs."""
+        return contextlib.nullcontext()
+
     def barrier(self) -> None:
         """Wait until every rank is here."""
 
@@ -136,6 +141,7 @@ class JoinedRanks(Ranks):
         local_rank: int | None = None,
         hosts: int = 1,
         device_type: str = "cpu",
+        heartbeat: Heartbeat | None = None,
     ) -> None:
         """Join the others.
 
@@ -146,7 +152,9 @@ class JoinedRanks(Ranks):
             local_rank: of this process on its host; unset: `rank`.
             hosts: with more than one, each host keeps the whole model among its ranks.
             device_type: ``cuda``, where each rank has the card of its local rank, or ``cpu``.
+            heartbeat: that the parent of this process watches, if it does.
         """
+        self._heartbeat = heartbeat
         self.rank, self.world, self.hosts = rank, world, hosts
         self.local_rank = rank if local_rank is None else local_rank
         self.device = torch.device(device_type)
@@ -258,6 +266,10 @@ class JoinedRanks(Ranks):
         sequence = np.random.SeedSequence([self._seed, step, self.rank])
         torch.manual_seed(int(sequence.generate_state(1, np.uint64)[0]))
 
+    def watched_step(self) -> AbstractContextManager[None]:
+        """As `Ranks.watched_step`."""
+        return super().watched_step() if self._heartbeat is None else self._heartbeat.step()
+
     def barrier(self) -> None:
         """As `Ranks.barrier`."""
         self.gather(None)
@@ -350,7 +362,7 @@ class Meeting:
         attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
         self.store = dist.PrefixStore(f"preflight/{attempt}", store)
 
-    def join(self, device_type: str) -> Ranks:
+    def join(self, device_type: str, heartbeat: Heartbeat | None = None) -> Ranks:
         """Join the others, who all do."""
         return JoinedRanks(
             self.store,
@@ -359,6 +371,7 @@ class Meeting:
             local_rank=int(os.environ["LOCAL_RANK"]),
             hosts=self.hosts,
             device_type=device_type,
+            heartbeat=heartbeat,
         )
 
     def announce_prepared(self) -> None:

@@ -8,7 +8,8 @@ be in one group.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,12 +18,14 @@ from preflight.checkpoints.store import list_checkpoints, remove_leftovers
 from preflight.core.errors import ExitCode, PreflightError
 from preflight.core.locks import FolderLock
 from preflight.core.log import log, muted
+from preflight.core.processes import accept_signals, name_process
 from preflight.core.signals import StopFlag
 from preflight.core.storage import check_writable, foreign_error, make_folder, refuse_other_kind
+from preflight.device.heartbeat import Heartbeat
 from preflight.device.ranks import Meeting, is_lost_rank, is_rank, plan_ranks
 from preflight.device.runtime import build_runtime
 from preflight.modes.launch import (
-    announce_signals,
+    begin_heartbeat,
     count_ranks,
     end_with_launcher,
     is_prepared,
@@ -66,7 +69,7 @@ def run_on_ranks(config: RunConfig, kind: RunKind) -> int:
         if n_ranks == 1:
             return _prepare(kind.setup(config, stop, resumes=True, measures=True), kind.train)
         setup = kind.setup(config, stop, resumes=True, ranks=plan_ranks(n_ranks))
-        return _prepare(setup, lambda setup: launch_ranks(setup.given, n_ranks))
+        return _prepare(setup, lambda setup: launch_ranks(setup.given, n_ranks, stop))
 
 
 def _run_as_rank(config: RunConfig, kind: RunKind, stop: StopFlag) -> int:
@@ -74,29 +77,53 @@ def _run_as_rank(config: RunConfig, kind: RunKind, stop: StopFlag) -> int:
 
     Unless the parent has prepared and locked everything, rank 0 does, while the others wait.
     """
+    name_process(f"rank {os.environ['RANK']}")
     if is_prepared():
-        end_with_launcher()
-        announce_signals()
-    meeting = Meeting()
-    if not is_prepared() and meeting.rank == 0:
-        planned = plan_ranks(meeting.world, meeting.hosts)
+        accept_signals()
+    end_with_launcher()
+    heartbeat = begin_heartbeat()
+    with _ending_with_others():
+        meeting = Meeting()
+        if not is_prepared() and meeting.rank == 0:
+            planned = plan_ranks(meeting.world, meeting.hosts)
 
-        def begin(_: RunSetup) -> int:
-            meeting.announce_prepared()
-            return _join(config, kind, stop, meeting)
+            def begin(_: RunSetup) -> int:
+                meeting.announce_prepared()
+                return _join(config, kind, stop, meeting, heartbeat)
 
-        return _prepare(kind.setup(config, stop, resumes=True, ranks=planned), begin)
-    if not is_prepared():
-        meeting.wait_for_preparation(stop)
-    return _join(config, kind, stop, meeting)
+            return _prepare(kind.setup(config, stop, resumes=True, ranks=planned), begin)
+        if not is_prepared():
+            meeting.wait_for_preparation(stop)
+        return _join(config, kind, stop, meeting, heartbeat)
 
 
-def _join(config: RunConfig, kind: RunKind, stop: StopFlag, meeting: Meeting) -> int:
+@contextlib.contextmanager
+def _ending_with_others() -> Iterator[None]:
+    """Turn what torch says where another rank or the launcher has gone into the end of this one.
+
+    Raises:
+        PreflightError: code WORKER_LOST.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        if not is_lost_rank(error):
+            raise
+        raise PreflightError(ExitCode.WORKER_LOST) from error
+
+
+def _join(
+    config: RunConfig,
+    kind: RunKind,
+    stop: StopFlag,
+    meeting: Meeting,
+    heartbeat: Heartbeat | None,
+) -> int:
     """Train together with the other ranks. What ends them all is told by one."""
     if meeting.rank:
         log.setLevel("ERROR")
-        stop.is_quiet = True
-    ranks = meeting.join(build_runtime(config.system).device.type)
+    stop.is_quiet = bool(meeting.rank) or is_prepared()  # the parent tells of a signal
+    ranks = meeting.join(build_runtime(config.system).device.type, heartbeat)
     try:
         setup = kind.setup(config, stop, resumes=True, ranks=ranks)
         with muted():  # whoever has prepared it has told of it
@@ -107,10 +134,6 @@ def _join(config: RunConfig, kind: RunKind, stop: StopFlag, meeting: Meeting) ->
         if meeting.is_first_to("tell an error"):
             raise
         raise PreflightError(error.code) from None
-    except RuntimeError as error:
-        if not is_lost_rank(error):
-            raise
-        raise PreflightError(ExitCode.WORKER_LOST) from error
     ranks.close()
     return code
 

@@ -17,6 +17,7 @@ from preflight.core.errors import ExitCode, PreflightError
 from preflight.core.log import log
 from preflight.core.units import format_bytes, format_seconds
 from preflight.corpus.sources import find_sources
+from preflight.device.ranks import is_lost_rank
 from preflight.device.runtime import is_out_of_memory
 from preflight.foresight.fits import explain_out_of_memory, explain_rank_out_of_memory
 from preflight.foresight.learnability import find_short_text
@@ -180,12 +181,16 @@ class TrainingRun:
 
     @contextlib.contextmanager
     def _drawing_at_the_end(self) -> Iterator[None]:
-        """Draw the loss curve, however the run ends. The first error is the one that is told."""
+        """Draw the loss curve, however the run ends. The first error is the one that is told.
+
+        After the loss of another rank the next start is not kept waiting for a picture.
+        """
         try:
             yield
-        except BaseException:
-            with contextlib.suppress(PreflightError):
-                self._draw_curve()
+        except BaseException as error:
+            if not is_lost_rank(error):
+                with contextlib.suppress(PreflightError):
+                    self._draw_curve()
             raise
         self._draw_curve()
 

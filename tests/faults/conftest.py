@@ -9,7 +9,10 @@ from pathlib import Path
 
 import pytest
 
+from preflight.core.errors import ExitCode
+
 from .harness import ForkServer
+from .rank_runs import Run
 
 TOOLS = ("strace", "unshare", "prlimit", "mount")
 
@@ -54,3 +57,19 @@ def place(scratch: Path, request: pytest.FixtureRequest) -> Iterator[Path]:
     folder = Path(tempfile.mkdtemp(dir=scratch, prefix="case-"))
     yield folder
     shutil.rmtree(folder, ignore_errors=True)
+
+
+@pytest.fixture(scope="session")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A text to train on."""
+    path = tmp_path_factory.mktemp("text") / "tiny.txt"
+    path.write_text("the quick brown fox jumps over the lazy dog. " * 800, encoding="utf-8")
+    return path
+
+
+@pytest.fixture(scope="session")
+def unbroken(tmp_path_factory: pytest.TempPathFactory, text: Path) -> str:
+    """The hash of the weights that two ranks reach undisturbed."""
+    run = Run(tmp_path_factory.mktemp("unbroken"), text)
+    assert run.finish() == ExitCode.DONE, run.read_log()
+    return run.hash_end()

@@ -15,7 +15,7 @@ from conftest import ROOT
 from preflight.checkpoints.store import list_checkpoints
 from preflight.core.errors import ExitCode
 
-from .ranked_run import RankedRun
+from .rank_runs import RankedRun
 
 pytestmark = pytest.mark.slow
 WORDS = "ash bay cod dew elm fig gum hen ivy jay".split()
@@ -42,7 +42,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     words += ["--n-heads", "2", "--n-embeddings", "32", "--context-length", "64"]
     words += ["--tokenizer", "byte", "--device", "cpu", "--no-mixed-precision"]
     words += ["--num-workers", "1", "--max-steps", "5", "--batch-size", "4"]
-    base = RankedRun(place, "base", words)
+    base = RankedRun(place, words, "base")
     assert base.finish() == ExitCode.DONE, base.read_log()
     draw = random.Random(2)
     chats = []
@@ -70,48 +70,48 @@ def unbroken(world: Path, flags: list[str], tmp_path_factory: pytest.TempPathFac
     """The hash of the tensors that two ranks reach undisturbed."""
     place = tmp_path_factory.mktemp("unbroken")
     shutil.copytree(world, place, dirs_exist_ok=True)
-    run = RankedRun(place, "out", [*flags, "--ranks", "2"])
+    run = RankedRun(place, flags)
     assert run.finish() == ExitCode.DONE, run.read_log()
-    return run.hash_end(STEPS)
+    return run.hash_end()
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
 def test_a_run_that_is_cut_and_continued_is_the_unbroken_one(
     number: signal.Signals, folder: Path, flags: list[str], unbroken: str
 ) -> None:
-    run = RankedRun(folder, "out", [*flags, "--ranks", "2"])
-    run.wait_for_step(CUT)
+    run = RankedRun(folder, flags)
+    run.wait_for_save(CUT)
     run.parent.send_signal(number)
     code = run.process.wait(240)
     assert code == (ExitCode.SIGTERM if number == signal.SIGTERM else -number), run.read_log()
     assert list_checkpoints(run.output_dir)[0].step < STEPS
-    again = RankedRun(folder, "out", [*flags, "--ranks", "2"])
+    again = RankedRun(folder, flags)
     assert again.finish() == ExitCode.DONE, again.read_log()
     assert again.read_log().count("continuing from") == 1
-    assert again.hash_end(STEPS) == unbroken
+    assert again.hash_end() == unbroken
 
 
 def test_a_killed_rank_costs_nothing(folder: Path, flags: list[str], unbroken: str) -> None:
-    run = RankedRun(folder, "out", [*flags, "--ranks", "2"])
-    run.wait_for_step(CUT)
+    run = RankedRun(folder, flags)
+    run.wait_for_save(CUT)
     run.ranks()[1].kill()
     assert run.finish() == ExitCode.DONE, run.read_log()
     assert run.read_log().count("a rank was lost") == 1
-    assert run.hash_end(STEPS) == unbroken
+    assert run.hash_end() == unbroken
 
 
 def test_torchs_launcher_does_what_the_flag_does(
     folder: Path, flags: list[str], unbroken: str
 ) -> None:
     """To the end; and cut, then continued with the flag."""
-    run = RankedRun(folder, "launched", flags, LAUNCHER)
+    run = RankedRun(folder, flags, "launched", launcher=LAUNCHER)
     assert run.finish() == ExitCode.DONE, run.read_log()
-    assert run.hash_end(STEPS) == unbroken
-    cut = RankedRun(folder, "cut", flags, LAUNCHER)
-    cut.wait_for_step(CUT)
+    assert run.hash_end() == unbroken
+    cut = RankedRun(folder, flags, "cut", launcher=LAUNCHER)
+    cut.wait_for_save(CUT)
     cut.ranks()[1].send_signal(signal.SIGTERM)
     cut.finish()
     assert CUT <= list_checkpoints(cut.output_dir)[0].step < STEPS
-    again = RankedRun(folder, "cut", [*flags, "--ranks", "2"])
+    again = RankedRun(folder, flags, "cut")
     assert again.finish() == ExitCode.DONE, again.read_log()
-    assert again.hash_end(STEPS) == unbroken
+    assert again.hash_end() == unbroken
