@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from preflight.checkpoints.store import list_checkpoints
+from preflight.checkpoints.store import list_checkpoints, remove_leftovers
 from preflight.core.errors import ExitCode, PreflightError
 from preflight.core.log import log
 from preflight.core.processes import die_with_parent
@@ -53,6 +53,7 @@ def launch_ranks(config: RunConfig, n_ranks: int, stop: StopFlag) -> int:
     while True:
         with RankGroup(list_train_words(config), n_ranks, stop) as group:
             code = _choose_code(group.wait())
+        remove_leftovers(output_dir)  # of a rank that was killed while it saved or deleted
         if code != ExitCode.WORKER_LOST:
             return code
         if stop.stopping:

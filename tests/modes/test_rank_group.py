@@ -9,8 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from conftest import ROOT
+from conftest import ROOT, MakeConfig
 from preflight.core.errors import ExitCode, PreflightError
+from preflight.core.signals import StopFlag
 from preflight.device.heartbeat import Heartbeat, read_heartbeat
 from preflight.modes import launch, rank_group, rank_process
 from preflight.modes.rank_group import HangWatch
@@ -102,6 +103,33 @@ def test_a_server_that_is_killed_while_it_forks_is_replaced_once(
     with pytest.raises(PreflightError, match="killed twice") as caught:
         rank_process.start_rank(0, [], {})
     assert caught.value.code == ExitCode.WORKER_LOST
+
+
+class KilledGroup:
+    """Ranks that are killed while they delete a checkpoint."""
+
+    def __init__(self, *_: object) -> None:
+        pass
+
+    def __enter__(self) -> KilledGroup:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+    def wait(self) -> list[int]:
+        Path("training_output/milestones/.tmp-retired-checkpoint-8").mkdir(parents=True)
+        return [-9, ExitCode.WORKER_LOST]
+
+
+def test_what_a_lost_rank_leaves_is_cleared(
+    make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(launch, "RankGroup", KilledGroup)
+    with pytest.raises(PreflightError) as caught:
+        launch.launch_ranks(make_config(), 2, StopFlag())
+    assert caught.value.code == ExitCode.WORKER_LOST
+    assert list(Path("training_output/milestones").iterdir()) == []
 
 
 _LOAD = """
