@@ -6,7 +6,6 @@ A mode is imported when it runs, so that `--help` and mistakes in flags answer w
 from __future__ import annotations
 
 import contextlib
-import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -126,9 +125,9 @@ def run_mode(mode: str, config: RunConfig) -> int:
         from preflight.core.storage import check_access
 
         check_access(Path(config.control.output_dir))
-    # Read when torch is loaded: threads that wait, sleep. By default they spin, and then one busy
-    # process beside the run makes its steps two to three times longer.
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    from preflight.core.processes import limit_spinning
+
+    limit_spinning()
     with leave_on_interrupt():
         run = MODES.load(mode)
     return run(config)

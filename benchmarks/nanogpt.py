@@ -111,7 +111,7 @@ def run(subject: str, shape: tuple[int, ...], nanogpt: str) -> tuple[float, floa
     script = COMMON + (PEER if is_peer else OURS)
     environment = dict(os.environ)
     if not is_peer:  # as main.py does
-        environment.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+        environment.setdefault("GOMP_SPINCOUNT", "2000")
     done = subprocess.run(
         [sys.executable, "-c", script, json.dumps([subject, folder, *shape])],
         stdout=subprocess.PIPE,

@@ -33,7 +33,7 @@ from pathlib import Path
 from typing import Any
 
 # As `main.py` has it: the engine alone and the server must not differ in this.
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+os.environ.setdefault("GOMP_SPINCOUNT", "2000")
 
 import psutil
 import torch

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from multiprocessing import resource_tracker
 
 _SHIELDED = {getattr(signal, n) for n in ("SIGINT", "SIGHUP", "SIGUSR1") if hasattr(signal, n)}
+_SPINS = "2000"  # of a loop that pauses for 40 to 140 cycles each time
 _PR_SET_PDEATHSIG, _PR_SET_NAME = 1, 15  # of <sys/prctl.h>
 
 
@@ -61,6 +62,18 @@ def _start_tracker() -> None:
         resource_tracker.ensure_running()
     finally:
         sys.warnoptions.pop()
+
+
+def limit_spinning() -> None:
+    """Let torch's waiting threads spin for about 0.1 ms and then sleep; to be called before torch
+    is loaded. What the user has set in the environment stays.
+
+    By default GNU's OpenMP spins for milliseconds, and one busy process beside a run makes its
+    steps two to three times longer. With no spinning at all, threads on some virtual machines wake
+    so slowly that a small model's steps take four times as long (benchmarks/LOG.md).
+    """
+    if "OMP_WAIT_POLICY" not in os.environ:
+        os.environ.setdefault("GOMP_SPINCOUNT", _SPINS)
 
 
 def name_process(name: str) -> None:

@@ -24,7 +24,7 @@ from trainer import build_trainer
 
 FEW_IDS, MORE_IDS = 256, 8192
 _MODEL_SECONDS = 0.2  # about what one step of such a model may take: fewer tokens where it is more
-_LEAST_TOKENS = 128
+_LEAST_TOKENS = 512  # with fewer, what a step of any size does would weigh too much
 _ROUNDS, _ROUNDS_SECONDS = 3, 0.3  # timed steps of each model: at least so many, and so long
 # What compilation leaves of that part of a block which is not its matmuls (benchmarks/LOG.md).
 _COMPILED_SHARE = 0.5
