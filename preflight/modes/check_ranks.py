@@ -49,14 +49,7 @@ def time_ranks(found: Findings) -> None:
         )
         return
     gbits = found.config.processes.network_gbits
-    network = describe_network(gbits or ASSUMED_NETWORK_GBITS)
-    choices: dict[str, Any] = {
-        "card": target.card,
-        "dtype": target.dtype,
-        "gradient_checkpointing": found.config.system.gradient_checkpointing,
-        "compile_model": target.compile_model,
-        "window_tokens": found.mean_tokens,
-    }
+    network, choices = _find_network(found), _list_choices(found, target)
     alone = estimate_cost(model, found.training, **choices)
     step = estimate_rank_step(model, found.training, found.sharing, network=network, **choices)
     found.cost = dataclasses.replace(
@@ -85,6 +78,21 @@ def time_ranks(found: Findings) -> None:
         f"one in {CARD_HOURS_PER_FAILURE:,.0f} hours of a card, as Llama 3's run had; "
         f"{ASSUMED_RESTART_SECONDS:.0f} s until the run goes on"
     )
+
+
+def _find_network(found: Findings) -> Link:
+    return describe_network(found.config.processes.network_gbits or ASSUMED_NETWORK_GBITS)
+
+
+def _list_choices(found: Findings, target: Target) -> dict[str, Any]:
+    """What `estimate_cost` and `estimate_rank_step` ask for besides the model and its batch."""
+    return {
+        "card": target.card,
+        "dtype": target.dtype,
+        "gradient_checkpointing": found.config.system.gradient_checkpointing,
+        "compile_model": target.compile_model,
+        "window_tokens": found.mean_tokens,
+    }
 
 
 def _describe_links(link: Link, network: Link, sharing: Sharing) -> str:
@@ -121,7 +129,9 @@ def _warn_of_links(found: Findings, step: RankStep, network: Link, *, is_assumed
 
 
 def describe_fewest_ranks(found: Findings) -> None:
-    """The fewest cards of one host that hold the run, at the same batch size of each."""
+    """The fewest cards of one host that hold the run, at the same batch size of each, and the
+    number that makes the run the cheapest.
+    """
     model, target = found.model, found.target
     if model is None or target is None or found.memory is None or found.sharing.world == 1:
         return
@@ -132,6 +142,60 @@ def describe_fewest_ranks(found: Findings) -> None:
     rows["fewest_cards_that_fit"] = (
         fewest or f"none up to {MOST_RANKS}: what each card needs for itself is too much"
     )
+    if fewest is None or target.card is None or found.plan is None:
+        return
+    hours = {
+        n_ranks: seconds * found.plan.total_steps / 3600
+        for n_ranks, seconds in count_card_seconds(
+            model,
+            found.training,
+            found.sharing,
+            found.plan.samples_per_step,
+            fewest,
+            network=_find_network(found),
+            **_list_choices(found, target),
+        ).items()
+    }
+    cheapest = min(hours, key=lambda n_ranks: hours[n_ranks])
+    rows = found.report.sections["performance estimation"]
+    rows["card_hours_of_training"] = round(hours[found.sharing.world], 2)
+    rows["cheapest_number_of_cards"] = cheapest
+    rows["its_card_hours_of_training"] = round(hours[cheapest], 2)
+
+
+def count_card_seconds(
+    model: ModelConfig,
+    training: TrainingSettings,
+    sharing: Sharing,
+    samples_per_step: int,
+    fewest: int,
+    **choices: Any,
+) -> dict[int, float]:
+    """Seconds of one update times the cards that make it, by their number.
+
+    All make the same update, at the same batch size of a card: fewer accumulate more. The numbers
+    are that of `sharing` and its halves, down to `fewest`, among which the samples are even.
+
+    Args:
+        model: the architecture.
+        training: the batch size of a card.
+        sharing: the most cards.
+        samples_per_step: of an update.
+        fewest: cards that hold the run.
+        choices: as in `estimate_rank_step`.
+    """
+    found: dict[int, float] = {}
+    n_ranks, hosts = sharing.world, sharing.hosts
+    while True:
+        micro_steps, rest = divmod(samples_per_step, n_ranks * training.batch_size)
+        if found and (rest or n_ranks < fewest):
+            return found
+        asked = dataclasses.replace(training, gradient_accumulation_steps=max(1, micro_steps))
+        step = estimate_rank_step(model, asked, Sharing(n_ranks, hosts), **choices)
+        found[n_ranks] = n_ranks * step.seconds
+        if (hosts if hosts > 1 else n_ranks) % 2:  # neither hosts nor cards of one can be halved
+            return found
+        n_ranks, hosts = n_ranks // 2, max(1, hosts // 2)
 
 
 def find_fewest_ranks(

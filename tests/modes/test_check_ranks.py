@@ -9,10 +9,12 @@ from typing import Any
 import pytest
 import torch
 
+from preflight.device.cards import Link, find_card
 from preflight.foresight.absent_ranks import Sharing
 from preflight.foresight.memory import MemoryOptions, estimate_memory
+from preflight.foresight.rank_time import estimate_rank_step
 from preflight.modes.check import build_report
-from preflight.modes.check_ranks import find_fewest_ranks
+from preflight.modes.check_ranks import count_card_seconds, find_fewest_ranks
 from preflight.modes.report import Report
 from preflight.settings import ModelConfig, TrainingSettings, build_config
 
@@ -51,6 +53,11 @@ def test_the_report_is_that_of_all_ranks(tmp_path: Path) -> None:
     memory = report.sections["memory analysis"]
     assert memory["fewest_cards_that_fit"] == 1
     assert memory["gathered_weights_bytes"] > 0
+    # With a network so slow, one host is cheaper, though it takes longer.
+    seconds = 16 * times["step_seconds"]
+    assert times["card_hours_of_training"] == pytest.approx(seconds * 1000 / 3600, abs=0.01)
+    assert times["cheapest_number_of_cards"] <= 8
+    assert times["its_card_hours_of_training"] < times["card_hours_of_training"]
     # A card fails once in 50,677 hours.
     assert times["hours_between_failures"] == pytest.approx(50_677 / 16, rel=1e-3)
 
@@ -86,3 +93,28 @@ def test_the_fewest_ranks_are_those_of_a_search_from_one() -> None:
         by_hand = next((n for n in range(1, 9) if needed(n) <= limit), None)
         assert fewest == by_hand == least
     assert find_fewest_ranks(wide, training, options, 2**20) is None
+
+
+def test_the_same_update_by_fewer_cards() -> None:
+    """Where nothing is waited for, cards and time make up for each other but for the update."""
+    training = TrainingSettings(batch_size=2)
+    card = find_card("H100 SXM")
+    free = Link("a free link", 1e9, 1.0, 0.0)
+    choices: dict[str, Any] = {"card": replace(card, link=free), "network": free}
+    choices |= {"dtype": torch.bfloat16}
+
+    def count(world: int, hosts: int, samples: int, fewest: int = 1) -> dict[int, float]:
+        sharing = Sharing(world, hosts)
+        return count_card_seconds(SHAPE, training, sharing, samples, fewest, **choices)
+
+    found = count(16, 2, 32)
+    assert list(found) == [16, 8, 4, 2, 1]
+    assert max(found.values()) == pytest.approx(min(found.values()), rel=0.2)
+    for n_ranks, hosts in ((16, 2), (8, 1), (1, 1)):
+        asked = replace(training, gradient_accumulation_steps=16 // n_ranks)
+        step = estimate_rank_step(SHAPE, asked, Sharing(n_ranks, hosts), **choices)
+        assert found[n_ranks] == pytest.approx(n_ranks * step.seconds)
+    assert list(count(16, 2, 32, fewest=3)) == [16, 8, 4]
+    assert list(count(24, 3, 48)) == [24]  # three hosts cannot be halved
+    assert list(count(12, 1, 24)) == [12, 6, 3]
+    assert list(count(8, 1, 18)) == [8]  # nine micro-batches are shared evenly by no half
