@@ -2,11 +2,11 @@
 
     python benchmarks/nanogpt.py --nanogpt FOLDER [--shapes 6L nano] [--rounds 3]
 
-FOLDER is a clone of karpathy/nanoGPT. As shipped its CPU loop is fp32 without compilation, by hand
-it is bf16 autocast (or fp32, where a CPU is faster so), torch.compile and fused AdamW, as Hugging
-Face's GPT-2 in bf16 is here. `matmuls` are
-those of our step alone, in our layouts and precision. Each subject has a process of its own in
-every round; its figure is the median of its rounds, each the median of six steps after two.
+FOLDER is a clone of karpathy/nanoGPT. As shipped its CPU loop is fp32 without compilation. By hand
+it is torch.compile and fused AdamW, in bf16 autocast or in fp32, as Hugging Face's GPT-2 in bf16.
+`matmuls` are those of our step alone, in our layouts and precision. Each subject has a process of
+its own in every round; its figure is the median of its rounds, each the median of six steps after
+two.
 """
 
 from __future__ import annotations

@@ -241,22 +241,8 @@ def _measure_evaluation(
     whole = load.sequences == rows and load.tokens >= tokens
     n_windows = min(plan.eval_windows, 4 * rows) if whole else rows
     n_windows = min(n_windows, count_windows(data.val.n_tokens, config.context_length))
-    seconds = 0.0
     for _ in range(2 if whole else 1):  # the first pass warms up
-        batches = (
-            load.cut(batch)
-            for batch in iterate_windows(
-                data,
-                "val",
-                batch_size=rows,
-                context_length=config.context_length,
-                n_windows=n_windows,
-                device=trainer.runtime.device,
-            )
-        )
-        began = time.perf_counter()
-        trainer.evaluate(batches, 1.0)
-        seconds = time.perf_counter() - began
+        seconds = _time_evaluation(trainer, data, rows, config.context_length, n_windows, load.cut)
     if whole:
         return seconds / n_windows
     part, window = (
@@ -270,17 +256,29 @@ def _measure_chat_evaluation(trainer: Trainer, chats: ChatData, plan: TrainingPl
     """Seconds of evaluating one chat."""
     rows = plan.samples_per_step // plan.accumulation_steps
     n_chats = min(plan.eval_windows, chats.val.n_documents, 2 * rows)
-    batches = iterate_windows(
-        chats,
+    return _time_evaluation(trainer, chats, rows, plan.window_tokens, n_chats) / n_chats
+
+
+def _time_evaluation(
+    trainer: Trainer,
+    data: DataFolder,
+    rows: int,
+    n_tokens: int,
+    n_windows: int,
+    cut: Callable[[Batch], Batch] = lambda batch: batch,
+) -> float:
+    """Seconds of evaluating `n_windows`, `rows` at a time; of each batch what `cut` leaves."""
+    windows = iterate_windows(
+        data,
         "val",
         batch_size=rows,
-        context_length=plan.window_tokens,
-        n_windows=n_chats,
+        context_length=n_tokens,
+        n_windows=n_windows,
         device=trainer.runtime.device,
     )
     began = time.perf_counter()
-    trainer.evaluate(batches, 1.0)
-    return (time.perf_counter() - began) / n_chats
+    trainer.evaluate(map(cut, windows), 1.0)
+    return time.perf_counter() - began
 
 
 def _measure_sample(trainer: Trainer, tokenizer: Tokenizer) -> float:

@@ -148,8 +148,8 @@ def _estimate_token(model_config: ModelConfig) -> float:
 
 
 def _choose_vocabularies(vocab_size: int) -> tuple[int, int]:
-    """Two sizes of which the larger has the speed of the model's own."""
-    more = min(MORE_IDS, vocab_size)
+    """Two different sizes, of which the larger has the speed of the model's own."""
+    more = max(2, min(MORE_IDS, vocab_size))
     return max(1, min(FEW_IDS, more // 2)), more
 
 

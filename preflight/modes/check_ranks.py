@@ -158,9 +158,9 @@ def describe_fewest_ranks(found: Findings) -> None:
     }
     cheapest = min(hours, key=lambda n_ranks: hours[n_ranks])
     rows = found.report.sections["performance estimation"]
-    rows["card_hours_of_training"] = round(hours[found.sharing.world], 2)
-    rows["cheapest_number_of_cards"] = cheapest
-    rows["its_card_hours_of_training"] = round(hours[cheapest], 2)
+    rows["card_hours"] = round(hours[found.sharing.world], 2)
+    rows["cards_with_the_fewest_card_hours"] = cheapest
+    rows["fewest_card_hours"] = round(hours[cheapest], 2)
 
 
 def count_card_seconds(

@@ -56,6 +56,7 @@ def build_shape(config: ModelConfig, tokens: int) -> ModelConfig:
         ({"model_size": "small", "batch_size": 64}, 50257, 1e13),  # cut to some sequences
         ({"model_size": "small", "batch_size": 2, "gradient_accumulation_steps": 5}, 3, 1e11),
         ({"model_size": "micro", "batch_size": 4, "n_layers": 1}, 2, 1e11),
+        ({"model_size": "nano", "batch_size": 1}, 1, 1e11),
     ],
 )
 def test_parts_add_up(
@@ -77,7 +78,7 @@ def test_parts_add_up(
     assert other.step_seconds - compiled.step_seconds == pytest.approx(saved, rel=1e-6)
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+@pytest.mark.parametrize("optimizer", ["adamw", "sgd", "muon"])
 @pytest.mark.parametrize("family", ["gpt2", "mlp"])
 def test_real_steps_are_timed(optimizer: str, family: str) -> None:
     """An optimizer whose time is told counts; the random state of the process is its own affair."""

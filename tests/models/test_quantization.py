@@ -20,7 +20,6 @@ from preflight.models.quantization import Int8Matrix, quantize_model, quantize_r
 from preflight.models.single_row import SingleRowDecoder
 from preflight.settings import ModelConfig, SamplingConfig
 
-needs_integers = pytest.mark.skipif(not has_exact_products(), reason="no VNNI here")
 GPT2 = ModelConfig(300, 64, 64, 4, 2, 128)
 LLAMA = ModelConfig(
     *(300, 64, 64, 4, 2, 128),
@@ -59,13 +58,21 @@ def test_a_row_is_off_by_half_a_scale(n: int, k: int, size: float, seed: int) ->
     assert values[0].eq(0).all()
 
 
+@pytest.fixture
+def integers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Products of integers as a CPU with VNNI has them; on any other by torch's plain product."""
+    if not has_exact_products():
+        monkeypatch.setattr(int8_kernels, "has_exact_products", lambda: True)
+        monkeypatch.setattr(torch, "_int_mm", lambda a, b: a.int() @ b.int())
+
+
 @pytest.fixture(params=["integers", "floating point"])
 def products(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """As on a CPU with VNNI, and as on one without."""
     if request.param == "floating point":
         monkeypatch.setattr(int8_kernels, "has_exact_products", lambda: False)
-    elif not has_exact_products():
-        pytest.skip("no VNNI here")
+    else:
+        request.getfixturevalue("integers")
     return str(request.param)
 
 
@@ -91,7 +98,7 @@ def test_both_products_are_that_of_the_rounded_matrix(
     torch.testing.assert_close(matrix.read_rows(ids, torch.float32), rounded[ids])
 
 
-@needs_integers
+@pytest.mark.usefixtures("integers")
 @pytest.mark.parametrize("n_columns", [48, 768])
 def test_one_large_value_leaves_the_others_their_precision(n_columns: int) -> None:
     """As in trained models: rounded as it is, a row would lose a tenth and more."""
@@ -109,7 +116,7 @@ def test_one_large_value_leaves_the_others_their_precision(n_columns: int) -> No
     assert ((plain - x) @ weight.T).norm() > 0.08 * without.norm()
 
 
-@needs_integers
+@pytest.mark.usefixtures("integers")
 def test_a_row_has_one_result_alone_and_among_others() -> None:
     generator = torch.Generator().manual_seed(4)
     matrix = Int8Matrix(torch.randn(70, 64, generator=generator), torch.float32)
@@ -122,7 +129,7 @@ def test_a_row_has_one_result_alone_and_among_others() -> None:
         torch.testing.assert_close(matrix.multiply(x[i : i + 1])[0], together[i])
 
 
-@needs_integers
+@pytest.mark.usefixtures("integers")
 def test_one_row_of_gpt2_is_decoded_in_numpy() -> None:
     small = draw(GPT2)
     quantize_model(small)
