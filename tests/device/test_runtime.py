@@ -80,6 +80,12 @@ def test_what_is_out_of_memory() -> None:
     assert not is_out_of_memory(RuntimeError("shapes do not match"))
 
 
+def run_script(script: str, *words: str) -> str:
+    """What Python code prints in a process of its own."""
+    command = [sys.executable, "-c", script, *words]
+    return subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.PIPE, text=True).stdout
+
+
 _COUNT_FAULTS = """
 import resource, sys, torch
 from preflight.device.runtime import build_runtime
@@ -99,14 +105,7 @@ def test_freed_memory_is_kept_for_the_next_step() -> None:
     """A block of 24,000 pages fits where small ones were freed: nothing is faulted in again."""
     faults = {}
     for how in ("keep", "default"):
-        done = subprocess.run(
-            [sys.executable, "-c", _COUNT_FAULTS, how],
-            cwd=ROOT,
-            check=True,
-            capture_output=True,
-            text=True,
-        )
-        faults[how] = int(done.stdout)
+        faults[how] = int(run_script(_COUNT_FAULTS, how))
     assert faults["keep"] < 1000
     assert faults["default"] > 20_000  # else the test shows nothing
 
@@ -128,10 +127,7 @@ print(kept - psutil.Process().memory_info().rss)
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="malloc_trim is glibc's")
 def test_freed_memory_goes_back_to_the_system() -> None:
     """256 MB were freed and kept, as a training step frees them."""
-    done = subprocess.run(
-        [sys.executable, "-c", _RELEASE], cwd=ROOT, check=True, capture_output=True, text=True
-    )
-    assert int(done.stdout) > 240e6
+    assert int(run_script(_RELEASE)) > 240e6
 
 
 def test_the_peak_is_this_process_s_own() -> None:
@@ -149,17 +145,26 @@ def test_the_peak_is_this_process_s_own() -> None:
     assert 100e6 < int(result.stdout) < 1e9
 
 
+# In a process of its own: another test's freed memory would be used again.
+_COUNT_PEAKS = """
+from preflight.device.runtime import build_runtime
+from preflight.settings import SystemSettings
+machine = build_runtime(SystemSettings(device="cpu"))
+held = b"x" * 300_000_000
+print(machine.peak_memory_bytes())
+del held
+machine.reset_peak_memory()
+print(machine.peak_memory_bytes())
+held = b"x" * 300_000_000
+print(machine.peak_memory_bytes())
+"""
+
+
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="Linux's")
 def test_the_peak_can_be_counted_anew() -> None:
-    machine = build_runtime(SystemSettings(device="cpu"))
-    held = b"x" * 300_000_000
-    del held
-    before = machine.peak_memory_bytes()
-    machine.reset_peak_memory()
-    assert machine.peak_memory_bytes() < before - 200_000_000
-    held = b"x" * 300_000_000
-    assert machine.peak_memory_bytes() > before - 50_000_000
-    del held
+    first, anew, second = map(int, run_script(_COUNT_PEAKS).split())
+    assert anew < first - 250_000_000
+    assert second > anew + 250_000_000
 
 
 @pytest.mark.parametrize(
