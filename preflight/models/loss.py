@@ -25,6 +25,9 @@ LOSS_ROWS_CUDA = 2048
 # In bf16 a CPU is fastest with one large matmul, as CUDA is.
 LOSS_ROWS_CPU_BF16 = 2048
 _MAX_LOGITS_BYTES = 256 * 2**20  # of that matmul; a larger vocabulary gets fewer rows
+_CAST_BYTES = (
+    2 * 2**20
+)  # of a gradient cast at once, so that it stays in a cache (benchmarks/LOG.md)
 # Matrix units want every dimension to be a multiple of this; 50,257 is odd.
 VOCAB_MULTIPLE = 64
 
@@ -242,6 +245,18 @@ def _differentiate_rows(
     return loss, grad.to(dtype)
 
 
+def _accumulate(total: Tensor, part: Tensor) -> None:
+    """Add `part` (V C), in a smaller type, to `total`: a few rows at a time on a CPU, where torch
+    would first copy all of it in the type of `total`.
+    """
+    if total.device.type != "cpu" or torch.compiler.is_compiling():
+        total += part
+        return
+    n_rows = max(1, _CAST_BYTES // (total.element_size() * total.shape[1]))
+    for rows, more in zip(total.split(n_rows), part.split(n_rows), strict=True):
+        rows += more.to(rows.dtype)  # as torch would, but seen by the memory estimate
+
+
 class _LinearCrossEntropy(torch.autograd.Function):
     """Loss and gradients of `linear_cross_entropy`, chunk by chunk."""
 
@@ -285,7 +300,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             if grad_head is None:
                 grad_head = (grad.T @ unmasked)[:n_ids].float()
             else:
-                grad_head += (grad.T @ unmasked)[:n_ids]
+                _accumulate(grad_head, (grad.T @ unmasked)[:n_ids])
         ctx.save_for_backward(grad_hidden, *([] if grad_head is None else [grad_head]))
         return total
 

@@ -98,6 +98,12 @@ CASES = [
     Case("small", SMALL, settings(4)),
     Case("small, batch 1", SMALL, settings(1)),
     Case("small, bf16", SMALL, settings(4), BF16),
+    Case(
+        "several chunks of the loss, bf16",
+        ModelConfig(4000, 64, 128, 2, 1, 128),
+        settings(66),
+        BF16,
+    ),
     Case("small, checkpointing", SMALL, settings(4), gradient_checkpointing=True),
     Case("small, accumulation 2", SMALL, settings(4, 2)),
     Case("small, adam", SMALL, settings(4, 1, "adam")),
