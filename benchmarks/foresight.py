@@ -8,7 +8,8 @@ times, and predicts the time of a run of about `--seconds`; the other makes that
 of `--train`. Goals on CUDA: allocated within 3 %, reserved within 5 %, time within 10 %. On the CPU
 what is allocated is read from the profiler, in three steps after the run, and has to be within 1 %,
 resident memory, of which the libraries' part varies, within 8 %. `estimate` is a step's time as
-`--check --no-measure` tells it, beside the measured one: within 30 %.
+`--check --no-measure` tells it, beside the measured one: within 30 %. A CPU without bf16 has no
+configurations in it.
 """
 
 from __future__ import annotations
@@ -33,7 +34,12 @@ sys.path.insert(0, str(ROOT))
 from preflight.corpus.build import prepare_data  # noqa: E402
 from preflight.corpus.windows import count_windows  # noqa: E402
 from preflight.device.matmul_rate import measure_matmul_flops  # noqa: E402
-from preflight.device.runtime import Runtime, build_runtime, describe_device  # noqa: E402
+from preflight.device.runtime import (  # noqa: E402
+    Runtime,
+    build_runtime,
+    describe_device,
+    has_fast_bf16,
+)
 from preflight.foresight.measured_cost import measure_cost  # noqa: E402
 from preflight.foresight.memory import MemoryOptions, estimate_memory  # noqa: E402
 from preflight.foresight.run_time import (  # noqa: E402
@@ -207,8 +213,10 @@ def measure_allocated(
 def run_all(given: argparse.Namespace) -> list[dict[str, Any]]:
     """Every configuration in turn, within the time allowed."""
     began, rows = time.monotonic(), []
+    on_device = ON_CUDA if torch.cuda.is_available() else ON_CPU
+    if not torch.cuda.is_available() and not has_fast_bf16(torch.device("cpu")):
+        on_device = [flags for flags in ON_CPU if not flags.get("mixed_precision")]
     with tempfile.TemporaryDirectory(dir=given.dir) as folder:
-        on_device = ON_CUDA if torch.cuda.is_available() else ON_CPU
         for number, flags in enumerate(SMOKE if given.smoke else on_device, 1):
             left = given.budget - (time.monotonic() - began)
             if left < 3 * given.seconds:
