@@ -126,14 +126,13 @@ class FinetuneSetup(RunSetup):
     @part
     def data(self) -> ChatData:
         """The chats, prepared where they are not yet, and verified."""
-        chats = prepare_chats(
+        return prepare_chats(
             self.given.finetuning.finetune,
             self.encoder,
             self.data_dir,
             val_split=self.given.data.val_split,
             stop=self.stop,
         )
-        return ChatData.of(chats)
 
     @property
     def control(self) -> ControlSettings:
