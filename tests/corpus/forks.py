@@ -9,6 +9,7 @@ import time
 import traceback
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from preflight.corpus import collector
 from preflight.corpus.build import prepare_data
@@ -57,17 +58,12 @@ def _run(work: Callable[[], object], said: Path) -> None:
 
 
 def fork_build(
-    settings: DataSettings,
-    tokenizer: Tokenizer,
-    said: Path,
-    save_seconds: float,
-    block_bytes: int | None = None,
+    settings: DataSettings, tokenizer: Tokenizer, said: Path, save_seconds: float, **more: Any
 ) -> Fork:
     """Begin `prepare_data` in a fork, which notes where it is every `save_seconds`."""
 
     def work() -> None:
         collector.SAVE_SECONDS = save_seconds
-        more = {} if block_bytes is None else {"block_bytes": block_bytes}
         prepare_data(settings, tokenizer, n_workers=0, **more)
 
     return Fork(work, said)
