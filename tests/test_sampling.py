@@ -27,7 +27,7 @@ from preflight.decoding.choosing import choose_tokens, filter_probabilities, pen
 from preflight.models.kv_cache import KVCache
 from preflight.models.protocol import LanguageModel
 from preflight.models.single_row import SingleRowDecoder
-from preflight.modes.validation_checks import check_generation
+from preflight.modes.validation_model import check_generation
 from preflight.settings import ModelConfig, SamplingConfig, build_config
 from preflight.tokenization.tiktoken_bpe import END_OF_TEXT
 from preflight.tokenization.tiktoken_bpe import TiktokenTokenizer as Tokenizer

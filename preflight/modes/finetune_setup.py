@@ -25,8 +25,9 @@ from preflight.modes.base_checkpoint import (
     open_base,
 )
 from preflight.modes.choosing_way import find_kept_way
-from preflight.modes.setup import RunSetup, part
-from preflight.settings import RunConfig, TrainingSettings
+from preflight.modes.part import part
+from preflight.modes.setup import RunSetup
+from preflight.settings import ControlSettings, RunConfig, TrainingSettings
 from preflight.tokenization.chat_encoding import ChatEncoder
 from preflight.tokenization.chat_template import (
     DEFAULT_TEMPLATE,
@@ -35,7 +36,6 @@ from preflight.tokenization.chat_template import (
     load_chat_template,
 )
 from preflight.training.merging import keep_base
-from preflight.training.plan import TrainingPlan
 from preflight.training.resume import adopt_finetuning
 from train_utils import measure_target_share
 
@@ -126,22 +126,22 @@ class FinetuneSetup(RunSetup):
     @part
     def data(self) -> ChatData:
         """The chats, prepared where they are not yet, and verified."""
-        chats = prepare_chats(
+        return prepare_chats(
             self.given.finetuning.finetune,
             self.encoder,
             self.data_dir,
             val_split=self.given.data.val_split,
             stop=self.stop,
         )
-        return ChatData.of(chats)
 
-    def _build_plan(self, training: TrainingSettings) -> TrainingPlan:
+    @property
+    def control(self) -> ControlSettings:
         """As of any run; evaluated every fifth of an epoch where no flag says otherwise."""
-        control = self.known_config.control
-        if control.eval_every is None:
-            every = self.data.n_rows / self.samples_per_step / EVALUATIONS_PER_EPOCH
-            control = dataclasses.replace(control, eval_every=max(1, math.ceil(every)))
-        return self.build_plan_of(training, control)
+        control = super().control
+        if control.eval_every is not None:
+            return control
+        every = self.data.n_rows / self.samples_per_step / EVALUATIONS_PER_EPOCH
+        return dataclasses.replace(control, eval_every=max(1, math.ceil(every)))
 
     @property
     def target_share(self) -> float:

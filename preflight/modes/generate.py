@@ -17,9 +17,10 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from generate import Generation, generate_batch
-from preflight.checkpoints.format import MILESTONES_NAME
+from generate import Generation, generate_batch, load_model
+from preflight.checkpoints.format import MILESTONES_NAME, Checkpoint
 from preflight.checkpoints.manifest import MANIFEST_NAME
+from preflight.checkpoints.store import find_best, open_checkpoint
 from preflight.core.errors import ExitCode, PreflightError
 from preflight.core.log import log
 from preflight.core.signals import StopFlag
@@ -27,7 +28,7 @@ from preflight.core.storage import TEMPORARY_PREFIX
 from preflight.core.streams import is_missing
 from preflight.corpus.metadata import METADATA_NAME, SPLITS
 from preflight.decoding.vocabulary import list_ids_without_text
-from preflight.device.runtime import is_out_of_memory
+from preflight.device.runtime import Runtime, build_runtime, is_out_of_memory
 from preflight.models.base import TokenModel
 from preflight.modes.chat import ChatSession, choose_template
 from preflight.modes.completion_files import SEPARATOR, format_logprobs, save_completions
@@ -35,10 +36,10 @@ from preflight.modes.decoding_way import choose_decoding
 from preflight.modes.prompts import is_interactive, read_prompts
 from preflight.modes.quantizing import check_quantize, choose_dtype, quantize_loaded
 from preflight.modes.session import Session, log_rate, show
-from preflight.modes.setup import RunSetup
-from preflight.settings import RunConfig, SamplingConfig
+from preflight.settings import RunConfig, SamplingConfig, SystemSettings
 from preflight.tokenization import Tokenizer
 from preflight.training.metrics import METRICS_NAME
+from preflight.training.resume import check_model_flags
 
 
 def run(config: RunConfig) -> int:
@@ -52,17 +53,18 @@ def run(config: RunConfig) -> int:
             stream.reconfigure(errors="backslashreplace")
     check_output(config)
     quantizes = check_quantize(config)
-    setup = RunSetup(_choose_precision(config), StopFlag(), trains=False)
-    runtime = setup.runtime  # a device that is not there is told before a prompt is waited for
+    runtime = build_runtime(
+        _choose_precision(config.system)
+    )  # a device that is not there is told before a prompt is waited for
     if runtime.dtype == torch.float32:
         torch.set_float32_matmul_precision("highest")  # TF32 rounds nearly as coarsely as bf16
     chats = config.generation.chat
     prompts = [] if chats else read_prompts(config)
     interactive = is_interactive(config)
-    checkpoint = setup.checkpoint
+    checkpoint = choose_checkpoint(config)
     template = choose_template(config, checkpoint) if chats else None
     try:
-        model, tokenizer = setup.load_model()
+        model, tokenizer = load_chosen(config, checkpoint, runtime)
         check_vocabulary(config.sampling, model, tokenizer)
         dtype = f"int8 and {choose_dtype(runtime)}" if quantizes else f"{runtime.dtype}"
         log.info(
@@ -91,18 +93,42 @@ def run(config: RunConfig) -> int:
         ) from None
 
 
-def _choose_precision(config: RunConfig) -> RunConfig:
-    """`config` with fp32 where no flag asks for another precision.
+def choose_checkpoint(config: RunConfig) -> Checkpoint:
+    """The checkpoint to generate with: the one that is named, else the best of the run."""
+    named = config.generation.checkpoint_path
+    return open_checkpoint(named) if named else find_best(Path(config.control.output_dir))
+
+
+def load_chosen(
+    config: RunConfig, checkpoint: Checkpoint, runtime: Runtime
+) -> tuple[TokenModel, Tokenizer]:
+    """The model of the chosen checkpoint, ready to generate, and its tokenizer.
+
+    Raises:
+        PreflightError: code CHECKPOINT, when it is damaged, or not the model that flags name.
+    """
+    try:
+        model, tokenizer = load_model(checkpoint, runtime.device, runtime.dtype)
+    except PreflightError:
+        if os.path.lexists(checkpoint.path):
+            raise
+        # A run has just deleted it: look again.
+        return load_chosen(config, choose_checkpoint(config), runtime)
+    check_model_flags(config, checkpoint)
+    return model, tokenizer.replacing_unknown() if config.generation.replace_unknown else tokenizer
+
+
+def _choose_precision(system: SystemSettings) -> SystemSettings:
+    """The flags of the machine, with fp32 where none asks for another precision.
 
     A matmul rounds differently for another number of rows. From batch size 1 to 16, in bf16 34 of
     96 completions changed, in fp32 none. fp32 was as fast on a CPU without bf16 (1.0 times the
     tokens/s, batch 1 and 8); on a GPU it reads twice the bytes for a token. On a CPU with bf16
     `choose_decoding` may take it for a generation long enough to gain from it.
     """
-    if config.system.mixed_precision is not None:
-        return config
-    system = dataclasses.replace(config.system, mixed_precision=False)
-    return dataclasses.replace(config, system=system)
+    if system.mixed_precision is not None:
+        return system
+    return dataclasses.replace(system, mixed_precision=False)
 
 
 def _count_work(config: RunConfig, n_prompts: int) -> tuple[int, int]:

@@ -22,7 +22,7 @@ def run(config: RunConfig) -> int:
         PreflightError: with the code of whatever keeps it from being prepared.
     """
     with StopFlag() as stop:
-        data = RunSetup(config, stop, continues=False, trains=False).data
+        data = RunSetup(config, stop, continues=False).data
     report = read_report(data.path)
     if report is None:
         log.info(f"{data.path} was made by an older version, which wrote no report")

@@ -31,6 +31,7 @@ from preflight.modes.launch import (
     is_prepared,
     launch_ranks,
 )
+from preflight.modes.run_memory import check_memory
 from preflight.modes.setup import RunSetup
 from preflight.modes.start import check_machine, check_start
 from preflight.settings import RunConfig
@@ -164,7 +165,7 @@ def _check_memory(setup: RunSetup) -> None:
     """Refuse a run that cannot fit. A card is left alone: its memory is the ranks'."""
     with muted() if setup.ranks.world > 1 else contextlib.nullcontext():  # the ranks tell of it
         if build_runtime(setup.given.system).device.type == "cpu":
-            setup.check_memory(setup.runtime, setup.plan.window_tokens)
+            check_memory(setup, setup.runtime, setup.plan.window_tokens)
 
 
 def refuse_foreign_output(output_dir: Path) -> None:

@@ -22,8 +22,10 @@ from preflight.device.runtime import is_out_of_memory
 from preflight.foresight.fits import explain_out_of_memory, explain_rank_out_of_memory
 from preflight.foresight.learnability import find_short_text
 from preflight.models.cost import count_parameters
+from preflight.modes.continuing import describe_run_changes
 from preflight.modes.forecast import compare_with_forecast
 from preflight.modes.ranked import RunKind, run_on_ranks
+from preflight.modes.run_memory import describe_memory
 from preflight.modes.run_plan import save_plan
 from preflight.modes.setup import RunSetup
 from preflight.modes.trying import list_train_words
@@ -145,7 +147,7 @@ class TrainingRun:
             return explain_rank_out_of_memory(
                 failure, training, self.runtime, rank, command, newest
             )
-        case = self.setup.describe_memory(self.runtime, self.plan.window_tokens)
+        case = describe_memory(self.setup, self.runtime, self.plan.window_tokens)
         return explain_out_of_memory(failure, **case | {"last_checkpoint": newest})
 
     def _take_snapshot(self) -> dict[str, Any]:
@@ -313,5 +315,5 @@ def announce(setup: RunSetup) -> None:
             f"continuing from {setup.origin.path} (step {state.step:,}, "
             f"{state.tokens:,} tokens, sample {state.cursor:,})"
         )
-    for line in setup.describe_changes():
+    for line in describe_run_changes(setup):
         log.info(line)

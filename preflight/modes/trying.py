@@ -27,6 +27,7 @@ from preflight.device.host_memory import available_host_bytes
 from preflight.foresight.child import ChildRules
 from preflight.foresight.short_training import TrainingResult, TrainingSpec, describe_training
 from preflight.modes.finetune_setup import build_setup
+from preflight.modes.run_memory import check_memory
 from preflight.modes.setup import RunSetup
 from preflight.modes.start import check_machine
 from preflight.settings import RunConfig, build_options
@@ -80,7 +81,7 @@ def open_workshop(config: RunConfig, report_name: str, report_format: str) -> It
         setup.check_before_data()
         setup.data  # noqa: B018
         with FolderLock(Path(config.data.data_dir), shared=True):
-            setup.check_memory(setup.runtime, setup.plan.window_tokens)
+            check_memory(setup, setup.runtime, setup.plan.window_tokens)
             yield Workshop(setup, Path(config.control.output_dir))
 
 

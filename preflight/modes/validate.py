@@ -17,23 +17,23 @@ from preflight.core.errors import ExitCode
 from preflight.core.signals import StopFlag
 from preflight.modes.report import describe_error
 from preflight.modes.setup import RunSetup
-from preflight.modes.validation_checks import (
-    Fault,
-    Lacking,
-    Subject,
-    check_backward,
-    check_checkpoint,
+from preflight.modes.validation_inputs import (
     check_configuration,
-    check_evaluation,
     check_folders,
-    check_forward,
-    check_generation,
     check_loader,
-    check_mixed_precision,
     check_shards,
     check_tokenizer,
+)
+from preflight.modes.validation_model import (
+    check_backward,
+    check_checkpoint,
+    check_evaluation,
+    check_forward,
+    check_generation,
+    check_mixed_precision,
     check_update,
 )
+from preflight.modes.validation_subject import Fault, Lacking, Subject
 from preflight.settings import RunConfig
 
 Status = Literal["passed", "failed", "not run"]

@@ -10,9 +10,6 @@ import json
 import lzma
 import os
 import random
-import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -23,6 +20,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from backports import zstd
+from corpus.forks import Fork, fork_build
 from corpus.sources.hub_server import HubServer
 from corpus.test_rows import hash_tree, read_ids
 
@@ -32,7 +30,6 @@ from preflight.settings import DataSettings
 from preflight.tokenization import load_tokenizer
 
 GPT2 = load_tokenizer("gpt2")
-ROOT = Path(__file__).parents[2]
 N_KILLS = 6
 WORDS = "the quick brown f\u00f6x jumps over 12 lazy dogs\n and sleeps \u6f22\u5b57".split(" ")
 
@@ -94,20 +91,6 @@ SOURCES: dict[str, Callable[[], bytes]] = {
     "a.bin": make_ids,
     "hub": make_parquet,
 }
-DRIVER = """
-import sys
-sys.path.insert(0, {root!r})
-from preflight.corpus import collector
-from preflight.corpus.build import prepare_data
-from preflight.settings import DataSettings
-from preflight.tokenization import load_tokenizer
-
-collector.SAVE_SECONDS = 0.02
-tokenizer = load_tokenizer("gpt2")
-tokenizer.fingerprint
-print("go", flush=True)
-prepare_data(DataSettings(**{values!r}), tokenizer, n_workers=0)
-"""
 
 
 @pytest.mark.slow
@@ -124,47 +107,36 @@ def test_killed_again_and_again(tmp_path: Path, name: str, monkeypatch: pytest.M
             values["text_file"] = (str(tmp_path / name),)
         if name == "a.txt.gz":
             values["document_separator"] = "\x1e"
-        seconds = run_to_the_end(values | {"data_dir": str(tmp_path / "whole")})
+        whole, cut = (
+            DataSettings(**values, data_dir=str(tmp_path / folder)) for folder in ("whole", "cut")
+        )
+        seconds = run_to_the_end(whole)
         # Killed before half of what an unbroken run takes: the first never comes to the end.
-        n_killed = kill_until_done(values | {"data_dir": str(tmp_path / "cut")}, name, seconds / 2)
+        n_killed = kill_until_done(cut, name, seconds / 2)
     assert n_killed >= 1
     assert hash_tree(tmp_path / "cut") == hash_tree(tmp_path / "whole")
     check_ids(tmp_path / "whole", name)
 
 
-def start(values: dict[str, Any]) -> subprocess.Popen[bytes]:
-    code = DRIVER.format(root=str(ROOT), values=values)
-    child = subprocess.Popen(
-        [sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE
-    )
-    assert child.stdout is not None
-    assert child.stdout.readline() == b"go\n"
-    return child
+def start(settings: DataSettings) -> Fork:
+    return fork_build(settings, GPT2, Path(f"{settings.data_dir}.said"), save_seconds=0.02)
 
 
-def run_to_the_end(values: dict[str, Any]) -> float:
+def run_to_the_end(settings: DataSettings) -> float:
     """The seconds that it took."""
-    child = start(values)
     began = time.monotonic()
-    _, errors = child.communicate()
-    assert child.returncode == 0, errors[-2000:]
+    assert start(settings).end()
     return time.monotonic() - began
 
 
-def kill_until_done(values: dict[str, Any], name: str, most_seconds: float) -> int:
+def kill_until_done(settings: DataSettings, name: str, most_seconds: float) -> int:
     """How often it was killed, each time after at most so many seconds."""
-    draw, n_killed = random.Random(name), 0
-    while n_killed < N_KILLS:
-        child = start(values)
-        time.sleep(draw.uniform(0.05, 1) * most_seconds)
-        child.send_signal(signal.SIGKILL)
-        _, errors = child.communicate()
-        if child.returncode == 0:
+    draw = random.Random(name)
+    for n_killed in range(N_KILLS):
+        if start(settings).end(draw.uniform(0.05, 1) * most_seconds):
             return n_killed
-        assert child.returncode == -signal.SIGKILL, errors[-2000:]
-        n_killed += 1
-    run_to_the_end(values)
-    return n_killed
+    run_to_the_end(settings)
+    return N_KILLS
 
 
 def check_ids(folder: Path, name: str) -> None:

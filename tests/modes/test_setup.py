@@ -3,25 +3,26 @@
 from __future__ import annotations
 
 import dataclasses
-import shutil
-from pathlib import Path
 
 import pytest
-from checkpoints import samples
 
 from conftest import MakeConfig
-from preflight.checkpoints.format import Checkpoint
 from preflight.core.errors import ExitCode, PreflightError
 from preflight.core.signals import StopFlag
-from preflight.modes import setup, train
-from preflight.modes.setup import RunSetup, part
-from preflight.settings import build_config
+from preflight.modes import run_settings, setup, train
+from preflight.modes.part import part
+from preflight.modes.setup import RunSetup
 
 
 def test_each_part_is_made_once(make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[str] = []
-    for name in ("find_origin", "prepare_data", "build_plan", "build_runtime"):
-        made = getattr(setup, name)
+    for module, name in (
+        (run_settings, "find_origin"),
+        (setup, "prepare_data"),
+        (setup, "build_plan"),
+        (setup, "build_runtime"),
+    ):
+        made = getattr(module, name)
 
         def counted(
             *args: object, made: object = made, name: str = name, **options: object
@@ -29,7 +30,7 @@ def test_each_part_is_made_once(make_config: MakeConfig, monkeypatch: pytest.Mon
             calls.append(name)
             return made(*args, **options)  # type: ignore[operator]
 
-        monkeypatch.setattr(setup, name, counted)
+        monkeypatch.setattr(module, name, counted)
     run = RunSetup(make_config(), StopFlag())
     for _ in range(2):
         run.build_trainer()
@@ -107,29 +108,3 @@ def test_another_batch_is_refused_unless_allowed(make_config: MakeConfig) -> Non
     control = dataclasses.replace(config.control, allow_batch_change=True)
     allowed = RunSetup(dataclasses.replace(config, control=control), StopFlag(), resumes=True)
     assert allowed.plan.tokens_per_step == 8 * 32
-
-
-def test_generation_looks_again_where_a_run_deletes_its_checkpoint(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    output_dir = tmp_path / "out"
-    output_dir.mkdir()
-    for step, loss in ((5, 1.0), (6, 2.0)):
-        samples.save(output_dir, step, loss)
-    loaded = []
-
-    def load(checkpoint: Checkpoint, *rest: object) -> tuple[str, str]:
-        loaded.append(checkpoint.step)
-        if checkpoint.step == 5:  # retired by a run between the choice and the reading
-            shutil.rmtree(checkpoint.path)
-            checkpoint.open("config.json")
-        return "model", "tokenizer"
-
-    monkeypatch.setattr(setup, "load_model", load)
-    values = {"output_dir": str(output_dir), "device": "cpu"}
-    run = RunSetup(build_config(values, {}), StopFlag(), trains=False)
-    assert run.load_model() == ("model", "tokenizer")
-    assert loaded == [5, 6]
-    monkeypatch.setattr(setup, "load_model", lambda c, *rest: c.open("missing"))
-    with pytest.raises(PreflightError, match="does not list it"):
-        run.load_model()

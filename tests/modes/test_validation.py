@@ -21,10 +21,10 @@ from preflight.core.strict_json import read_json
 from preflight.corpus import build
 from preflight.corpus.metadata import render_metadata
 from preflight.foresight import fits
-from preflight.modes import validate, validation_checks
+from preflight.modes import validate, validation_model
 from preflight.modes.setup import RunSetup
 from preflight.modes.validate import CHECKS, Result, run_check
-from preflight.modes.validation_checks import Subject
+from preflight.modes.validation_subject import Subject
 from preflight.settings import RunConfig
 from preflight.tokenization import load_tokenizer
 from preflight.tokenization.tiktoken_bpe import TiktokenTokenizer as Tokenizer
@@ -211,7 +211,7 @@ def break_checkpoint(patch: pytest.MonkeyPatch) -> dict[str, Any]:
         next(iter(weights.values())).view(-1)[0] += 1
         return weights
 
-    patch.setattr(validation_checks, "load_weights", flip)
+    patch.setattr(validation_model, "load_weights", flip)
     return {}
 
 

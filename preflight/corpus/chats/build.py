@@ -19,6 +19,7 @@ from preflight.core.signals import StopFlag
 from preflight.core.storage import make_folder
 from preflight.corpus.build import MayReplace, finish_swap, is_begun
 from preflight.corpus.chats.builder import SHARD_TOKENS, ChatJob, begin_build
+from preflight.corpus.chats.data import ChatData, compute_chat_fingerprint, load_chat_folder
 from preflight.corpus.chats.facts import (
     ChatFacts,
     Encoder,
@@ -26,7 +27,6 @@ from preflight.corpus.chats.facts import (
     read_facts,
 )
 from preflight.corpus.chats.reading import open_chat_file
-from preflight.corpus.chats.rows import ChatFolder, compute_chat_fingerprint, load_chat_folder
 from preflight.corpus.metadata import (
     MASK_NAME,
     METADATA_NAME,
@@ -51,7 +51,7 @@ def prepare_chats(
     stop: StopFlag | None = None,
     may_replace: MayReplace | None = None,
     shard_tokens: int = SHARD_TOKENS,
-) -> ChatFolder:
+) -> ChatData:
     """Make, reuse or rebuild the data folder of these chats, and return it verified.
 
     A complete folder is taken as it is when the files, `val_split` and the encoder's fingerprint
@@ -85,7 +85,7 @@ def prepare_chats(
     # Before the lock, so that several runs can share a data folder that needs no change.
     if not os.path.lexists(building) and os.path.lexists(folder / METADATA_NAME):
         complete = _load_if_same(job)
-        if isinstance(complete, ChatFolder):
+        if isinstance(complete, ChatData):
             return _reuse(complete)
     _refuse_text(folder)
     refuse_foreign(folder)  # before the lock writes a file there
@@ -95,7 +95,7 @@ def prepare_chats(
         finish_swap(folder)
         _refuse_text(folder)
         complete = "" if not os.path.lexists(folder / METADATA_NAME) else _load_if_same(job)
-        if isinstance(complete, ChatFolder):
+        if isinstance(complete, ChatData):
             if os.path.lexists(building):
                 remove_build(building)
             return _reuse(complete)
@@ -104,7 +104,7 @@ def prepare_chats(
 
 def _build(
     job: ChatJob, replaced: str | PreflightError, may_replace: MayReplace | None
-) -> ChatFolder:
+) -> ChatData:
     """Build the folder, whose lock is held.
 
     Args:
@@ -123,9 +123,7 @@ def _build(
     try:
         job.build(checked)
         if reason and may_replace is not None:
-            built = load_chat_folder(building, tokenizer)
-            built.close()
-            may_replace(reason, None, built.data)
+            may_replace(reason, None, load_chat_folder(building, tokenizer))
     except PreflightError:
         with contextlib.suppress(OSError):
             remove_build(building)
@@ -134,8 +132,8 @@ def _build(
     return load_chat_folder(folder, tokenizer)
 
 
-def _reuse(chats: ChatFolder) -> ChatFolder:
-    log.info(f"reusing {chats.data.path} ({len(chats.train):,} training rows of chats)")
+def _reuse(chats: ChatData) -> ChatData:
+    log.info(f"reusing {chats.path} ({chats.n_rows:,} training rows of chats)")
     return chats
 
 
@@ -156,7 +154,7 @@ def _compute_old_fingerprint(folder: Path) -> str:
     return compute_chat_fingerprint(compute_fingerprint(metadata), metadata)
 
 
-def _find_without_files(paths: list[Path], encoder: Encoder, folder: Path) -> ChatFolder | None:
+def _find_without_files(paths: list[Path], encoder: Encoder, folder: Path) -> ChatData | None:
     """The complete folder that was made of these files, or with no name given any.
 
     None: there is none, and the files are missing.
@@ -225,7 +223,7 @@ def find_encoder_change(metadata: Metadata, facts: ChatFacts, encoder: Encoder) 
     return "this version encodes chats in another way"
 
 
-def _load_if_same(job: ChatJob) -> ChatFolder | str | PreflightError:
+def _load_if_same(job: ChatJob) -> ChatData | str | PreflightError:
     """The folder when it is what the job would build.
 
     Else what has changed since it was built, or the error when it is damaged.

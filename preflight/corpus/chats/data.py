@@ -2,42 +2,48 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools
+import hashlib
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 
-from preflight.corpus.chats.facts import ChatFacts
-from preflight.corpus.chats.rows import ChatFolder, ChatRows
+from preflight.corpus.chats.facts import ChatFacts, read_facts
+from preflight.corpus.chats.rows import ChatRows
 from preflight.corpus.length_buckets import (
     count_padded_tokens,
     find_largest_batch,
     order_rows,
     pad_lengths,
 )
-from preflight.corpus.shards import DataFolder, Split
+from preflight.corpus.metadata import (
+    MASK_NAME,
+    OFFSETS_NAME,
+    Metadata,
+    damaged_error,
+    read_metadata,
+)
+from preflight.corpus.shards import DataFolder, Split, load_data_folder
 from preflight.settings import TrainingSettings
+from preflight.tokenization import Tokenizer
+
+_SPLITS = ("train", "val")  # in the order of the fingerprint
 
 
 @dataclass(frozen=True)
 class ChatData(DataFolder):
     """A verified folder of chats, whose files are opened when they are read.
 
-    A row of T + 1 tokens has T inputs. ``n_bytes`` of a part counts what its targets spell.
+    A row of T + 1 tokens has T inputs. The ``n_bytes`` of a part count the UTF-8 of what its
+    targets spell, so that bits per byte are nats per target / ln 2 x targets / ``n_bytes``.
 
     Attributes:
+        fingerprint: a digest of every id, mask and border of rows.
         facts: what was counted when it was made.
     """
 
     facts: ChatFacts
-
-    @classmethod
-    def of(cls, chats: ChatFolder) -> ChatData:
-        """The folder, whose files are closed."""
-        chats.close()
-        fields = {f.name: getattr(chats.data, f.name) for f in dataclasses.fields(DataFolder)}
-        return cls(**fields, facts=chats.facts)
 
     def open_rows(self, split: str) -> ChatRows:
         """The rows of ``train`` or ``val``, to be closed.
@@ -92,3 +98,36 @@ class ChatData(DataFolder):
         part: Split = getattr(self, split)
         with self.open_rows(split) as rows:
             return int(rows.n_targets.sum()) / max(1, part.n_bytes)
+
+
+def load_chat_folder(folder: Path, tokenizer: Tokenizer) -> ChatData:
+    """Verify every byte of a data folder of chats and return it.
+
+    Raises:
+        PreflightError: code DATA for anything missing, damaged, extra, or made with another
+            tokenizer, and for a data folder of text.
+    """
+    facts = read_facts(folder, read_metadata(folder))
+    data = load_data_folder(folder, tokenizer)
+    listed = {entry.name for entry in data.metadata.files}
+    for name in _list_names():
+        if name not in listed:
+            raise damaged_error(folder / name, "metadata.json does not list it")
+    fingerprint = compute_chat_fingerprint(data.fingerprint, data.metadata)
+    chats = ChatData(**vars(data) | {"fingerprint": fingerprint}, facts=facts)
+    for split in _SPLITS:
+        chats.open_rows(split).close()  # whose files are masks and borders of rows
+    return chats
+
+
+def compute_chat_fingerprint(fingerprint: str, metadata: Metadata) -> str:
+    """The digest of every id, mask and border of rows, from the digest of the ids."""
+    entries = {entry.name: entry for entry in metadata.files}
+    digest = hashlib.sha256(fingerprint.encode())
+    for name in _list_names():
+        digest.update(entries[name].sha256.encode())
+    return digest.hexdigest()
+
+
+def _list_names() -> list[str]:
+    return [f"{split}/{name}" for split in _SPLITS for name in (MASK_NAME, OFFSETS_NAME)]

@@ -2,28 +2,20 @@
 
 from __future__ import annotations
 
-import dataclasses
-import hashlib
 import os
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
-from preflight.corpus.chats.facts import ChatFacts, read_facts
 from preflight.corpus.metadata import (
     MASK_NAME,
     OFFSETS_NAME,
-    FileEntry,
-    Metadata,
     damaged_error,
-    read_metadata,
     unreadable_error,
 )
 from preflight.corpus.shard_reader import ShardReader
-from preflight.corpus.shards import DataFolder, Shard, Split, load_data_folder
-from preflight.tokenization import Tokenizer
+from preflight.corpus.shards import Shard, Split
 
 MASK_DTYPE, OFFSET_DTYPE = np.dtype(np.uint8), np.dtype(np.int64)
 _COUNTED_TOKENS = 2**20  # whose mask is looked at in one go
@@ -133,61 +125,3 @@ def _open_single(path: Path, n_items: int, dtype: np.dtype) -> ShardReader:
     status = os.stat(path)
     shard = Shard(path, n_items, (status.st_size, status.st_mtime_ns))
     return ShardReader(Split((shard,), n_items, 0, 0), dtype, np.iinfo(dtype).max)
-
-
-@dataclass(frozen=True)
-class ChatFolder:
-    """A complete, verified data folder of chats.
-
-    Attributes:
-        data: the ids. Its fingerprint covers the masks and the borders of rows, too. The
-            ``n_bytes`` of its parts count the UTF-8 of what the targets spell, so that bits per
-            byte are nats per target / ln 2 x targets / ``n_bytes``.
-        facts: what was counted when it was made.
-        train, val: the rows of its parts.
-    """
-
-    data: DataFolder
-    facts: ChatFacts
-    train: ChatRows
-    val: ChatRows
-
-    def close(self) -> None:
-        """Unmap all files."""
-        self.train.close()
-        self.val.close()
-
-
-def load_chat_folder(folder: Path, tokenizer: Tokenizer) -> ChatFolder:
-    """Verify every byte of a data folder of chats and return it.
-
-    Raises:
-        PreflightError: code DATA for anything missing, damaged, extra, or made with another
-            tokenizer, and for a data folder of text.
-    """
-    facts = read_facts(folder, read_metadata(folder))
-    data = load_data_folder(folder, tokenizer)
-    entries = {entry.name: entry for entry in data.metadata.files}
-    for name in _list_names():
-        if name not in entries:
-            raise damaged_error(folder / name, "metadata.json does not list it")
-    fingerprint = compute_chat_fingerprint(data.fingerprint, data.metadata)
-    data = dataclasses.replace(data, fingerprint=fingerprint)
-    train, val = (
-        ChatRows(folder / name, split, data.dtype, data.vocab_size)
-        for name, split in (("train", data.train), ("val", data.val))
-    )
-    return ChatFolder(data, facts, train, val)
-
-
-def compute_chat_fingerprint(fingerprint: str, metadata: Metadata) -> str:
-    """The digest of every id, mask and border of rows, from the digest of the ids."""
-    entries: dict[str, FileEntry] = {entry.name: entry for entry in metadata.files}
-    digest = hashlib.sha256(fingerprint.encode())
-    for name in _list_names():
-        digest.update(entries[name].sha256.encode())
-    return digest.hexdigest()
-
-
-def _list_names() -> list[str]:
-    return [f"{split}/{name}" for split in ("train", "val") for name in (MASK_NAME, OFFSETS_NAME)]

@@ -26,8 +26,8 @@ from preflight.corpus.build import prepare_data
 from preflight.corpus.chats import encoding
 from preflight.corpus.chats.build import prepare_chats
 from preflight.corpus.chats.builder import hash_chat
+from preflight.corpus.chats.data import ChatData
 from preflight.corpus.chats.reading import open_chat_file, read_chats
-from preflight.corpus.chats.rows import ChatFolder, ChatRows
 from preflight.corpus.metadata import render_metadata
 from preflight.corpus.shards import DataFolder
 from preflight.settings import DataSettings
@@ -60,7 +60,7 @@ def chats(tmp_path: Path) -> Path:
     return write(tmp_path / "chats.jsonl", draw_rows(300))
 
 
-def prepare(chats: Path, encoder: FakeEncoder | None = None, **more: Any) -> ChatFolder:
+def prepare(chats: Path, encoder: FakeEncoder | None = None, **more: Any) -> ChatData:
     values = {"val_split": 0.1} | more
     return prepare_chats([chats], encoder or FakeEncoder(), chats.parent / "data", **values)
 
@@ -79,15 +79,25 @@ def read_source(path: Path) -> list[Chat]:
     return [found.chat for _, found in read_chats(file)]
 
 
-def read_rows(rows: ChatRows) -> list[tuple[list[int], list[bool]]]:
+def read_rows(folder: ChatData, split: str) -> list[tuple[list[int], list[bool]]]:
     """All rows, read in an order of their own in groups of nine."""
-    order = np.random.default_rng(1).permutation(len(rows))
     found: dict[int, tuple[list[int], list[bool]]] = {}
-    for chosen in np.array_split(order, max(len(rows) // 9, 1)):
-        for row, (ids, mask) in zip(chosen.tolist(), rows.read(chosen), strict=True):
-            assert (ids.dtype, mask.dtype) == (np.int64, np.bool_)
-            found[row] = ids.tolist(), mask.tolist()
-    return [found[row] for row in range(len(rows))]
+    with folder.open_rows(split) as rows:
+        order = np.random.default_rng(1).permutation(len(rows))
+        for chosen in np.array_split(order, max(len(rows) // 9, 1)):
+            for row, (ids, mask) in zip(chosen.tolist(), rows.read(chosen), strict=True):
+                assert (ids.dtype, mask.dtype) == (np.int64, np.bool_)
+                found[row] = ids.tolist(), mask.tolist()
+        return [found[row] for row in range(len(rows))]
+
+
+def read_lengths(folder: ChatData) -> list[list[int]]:
+    """Tokens of each row: of the training part, and of the validation part."""
+    parts = []
+    for split in ("train", "val"):
+        with folder.open_rows(split) as rows:
+            parts.append(rows.lengths.tolist())
+    return parts
 
 
 # ---- what is in it ------------------------------------------------------------------------------
@@ -109,18 +119,21 @@ def test_rows_are_those_of_the_encoder(
         expected["val" if hash_chat(chat) < threshold else "train"] += rows
     counts = folder.facts.counts
     for split, encoded in expected.items():
-        rows, part = getattr(folder, split), getattr(folder.data, split)
+        part = getattr(folder, split)
         assert len(encoded) > 5
-        assert read_rows(rows) == [(row.ids.tolist(), row.mask.tolist()) for row in encoded]
-        assert rows.lengths.tolist() == [len(row.ids) for row in encoded]
-        assert rows.n_targets.tolist() == [row.mask.sum() for row in encoded]
-        assert (part.n_documents, part.n_tokens) == (len(encoded), rows.lengths.sum())
+        assert read_rows(folder, split) == [
+            (row.ids.tolist(), row.mask.tolist()) for row in encoded
+        ]
+        with folder.open_rows(split) as rows:
+            assert rows.lengths.tolist() == [len(row.ids) for row in encoded]
+            assert rows.n_targets.tolist() == [row.mask.sum() for row in encoded]
+            assert (part.n_documents, part.n_tokens) == (len(encoded), rows.lengths.sum())
         end = encoder.tokenizer.end_of_text_id
         learned = [row.ids[row.mask & (row.ids != end)] for row in encoded]
         spelled = map(encoder.tokenizer.decode_bytes, learned)
         assert part.n_bytes == sum(map(len, spelled))
     every = expected["train"] + expected["val"]
-    assert len(folder.data.train.shards) > 1
+    assert len(folder.train.shards) > 1
     assert counts.n_chats == len(sources)
     assert counts.n_open == 30
     assert counts.n_rows == len(every) == counts.n_chats - counts.n_dropped
@@ -137,7 +150,7 @@ def test_rows_are_those_of_the_encoder(
     for entry in folder.facts.examples:
         number = int(entry.place.removeprefix("chats.jsonl, line "))
         row = encoder.encode([sources[number - 1]])[0][0]
-        assert read_rows(folder.train)[entry.row][0] == row.ids.tolist()
+        assert read_rows(folder, "train")[entry.row][0] == row.ids.tolist()
     assert len(folder.facts.examples) == 3
 
 
@@ -148,7 +161,7 @@ def test_files_of_all_forms_follow_each_other(tmp_path: Path) -> None:
     files = [tmp_path / "b.json", tmp_path / "a.jsonl"]
     folder = prepare_chats(files, FakeEncoder(), tmp_path / "data", val_split=0.5)
     assert folder.facts.formats == ["Alpaca", "LIMA conversations"]
-    assert [entry.name for entry in folder.data.metadata.sources] == ["b.json", "a.jsonl"]
+    assert [entry.name for entry in folder.metadata.sources] == ["b.json", "a.jsonl"]
     assert folder.facts.counts.n_chats == 20
 
 
@@ -166,16 +179,16 @@ def test_equal_chats_are_on_one_side(tmp_path: Path) -> None:
     draw = random.Random(3)
     path = write(tmp_path / "chats.jsonl", draw.choices(rows, k=400))
     folder = prepare(path, val_split=0.3)
-    parts = [{tuple(ids) for ids, _ in read_rows(rows)} for rows in (folder.train, folder.val)]
+    parts = [{tuple(ids) for ids, _ in read_rows(folder, split)} for split in ("train", "val")]
     assert parts[0].isdisjoint(parts[1])
-    assert len(folder.train) + len(folder.val) == 400
+    assert sum(map(len, read_lengths(folder))) == 400
 
 
 @pytest.mark.parametrize("val_split", [1e-9, 0.5])
 def test_two_chats_are_one_on_each_side(tmp_path: Path, val_split: float) -> None:
     path = write(tmp_path / "chats.jsonl", draw_rows(2))
     folder = prepare(path, val_split=val_split)
-    assert (len(folder.train), len(folder.val)) == (1, 1)
+    assert [len(lengths) for lengths in read_lengths(folder)] == [1, 1]
 
 
 @pytest.mark.parametrize("n", [1, 3])
@@ -201,7 +214,7 @@ def test_a_part_of_too_long_chats_is_shared_out_again(tmp_path: Path) -> None:
     path = write(tmp_path / "chats.jsonl", rows)
     folder = prepare(path, FakeEncoder("byte", 50), val_split=1e-9)
     assert folder.facts.counts.n_dropped == 1
-    assert (len(folder.train), len(folder.val)) == (18, 1)
+    assert [len(lengths) for lengths in read_lengths(folder)] == [18, 1]
     error = fail(ExitCode.TEXT, lambda: prepare(path, FakeEncoder("byte", 5)))
     assert "no chat, and 20 have no target in --context-length" in str(error)
 
@@ -219,7 +232,7 @@ def test_very_many_turns(tmp_path: Path) -> None:
             ]
 
     folder = prepare(write(tmp_path / "chats.jsonl", rows), Counting())
-    assert sorted([*folder.train.lengths, *folder.val.lengths]) == [2, 100_000]
+    assert sorted(itertools.chain(*read_lengths(folder))) == [2, 100_000]
 
 
 # ---- when it is built ---------------------------------------------------------------------------
@@ -230,7 +243,7 @@ def test_an_unchanged_folder_is_not_encoded_again(chats: Path) -> None:
     again = FakeEncoder()
     found = prepare(chats, again)
     assert again.n_encoded == 0
-    assert found.data.fingerprint == first.data.fingerprint
+    assert found.fingerprint == first.fingerprint
     assert found.facts == first.facts
     with FolderLock(chats.parent / "data", shared=True):  # nor is it locked
         prepare(chats, again)
@@ -294,7 +307,7 @@ def test_without_files_the_encoder_decides(chats: Path) -> None:
     chats.unlink()
     for files in ([chats], []):
         found = prepare_chats(files, FakeEncoder(), folder, val_split=0.3)
-        assert found.data.fingerprint == first.data.fingerprint
+        assert found.fingerprint == first.fingerprint
         other = FakeEncoder(context_length=500)
         error = fail(
             ExitCode.DATA, lambda f=files, e=other: prepare_chats(f, e, folder, val_split=0.1)
@@ -315,9 +328,9 @@ def test_a_run_may_keep_its_folder(chats: Path) -> None:
 
     other = FakeEncoder(context_length=500)
     fail(ExitCode.DATA, lambda: prepare(chats, other, may_replace=refuse))
-    assert [old for _, old, _ in asked] == [first.data.fingerprint, None]
+    assert [old for _, old, _ in asked] == [first.fingerprint, None]
     assert asked[1][2] is not None
-    assert asked[1][2].fingerprint != first.data.fingerprint
+    assert asked[1][2].fingerprint != first.fingerprint
     assert hash_tree(chats.parent / "data") == before
     prepare(chats)  # unchanged
 
@@ -498,11 +511,12 @@ def test_files_that_change_while_in_use(chats: Path, name: str) -> None:
     folder = prepare(chats)
     path = chats.parent / "data" / "train" / name
     content = path.read_bytes()
-    for change in (content[:200], content):  # cut, and written again with the same bytes
-        path.write_bytes(change)
-        os.utime(path, ns=(1, 1))
-        error = fail(ExitCode.DATA, lambda: folder.train.read(np.arange(len(folder.train))))
-        assert name in error.lines[0]
+    with folder.open_rows("train") as rows:
+        for change in (content[:200], content):  # cut, and written again with the same bytes
+            path.write_bytes(change)
+            os.utime(path, ns=(1, 1))
+            error = fail(ExitCode.DATA, lambda: rows.read(np.arange(len(rows))))
+            assert name in error.lines[0]
 
 
 def test_the_fingerprint_covers_masks(chats: Path) -> None:
@@ -515,8 +529,8 @@ def test_the_fingerprint_covers_masks(chats: Path) -> None:
                 row.mask[1:] = True
             return rows
 
-    prints = {prepare(chats, kind()).data.fingerprint for kind in (FakeEncoder, FakeEncoder)}
+    prints = {prepare(chats, kind()).fingerprint for kind in (FakeEncoder, FakeEncoder)}
     assert len(prints) == 1
     other = prepare(chats, Everything(learn_from="all"))
-    assert other.data.fingerprint not in prints
+    assert other.fingerprint not in prints
     assert other.facts.counts.n_targets == other.facts.counts.n_tokens - 300

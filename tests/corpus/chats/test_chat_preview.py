@@ -13,19 +13,29 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from preflight.corpus.chats.build import prepare_chats
+from preflight.corpus.chats.data import ChatData
 from preflight.corpus.chats.facts import ChatCounts, ChatFacts, TemplateEntry
-from preflight.corpus.chats.preview import decode_stretches, describe_chats, pick_examples
-from preflight.corpus.chats.rows import ChatFolder
+from preflight.corpus.chats.preview import (
+    Example,
+    decode_stretches,
+    describe_chats,
+    pick_examples,
+)
 from preflight.tokenization import load_tokenizer
 
 BYTES = load_tokenizer("byte")
 
 
-def prepare(tmp_path: Path, answers: list[str], **more: Any) -> ChatFolder:
+def prepare(tmp_path: Path, answers: list[str], **more: Any) -> ChatData:
     path = tmp_path / "chats.jsonl"
     rows = [{"prompt": f"{i}?", "completion": text} for i, text in enumerate(answers)]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return prepare_chats([path], FakeEncoder(**more), tmp_path / "data", val_split=1e-9)
+
+
+def pick(folder: ChatData, *arguments: Any, **more: Any) -> list[Example]:
+    with folder.open_rows("train") as rows:
+        return pick_examples(folder.facts, rows, BYTES, *arguments, **more)
 
 
 @given(st.text(st.characters(exclude_categories=["Cs"])), st.data())
@@ -51,7 +61,7 @@ def test_special_tokens_and_cut_characters() -> None:
 
 def test_examples(tmp_path: Path) -> None:
     folder = prepare(tmp_path, [f"{i}\x1b[31m \u202e\n\u6f22" for i in range(30)])
-    examples = pick_examples(folder.facts, folder.train, BYTES)
+    examples = pick(folder)
     assert len(examples) == 3
     for example in examples:
         number = int(example.place.removeprefix("chats.jsonl, line ")) - 1
@@ -59,9 +69,9 @@ def test_examples(tmp_path: Path) -> None:
             (f"User: {number}?\nAssistant: ", False),
             (f"{number}\\x1b[31m \\u202e\n\u6f22<|endoftext|>", True),
         )
-    assert pick_examples(folder.facts, folder.train, BYTES, 1) == examples[:1]
-    assert pick_examples(folder.facts, folder.train, BYTES) == examples
-    named = pick_examples(folder.facts, folder.train, BYTES, specials={"</s>": 256})
+    assert pick(folder, 1) == examples[:1]
+    assert pick(folder) == examples
+    named = pick(folder, specials={"</s>": 256})
     assert named[0].stretches[1][0].endswith("</s>")
 
 
@@ -70,14 +80,14 @@ def test_copies_are_one_example(tmp_path: Path) -> None:
     rows = [{"prompt": f"{i % 3}?", "completion": "yes"} for i in range(30)]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     folder = prepare_chats([path], FakeEncoder(), tmp_path / "data", val_split=0.3)
-    picked = pick_examples(folder.facts, folder.train, BYTES)
+    picked = pick(folder)
     assert len({example.stretches for example in picked}) == 2
 
 
 def test_long_examples_are_shortened(tmp_path: Path) -> None:
     """Begin and end stay, whole stretches that are short too."""
     folder = prepare(tmp_path, [str(i) + "x" * 5000 + "y" for i in range(3)])
-    for example in pick_examples(folder.facts, folder.train, BYTES):
+    for example in pick(folder):
         head, answer = (text for text, _ in example.stretches)
         assert head.startswith("User: ")
         assert head.endswith("?\nAssistant: ")
@@ -91,7 +101,7 @@ def test_examples_of_many_turns_are_shortened(tmp_path: Path) -> None:
     rows = [{"conversations": ["question", f"answer {i}"] * 200} for i in range(2)]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     folder = prepare_chats([path], FakeEncoder(), tmp_path / "data", val_split=0.5)
-    (example,) = pick_examples(folder.facts, folder.train, BYTES)
+    (example,) = pick(folder)
     text = "".join(part for part, _ in example.stretches)
     assert len(text) <= 650
     assert text.startswith("User: question")

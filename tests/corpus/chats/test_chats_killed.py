@@ -29,8 +29,7 @@ def chats(tmp_path: Path) -> Path:
 
 
 def build(chats: Path, encoder: FakeEncoder) -> None:
-    folder = prepare_chats([chats], encoder, chats.parent / "data", val_split=0.2, shard_tokens=900)
-    folder.close()
+    prepare_chats([chats], encoder, chats.parent / "data", val_split=0.2, shard_tokens=900)
 
 
 def kill_at(number: int, chats: Path) -> int:
@@ -78,12 +77,12 @@ def check_kills(chats: Path, *, has_old: bool, first: int, step: int) -> int:
         found = hash_tree(folder)
         found = {name: digest for name, digest in found.items() if ".building" not in name}
         if swapped or found == new:
-            prepare_chats([], NEW, folder, val_split=0.2).close()
+            prepare_chats([], NEW, folder, val_split=0.2)
             assert hash_tree(folder) == new, number
         else:
             assert found == old, number
             if has_old:
-                prepare_chats([], OLD, folder, val_split=0.2).close()
+                prepare_chats([], OLD, folder, val_split=0.2)
         build(chats, NEW)
         assert hash_tree(folder) == new, number
         shutil.rmtree(folder)
