@@ -60,7 +60,7 @@ def build_trainer(
         PreflightError: code FLAGS, when several ranks cannot train so.
     """
     ranks = ranks or local_ranks()
-    refuse_unshared(training, runtime, ranks)
+    refuse_unshared(training, ranks)
     torch.manual_seed(training.seed)
     with runtime.device:
         model = build_model(model_config, gradient_checkpointing=gradient_checkpointing)
@@ -74,26 +74,18 @@ def build_trainer(
     return Trainer(model, optimizer, plan, runtime, skips_on_device=skips_on_device, ranks=ranks)
 
 
-def refuse_unshared(training: TrainingSettings, runtime: Runtime, ranks: Ranks) -> None:
+def refuse_unshared(training: TrainingSettings, ranks: Ranks) -> None:
     """Refuse what cannot be computed on the parts of matrices that several ranks hold.
 
     Raises:
         PreflightError: code FLAGS.
     """
-    if ranks.world == 1:
-        return
-    if not OPTIMIZERS.load(training.optimizer).knows_shards:
+    if ranks.world > 1 and not OPTIMIZERS.load(training.optimizer).knows_shards:
         raise PreflightError(
             ExitCode.FLAGS,
             f"--optimizer {training.optimizer}: not on {ranks.world} ranks, each of which holds a "
             "part of each matrix",
             f"use --optimizer {TrainingSettings().optimizer}, or --ranks 1",
-        )
-    if runtime.needs_scaler:
-        raise PreflightError(
-            ExitCode.FLAGS,
-            f"fp16 with a gradient scaler: not on {ranks.world} ranks; these cards have no bf16",
-            "use --no-mixed-precision, or --ranks 1",
         )
 
 

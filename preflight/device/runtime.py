@@ -19,6 +19,7 @@ from preflight.core.errors import ExitCode, PreflightError
 from preflight.core.memory_lack import lacks_memory
 from preflight.device.host_memory import peak_resident_bytes, release_freed_memory
 from preflight.device.matmul_rate import is_bf16_faster
+from preflight.device.ranks import Ranks, local_ranks
 from preflight.device.ways import ChosenWay
 from preflight.settings import SystemSettings
 
@@ -81,25 +82,35 @@ class Runtime:
 
 
 def build_runtime(
-    settings: SystemSettings, planned_steps: int | None = None, chosen: ChosenWay | None = None
+    settings: SystemSettings,
+    planned_steps: int | None = None,
+    chosen: ChosenWay | None = None,
+    ranks: Ranks | None = None,
 ) -> Runtime:
     """Choose device, precision and compilation where the flags leave them unset.
 
     Args:
         settings: the system flags.
         planned_steps: updates to come; ``None`` where nothing is trained.
-        chosen: what is taken where no flag is given; unset: a simple rule, without measuring.
+        chosen: what is taken where no flag is given; unset: a simple rule, which may measure.
+        ranks: that take precision and compilation from rank 0, and all call this; unset: one.
 
     Raises:
         PreflightError: code FLAGS, when the device that the flags name is not there.
     """
     device = choose_device(settings.device)
-    dtype, why_dtype = _choose_dtype(device, settings.mixed_precision)
-    compile_model, why_compile = _choose_compilation(device, settings.compile_model, planned_steps)
-    if chosen is not None and settings.mixed_precision is None:
-        dtype, why_dtype = chosen.way.dtype, chosen.why
-    if chosen is not None and settings.compile_model is None:
-        compile_model, why_compile = chosen.way.compiled, chosen.why
+
+    def choose() -> tuple[tuple[torch.dtype, str], tuple[bool, str]]:
+        precision = _choose_dtype(device, settings.mixed_precision)
+        compilation = _choose_compilation(device, settings.compile_model, planned_steps)
+        if chosen is not None and settings.mixed_precision is None:
+            precision = chosen.way.dtype, chosen.why
+        if chosen is not None and settings.compile_model is None:
+            compilation = chosen.way.compiled, chosen.why
+        return precision, compilation
+
+    # Each rank may measure otherwise, or lack a compiler; all must compute the same.
+    (dtype, why_dtype), (compile_model, why_compile) = (ranks or local_ranks()).decide(choose)
     if device.type == "cuda":
         # TF32 for matmuls that stay in fp32: eight times the rate, ten bits of mantissa.
         torch.set_float32_matmul_precision("high")

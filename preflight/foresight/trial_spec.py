@@ -10,6 +10,7 @@ import torch
 from preflight.corpus.chats.data import ChatData
 from preflight.corpus.shards import DataFolder
 from preflight.corpus.windows import count_run_windows
+from preflight.device.ranks import Ranks
 from preflight.device.runtime import Runtime, build_runtime, choose_device
 from preflight.device.token_store import DataPlace, measure_free_bytes
 from preflight.settings import ModelConfig, RunConfig
@@ -111,9 +112,9 @@ class TrialSpec:
             measure_free_bytes(device),
         )
 
-    def runtime(self) -> Runtime:
-        """Device, precision and compilation, as the run would choose them."""
-        return build_runtime(self.config.system, self.plan().total_steps)
+    def runtime(self, ranks: Ranks | None = None) -> Runtime:
+        """Device, precision and compilation, as the run would choose them; all `ranks` ask."""
+        return build_runtime(self.config.system, self.plan().total_steps, ranks=ranks)
 
     def at(self, batch_size: int, accumulation: int) -> TrialSpec:
         """The same run with another batch size."""

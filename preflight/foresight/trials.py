@@ -54,8 +54,8 @@ def measure(spec: TrialSpec, ranks: Ranks | None = None) -> TrialResult:
     Raises:
         PreflightError: any trouble but a lack of memory, which is a result.
     """
-    runtime, plan, training = spec.runtime(), spec.plan(), spec.config.training
     ranks = ranks or local_ranks()
+    runtime, plan, training = spec.runtime(ranks), spec.plan(), spec.config.training
     # Without data, that of bytes will do: ids above its own are only never generated.
     tokenizer = spec.data.load_tokenizer() if spec.data else load_tokenizer("byte")
     if runtime.device.type != "cuda":

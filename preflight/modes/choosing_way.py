@@ -53,7 +53,7 @@ def choose_run_way(setup: RunSetup) -> ChosenWay | None:
     origin = setup.known_origin
     if origin is not None:
         return find_kept_way(origin.config.get("runtime"), device)
-    if device.type != "cpu" or setup.ranks.world > 1:  # several must all take the same
+    if device.type != "cpu" or setup.ranks.world > 1:  # a trial is of one process
         return None
     spec = _build_spec(setup, build_runtime(system, 1))
     return None if spec is None else _choose(setup, spec)

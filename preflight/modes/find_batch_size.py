@@ -16,7 +16,6 @@ from preflight.core.locks import FolderLock
 from preflight.corpus.metadata import METADATA_NAME
 from preflight.corpus.shards import DataFolder, load_data_folder
 from preflight.device.ranks import plan_ranks
-from preflight.device.runtime import build_runtime
 from preflight.foresight.trial_spec import TrialSpec
 from preflight.modes.batch_report import FORMAT, BatchSizeReport
 from preflight.modes.batch_trials import BatchTrials, explain_no_fit
@@ -47,7 +46,7 @@ def run(config: RunConfig) -> int:
         contextlib.ExitStack() as stack,
     ):
         n_ranks = count_ranks(config)
-        refuse_unshared(setup.config.training, build_runtime(config.system), plan_ranks(n_ranks))
+        refuse_unshared(setup.config.training, plan_ranks(n_ranks))
         model_config = setup.model_config
         data, source = _find_data(setup, stack)
         folder = output_dir / f"{storage.TEMPORARY_PREFIX}trial"

@@ -158,7 +158,7 @@ class FinetuneSetup(RunSetup):
         if self.known_origin is not None:
             saved = self.known_origin.config.get("runtime")
             kept = find_kept_way(saved, choose_device(system.device))
-        return build_runtime(system, planned_steps=1, chosen=kept)
+        return build_runtime(system, planned_steps=1, chosen=kept, ranks=self.ranks)
 
     def check_before_data(self) -> None:
         """Raise whatever can refuse the run before its chats are read."""

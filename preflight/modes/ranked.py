@@ -23,7 +23,7 @@ from preflight.core.signals import StopFlag
 from preflight.core.storage import check_writable, foreign_error, make_folder, refuse_other_kind
 from preflight.device.heartbeat import Heartbeat
 from preflight.device.ranks import Meeting, is_lost_rank, is_rank, plan_ranks
-from preflight.device.runtime import build_runtime
+from preflight.device.runtime import choose_device
 from preflight.modes.launch import (
     begin_heartbeat,
     count_ranks,
@@ -124,7 +124,7 @@ def _join(
     if meeting.rank:
         log.setLevel("ERROR")
     stop.is_quiet = bool(meeting.rank) or is_prepared()  # the parent tells of a signal
-    ranks = meeting.join(build_runtime(config.system).device.type, heartbeat)
+    ranks = meeting.join(choose_device(config.system.device).type, heartbeat)
     try:
         setup = kind.setup(config, stop, resumes=True, ranks=ranks)
         with muted():  # whoever has prepared it has told of it
@@ -154,7 +154,7 @@ def _prepare(setup: RunSetup, begin: Callable[[RunSetup], int]) -> int:
         remove_leftovers(output_dir)
         check_start(setup)
         setup.check_before_data()
-        refuse_unshared(setup.config.training, build_runtime(config.system), setup.ranks)
+        refuse_unshared(setup.config.training, setup.ranks)
         setup.data  # noqa: B018
         with setup.lock_data():
             _check_memory(setup)
@@ -164,7 +164,7 @@ def _prepare(setup: RunSetup, begin: Callable[[RunSetup], int]) -> int:
 def _check_memory(setup: RunSetup) -> None:
     """Refuse a run that cannot fit. A card is left alone: its memory is the ranks'."""
     with muted() if setup.ranks.world > 1 else contextlib.nullcontext():  # the ranks tell of it
-        if build_runtime(setup.given.system).device.type == "cpu":
+        if choose_device(setup.given.system.device).type == "cpu":
             check_memory(setup, setup.runtime, setup.plan.window_tokens)
 
 

@@ -201,7 +201,8 @@ class RunSetup(RunSettings):
         # The plan, and with it the data, is needed only to choose.
         chosen = choose_run_way(self)
         decided = self.given.system.compile_model is not None or chosen is not None
-        return build_runtime(self._system, 1 if decided else max(1, self.n_steps_to_come), chosen)
+        n_steps = 1 if decided else max(1, self.n_steps_to_come)
+        return build_runtime(self._system, n_steps, chosen, self.ranks)
 
     @property
     def _system(self) -> SystemSettings:

@@ -6,11 +6,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from device.test_ranks import run_ranks
 
 from preflight.device import matmul_rate, runtime
 from preflight.device.matmul_rate import is_bf16_faster, measure_matmul_flops
+from preflight.device.ranks import Ranks
 from preflight.device.remembered import FOLDER_VARIABLE
 from preflight.device.runtime import build_runtime
+from preflight.device.ways import ChosenWay, Way
 from preflight.settings import SystemSettings
 
 
@@ -59,3 +62,32 @@ def test_what_a_run_takes(faster: bool, monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setattr(runtime, "has_fast_bf16", lambda device: False)
     monkeypatch.setattr(runtime, "is_bf16_faster", None)  # not asked
     assert build_runtime(SystemSettings(device="cpu")).dtype == torch.float32
+
+
+@pytest.mark.parametrize("fast", [0, 1])
+def test_ranks_take_what_the_first_of_them_chose(
+    fast: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On hosts of which one is `fast` in bf16, and one kept a compiled step."""
+    monkeypatch.setattr(runtime, "has_fast_bf16", lambda device: True)
+    system, bf16 = SystemSettings(device="cpu"), torch.bfloat16
+
+    def choose(ranks: Ranks) -> list[tuple[torch.dtype, bool]]:
+        def measure(_: torch.device, dtype: torch.dtype, *, least_seconds: float) -> float:
+            return 2e12 if dtype == bf16 and ranks.rank == fast else 1e12
+
+        monkeypatch.setenv(FOLDER_VARIABLE, str(tmp_path / str(ranks.rank)))
+        monkeypatch.setattr(matmul_rate, "measure_matmul_flops", measure)
+        is_bf16_faster.cache_clear()
+        kept = ChosenWay(Way(precision="float32", compiled=ranks.rank == fast), "")
+        taken = [
+            build_runtime(system),
+            build_runtime(system, ranks=ranks),
+            build_runtime(system, 1, kept, ranks),
+        ]
+        return [(each.dtype, each.compile_model) for each in taken]
+
+    found = run_ranks(2, choose)
+    assert [own for (own, _), *_ in found] == [bf16 if n == fast else torch.float32 for n in (0, 1)]
+    first = [found[0][0], (torch.float32, fast == 0)]
+    assert [taken for _, *taken in found] == [first, first]

@@ -17,15 +17,16 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-import trainer as trainer_module
 from preflight.core.errors import ExitCode, PreflightError
 from preflight.device.ranks import JoinedRanks, Ranks, local_ranks, plan_ranks
 from preflight.device.runtime import Runtime
 from preflight.models.loss import NO_TARGET
 from preflight.settings import AdapterConfig, ControlSettings, ModelConfig, TrainingSettings
+from preflight.settings.kinds import OPTIMIZERS
 from preflight.training import muon
 from preflight.training.optimizers import SGD
 from preflight.training.plan import build_plan
+from trainer import Trainer, build_trainer, refuse_unshared
 
 MODEL = ModelConfig(
     vocab_size=97, context_length=16, n_embeddings=32, n_heads=2, n_layers=2, ffn_hid_dim=64
@@ -60,11 +61,17 @@ def _join(rank: int, world: int, hosts: int, folder: Path, work: Work) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """How the model is trained; `bad_step`: the one in which a gradient is not finite."""
+    """How the model is trained.
+
+    In `bad_step` the loss is not finite; in `overflowing_step` one element of the gradients is not,
+    which one rank has. In fp16 the loss is multiplied by `scale` at first.
+    """
 
     dtype: torch.dtype = torch.float32
     checkpointing: bool = False
     bad_step: int | None = None
+    overflowing_step: int | None = None
+    scale: float = 2.0**16
     optimizer: str = "adamw"
     max_grad_norm: float = 0.5  # less than any of their norms
     adapter: AdapterConfig | None = None
@@ -80,6 +87,9 @@ CASES = {
     "sgd, nan at first": Case(optimizer="sgd", bad_step=0),
     "muon": Case(optimizer="muon"),
     "adapters": Case(adapter=AdapterConfig(3, 6.0, ("o_proj", "down_proj"))),
+    "fp16": Case(torch.float16, overflowing_step=2),
+    "fp16, scaled too much": Case(torch.float16, scale=2.0**20),  # for the first two steps
+    "fp16, muon": Case(torch.float16, optimizer="muon", overflowing_step=2),
     "adapters, checkpointing": Case(
         adapter=AdapterConfig(4, 8.0, ("qkv_proj", "up_proj")), checkpointing=True
     ),
@@ -94,10 +104,25 @@ def train(
     ordered: bool = False,
     order: Sequence[int] | None = None,
 ) -> list[Tensor]:
-    """Weights after some updates; losses and norms; and the optimizer's state: all of them whole.
+    """Losses and norms of some updates; weights after them; the optimizer's state; and the scale
+    of the loss after each update. All of them are whole.
 
     An update has `n_micro_steps` on each rank, `ROWS` rows each, which come in some `order`.
     """
+    trainer = build(case, ranks, n_micro_steps)
+    if ordered:
+        for module in trainer.model.modules():
+            if hasattr(module, "set_custom_reduce_scatter"):
+                module.set_custom_reduce_scatter(OrderedReduceScatter())
+    figures, scales = [], []
+    for step in range(STEPS):
+        result = trainer.train_step(step, draw_share(step, n_micro_steps, case, trainer, order))
+        figures += [result.loss, result.grad_norm]
+        scales.append(torch.tensor(trainer.scaler.get_scale()))
+    return [*figures, *list_state(trainer), *scales]
+
+
+def build(case: Case, ranks: Ranks, n_micro_steps: int) -> Trainer:
     training = TrainingSettings(
         batch_size=ROWS,
         gradient_accumulation_steps=n_micro_steps,
@@ -109,7 +134,7 @@ def train(
         adapter=case.adapter,
     )
     plan = build_plan(training, ControlSettings(), MODEL.context_length, 1000, 20)
-    trainer = trainer_module.build_trainer(
+    trainer = build_trainer(
         MODEL,
         training,
         plan,
@@ -117,31 +142,29 @@ def train(
         gradient_checkpointing=case.checkpointing,
         ranks=ranks,
     )
-    if ordered:
-        for module in trainer.model.modules():
-            if hasattr(module, "set_custom_reduce_scatter"):
-                module.set_custom_reduce_scatter(OrderedReduceScatter())
-    figures = []
-    for step in range(STEPS):
-        batches = draw_share(step, n_micro_steps, case, ranks, trainer, order)
-        result = trainer.train_step(step, batches)
-        figures += [result.loss, result.grad_norm]
+    if case.dtype == torch.float16:
+        trainer.scaler = torch.amp.GradScaler("cpu", init_scale=case.scale, growth_interval=2)
+    return trainer
+
+
+def list_state(trainer: Trainer) -> list[Tensor]:
+    """All weights, and what the optimizer keeps of them, whole."""
     whole = [whole_of(p.detach()) for p in trainer.model.parameters()]  # also those that are frozen
     for parameter in trainer._parameters:
         state = trainer.optimizer.state[parameter]
-        whole += [whole_of(value) for value in state.values()]
-    return [*figures, *whole]
+        whole += [whole_of(state[key]) for key in sorted(state)]
+    return whole
 
 
 def draw_share(
     step: int,
     n_micro_steps: int,
     case: Case,
-    ranks: Ranks,
-    trainer: Any,
-    order: Sequence[int] | None,
+    trainer: Trainer,
+    order: Sequence[int] | None = None,
 ) -> list[tuple[Tensor, Tensor]]:
     """This rank's rows of the update's micro-steps, in which the later rows have fewer targets."""
+    ranks = trainer.ranks
     world = ranks.world * n_micro_steps
     rows = torch.randint(0, 97, (world * ROWS, 17), generator=torch.Generator().manual_seed(step))
     targets = rows[:, 1:].masked_fill(
@@ -153,12 +176,25 @@ def draw_share(
         )
     micro_steps = zip(rows[:, :-1].chunk(n_micro_steps), targets.chunk(n_micro_steps), strict=True)
     shares = [(i[ranks.share(len(i))], t[ranks.share(len(t))]) for i, t in micro_steps]
-    if step == case.bad_step and ranks.rank == ranks.world - 1:  # on one rank alone
+    if step in (case.bad_step, case.overflowing_step) and ranks.rank == ranks.world - 1:
         weight = torch.nn.Parameter(torch.ones(()))
         first = next(iter(trainer.model.children()))
-        handle = first.register_forward_hook(lambda *x: x[-1] * weight * float("nan"))
+        spoil = spoil_all if step == case.bad_step else spoil_one
+        handle = first.register_forward_hook(lambda *x: spoil(x[-1] * weight))
         trainer.model.register_forward_hook(lambda *_: handle.remove())
     return shares
+
+
+def spoil_all(hidden: Tensor) -> Tensor:
+    return hidden * float("nan")
+
+
+def spoil_one(hidden: Tensor) -> Tensor:
+    """Of the gradients of the embedding, one element of one row will be infinite."""
+    at = torch.zeros_like(hidden)
+    at[0, 0, 0] = float("inf")
+    hidden.register_hook(lambda gradient: gradient + at)
+    return hidden
 
 
 def whole_of(tensor: Tensor) -> Tensor:
@@ -230,9 +266,10 @@ def test_four_ranks_that_add_in_order_are_four_micro_steps() -> None:
 
 def test_two_hosts_of_two_ranks_are_two_ranks_of_two_micro_steps() -> None:
     """HSDP adds up in each host, then over the hosts: as two ranks do, each its own two."""
-    expected = run_ranks(2, lambda ranks: train(Case(), ranks, 2))[0]
+    case = CASES["fp16"]  # whose gradients are in fp32 too, but one overflows on one rank of a host
+    expected = run_ranks(2, lambda ranks: train(case, ranks, 2))[0]
     # Of the four parts of the rows each of the two ranks has the first and third, or the others.
-    hosts = run_ranks(4, lambda ranks: train(Case(), ranks, 1, order=[0, 2, 1, 3]), hosts=2)
+    hosts = run_ranks(4, lambda ranks: train(case, ranks, 1, order=[0, 2, 1, 3]), hosts=2)
     for found in hosts:
         assert_same(drop_losses(found), drop_losses(expected))
 
@@ -257,15 +294,11 @@ def test_muon_has_one_owner_for_each_stack_of_matrices(
         torch.testing.assert_close(drop_losses(found), expected, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize(("knows_shards", "scaled"), [(False, False), (True, True)])
-def test_what_cannot_be_shared_is_refused(
-    knows_shards: bool, scaled: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    spec = dataclasses.replace(SGD, knows_shards=knows_shards)
-    monkeypatch.setattr(trainer_module.OPTIMIZERS, "load", lambda name: spec)
-    runtime = Runtime(torch.device("cpu"), torch.float16 if scaled else torch.float32, False, ())
+def test_what_cannot_be_shared_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    spec = dataclasses.replace(SGD, knows_shards=False)
+    monkeypatch.setattr(OPTIMIZERS, "load", lambda name: spec)
     training = TrainingSettings(optimizer="own")
-    trainer_module.refuse_unshared(training, runtime, plan_ranks(1))
-    with pytest.raises(PreflightError, match="fp16" if scaled else "--optimizer own") as caught:
-        trainer_module.refuse_unshared(training, runtime, plan_ranks(2))
+    refuse_unshared(training, plan_ranks(1))
+    with pytest.raises(PreflightError, match="--optimizer own") as caught:
+        refuse_unshared(training, plan_ranks(2))
     assert caught.value.code == ExitCode.FLAGS

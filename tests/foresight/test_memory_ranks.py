@@ -100,6 +100,7 @@ def measure(case: TraceCase, folder: Path) -> list[Peaks]:
 MEASURED: dict[str, Callable[..., TraceCase]] = {
     "fp32": build_case,
     "bf16": functools.partial(build_case, dtype=BF16),
+    "fp16": functools.partial(build_case, dtype=torch.float16),
     "weights stay gathered": lambda sharing: build_case(replace(sharing, keeps_gathered=True)),
     "accumulation": functools.partial(build_case, accumulation=2),
     "accumulation, summed each time": lambda sharing: build_case(

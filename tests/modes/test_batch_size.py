@@ -26,7 +26,7 @@ from conftest import ROOT, TINY_FLAGS, CommandRunner, MakeConfig
 from preflight.core.errors import ExitCode, PreflightError
 from preflight.core.processes import end_with_parent
 from preflight.core.signals import StopFlag
-from preflight.device.runtime import Runtime, build_runtime
+from preflight.device.runtime import build_runtime
 from preflight.foresight import child, trials
 from preflight.foresight.absent_ranks import Sharing
 from preflight.foresight.batch_search import MAX_SIZE, SearchResult, search, split_sequences
@@ -35,6 +35,8 @@ from preflight.foresight.trial_spec import TrialResult, TrialSpec
 from preflight.foresight.trials import run_trial
 from preflight.modes import batch_trials, find_batch_size
 from preflight.settings import build_config
+from preflight.settings.kinds import OPTIMIZERS
+from preflight.training.optimizers import SGD
 from trainer import Trainer, build_trainer
 
 GIB = 2**30
@@ -611,8 +613,7 @@ def test_a_search_has_the_ranks_of_a_run(make_config: MakeConfig, monkeypatch: A
     with pytest.raises(PreflightError, match="far enough"):
         find_batch_size.run(make_config(tokenizer="byte"))
     assert [spec.n_ranks for spec in asked] == [3]
-    fp16 = Runtime(torch.device("cpu"), torch.float16, False, ())
-    monkeypatch.setattr(find_batch_size, "build_runtime", lambda _: fp16)
+    monkeypatch.setattr(OPTIMIZERS, "load", lambda _: dataclasses.replace(SGD, knows_shards=False))
     with pytest.raises(PreflightError, match="not on 3 ranks"):
         find_batch_size.run(make_config(tokenizer="byte"))
 

@@ -71,6 +71,14 @@ def test_one_host_has_no_network_and_one_rank_no_ranks(tmp_path: Path) -> None:
     assert "ranks" not in one.sections["training configuration"]
 
 
+def test_cards_without_bf16_are_foreseen_in_fp16(tmp_path: Path) -> None:
+    """Their run is not refused, and its memory is known."""
+    report = check(tmp_path, target_gpu="T4", ranks=2)
+    assert not report.problems
+    assert report.sections["training configuration"]["precision"] == "float16"
+    assert report.sections["memory analysis"]["verdict"] == "fits"
+
+
 def test_ranks_on_a_cpu_share_its_memory_and_their_time_is_not_guessed(tmp_path: Path) -> None:
     report = check(tmp_path, ranks=2, device="cpu", measure=False)
     memory = report.sections["memory analysis"]

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from device.test_ranks import run_ranks
 from test_training_run import assert_equal_states, read_state, stop_after
 
 from conftest import MakeConfig
@@ -17,13 +18,17 @@ from preflight.core.errors import ExitCode, PreflightError
 from preflight.core.log import log
 from preflight.core.signals import StopFlag
 from preflight.device import runtime as device_runtime
+from preflight.device.ranks import Ranks
 from preflight.device.remembered import FOLDER_VARIABLE
+from preflight.device.runtime import Runtime
 from preflight.device.ways import Way, WayFigure, WayFigures
-from preflight.foresight import way_trial
+from preflight.foresight import trials, way_trial
 from preflight.foresight.child import LackOfMemory
+from preflight.foresight.trial_spec import TrialSpec
 from preflight.foresight.way_trial import WaySpec
 from preflight.modes import check, choosing_way, train
 from preflight.modes.choosing_way import KEPT, find_kept_way
+from preflight.modes.finetune_setup import FinetuneSetup
 from preflight.modes.setup import RunSetup
 
 CPU = torch.device("cpu")
@@ -297,3 +302,24 @@ def test_what_a_checkpoint_hands_on(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "there is no g++" in kept.notes[0]
     monkeypatch.setattr(choosing_way, "has_fast_bf16", lambda device: False)
     assert find_kept_way(saved, CPU) is None
+
+
+def test_ranks_that_measure_otherwise_compute_the_same(
+    make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In a run, in a fine-tuning, in a trial of a batch size."""
+    config = make_config(**OPEN)
+    tried: list[Runtime] = []
+    monkeypatch.setattr(trials, "_load_libraries", lambda *_: None)
+    monkeypatch.setattr(trials, "_run_phases", lambda *given: tried.append(given[2]))
+
+    def choose(ranks: Ranks) -> list[torch.dtype]:
+        monkeypatch.setattr(device_runtime, "is_bf16_faster", lambda: not ranks.is_first)
+        with StopFlag() as stop:
+            setup = RunSetup(config, stop, ranks=ranks)
+            spec = TrialSpec(setup.config, setup.model_config, None, Path("trial"), ranks.world)
+            taken = [setup.runtime, FinetuneSetup(config, stop, ranks=ranks).runtime]
+        trials.measure(spec, ranks)
+        return [runtime.dtype for runtime in (*taken, *tried)]
+
+    assert run_ranks(2, choose) == [[torch.float32] * 3] * 2

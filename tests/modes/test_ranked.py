@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -12,15 +14,23 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from device.test_ranks import run_ranks
 
 from conftest import ROOT, TINY_FLAGS, MakeConfig
 from preflight.checkpoints.store import list_checkpoints
 from preflight.core.errors import ExitCode, PreflightError
+from preflight.core.signals import StopFlag
+from preflight.device import runtime
+from preflight.device.ranks import Ranks
 from preflight.foresight import fits
 from preflight.foresight.absent_ranks import Sharing
 from preflight.foresight.memory import estimate_memory
 from preflight.modes import ranked, train
 from preflight.modes.check import build_report
+from preflight.modes.setup import RunSetup
+from preflight.modes.train import TrainingRun
+from preflight.training.metrics import METRICS_NAME, read_metrics
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 5])
@@ -59,6 +69,43 @@ def test_hosts_are_part_of_the_prediction(make_config: MakeConfig) -> None:
     )
     assert two["weights_bytes"] > one["weights_bytes"]
     assert Sharing(4, 2).ranks_per_host == 2
+
+
+@pytest.mark.slow
+def test_a_run_in_fp16_that_was_cut_goes_on_as_if_unbroken(
+    make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The scale is too large for the first updates, and grows after that."""
+    scaler = functools.partial(torch.amp.GradScaler, init_scale=2.0**22, growth_interval=4)
+    monkeypatch.setattr(torch.amp, "GradScaler", scaler)
+    monkeypatch.setattr(runtime, "_choose_dtype", lambda *_: (torch.float16, "a card without bf16"))
+    monkeypatch.setattr(TrainingRun, "_sample", lambda _: "")
+    monkeypatch.setattr(TrainingRun, "_draw_curve", lambda _: None)
+    flags: dict[str, Any] = {"tokenizer": "byte", "compile_model": False, "mixed_precision": None}
+    flags |= {"max_steps": 10, "checkpoint_every": 5, "dropout": 0.1}
+
+    def run(output_dir: Path) -> tuple[list[bytes], list[float]]:
+        """What the checkpoint at the end holds, and the losses of the steps before it."""
+        config = make_config(**flags, output_dir=str(output_dir))
+
+        def work(ranks: Ranks) -> int:
+            with StopFlag() as stop:
+                return TrainingRun(RunSetup(config, stop, resumes=True, ranks=ranks)).run()
+
+        with StopFlag() as stop:
+            RunSetup(config, stop).data  # noqa: B018
+        output_dir.mkdir(exist_ok=True)
+        assert run_ranks(2, work) == [0, 0]
+        names = "model.safetensors", "optimizer.safetensors", "checkpoint.pt"
+        end = [(output_dir / "milestones/checkpoint-10" / name).read_bytes() for name in names]
+        rows = read_metrics(output_dir / METRICS_NAME)
+        return end, [r["loss"] for r in rows if r["event"] == "step" and r["step"] > 5]
+
+    whole, cut = Path("whole"), Path("cut")
+    expected = run(whole)
+    shutil.copytree(whole / "milestones/checkpoint-5", cut / "milestones/checkpoint-5")
+    assert run(cut) == expected
+    assert len(expected[1]) == 5
 
 
 @pytest.mark.slow
