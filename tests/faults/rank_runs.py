@@ -25,6 +25,7 @@ FLAGS = [
 ]
 PATIENCE_SECONDS = 240
 # The command line, with shorter limits, and ranks that may run another program.
+# A step may take long beside other tests.
 MAIN = f"""
 import sys
 from pathlib import Path
@@ -33,7 +34,7 @@ import main
 from preflight.device import hang_watch
 from preflight.modes import rank_process
 hang_watch.STOPPED_SECONDS = hang_watch.IDLE_SECONDS = 2
-hang_watch.STEP_SECONDS, hang_watch.STEP_FACTOR = 5, 3
+hang_watch.STEP_SECONDS, hang_watch.STEP_FACTOR = 10, 3
 rank_process.PROGRAM = Path(sys.argv[1])
 sys.exit(main.main(sys.argv[2:]))
 """
