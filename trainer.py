@@ -168,7 +168,7 @@ class Trainer:
         while self._goes_on(state) and not stop.agree():
             self.ranks.seed_step(state.step)
             batches = [loader.next_batch() for _ in range(self.plan.accumulation_steps)]
-            with self.ranks.watched_step():
+            with self.ranks.watched_step(may_compile=self.runtime.compile_model):
                 result = self.train_step(state.step, batches)
             state.advance(result, loader.cursor)
             recorder.record(result)

@@ -118,8 +118,8 @@ class Ranks:
     def seed_step(self, step: int) -> None:
         """Give each rank random numbers of its own in this step, for dropout."""
 
-    def watched_step(self) -> AbstractContextManager[None]:
-        """Within, whoever started the ranks takes one that comes no further for one that hangs."""
+    def watched_step(self, may_compile: bool) -> AbstractContextManager[None]:
+        """Within, whoever watches the ranks takes one that comes no further for one that hangs."""
         return contextlib.nullcontext()
 
     def barrier(self) -> None:
@@ -152,7 +152,7 @@ class JoinedRanks(Ranks):
             local_rank: of this process on its host; unset: `rank`.
             hosts: with more than one, each host keeps the whole model among its ranks.
             device_type: ``cuda``, where each rank has the card of its local rank, or ``cpu``.
-            heartbeat: that the parent of this process watches, if it does.
+            heartbeat: of this process, if anyone watches it.
         """
         self._heartbeat = heartbeat
         self.rank, self.world, self.hosts = rank, world, hosts
@@ -166,6 +166,9 @@ class JoinedRanks(Ranks):
         shape = (world,) if hosts == 1 else (hosts, world // hosts)
         names = ("shard",) if hosts == 1 else ("replicate", "shard")
         self._mesh = init_device_mesh(device_type, shape, mesh_dim_names=names)
+        if heartbeat is not None:
+            groups = {*self._mesh.get_all_groups(), dist.group.WORLD}
+            heartbeat.count_calls([group for group in groups if group is not None])
 
     @property
     def shard_place(self) -> tuple[int, int]:
@@ -266,9 +269,11 @@ class JoinedRanks(Ranks):
         sequence = np.random.SeedSequence([self._seed, step, self.rank])
         torch.manual_seed(int(sequence.generate_state(1, np.uint64)[0]))
 
-    def watched_step(self) -> AbstractContextManager[None]:
+    def watched_step(self, may_compile: bool) -> AbstractContextManager[None]:
         """As `Ranks.watched_step`."""
-        return super().watched_step() if self._heartbeat is None else self._heartbeat.step()
+        if self._heartbeat is None:
+            return super().watched_step(may_compile)
+        return self._heartbeat.step(may_compile)
 
     def barrier(self) -> None:
         """As `Ranks.barrier`."""
@@ -276,6 +281,8 @@ class JoinedRanks(Ranks):
 
     def close(self) -> None:
         """As `Ranks.close`."""
+        if self._heartbeat is not None:  # it asks the groups how far they are
+            self._heartbeat.stop()
         dist.destroy_process_group()
 
 
@@ -349,18 +356,23 @@ def is_rank() -> bool:
     return "RANK" in os.environ and "WORLD_SIZE" in os.environ
 
 
-class Meeting:
-    """Where the ranks that torch's launcher started with this one find each other.
+def separate_names(store: dist.Store) -> dist.Store:
+    """The names in a store of the launcher's present attempt.
 
-    Each attempt of the launcher has names of its own in the store: otherwise ranks may find the
-    addresses of those that were lost.
+    In those of an attempt before, ranks may find the addresses of others that were lost.
     """
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    return dist.PrefixStore(f"preflight/{attempt}", store)
+
+
+class Meeting:
+    """Where the ranks that torch's launcher started with this one find each other."""
 
     def __init__(self) -> None:
         store, self.rank, self.world = next(dist.rendezvous("env://", timeout=TIMEOUT))
-        self.hosts = max(1, self.world // int(os.environ["LOCAL_WORLD_SIZE"]))
-        attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-        self.store = dist.PrefixStore(f"preflight/{attempt}", store)
+        self.ranks_here = int(os.environ["LOCAL_WORLD_SIZE"])
+        self.hosts = max(1, self.world // self.ranks_here)
+        self.store = separate_names(store)
 
     def join(self, device_type: str, heartbeat: Heartbeat | None = None) -> Ranks:
         """Join the others, who all do."""

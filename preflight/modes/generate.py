@@ -53,9 +53,8 @@ def run(config: RunConfig) -> int:
             stream.reconfigure(errors="backslashreplace")
     check_output(config)
     quantizes = check_quantize(config)
-    runtime = build_runtime(
-        _choose_precision(config.system)
-    )  # a device that is not there is told before a prompt is waited for
+    # A device that is not there is told before a prompt is waited for.
+    runtime = build_runtime(_choose_precision(config.system))
     if runtime.dtype == torch.float32:
         torch.set_float32_matmul_precision("highest")  # TF32 rounds nearly as coarsely as bf16
     chats = config.generation.chat

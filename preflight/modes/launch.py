@@ -18,9 +18,8 @@ from preflight.core.errors import ExitCode, PreflightError
 from preflight.core.log import log
 from preflight.core.processes import die_with_parent
 from preflight.core.signals import StopFlag
-from preflight.device.heartbeat import Heartbeat
 from preflight.device.ranks import is_rank
-from preflight.modes.rank_group import HEARTBEAT_VARIABLE, PARENT_VARIABLE, RankGroup, is_lost
+from preflight.modes.rank_group import PARENT_VARIABLE, RankGroup, is_lost
 from preflight.modes.trying import list_train_words
 from preflight.settings import RunConfig
 
@@ -89,10 +88,9 @@ def _choose_code(codes: list[int]) -> int:
     return ExitCode.INTERNAL if len(known) == len(failed) else ExitCode.WORKER_LOST
 
 
-def begin_heartbeat() -> Heartbeat | None:
-    """What the parent of this rank watches; ``None`` under torch's launcher."""
-    path = os.environ.get(HEARTBEAT_VARIABLE)
-    return Heartbeat(Path(path)) if path else None
+def is_with_launcher() -> bool:
+    """Whether the process that has started this one is torch's launcher."""
+    return _TORCHRUN_VARIABLE in os.environ and not is_prepared()
 
 
 def end_with_launcher() -> None:
@@ -101,7 +99,7 @@ def end_with_launcher() -> None:
     On Linux the system does so at once, also where the rank is stopped; elsewhere a thread. Other
     launchers may end before their ranks, which then go on.
     """
-    if _TORCHRUN_VARIABLE not in os.environ:
+    if not is_with_launcher():
         return
     die_with_parent()
     launcher = os.getppid()

@@ -25,12 +25,12 @@ from preflight.device.heartbeat import Heartbeat
 from preflight.device.ranks import Meeting, is_lost_rank, is_rank, plan_ranks
 from preflight.device.runtime import choose_device
 from preflight.modes.launch import (
-    begin_heartbeat,
     count_ranks,
     end_with_launcher,
     is_prepared,
     launch_ranks,
 )
+from preflight.modes.neighbours import build_heartbeat
 from preflight.modes.run_memory import check_memory
 from preflight.modes.setup import RunSetup
 from preflight.modes.start import check_machine, check_start
@@ -82,9 +82,10 @@ def _run_as_rank(config: RunConfig, kind: RunKind, stop: StopFlag) -> int:
     if is_prepared():
         accept_signals()
     end_with_launcher()
-    heartbeat = begin_heartbeat()
-    with _ending_with_others():
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(_ending_with_others())
         meeting = Meeting()
+        heartbeat = stack.enter_context(build_heartbeat(meeting))
         if not is_prepared() and meeting.rank == 0:
             planned = plan_ranks(meeting.world, meeting.hosts)
 
@@ -118,12 +119,13 @@ def _join(
     kind: RunKind,
     stop: StopFlag,
     meeting: Meeting,
-    heartbeat: Heartbeat | None,
+    heartbeat: Heartbeat,
 ) -> int:
     """Train together with the other ranks. What ends them all is told by one."""
     if meeting.rank:
         log.setLevel("ERROR")
     stop.is_quiet = bool(meeting.rank) or is_prepared()  # the parent tells of a signal
+    heartbeat.begin()
     ranks = meeting.join(choose_device(config.system.device).type, heartbeat)
     try:
         setup = kind.setup(config, stop, resumes=True, ranks=ranks)

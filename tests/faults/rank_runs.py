@@ -25,17 +25,68 @@ FLAGS = [
 ]
 PATIENCE_SECONDS = 240
 # The command line, with shorter limits, and ranks that may run another program.
+# A step may take long beside other tests.
 MAIN = f"""
 import sys
 from pathlib import Path
 sys.path.insert(0, {str(ROOT)!r})
 import main
-from preflight.modes import rank_group, rank_process
-rank_group.STOPPED_SECONDS = 2
-rank_group.STEP_SECONDS, rank_group.STEP_FACTOR = 3, 3
+from preflight.device import hang_watch
+from preflight.modes import rank_process
+hang_watch.STOPPED_SECONDS = hang_watch.IDLE_SECONDS = 2
+hang_watch.STEP_SECONDS, hang_watch.STEP_FACTOR = 10, 3
 rank_process.PROGRAM = Path(sys.argv[1])
 sys.exit(main.main(sys.argv[2:]))
 """
+
+# A program for ranks, with shorter limits, in which things happen to a rank, each once in a folder.
+_PROGRAM = """
+import os, signal, subprocess, sys, time
+from pathlib import Path
+sys.path.insert(0, {root!r})
+import torch
+import main, trainer
+from preflight.device import hang_watch
+from preflight.modes import train
+from preflight.training.saving import CheckpointSaver
+hang_watch.STOPPED_SECONDS = hang_watch.IDLE_SECONDS = 2
+hang_watch.STEP_SECONDS, hang_watch.STEP_FACTOR = 5, 3
+
+def disturb(owner, name, find_step):
+    method = getattr(owner, name)
+    def disturbed(self, *arguments):
+        for number, (rank, where, step, act) in enumerate({acts}):
+            done = Path(f"done-{{number}}")
+            here = (self.ranks.rank, name, find_step(self, *arguments))
+            if (rank, where, step) == here and not done.exists():
+                done.touch()
+                exec(act)
+                break
+        return method(self, *arguments)
+    setattr(owner, name, disturbed)
+
+disturb(trainer.Trainer, "train_step", lambda self, step, batches: step)
+disturb(train.TrainingRun, "_evaluate", lambda self: self.state.step)
+disturb(CheckpointSaver, "_check_place", lambda self: self.state.step)
+sys.exit(main.main(sys.argv[1:]))
+"""
+STEP, EVALUATION, SAVE = "train_step", "_evaluate", "_check_place"
+SLEEP, SPIN = "time.sleep(10**6)", "while True: pass"
+# Longer than a rank may do nothing; the rank itself only waits for it.
+WORK = "subprocess.run([sys.executable, '-c', 'import time\\nwhile time.process_time() < 5: pass'])"
+
+
+def write_program(folder: Path, *acts: tuple[int, str, int, str]) -> Path:
+    """Such a program. Each of the `acts` has a rank, a place, a step there, and a statement."""
+    path = folder / "rank.py"
+    path.write_text(_PROGRAM.format(root=str(ROOT), acts=acts), encoding="utf-8")
+    return path
+
+
+def list_launcher_words(program: Path, *options: str) -> list[str]:
+    """What starts a program on two ranks with torch's launcher."""
+    words = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    return [*words, *options, str(program)]
 
 
 class RankedRun:

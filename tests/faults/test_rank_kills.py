@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 import shutil
 import signal
-import sys
 import time
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 
 import psutil
@@ -20,31 +21,38 @@ from preflight.checkpoints.store import list_checkpoints, remove_leftovers
 from preflight.core.errors import ExitCode
 
 from .harness import ForkServer, Point, find_points, find_temporaries, hash_tree
-from .rank_runs import PATIENCE_SECONDS, Run, assert_gone
+from .rank_runs import PATIENCE_SECONDS, Run, assert_gone, list_launcher_words, write_program
 from .scenarios import sample
 
 pytestmark = pytest.mark.slow
-_TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-_TORCHRUN += [str(ROOT / "main.py")]
-
+_TORCHRUN = list_launcher_words(ROOT / "main.py")
 # Where a new parent has to load libraries, a case takes five times as long.
-_WEIGHTS = {"the parent": 1, "a rank": 16, "the fork server": 1}
+_WEIGHTS = {"the parent": 1, "the launcher": 8, "a rank": 16, "the fork server": 1}
 
 
 class Chaos:
     """One run, again and again disturbed at random moments and begun anew where it has ended.
 
     What has once been found is found later, or a newer one has taken its place.
+
+    Args:
+        launcher: of its ranks; unset: `--ranks`.
     """
 
-    def __init__(self, folder: Path, text: Path, seed: int, *flags: str) -> None:
-        self.draw = random.Random(seed)
-        self.start = lambda: Run(folder, text, "--checkpoint-every", "2", *flags)
+    def __init__(
+        self, folder: Path, text: Path, seed: int, *flags: str, launcher: Sequence[str] = ()
+    ) -> None:
+        self.draw, self.launcher = random.Random(seed), launcher
+        self.start = lambda: Run(
+            folder, text, "--checkpoint-every", "2", *flags, launcher=self.launcher
+        )
         self.run, self.newest = self.start(), 0
         self.pauses: list[float] = []  # from a rank's death to the next step, seconds
         self.allowed = {ExitCode.DONE, ExitCode.SIGTERM, ExitCode.WORKER_LOST}
         # A parent that imports libraries does not listen yet: SIGTERM ends it, as any program.
         self.allowed |= {-signal.SIGKILL, -signal.SIGTERM}
+        if launcher:  # its code, also for a signal to it
+            self.allowed.add(1)
 
     @property
     def is_done(self) -> bool:
@@ -62,19 +70,20 @@ class Chaos:
             return ""
         number = self.draw.choice([signal.SIGKILL] * 12 + [signal.SIGSTOP, signal.SIGTERM])
         ranks = self.run.ranks()
-        kinds = {"the parent": [self.run.parent], "a rank": ranks, "the fork server": []}
+        parent = "the launcher" if self.launcher else "the parent"
+        kinds = {parent: [self.run.parent], "a rank": ranks, "the fork server": []}
         if number == signal.SIGKILL:  # to the others it does not listen
             kinds["the fork server"] = self.run.servers()
         kind = self.draw.choice([k for k in kinds if kinds[k] for _ in range(_WEIGHTS[k])])
         target = self.draw.choice(kinds[kind])
         try:
             target.send_signal(number)
-            if kind == "the parent" and number == signal.SIGSTOP:
+            if kind == parent and number == signal.SIGSTOP:
                 time.sleep(self.draw.uniform(0, 3))
                 target.send_signal(signal.SIGCONT)
         except psutil.NoSuchProcess:  # it has just ended
             return ""
-        if kind == "the parent" and number != signal.SIGSTOP:
+        if kind == parent and number != signal.SIGSTOP:
             self.run.process.wait(PATIENCE_SECONDS)
             assert_gone(ranks)
         elif kind == "a rank" and number == signal.SIGKILL:
@@ -126,7 +135,9 @@ def test_random_signals_cost_nothing(tmp_path: Path, text: Path, full: bool) -> 
     assert whole.finish() == ExitCode.DONE, whole.read_log()
     done: list[str] = []
     pauses: list[float] = []
-    for seed in range(20 if full else 1):
+    for seed in itertools.count():
+        if len(done) >= (200 if full else 3):
+            break
         (tmp_path / str(seed)).mkdir()
         chaos = Chaos(tmp_path / str(seed), text, seed, *flags)
         n_before = len(done)
@@ -137,6 +148,20 @@ def test_random_signals_cost_nothing(tmp_path: Path, text: Path, full: bool) -> 
         kinds = ", ".join(f"{count} {kind}" for kind, count in Counter(done).most_common())
         print(f"seed {seed}: {len(done)} signals at random moments, 0 lost: {kinds}")
         print(f"seconds from a kill to the next step: {sorted(round(p, 1) for p in pauses)}")
+
+
+def test_random_signals_under_a_launcher_cost_nothing(
+    tmp_path: Path, text: Path, unbroken: str, full: bool
+) -> None:
+    """It starts all ranks again where one is lost, hangs or was sent SIGTERM."""
+    launcher = list_launcher_words(write_program(tmp_path), "--max-restarts=100")
+    done: list[str] = []
+    chaos = Chaos(tmp_path, text, 0, launcher=launcher)
+    while len(done) < (20 if full else 2) and not chaos.is_done:
+        done += [told] if (told := chaos.disturb()) else []
+    assert chaos.finish() == unbroken, done
+    kinds = ", ".join(f"{count} {kind}" for kind, count in Counter(done).most_common())
+    print(f"{len(done)} signals at random moments under a launcher, 0 lost: {kinds}")
 
 
 def test_a_killed_launcher_leaves_no_rank_and_loses_nothing(

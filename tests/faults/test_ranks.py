@@ -7,44 +7,23 @@ from pathlib import Path
 
 import pytest
 
-from conftest import ROOT
 from preflight.checkpoints.store import list_checkpoints
 from preflight.core.errors import ExitCode
 
-from .rank_runs import Run, assert_gone
+from .rank_runs import (
+    EVALUATION,
+    SAVE,
+    SLEEP,
+    SPIN,
+    STEP,
+    WORK,
+    Run,
+    assert_gone,
+    list_launcher_words,
+    write_program,
+)
 
 pytestmark = pytest.mark.slow
-# A program for the ranks, in which something happens to rank 1 in a step, once for each folder.
-_PROGRAM = """
-import os, sys, time
-from pathlib import Path
-sys.path.insert(0, {root!r})
-import torch
-import main, trainer
-ACTS = {acts}
-train_step, evaluate = trainer.Trainer.train_step, trainer.Trainer.evaluate
-
-def step(self, number, batches):
-    done = Path(f"done-{{number}}")
-    if number in ACTS and self.ranks.rank == 1 and not done.exists():
-        done.touch()
-        exec(ACTS[number])
-    return train_step(self, number, batches)
-
-def evaluate_slowly(self, *case):
-    time.sleep(4 * self.ranks.rank)
-    return evaluate(self, *case)
-
-trainer.Trainer.train_step, trainer.Trainer.evaluate = step, evaluate_slowly
-sys.exit(main.main(sys.argv[1:]))
-"""
-
-
-def write_program(folder: Path, acts: dict[int, str]) -> Path:
-    """Such a program; `acts` are by step."""
-    path = folder / "rank.py"
-    path.write_text(_PROGRAM.format(root=str(ROOT), acts=acts), encoding="utf-8")
-    return path
 
 
 def test_a_lost_rank_costs_nothing(tmp_path: Path, text: Path, unbroken: str) -> None:
@@ -95,13 +74,49 @@ def test_no_rank_outlives_its_parent_not_even_a_stopped_one(tmp_path: Path, text
 def test_a_rank_that_hangs_is_lost_and_a_slow_evaluation_is_not(
     tmp_path: Path, text: Path, unbroken: str
 ) -> None:
-    """One that sleeps, then one that spins. An evaluation may take longer than a step may."""
-    acts = {15: "time.sleep(10**6)", 25: "while True: pass"}
-    run = Run(tmp_path, text, program=write_program(tmp_path, acts))
+    """One that sleeps, then one that spins. Whoever works may take longer than that."""
+    acts = [(1, STEP, 15, SLEEP), (1, STEP, 25, SPIN), (1, EVALUATION, 30, WORK)]
+    run = Run(tmp_path, text, program=write_program(tmp_path, *acts))
     assert run.finish() == ExitCode.DONE, run.read_log()
-    assert run.read_log().count("a step has not ended for") == 2
+    assert run.read_log().count("all ranks are ended") == 2
     assert run.read_log().count("a rank was lost; continuing from step 10") == 1
     assert run.read_log().count("a rank was lost; continuing from step 20") == 1
+    assert (tmp_path / "done-2").exists()
+    assert run.hash_end() == unbroken
+
+
+def test_a_rank_that_hangs_in_the_first_step_or_outside_of_one_is_lost(
+    tmp_path: Path, text: Path, unbroken: str
+) -> None:
+    """With no checkpoint yet the run ends; the same command goes on."""
+    acts = [(1, STEP, 0, SLEEP), (0, SAVE, 20, SLEEP), (1, EVALUATION, 30, SLEEP)]
+    program = write_program(tmp_path, *acts)
+    run = Run(tmp_path, text, program=program)
+    assert run.finish() == ExitCode.WORKER_LOST, run.read_log()
+    assert run.read_log().count("rank 1, for which the others wait, did nothing for 2 s") == 1
+    assert "no checkpoint was made" in run.read_log()
+    run = Run(tmp_path, text, program=program)
+    assert run.finish() == ExitCode.DONE, run.read_log()
+    assert run.read_log().count("did nothing for 2 s") == 2
+    assert run.read_log().count("a rank was lost; continuing from step 10") == 1
+    assert run.read_log().count("a rank was lost; continuing from step 30") == 1
+    assert run.hash_end() == unbroken
+
+
+def test_ranks_of_a_launcher_watch_each_other(tmp_path: Path, text: Path, unbroken: str) -> None:
+    """Rank 1 hangs, in a first step, then in a later one; then rank 0 is stopped."""
+    acts = [(1, STEP, 0, SPIN), (1, STEP, 15, SLEEP)]
+    acts += [(0, STEP, 25, "os.kill(os.getpid(), signal.SIGSTOP)")]
+    launcher = list_launcher_words(write_program(tmp_path, *acts), "--max-restarts=3")
+    run = Run(tmp_path, text, launcher=launcher)
+    assert run.finish() == ExitCode.DONE, run.read_log()
+    for told in (
+        "rank 1 has kept the others waiting in the first step for 5 s",
+        "rank 1, for which the others wait, did nothing for 2 s",
+        "has been stopped",
+    ):
+        assert run.read_log().count(told) == 1, run.read_log()
+    assert run.read_log().count("continuing from") == 2
     assert run.hash_end() == unbroken
 
 
@@ -109,7 +124,7 @@ def test_a_rank_without_memory_ends_the_run_and_tells_of_a_check(
     tmp_path: Path, text: Path, unbroken: str
 ) -> None:
     """The allocator's own error, told once; what was saved before is continued from."""
-    program = write_program(tmp_path, {25: "torch.empty(2**60, dtype=torch.uint8)"})
+    program = write_program(tmp_path, (1, STEP, 25, "torch.empty(2**60, dtype=torch.uint8)"))
     run = Run(tmp_path, text, program=program)
     assert run.finish() == ExitCode.OUT_OF_MEMORY, run.read_log()
     assert run.read_log().count("rank 1: out of memory with 2 sequences") == 1

@@ -1,4 +1,4 @@
-"""What the parent of several ranks makes of their heartbeats and of their exit codes."""
+"""What the parent of several ranks makes of their ends."""
 
 from __future__ import annotations
 
@@ -12,58 +12,7 @@ import pytest
 from conftest import ROOT, MakeConfig
 from preflight.core.errors import ExitCode, PreflightError
 from preflight.core.signals import StopFlag
-from preflight.device.heartbeat import Heartbeat, read_heartbeat
-from preflight.modes import launch, rank_group, rank_process
-from preflight.modes.rank_group import HangWatch
-
-
-@pytest.fixture(autouse=True)
-def _limits(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A look each second; a step may take 60 s, or 20 times the longest."""
-    monkeypatch.setattr(rank_group, "_LOOK_SECONDS", 1.0)
-
-
-def count_looks(watch: HangWatch, heartbeats: list[int], most: int = 2_000) -> int:
-    """The looks at these heartbeats until the step is taken to hang; `most` where it is not."""
-    return next((n for n in range(most) if watch.look(heartbeats)), most)
-
-
-def test_a_heartbeat_is_odd_within_a_step(tmp_path: Path) -> None:
-    path = tmp_path / "0"
-    assert read_heartbeat(path) == 0
-    heartbeat = Heartbeat(path)
-    assert read_heartbeat(path) == 0
-    for number in range(300):  # more than a byte holds
-        with heartbeat.step():
-            assert read_heartbeat(path) == 2 * number + 1
-        assert read_heartbeat(path) == 2 * number + 2
-    with pytest.raises(ValueError, match="any"), heartbeat.step():
-        raise ValueError("any")
-    assert read_heartbeat(path) == 602
-
-
-def test_a_step_hangs_when_all_ranks_stay_within_it() -> None:
-    watch = HangWatch()
-    assert count_looks(watch, [5, 5]) == 60
-    assert (watch.seconds, watch.longest_seconds) == (60, 0)
-
-
-@pytest.mark.parametrize(
-    "heartbeats", [[5, 6], [6, 6], [0, 5], [1, 1]], ids=["save", "loader", "start", "compilation"]
-)
-def test_whoever_is_not_within_a_later_step_is_waited_for(heartbeats: list[int]) -> None:
-    assert count_looks(HangWatch(), heartbeats) == 2_000
-
-
-def test_a_step_may_take_many_times_the_longest_before_it() -> None:
-    """The first one too, which compiles."""
-    watch = HangWatch()
-    assert count_looks(watch, [1, 1], most=11) == 11  # ten seconds, after the look that began
-    assert count_looks(watch, [3, 3]) == 200
-    assert watch.longest_seconds == 10
-    assert count_looks(watch, [5, 5], most=150) == 150  # slow, not hanging
-    assert count_looks(watch, [7, 7], most=2_900) == 2_900
-
+from preflight.modes import launch, rank_process
 
 LOST, INTERNAL = ExitCode.WORKER_LOST, ExitCode.INTERNAL
 
