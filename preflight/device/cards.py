@@ -250,7 +250,7 @@ def find_card(name: str) -> Card:
         ExitCode.FLAGS,
         f"--target-gpu {name[:60]!r} is not in the table of cards",
         f"nearest: {known}" if near else f"known: {known}",
-        "or give its memory in GiB: --gpu-memory 24",
+        "or give its memory in GiB to --check: --gpu-memory 24",
     )
 
 

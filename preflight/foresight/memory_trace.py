@@ -40,6 +40,7 @@ from transformer_model import Attention
 
 # Deeper models are traced at these depths. Three: a first, a last, and one of those between.
 DEPTHS = (3, 4)
+_TRACED_MICRO_STEPS = 2
 _LOSS_CHUNKS = 4  # that are traced: a first, two after another one, and a last, perhaps shorter
 
 
@@ -155,7 +156,16 @@ class TraceCase:
 
 @functools.lru_cache(maxsize=64)
 def trace_peaks(case: TraceCase) -> Peaks:
-    """Peaks by tracing at full depth, or the line through two small depths."""
+    """Peaks by tracing at full depth, or the line through two small depths.
+
+    The third micro-step and those after it are like the second: only their batches are added.
+    """
+    n_more = case.training.gradient_accumulation_steps - _TRACED_MICRO_STEPS
+    if n_more > 0:
+        training = replace(case.training, gradient_accumulation_steps=_TRACED_MICRO_STEPS)
+        return _add_batches(
+            trace_peaks(replace(case, training=training)), n_more * case.batch_bytes
+        )
     depth = case.model_config.n_layers
     if depth <= max(DEPTHS):
         return trace_whole(case)
@@ -177,12 +187,19 @@ def extend_peaks(low: Peaks, high: Peaks, share: float) -> Peaks:
     }
 
 
+def _add_batches(peaks: Peaks, n_bytes: int) -> Peaks:
+    """An update holds the batches of all its micro-steps from its start to its end."""
+    return {
+        region: items | {"temporary": items["temporary"] + n_bytes}
+        if region[0] in ("training step", "optimizer step")
+        else items
+        for region, items in peaks.items()
+    }
+
+
 def trace_whole(case: TraceCase) -> Peaks:
-    """Peaks by tracing every layer."""
+    """Peaks by tracing every layer of every micro-step."""
     config, training = case.model_config, case.training
-    # The third micro-step and those after it are like the second.
-    n_traced = min(2, training.gradient_accumulation_steps)
-    training = replace(training, gradient_accumulation_steps=n_traced)
     runtime = Runtime(torch.device("cpu"), case.dtype, False, ())
     plan = build_plan(training, ControlSettings(), case.window_tokens, 1, 1)
     # The ranks come first: they know each other by real numbers, not by fake tensors.
@@ -203,19 +220,14 @@ def trace_whole(case: TraceCase) -> Peaks:
         if case.device_type != "cpu":
             assert isinstance(trainer.model, TokenModel)
             _use_cuda_dropout(trainer.model)
-        run_phases(log, trainer, case, n_traced)
+        run_phases(log, trainer, case)
     peaks = log.peaks()
-    # An update holds the batches of all its micro-steps from its start to its end.
-    untraced = case.training.gradient_accumulation_steps - n_traced
-    for (phase, _), items in peaks.items():
-        if phase in ("training step", "optimizer step"):
-            items["temporary"] += untraced * case.batch_bytes
     # Of a step that is compiled among ranks nothing is known but that the eager one holds more.
     is_alone = case.sharing.world == 1
     return _replace_step(peaks, case) if case.compile_model and is_alone else peaks
 
 
-def run_phases(log: AllocationLog, trainer: Trainer, case: TraceCase, n_micro_steps: int) -> None:
+def run_phases(log: AllocationLog, trainer: Trainer, case: TraceCase) -> None:
     """What a run does after its first step: another one, an evaluation, the generation of text.
 
     On fake tensors this is the trace; on real ones, what a trace is compared with.
@@ -228,6 +240,7 @@ def run_phases(log: AllocationLog, trainer: Trainer, case: TraceCase, n_micro_st
     states = [tree_leaves(state) for state in optimizer.state.values()]
     log.label([x for state in states for x in state if isinstance(x, Tensor)], "optimizer")
     _StepWatcher(log, model).watch(optimizer)
+    n_micro_steps = case.training.gradient_accumulation_steps
     batches = (case.build_batch(*case.batch_shape) for _ in range(n_micro_steps))
     log.mark("training step", "start")
     trainer.train_step(1, batches)

@@ -13,14 +13,15 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
-from preflight.device.cards import Card, Link
+from preflight.device.cards import Card, Link, describe_network
 from preflight.foresight.absent_ranks import Sharing
-from preflight.foresight.run_time import estimate_cost
+from preflight.foresight.run_time import RunCost, estimate_cost
 from preflight.models.cost import count_parameters, estimate_flops_per_token
-from preflight.settings import ModelConfig, TrainingSettings
+from preflight.settings import ModelConfig, ProcessSettings, TrainingSettings
 
 WEIGHT_BYTES = 4  # gathered and summed in fp32, as they are kept
 ASSUMED_NETWORK_GBITS = 100.0
@@ -201,6 +202,53 @@ def estimate_rank_step(
         root_scatter=ring(root_bytes),
         root_exchange=exchange(root_bytes),
         update=update,
+    )
+
+
+def find_network(processes: ProcessSettings) -> Link:
+    """The network between hosts that the flags name, or an assumed one."""
+    return describe_network(processes.network_gbits or ASSUMED_NETWORK_GBITS)
+
+
+def estimate_shared_cost(
+    model_config: ModelConfig,
+    training: TrainingSettings,
+    sharing: Sharing,
+    *,
+    card: Card,
+    network: Link,
+    **choices: Any,
+) -> tuple[RunCost, RankStep]:
+    """`estimate_cost` where several ranks share the run, and the parts of a step.
+
+    Args:
+        model_config: the architecture.
+        training: batch size of a rank, and micro-steps.
+        sharing: how many ranks and hosts.
+        card: of each rank.
+        network: between hosts.
+        choices: what else `estimate_rank_step` asks for.
+    """
+    alone = estimate_cost(model_config, training, card=card, **choices)
+    step = estimate_rank_step(
+        model_config, training, sharing, card=card, network=network, **choices
+    )
+    shared = dataclasses.replace(
+        alone,
+        step_seconds=step.seconds,
+        window_seconds=alone.window_seconds / sharing.world,
+        basis=f"{alone.basis}; {_describe_links(card.link, network, sharing)}",
+    )
+    return shared, step
+
+
+def _describe_links(link: Link, network: Link, sharing: Sharing) -> str:
+    used = [link] if sharing.ranks_per_host > 1 else []
+    used += [network] if sharing.hosts > 1 else []
+    return " and ".join(
+        f"{x.share:.0%} of the {x.gb_per_second:g} GB/s of {x.name}, "
+        f"{x.hop_seconds * 1e6:.0f} us a hop"
+        for x in used
     )
 
 

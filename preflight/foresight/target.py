@@ -36,6 +36,13 @@ class Target:
         """The precision as torch spells it: ``bfloat16``."""
         return str(self.dtype).removeprefix("torch.")
 
+    @property
+    def planned_runtime(self) -> Runtime:
+        """The runtime, or for a device that is not here what a run there would choose."""
+        if self.runtime is not None:
+            return self.runtime
+        return Runtime(torch.device(self.device_type), self.dtype, self.compile_model, ())
+
     def memory_options(
         self,
         *,

@@ -36,6 +36,7 @@ class TrialResult:
         failure: why a phase failed; empty when every phase ran.
         phases: `peak_bytes` of each phase.
         rank_bytes: `needed_bytes` of each rank.
+        is_predicted: nothing was measured: memory is traced, time is estimated.
     """
 
     batch_size: int
@@ -49,10 +50,12 @@ class TrialResult:
     failure: str = ""
     phases: dict[str, int] = field(default_factory=dict)
     rank_bytes: tuple[int, ...] = ()
+    is_predicted: bool = False
 
     def fits(self, limit_bytes: int) -> bool:
-        """Whether every phase ran, within the limit."""
-        return not self.failure and self.steps > 0 and self.needed_bytes <= limit_bytes
+        """Whether every phase ran, or would, within the limit."""
+        ran = self.is_predicted or self.steps > 0
+        return not self.failure and ran and self.needed_bytes <= limit_bytes
 
 
 @dataclass(frozen=True)
@@ -101,6 +104,10 @@ class TrialSpec:
 
     def choose_data_place(self, device: torch.device) -> DataPlace:
         """Where the training tokens are kept, as the run decides it: before the model is built."""
+        return self.place_data(device.type, measure_free_bytes(device) if self.data else 0)
+
+    def place_data(self, device_type: str, free_bytes: int) -> DataPlace:
+        """Where the training tokens are kept on a device with so much free memory."""
         if self.data is None:
             return DataPlace(False, 0, "random tokens")
         return choose_data_place(
@@ -108,8 +115,8 @@ class TrialSpec:
             self.config.training,
             self.config.system,
             self.model_config.context_length,
-            device.type,
-            measure_free_bytes(device),
+            device_type,
+            free_bytes,
         )
 
     def runtime(self, ranks: Ranks | None = None) -> Runtime:

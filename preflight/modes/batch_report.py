@@ -10,7 +10,6 @@ from typing import Any
 
 from preflight.core import storage
 from preflight.core.units import format_bytes
-from preflight.device.runtime import describe_device
 from preflight.foresight.batch_search import FAST_SHARE, SearchResult
 from preflight.foresight.fits import format_batch_flags
 from preflight.foresight.trial_spec import TrialResult
@@ -18,6 +17,7 @@ from preflight.modes.batch_trials import MAX_STEP_SECONDS, BatchTrials
 from preflight.modes.trying import format_train_command
 
 FORMAT = "preflight-batch-size"
+FOUND_FLAGS = ("batch_size", "gradient_accumulation_steps")
 
 
 class BatchSizeReport:
@@ -29,11 +29,12 @@ class BatchSizeReport:
         source: what the batches were made of.
     """
 
+    next_larger = "the next larger size was tried and does not fit"
+
     def __init__(self, trials: BatchTrials, result: SearchResult, source: str) -> None:
         self.trials, self.result, self.source = trials, result, source
         self.config, self.settings = trials.config, trials.settings
         self.precision = str(trials.runtime.dtype).removeprefix("torch.")
-        self.device = describe_device(trials.runtime.device)
 
     def publish(self, path: Path) -> None:
         """Write the report as JSON to `path`, and print it as the flags ask."""
@@ -44,11 +45,17 @@ class BatchSizeReport:
         sys.stdout.flush()
 
     @property
-    def flags(self) -> str:
+    def batch_flags(self) -> str:
         """The flags of the chosen size."""
         accumulation = self.result.accumulation or self.config.training.gradient_accumulation_steps
-        ranks = f" --ranks {self.config.processes.ranks}" if self.config.processes.ranks else ""
-        return format_batch_flags(self.result.chosen or 0, accumulation) + ranks
+        return format_batch_flags(self.result.chosen or 0, accumulation)
+
+    @property
+    def flags(self) -> str:
+        """`batch_flags`, and the ranks that a run of one host starts itself."""
+        processes = self.config.processes
+        starts = processes.ranks is not None and processes.hosts == 1
+        return self.batch_flags + f" --ranks {processes.ranks}" * starts
 
     def to_dict(self) -> dict[str, Any]:
         """The report as plain JSON types. Sizes in sequences, memory in bytes."""
@@ -57,7 +64,7 @@ class BatchSizeReport:
         return {
             "format": FORMAT,
             "model": dataclasses.asdict(self.trials.spec.model_config),
-            "device": self.device,
+            "device": self.trials.device,
             "ranks": self.trials.n_ranks,
             "precision": self.precision,
             "compile_model": self.trials.runtime.compile_model,
@@ -68,22 +75,30 @@ class BatchSizeReport:
             "learning": dataclasses.asdict(self.trials.needs),
             **result,
             "flags": self.flags if self.result.chosen else None,
-            "trials": [self._describe_trial(trial) for trial in self.result.trials],
+            "trials": [
+                self._describe_trial(trial) | self._describe_prediction(trial)
+                for trial in self.result.trials
+            ],
         }
 
     def _describe_trial(self, trial: TrialResult) -> dict[str, Any]:
-        estimate = self.trials.estimate(trial.batch_size)
         tokens_per_step = self.trials.count_tokens_per_step(trial.batch_size)
         in_epoch, in_run = self.trials.needs.count_updates(tokens_per_step)
         return dataclasses.asdict(trial) | {
             "updates_per_epoch": in_epoch,
             "updates": in_run,
             "times_tokens": round(self.trials.count_times_tokens(trial.batch_size), 4),
+            "fits": trial.fits(self.trials.limit_bytes),
+            "verdict": self.trials.judge(trial),
+        }
+
+    def _describe_prediction(self, trial: TrialResult) -> dict[str, Any]:
+        """What was predicted of a trial, beside what it measured."""
+        estimate = self.trials.estimate(trial.batch_size)
+        return {
             "predicted_peak_bytes": estimate.peak_bytes,
             "predicted_needed_bytes": estimate.required_bytes,
             "ratio": round(self._compare(trial)[1] / self._compare(trial)[0], 4),
-            "fits": trial.fits(self.trials.limit_bytes),
-            "verdict": self.trials.judge(trial),
         }
 
     def _compare(self, trial: TrialResult) -> tuple[int, int]:
@@ -95,40 +110,56 @@ class BatchSizeReport:
 
     def to_text(self) -> str:
         """The report for a person: the limit, a table of the trials, and what follows from it."""
+        heading, rows = self._tabulate()
+        return "\n".join([*self._describe_search(), "", heading, *rows, "", *self._conclude()])
+
+    def _describe_search(self) -> list[str]:
+        """For which model and device, within which limit, on which data."""
         trials, on_cuda = self.trials, self.trials.on_cuda
         total = f"{format_bytes(trials.total_bytes)} {'of the card' if on_cuda else 'available'}"
         ranks = []
         if trials.n_ranks > 1:
             total += "" if on_cuda else f" for each of {trials.n_ranks} ranks"
             ranks = [
-                f"ranks: {trials.n_ranks}; batch size of each, memory of the fullest, tokens/s of "
-                "all together"
+                f"ranks: {trials.sharing.describe()}; batch size of each, memory of the fullest, "
+                "tokens/s of all together"
             ]
-        held = "reserved" if on_cuda else "model's"
         context = trials.spec.model_config.context_length
-        lines = [
+        return [
             f"batch size for {trials.spec.model_config.label}, "
             f"{'context' if trials.window == context else 'windows of'} {trials.window:,}, "
-            f"{self.precision}, on {self.device}",
+            f"{self.precision}, on {trials.device}",
             f"memory limit: {format_bytes(trials.limit_bytes)}: {total}, less "
             f"{self.settings.gpu_safety_margin:.0%} (--gpu-safety-margin)",
             f"batches: {self.source}",
             *ranks,
-            "",
-            f"{'batch':>7} {'predicted':>10} {'measured':>10} {'ratio':>6} "
-            f"{held:>10} {'tokens/s':>9} {'updates':>9}  result",
         ]
+
+    def _tabulate(self) -> tuple[str, list[str]]:
+        """The heading of a table of the trials, and its rows, the smallest batch size first."""
+        rows = []
         for trial in sorted(self.result.trials, key=lambda t: t.batch_size):
-            predicted, measured = self._compare(trial)
-            held_bytes = trial.reserved_bytes if on_cuda else trial.peak_bytes
-            tokens_per_step = trials.count_tokens_per_step(trial.batch_size)
-            lines.append(
-                f"{trial.batch_size:>7,} {format_bytes(predicted):>10} "
-                f"{format_bytes(measured):>10} {measured / predicted:>6.3f} "
-                f"{format_bytes(held_bytes):>10} {trial.tokens_per_second:>9,.0f} "
-                f"{trials.needs.count_updates(tokens_per_step)[1]:>9,}  {trials.judge(trial)}"
+            tokens_per_step = self.trials.count_tokens_per_step(trial.batch_size)
+            updates = self.trials.needs.count_updates(tokens_per_step)[1]
+            rows.append(
+                f"{trial.batch_size:>7,} {self._describe_memory(trial)} "
+                f"{trial.tokens_per_second:>9,.0f} {updates:>9,}  {self.trials.judge(trial)}"
             )
-        return "\n".join([*lines, "", *self._conclude()])
+        return f"{'batch':>7} {self.memory_heading} {'tokens/s':>9} {'updates':>9}  result", rows
+
+    @property
+    def memory_heading(self) -> str:
+        """Of the columns that `_describe_memory` fills."""
+        held = "reserved" if self.trials.on_cuda else "model's"
+        return f"{'predicted':>10} {'measured':>10} {'ratio':>6} {held:>10}"
+
+    def _describe_memory(self, trial: TrialResult) -> str:
+        predicted, measured = self._compare(trial)
+        held_bytes = trial.reserved_bytes if self.trials.on_cuda else trial.peak_bytes
+        return (
+            f"{format_bytes(predicted):>10} {format_bytes(measured):>10} "
+            f"{measured / predicted:>6.3f} {format_bytes(held_bytes):>10}"
+        )
 
     def _conclude(self) -> list[str]:
         """What follows from the table; the command to continue with comes last."""
@@ -146,10 +177,12 @@ class BatchSizeReport:
             ]
         if result.accumulation:
             lines.append(self._describe_update(result.chosen, result.accumulation))
-        command = format_train_command(
-            self.config, *self.flags.split(), without=("batch_size", "gradient_accumulation_steps")
-        )
-        return [*lines, "", "continue with:", f"  {command}"]
+        return [*lines, "", *self._list_commands()]
+
+    def _list_commands(self) -> list[str]:
+        """What to do next."""
+        command = format_train_command(self.config, *self.flags.split(), without=FOUND_FLAGS)
+        return ["continue with:", f"  {command}"]
 
     def _explain_recommended(self) -> str:
         """Why this is the size to take."""
@@ -176,7 +209,7 @@ class BatchSizeReport:
     def _explain_bound(self) -> str:
         """Why there is no larger size."""
         return {
-            "memory": "the next larger size was tried and does not fit",
+            "memory": self.next_larger,
             "data": "larger sizes need more sequences than an epoch or an update has",
             "time": f"larger sizes were not tried: a step would take over {MAX_STEP_SECONDS:.0f} "
             f"s; predicted to fit up to {self.result.predicted_largest:,}",

@@ -14,7 +14,8 @@ from preflight.core.signals import StopFlag
 from preflight.core.units import format_bytes
 from preflight.corpus.windows import count_run_windows
 from preflight.device.host_memory import available_host_bytes
-from preflight.device.runtime import Runtime
+from preflight.device.runtime import Runtime, describe_device
+from preflight.device.token_store import DataPlace
 from preflight.foresight.absent_ranks import Sharing
 from preflight.foresight.batch_search import MAX_SIZE, SearchResult, search
 from preflight.foresight.critical_batch import estimate_learning_needs
@@ -57,7 +58,9 @@ class BatchTrials:
 
     Attributes:
         runtime: device and precision of the run.
+        device: in words.
         n_ranks: processes that share the run. A batch size is that of each.
+        sharing: how they share it, for predictions.
         limit_bytes: what a rank may need.
         total_bytes: the limit and the safety margin.
         n_kept: sequences of each rank per update that every batch size has to keep; ``None``: as
@@ -65,19 +68,29 @@ class BatchTrials:
         needs: what learning wants of the tokens per step.
     """
 
+    max_step_seconds = MAX_STEP_SECONDS
+    max_micro_steps = 2  # of a trial: memory and speed are known from two
+    afterwards = "every trial ran in a process of its own, and all its memory is free again"
+
     def __init__(self, spec: TrialSpec, stop: StopFlag) -> None:
         self.spec, self.stop = spec, stop
         self.config, self.settings = spec.config, spec.config.search
         self.window, self.n_ranks = spec.window, spec.n_ranks
-        self.runtime = spec.runtime()
+        self.sharing = Sharing(self.n_ranks)
+        self._find_device()
         self.on_cuda = self.runtime.device.type == "cuda"
+        self.n_kept = self._count_kept_sequences()
+        self.needs = estimate_learning_needs(self.config, spec.model_config, spec.plan(), spec.data)
+        self._get_curve = functools.lru_cache(maxsize=4)(self._build_curve)
+
+    def _find_device(self) -> None:
+        """Set what is known of the device."""
+        self.runtime = self.spec.runtime()
+        self.device = describe_device(self.runtime.device)
         self.limit_bytes, self.total_bytes = measure_limit(
             self.runtime, self.settings.gpu_safety_margin, self.n_ranks
         )
-        self.n_kept = self._count_kept_sequences()
         self._host_limit_bytes = available_host_bytes()
-        self.needs = estimate_learning_needs(self.config, spec.model_config, spec.plan(), spec.data)
-        self._get_curve = functools.lru_cache(maxsize=4)(self._build_curve)
 
     def _count_kept_sequences(self) -> int | None:
         if self.settings.tokens_per_step:
@@ -87,10 +100,15 @@ class BatchTrials:
             return self.settings.target_batch_size * accumulation
         return None
 
+    def count_micro_steps(self, size: int) -> int:
+        """Micro-steps of an update at a batch size."""
+        if self.n_kept:
+            return -(-self.n_kept // size)
+        return self.config.training.gradient_accumulation_steps
+
     def count_tokens_per_step(self, size: int) -> int:
         """Tokens of a whole update at a batch size."""
-        spec = self.spec.at(size, self.config.training.gradient_accumulation_steps)
-        return spec.plan().tokens_per_step
+        return self.spec.at(size, self.count_micro_steps(size)).plan().tokens_per_step
 
     def count_times_tokens(self, size: int) -> float:
         """`LearningNeeds.count_times_tokens` of a batch size; 1 where the update is kept."""
@@ -115,35 +133,37 @@ class BatchTrials:
             sizes=self.settings.test_batch_sizes,
             largest=min(MAX_SIZE, windows, self.n_kept or MAX_SIZE),
             first=None if self.on_cuda else FIRST_SIZE,
-            max_step_seconds=MAX_STEP_SECONDS,
+            max_step_seconds=self.max_step_seconds,
             times_tokens=self.count_times_tokens,
         )
 
     def spec_at(self, size: int) -> TrialSpec:
-        """The trial of a size. Its memory and speed are known from two micro-steps at most."""
-        accumulation = self.config.training.gradient_accumulation_steps
-        if self.n_kept:
-            accumulation = -(-self.n_kept // size)
-        return self.spec.at(size, min(2, accumulation))
+        """The trial of a size."""
+        return self.spec.at(size, min(self.max_micro_steps, self.count_micro_steps(size)))
 
-    def build_options(self, runtime: Runtime, spec: TrialSpec) -> MemoryOptions:
+    def build_options(self, spec: TrialSpec) -> MemoryOptions:
         """The options of a prediction."""
+        make, place = self._describe_memory(spec)
         context = self.spec.model_config.context_length
-        return MemoryOptions.of(
-            runtime,
-            self.config.system.gradient_checkpointing,
-            self.window if self.window < context else None,
-            self.spec.choose_data_place(runtime.device).n_bytes,
-            measure_target_share(self.spec.data, spec.config.training),
-            Sharing(self.n_ranks),
+        return make(
+            gradient_checkpointing=self.config.system.gradient_checkpointing,
+            window_tokens=self.window if self.window < context else None,
+            data_bytes=place.n_bytes,
+            target_share=measure_target_share(self.spec.data, spec.config.training),
+            sharing=self.sharing,
         )
+
+    def _describe_memory(self, spec: TrialSpec) -> tuple[Callable[..., MemoryOptions], DataPlace]:
+        """What makes the options of a trial's device, and where the training tokens are there."""
+        runtime = spec.runtime()
+        return functools.partial(MemoryOptions.of, runtime), spec.choose_data_place(runtime.device)
 
     def estimate(self, size: int) -> MemoryEstimate:
         """The predicted memory of a size."""
         spec = self.spec_at(size)
         accumulation = spec.config.training.gradient_accumulation_steps
         # Fewer and larger steps may not be worth compiling: the options depend on the size.
-        return self._get_curve(accumulation, self.build_options(spec.runtime(), spec))(size)
+        return self._get_curve(accumulation, self.build_options(spec))(size)
 
     def _build_curve(
         self, accumulation: int, options: MemoryOptions
@@ -179,7 +199,7 @@ def explain_no_fit(trials: BatchTrials) -> PreflightError:
     """Not even one sequence fits: what would help, and by how much."""
     model_config = trials.spec.model_config
     training = trials.spec_at(1).config.training
-    options = trials.build_options(trials.runtime, trials.spec_at(1))
+    options = trials.build_options(trials.spec_at(1))
     saved = estimate_savings(model_config, training, options)
     shorter = replace(model_config, context_length=max(2, model_config.context_length // 2))
     window = options.window_tokens and min(options.window_tokens, shorter.context_length)
@@ -197,5 +217,5 @@ def explain_no_fit(trials: BatchTrials) -> PreflightError:
         f"no batch size fits into {format_bytes(trials.limit_bytes)}: one sequence is predicted "
         f"to need {format_bytes(trials.predict(1))}",
         "; ".join([*ways, f"or a smaller model: {smaller}"]),
-        "every trial ran in a process of its own, and all its memory is free again",
+        trials.afterwards,
     )

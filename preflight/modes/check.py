@@ -328,7 +328,7 @@ def advise(found: Findings) -> None:
         if share < ROOMY_SHARE:
             report.recommendations.append(
                 f"{share:.0%} of the memory is used: a larger --batch-size may be faster; "
-                f"{format_command('--get-optimal-bs')} finds it"
+                f"{format_command('--get-optimal-bs', *_name_card(config))} finds it"
             )
     if found.cost is not None and not found.cost.n_timed:
         report.recommendations.append(
@@ -343,6 +343,12 @@ def advise(found: Findings) -> None:
         else f"{format_command('--validate-only')} with the same flags tries every part once; "
         "then --train"
     )
+
+
+def _name_card(config: RunConfig) -> tuple[str, ...]:
+    """The flag of a card that is not here."""
+    name = config.check.target_gpu
+    return () if name is None else ("--target-gpu", name)
 
 
 Step = Callable[[Findings], object]

@@ -5,20 +5,21 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-from preflight.device.cards import Link, describe_network
+from preflight.device.cards import Link
 from preflight.foresight.absent_ranks import Sharing
 from preflight.foresight.fits import judge_fit
 from preflight.foresight.learnability import Advice
 from preflight.foresight.memory import MemoryOptions, estimate_memory
 from preflight.foresight.rank_time import (
-    ASSUMED_NETWORK_GBITS,
     ASSUMED_RESTART_SECONDS,
     CARD_HOURS_PER_FAILURE,
     RankStep,
     estimate_losses,
     estimate_rank_step,
+    estimate_shared_cost,
+    find_network,
 )
-from preflight.foresight.run_time import estimate_cost, estimate_run_time
+from preflight.foresight.run_time import estimate_run_time
 from preflight.foresight.target import Target
 from preflight.modes.check_sections import Findings, describe_rate
 from preflight.settings import ModelConfig, TrainingSettings
@@ -49,14 +50,13 @@ def time_ranks(found: Findings) -> None:
         )
         return
     gbits = found.config.processes.network_gbits
-    network, choices = _find_network(found), _list_choices(found, target)
-    alone = estimate_cost(model, found.training, **choices)
-    step = estimate_rank_step(model, found.training, found.sharing, network=network, **choices)
-    found.cost = dataclasses.replace(
-        alone,
-        step_seconds=step.seconds,
-        window_seconds=alone.window_seconds / found.sharing.world,
-        basis=f"{alone.basis}; {_describe_links(target.card.link, network, found.sharing)}",
+    network = find_network(found.config.processes)
+    found.cost, step = estimate_shared_cost(
+        model,
+        found.training,
+        found.sharing,
+        network=network,
+        **_list_choices(found, target),
     )
     peak_flops = target.card.rate_tflops(target.dtype_name) * 1e12
     describe_rate(found, found.cost, None, peak_flops)
@@ -80,12 +80,8 @@ def time_ranks(found: Findings) -> None:
     )
 
 
-def _find_network(found: Findings) -> Link:
-    return describe_network(found.config.processes.network_gbits or ASSUMED_NETWORK_GBITS)
-
-
 def _list_choices(found: Findings, target: Target) -> dict[str, Any]:
-    """What `estimate_cost` and `estimate_rank_step` ask for besides the model and its batch."""
+    """What `estimate_rank_step` asks for besides the model and its batch."""
     return {
         "card": target.card,
         "dtype": target.dtype,
@@ -93,16 +89,6 @@ def _list_choices(found: Findings, target: Target) -> dict[str, Any]:
         "compile_model": target.compile_model,
         "window_tokens": found.mean_tokens,
     }
-
-
-def _describe_links(link: Link, network: Link, sharing: Sharing) -> str:
-    used = [link] if sharing.ranks_per_host > 1 else []
-    used += [network] if sharing.hosts > 1 else []
-    return " and ".join(
-        f"{x.share:.0%} of the {x.gb_per_second:g} GB/s of {x.name}, "
-        f"{x.hop_seconds * 1e6:.0f} us a hop"
-        for x in used
-    )
 
 
 def _warn_of_links(found: Findings, step: RankStep, network: Link, *, is_assumed: bool) -> None:
@@ -152,7 +138,7 @@ def describe_fewest_ranks(found: Findings) -> None:
             found.sharing,
             found.plan.samples_per_step,
             fewest,
-            network=_find_network(found),
+            network=find_network(found.config.processes),
             **_list_choices(found, target),
         ).items()
     }

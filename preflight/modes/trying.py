@@ -26,6 +26,7 @@ from preflight.corpus.sources import find_sources
 from preflight.device.host_memory import available_host_bytes
 from preflight.foresight.child import ChildRules
 from preflight.foresight.short_training import TrainingResult, TrainingSpec, describe_training
+from preflight.foresight.target import is_absent
 from preflight.modes.finetune_setup import build_setup
 from preflight.modes.run_memory import check_memory
 from preflight.modes.setup import RunSetup
@@ -92,7 +93,8 @@ def open_output(config: RunConfig, report_name: str, report_format: str) -> Iter
     Raises:
         PreflightError: with the code of whatever keeps a run from starting.
     """
-    check_machine(config.system)
+    if not is_absent(config.check):
+        check_machine(config.system)
     output_dir = Path(config.control.output_dir)
     storage.make_folder(output_dir)
     with StopFlag() as stop, FolderLock(output_dir):
@@ -199,15 +201,23 @@ def format_train_command(config: RunConfig, *flags: str, without: tuple[str, ...
     return format_command(*list_train_words(config, without), *flags)
 
 
-def list_train_words(config: RunConfig, without: tuple[str, ...] = ()) -> list[str]:
-    """`--train` or `--finetune`, and the run's flags of this call but those in `without`."""
+def list_train_words(
+    config: RunConfig, without: tuple[str, ...] = (), also: tuple[str, ...] = ()
+) -> list[str]:
+    """`--train` or `--finetune`, and the run's flags of this call but those in `without`.
+
+    Args:
+        config: the flags.
+        without: flags to leave out.
+        also: flags of other groups to take too.
+    """
     words = ["--train"]
     if config.finetuning.finetune:
         words = ["--finetune", *config.finetuning.finetune]
     for option in build_options().values():
         if (
             config.sources.get(option.name) == "the command line"
-            and option.group in _OF_A_RUN
+            and (option.group in _OF_A_RUN or option.name in also)
             and option.name not in ("finetune", *without)
         ):
             words += option.spell(config.get(option))

@@ -7,14 +7,17 @@ from preflight.settings.options import setting
 
 @dataclass(frozen=True)
 class CheckSettings:
-    """What the report of `--check` holds, and for which GPU."""
+    """What the report of `--check` holds, and for which GPU; that also of `--get-optimal-bs`."""
 
     json: bool = setting(False, "print the report as JSON")
     measure: bool = setting(
         True, "time real training steps; --no-measure: estimates only, within seconds"
     )
     target_gpu: str | None = setting(
-        None, "predict for this GPU instead of the one present, such as 'RTX 4090'", metavar="GPU"
+        None,
+        "predict for this GPU instead of the one present, such as 'RTX 4090'; --get-optimal-bs "
+        "then runs nothing",
+        metavar="GPU",
     )
     gpu_memory: float | None = setting(
         None, "predict for a GPU with this much memory, in GiB", gt=0, le=100_000, metavar="GIB"

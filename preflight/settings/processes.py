@@ -12,7 +12,7 @@ class ProcessSettings:
     ranks: int | None = setting(
         None,
         "processes that share the run, one for each card; unset: all cards that are present for "
-        "--train, --finetune and --get-optimal-bs, one for --check",
+        "--train, --finetune and --get-optimal-bs, one for --check and for --target-gpu",
         ge=1,
         le=65_536,
     )

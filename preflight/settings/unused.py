@@ -27,7 +27,10 @@ MODE_FLAGS: dict[str, tuple[str, ...]] = {
     "train": (*_OF_A_RUN, "ranks"),
     "finetune": _OF_A_FINETUNING,
     "prepare": ("model", "data", "seed", "output_dir", "log_level", "config", "json"),
-    "get-optimal-bs": (*_OF_A_RUN, "ranks", "finetuning", "search", "json"),
+    "get-optimal-bs": (
+        *(*_OF_A_RUN, "processes", "finetuning", "search", "json"),
+        *("target_gpu", "gpu_memory"),
+    ),
     "find-lr": (*_OF_A_RUN, "find_lr_steps", "find_lr_min", "find_lr_max", "json"),
     "sweep": (*_OF_A_RUN, "sweep", "sweep_steps", "json"),
     "forecast": (*_OF_A_RUN, "json", "price_per_hour"),
@@ -200,7 +203,10 @@ IDLE_FLAGS = (
         ("find-lr", "sweep", "forecast"),
     ),
     IdleFlags(
-        ("device",), "the report is for a GPU that is not here", _is_for_absent_gpu, ("check",)
+        ("device",),
+        "the report is for a GPU that is not here",
+        _is_for_absent_gpu,
+        ("check", "get-optimal-bs"),
     ),
     IdleFlags(
         ("measure",),
@@ -212,7 +218,13 @@ IDLE_FLAGS = (
         ("network_gbits",),
         "one host has no network to others: give --hosts",
         lambda config: config.processes.hosts == 1,
-        ("check",),
+        ("check", "get-optimal-bs"),
+    ),
+    IdleFlags(
+        ("hosts", "network_gbits"),
+        "real trials run on this host: give --target-gpu to predict instead",
+        lambda config: not _is_for_absent_gpu(config),
+        ("get-optimal-bs",),
     ),
     IdleFlags(
         ("price_per_hour",),

@@ -281,6 +281,18 @@ def test_depth_is_extended_exactly(
     assert extended[top] == pytest.approx(whole[top])
 
 
+@pytest.mark.parametrize(
+    "compiled", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["eager", "compiled"]
+)
+def test_two_micro_steps_stand_for_many(compiled: bool) -> None:
+    case = TraceCase(SMALL, settings(9, 5), BF16, "cuda", False, compiled, 1, SMALL.context_length)
+    few, whole = trace_peaks(case), trace_whole(case)
+    assert few.keys() == whole.keys()
+    for region, items in whole.items():
+        # The number of targets of each further micro-step, one block of memory, is left out.
+        assert 0 <= sum(items.values()) - sum(few[region].values()) <= 3 * 512, region
+
+
 @pytest.mark.parametrize(("batch", "dtype"), [(20, FP32), (19, BF16)])
 def test_a_few_chunks_of_the_loss_stand_for_all(
     monkeypatch: pytest.MonkeyPatch, batch: int, dtype: torch.dtype

@@ -73,7 +73,7 @@ def measure_rank(case: TraceCase, store_path: Path, rank: int, results: Any) -> 
             gradient_checkpointing=case.gradient_checkpointing,
             ranks=ranks,
         )
-        run_phases(log, trainer, case, case.training.gradient_accumulation_steps)
+        run_phases(log, trainer, case)
     results.put((rank, log.peaks()))
     ranks.barrier()
     ranks.close()

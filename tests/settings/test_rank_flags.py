@@ -40,6 +40,12 @@ def test_each_mode_says_which_of_the_flags_it_does_not_use(mode: str, unused: se
     assert {*drop_unused(mode, config)[1]} == unused
 
 
+def test_hosts_are_for_cards_that_are_not_here() -> None:
+    given = {"ranks": "4", "hosts": "2", "network_gbits": "400", "target_gpu": "H100"}
+    config = build_config(given, dict.fromkeys(given, "the command line"))
+    assert drop_unused("get-optimal-bs", config)[1] == {}
+
+
 def test_a_network_between_no_hosts_is_said_to_do_nothing() -> None:
     given = {"ranks": "4", "network_gbits": "400"}
     config = build_config(given, dict.fromkeys(given, "the command line"))

@@ -62,6 +62,11 @@ def test_the_tables_name_modes_groups_and_flags_that_exist() -> None:
         ),
         ("validate-only", {"json": True, "measure": False}, "measure"),
         ("get-optimal-bs", {"batch_size": 4, "json": True, "test_batch_sizes": [1]}, "batch_size"),
+        (
+            "get-optimal-bs",
+            {**GPU, "gpu_memory": 20.0, "device": "cpu", "price_per_hour": 1.0},
+            "device price_per_hour",
+        ),
         ("a mode of another package", {"temperature": 1.0, "learning_rate": 1.0}, ""),
     ],
 )
