@@ -5,8 +5,11 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
+import os
 import random
 import signal
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,7 +17,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-from corpus.forks import fork_build
 
 from preflight.core.errors import ExitCode, PreflightError
 from preflight.core.signals import StopFlag
@@ -30,6 +32,7 @@ from preflight.settings.kinds import SOURCES
 from preflight.tokenization import TokenizerRecipe, load_tokenizer
 
 GPT2 = load_tokenizer("gpt2")
+ROOT = Path(__file__).parents[2]
 WORDS = "the quick brown fox \u6f22\u5b57 jumps over 12 lazy dogs\n and sleeps".split(" ")
 
 
@@ -147,6 +150,22 @@ def test_text_and_rows_together(tmp_path: Path) -> None:
     assert read_ids(data, "val")[-len(encode_all(rows, "val")) :] == encode_all(rows, "val")
 
 
+DRIVER = """
+import os, sys, time
+sys.path[:0] = [{root!r}, {root!r} + "/tests"]
+from corpus.test_rows import GPT2, SOURCES, find_rows
+from preflight.corpus import collector
+from preflight.corpus.build import prepare_data
+from preflight.settings import DataSettings
+
+SOURCES._targets["rows"] = find_rows
+collector.SAVE_SECONDS = 0.01
+settings = DataSettings(**{values!r})
+print("go", flush=True)
+prepare_data(settings, GPT2, n_workers={n_workers}, block_bytes=700)
+"""
+
+
 def hash_tree(folder: Path) -> dict[str, str]:
     return {
         str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest()
@@ -219,16 +238,30 @@ def test_killed_at_random_moments(tmp_path: Path, mode: str) -> None:
     began = time.perf_counter()
     whole = build(tmp_path, *paths, data_dir="whole", shard_size=4096, **more)
     seconds = time.perf_counter() - began  # a fast machine is killed sooner
-    settings = DataSettings(**values, data_dir=str(tmp_path / "cut"))
+    target = tmp_path / "cut"
+    environment = dict(os.environ)
+    code = DRIVER.format(root=str(ROOT), values={**values, "data_dir": str(target)}, n_workers=0)
     n_killed = 0
-    while n_killed < 30:
-        child = fork_build(settings, GPT2, tmp_path / "said", save_seconds=0.01, block_bytes=700)
-        if child.end(draw.uniform(0.02, 0.3) * seconds):
+    for _ in range(40):
+        child = subprocess.Popen(
+            [sys.executable, "-c", code],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            env=environment,
+        )
+        assert child.stdout is not None
+        assert child.stdout.readline() == b"go\n", child.stderr and child.stderr.read()[-2000:]
+        time.sleep(draw.uniform(0.02, 0.3) * seconds)
+        child.kill()
+        _, errors = child.communicate()
+        n_killed += child.returncode == -signal.SIGKILL
+        if child.returncode == 0 or n_killed == 30:
             break
-        n_killed += 1
+        assert child.returncode == -signal.SIGKILL, errors[-2000:]
     assert n_killed > 3
+    settings = DataSettings(**{**values, "data_dir": str(target)})
     prepare_data(settings, GPT2, n_workers=0, block_bytes=700)
-    assert hash_tree(tmp_path / "cut") == hash_tree(whole.path)
+    assert hash_tree(target) == hash_tree(whole.path)
 
 
 def test_a_mix_has_its_shares_at_every_mark(

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import io
 import json
 import os
 import random
-import signal
 import socket
-import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,6 +17,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from corpus.forks import Fork
 from corpus.sources.hub_server import COMMIT, Fault, HubServer
 
 from preflight.core.errors import ExitCode, PreflightError
@@ -328,33 +327,30 @@ def test_names_that_are_none_are_refused_before_anything_is_asked() -> None:
 
 # ---- killed -------------------------------------------------------------------------------------
 
-READER = """
-import json, os, sys
-from preflight.corpus.sources import hub, hub_client, parquet_rows, hub_read_ahead
-from preflight.settings import DataSettings
-parquet_rows.BATCH_BYTES, parquet_rows._STEP_BYTES = 6_000, 2_000
-hub_read_ahead._BLOCK_BYTES = 2**12
-source = hub.find(None, DataSettings(source=sys.argv[1]))[0]
-source.scan(None)
-for item in source.batches(json.loads(sys.argv[2])):
-    texts = [row.text for row in source.parse(item.payload, item.first_row)]
-    os.write(1, json.dumps([item.after, item.first_row, texts]).encode() + b"\\n")
-"""
+
+def write_rows(after: Any, end: int) -> None:
+    """A line for each batch, to a pipe."""
+    (source,) = hub.find(None, DataSettings(source=f"hf:{REPO}")) or []
+    source.scan(None)
+    for item in source.batches(after):
+        texts = [row.text for row in source.parse(item.payload, item.first_row)]
+        os.write(end, json.dumps([item.after, item.first_row, texts]).encode() + b"\n")
 
 
 @pytest.mark.slow
-def test_killed_at_random_moments_no_row_comes_twice_and_none_is_lost(server: HubServer) -> None:
+def test_killed_at_random_moments_no_row_comes_twice_and_none_is_lost(
+    server: HubServer, tmp_path: Path
+) -> None:
     server.pause = 0.005
     chance, after, texts, kills = random.Random(4), None, [], 0
     while len(texts) < len(EXPECTED):
-        command = [sys.executable, "-c", READER, f"hf:{REPO}", json.dumps(after)]
-        with subprocess.Popen(
-            command, stdout=subprocess.PIPE, cwd=Path(hub.__file__).parents[3], env=os.environ
-        ) as child:
-            assert child.stdout is not None
-            lines = [child.stdout.readline() for _ in range(chance.randrange(1, 12))]
-            child.send_signal(signal.SIGKILL)
-            lines += child.stdout.read().splitlines(keepends=True)
+        begin, end = os.pipe()
+        child = Fork(functools.partial(write_rows, after, end), tmp_path / "said")
+        os.close(end)
+        with open(begin, "rb") as pipe:
+            lines = [pipe.readline() for _ in range(chance.randrange(1, 12))]
+            child.end(0)
+            lines += pipe.read().splitlines(keepends=True)
         for line in lines:
             if line.endswith(b"\n"):
                 after, first, found = json.loads(line)
