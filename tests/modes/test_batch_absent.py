@@ -170,11 +170,6 @@ def test_the_words_and_the_commands(
     [
         ({"target_gpu": "Voodoo 2"}, ExitCode.FLAGS, "not in the table"),
         ({"target_gpu": None}, ExitCode.FLAGS, "implies no speed"),
-        (
-            {"target_gpu": "T4", "ranks": 2, "mixed_precision": None},
-            ExitCode.FLAGS,
-            "not on 2 ranks",
-        ),
         ({"gpu_memory": 0.3}, ExitCode.OUT_OF_MEMORY, "no batch size fits"),
         ({"target_batch_size": 4, "test_batch_sizes": [4]}, ExitCode.FLAGS, "one of them"),
     ],
