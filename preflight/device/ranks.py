@@ -132,6 +132,8 @@ class Ranks:
 class JoinedRanks(Ranks):
     """One of several processes that have found each other."""
 
+    _heartbeat: Heartbeat | None = None
+
     def __init__(
         self,
         store: dist.Store,

@@ -88,6 +88,9 @@ class AbsentRanks(SharingRanks):
         if sharing.hosts > 1:
             names, shape = ("replicate", "shard"), (sharing.hosts, sharing.ranks_per_host)
         self._mesh = init_device_mesh("cpu", shape, mesh_dim_names=names)
+        # torch keeps what it has found out of sharded tensors for all equal meshes: ranks that this
+        # process joins afterwards would be taken for these.
+        self._mesh._thread_id = -1
 
 
 @contextlib.contextmanager

@@ -13,7 +13,10 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from device.test_ranks import CASES, build, run_ranks
 
+from preflight.checkpoints.rows import list_rows
+from preflight.device.ranks import Ranks
 from preflight.device.runtime import Runtime
 from preflight.foresight.absent_ranks import ONE_RANK, Sharing, SharingRanks
 from preflight.foresight.allocation_log import RANK_ITEMS, AllocationLog
@@ -158,6 +161,18 @@ def test_ranks_leave_no_process_group_behind() -> None:
     trace_whole(build_case(Sharing(2)))
     assert not dist.is_initialized()
     assert torch.UntypedStorage.resize_ is resize
+
+
+def test_ranks_that_follow_are_not_taken_for_absent_ones() -> None:
+    trace_whole(build_case(Sharing(2)))
+
+    def find_first_rows(ranks: Ranks) -> list[int]:
+        trainer = build(CASES["fp32"], ranks, 1)
+        return [rows.start for rows in list_rows(trainer.list_weights()).values()]
+
+    first, second = run_ranks(2, find_first_rows)
+    assert set(first) == {0}
+    assert min(second) > 0
 
 
 def test_a_first_trace_is_like_the_next() -> None:
