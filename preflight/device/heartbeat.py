@@ -23,7 +23,8 @@ class Sign:
         pid: its process.
         steps: rises where a step begins and where it ends: odd within a step.
         calls: collectives that it has begun. All ranks begin the same ones in the same order, so
-            that the others wait for the rank with the fewest. -1: the run is still prepared.
+            that the others wait for the rank with the fewest. -1: not known, or the run is still
+            prepared; then nobody counts as hanging within it.
         may_compile: whether its first step may take minutes.
     """
 
@@ -119,10 +120,13 @@ class Heartbeat:
 
     def read(self) -> Sign:
         """The sign as it is now."""
-        calls = sum(
-            group._get_sequence_number_for_group()  # type: ignore[attr-defined]
-            for group in self._groups
-        )
+        try:
+            calls = sum(
+                group._get_sequence_number_for_group()  # type: ignore[attr-defined]
+                for group in self._groups
+            )
+        except (AttributeError, RuntimeError):  # another version of torch, or another backend
+            return dataclasses.replace(self._sign, calls=-1)
         return dataclasses.replace(self._sign, calls=self._sign.calls + calls)
 
 

@@ -76,6 +76,16 @@ def test_a_rank_tells_where_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
     assert not beat._thread.is_alive()
 
 
+def test_where_collectives_cannot_be_counted_nobody_hangs(threads: THREADS) -> None:
+    """With another version of torch, or another backend."""
+    store = dist.TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
+    beat = Heartbeat(store, 0, is_prepared=True)
+    assert beat.read().calls == 0
+    beat.count_calls([object()])  # type: ignore[list-item]
+    assert beat.read().calls == -1
+    assert count_looks(RankWatch(), [beat.read(), Sign(1)], pids=(10, 11)) == 2_000
+
+
 def test_a_rank_goes_on_telling_after_a_silence_of_the_store(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
