@@ -648,7 +648,7 @@ def test_real_ranks_need_what_is_predicted_and_then_train(
         assert trial["tokens_per_second"] * trial["step_seconds"] == pytest.approx(tokens)
         assert 0.7 < trial["ratio"] < 1.1
     assert report["chosen"] * report["accumulation"] * 32 * 2 == 1024
-    assert "ranks: 2; batch size of each" in result.stdout
+    assert "ranks: 2 on one host; batch size of each" in result.stdout
     assert f"2 ranks x {report['chosen']}" in result.stdout
     trained = preflight(
         *("--train", *flags, *report["flags"].split()),

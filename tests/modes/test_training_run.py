@@ -185,12 +185,15 @@ def test_signals_save_before_leaving(
     ]
     process = subprocess.Popen(argv, cwd=tmp_path, stderr=subprocess.PIPE, text=True)
     assert process.stderr is not None
-    for line in process.stderr:
-        if line.startswith("step 10/"):
-            break
-    process.send_signal(number)
-    rest = process.stderr.read()
-    assert process.wait(timeout=30) == code
+    try:
+        for line in process.stderr:
+            if line.startswith("step 10/"):
+                break
+        process.send_signal(number)
+        rest = process.communicate(timeout=60)[1]
+    finally:
+        process.kill()
+    assert process.returncode == code
     newest = store.find_newest(tmp_path / "training_output")
     assert newest is not None
     assert f"stopped at step {newest.step}" in rest
