@@ -16,6 +16,7 @@ from preflight.checkpoints.rows import wrap_rows
 from preflight.core.errors import ExitCode, PreflightError
 from preflight.core.log import log
 from preflight.core.signals import StopFlag
+from preflight.device.host_memory import release_freed_memory
 from preflight.device.ranks import Ranks, local_ranks
 from preflight.device.runtime import Runtime, is_out_of_memory
 from preflight.models.building import build_model
@@ -165,7 +166,12 @@ class Trainer:
         """
         saver.retire()  # for a run cut between a save and the deletion of older checkpoints
         evaluator.evaluate_if_due()  # for a run cut between a save and its evaluation
+        n_steps_before = state.step
         while self._goes_on(state) and not stop.agree():
+            if state.step - n_steps_before < 2:
+                # Loading, an evaluation and the first step leave holes between the tensors that
+                # stay (the optimizer's state is new), too small for those of a step.
+                release_freed_memory()
             self.ranks.seed_step(state.step)
             batches = [loader.next_batch() for _ in range(self.plan.accumulation_steps)]
             with self.ranks.watched_step(may_compile=self.runtime.compile_model):
