@@ -2,11 +2,13 @@
 
     python benchmarks/generate.py             (small; the GPU, two minutes; else the CPU, seven)
     python benchmarks/generate.py --smoke     (a tiny model on the CPU; seconds)
+    python benchmarks/generate.py --llama-cpp (beside llama.cpp; wants `pip install xllamacpp`)
 
 Both write greedily from the same weights, and the texts have to be equal before anything is timed.
 On the CPU the peer runs in fp32 and in bf16, and ours is set against its better one, in the same
 precision. The floor on the CPU is the weights' products of a token alone; on CUDA the time that
-reading the weights and the cache takes at the card's bandwidth.
+reading the weights and the cache takes at the card's bandwidth. llama.cpp reads our own exports:
+f32 beside fp32, q8_0 beside int8. Its seconds are its own clock's, without the prompt's.
 """
 
 from __future__ import annotations
@@ -14,7 +16,11 @@ from __future__ import annotations
 import argparse
 import copy
 import json
+import statistics
 import sys
+import tempfile
+import time
+import urllib.request
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -36,7 +42,10 @@ from peers import (  # noqa: E402
 from generate import generate_batch  # noqa: E402
 from preflight.device.cards import match_device  # noqa: E402
 from preflight.device.runtime import build_runtime, describe_device  # noqa: E402
+from preflight.formats.gguf_export import GgufExporter  # noqa: E402
+from preflight.formats.protocol import OutgoingModel  # noqa: E402
 from preflight.models.cost import count_parameters  # noqa: E402
+from preflight.models.quantization import quantize_model  # noqa: E402
 from preflight.models.single_row import one_torch_thread  # noqa: E402
 from preflight.settings import ModelConfig, ModelSettings, SamplingConfig, SystemSettings  # noqa: E402
 from preflight.tokenization import load_tokenizer  # noqa: E402
@@ -160,6 +169,63 @@ def compare_on_cpu(shape: ModelConfig, n_tokens: int, repeats: int) -> list[Row]
     ]
 
 
+class LlamaCpp:
+    """llama.cpp's server, on our export of a model."""
+
+    def __init__(self, model: DecoderOnlyTransformer, folder: Path, kind: str) -> None:
+        import xllamacpp
+
+        tokenizer = load_tokenizer("gpt2")
+        weights = {name: weight.detach() for name, weight in model.named_parameters()}
+        sample = torch.from_numpy(tokenizer.encode(PROMPT).astype("int64"))
+        path = folder / f"{kind}.gguf"
+        GgufExporter().export(
+            OutgoingModel(model.config, weights, tokenizer, None, {"name": "gpt2"}, sample),
+            path,
+            kind,
+        )
+        params = xllamacpp.CommonParams()
+        params.model.path, params.n_parallel, params.n_ctx = str(path), 1, 1024
+        params.cpuparams.n_threads = params.cpuparams_batch.n_threads = torch.get_num_threads()
+        self.server = xllamacpp.Server(params)
+
+    def write(self, n_tokens: int) -> tuple[str, float]:
+        """Greedy: the text, and the seconds of its tokens."""
+        body = {"prompt": PROMPT, "n_predict": n_tokens, "temperature": 0, "ignore_eos": True}
+        request = urllib.request.Request(
+            self.server.listening_address + "/completion",
+            json.dumps(body | {"cache_prompt": False}).encode(),
+            {"Content-Type": "application/json"},
+        )
+        with urllib.request.urlopen(request) as answer:
+            found = json.load(answer)
+        assert found["timings"]["predicted_n"] == n_tokens
+        return found["content"], found["timings"]["predicted_ms"] / 1000
+
+
+def compare_with_llama_cpp(shape: ModelConfig, n_tokens: int, repeats: int) -> Iterator[Row]:
+    """Batch 1, on the CPU, in turns; in fp32 both have to write the same text."""
+    device, model = torch.device("cpu"), build_model(shape)
+    small = copy_model(model, torch.bfloat16, device)
+    quantize_model(small, torch.bfloat16)
+    pairs = (("f32", "fp32", copy_model(model, torch.float32, device)), ("q8_0", "int8", small))
+    with tempfile.TemporaryDirectory() as folder:
+        for kind, name, own in pairs:
+            peer, write = LlamaCpp(model, Path(folder), kind), build_own(own, 1, n_tokens)
+            (text,), (expected, _) = write(), peer.write(n_tokens)
+            assert kind != "f32" or text == expected
+            seconds: list[tuple[float, float]] = []
+            for _ in range(repeats):
+                began = time.perf_counter()
+                write()
+                seconds.append((time.perf_counter() - began, peer.write(n_tokens)[1]))
+            ours, theirs = (statistics.median(each) for each in zip(*seconds, strict=True))
+            yield f"tokens/s, ours, {name}", n_tokens / ours, ""
+            yield f"tokens/s, llama.cpp, {kind}", n_tokens / theirs, ""
+            yield f"ours over llama.cpp, {name}", theirs / ours, ">= 1"
+            del peer
+
+
 def compare_on_cuda(shape: ModelConfig, n_tokens: int, repeats: int) -> Iterator[Row]:
     """Batch 1 and 32 in the card's precision."""
     runtime = build_runtime(SystemSettings(device="cuda"))
@@ -198,15 +264,20 @@ def main() -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--smoke", action="store_true", help="a tiny model, on the CPU")
+    parser.add_argument("--llama-cpp", action="store_true", help="beside llama.cpp, on the CPU")
     parser.add_argument("--tokens", type=int, default=None, help="new tokens")
     given = parser.parse_args()
-    on_cuda = torch.cuda.is_available() and not given.smoke
+    on_cuda = torch.cuda.is_available() and not (given.smoke or given.llama_cpp)
     small = ModelSettings(model_size="small").resolve(50257)
     found: Iterable[Row]
-    if on_cuda:
+    tiny = ModelConfig(50257, 64, 64, 4, 2, 256)
+    if given.llama_cpp:
+        shape = tiny if given.smoke else small
+        found = compare_with_llama_cpp(shape, given.tokens or 256, repeats=5)
+    elif on_cuda:
         found = compare_on_cuda(small, given.tokens or 256, repeats=3)
     elif given.smoke:
-        found = compare_on_cpu(ModelConfig(50257, 64, 64, 4, 2, 256), given.tokens or 24, repeats=2)
+        found = compare_on_cpu(tiny, given.tokens or 24, repeats=2)
     else:
         found = compare_on_cpu(small, given.tokens or 256, repeats=5)
     rows = []
