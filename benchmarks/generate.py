@@ -5,8 +5,9 @@
     python benchmarks/generate.py --llama-cpp (beside llama.cpp; wants `pip install xllamacpp`)
 
 Both write greedily from the same weights, and the texts have to be equal before anything is timed.
-On the CPU the peer runs in fp32 and in bf16, and ours is set against its better one, in the same
-precision. The floor on the CPU is the weights' products of a token alone; on CUDA the time that
+On the CPU the peer runs in fp32, in bf16 and in bf16 with a static cache, and ours, in the way that
+`--generate` chooses, is set against its best. The floor on the CPU is the weights' products of a
+token alone, in our precision; on CUDA the time that
 reading the weights and the cache takes at the card's bandwidth. llama.cpp reads our own exports:
 f32 beside fp32, q8_0 beside int8. Its seconds are its own clock's, without the prompt's.
 """
@@ -17,6 +18,7 @@ import argparse
 import copy
 import json
 import statistics
+import subprocess
 import sys
 import tempfile
 import time
@@ -47,6 +49,8 @@ from preflight.formats.protocol import OutgoingModel  # noqa: E402
 from preflight.models.cost import count_parameters  # noqa: E402
 from preflight.models.quantization import quantize_model  # noqa: E402
 from preflight.models.single_row import one_torch_thread  # noqa: E402
+from preflight.modes.decoding_way import choose_decoding  # noqa: E402
+from preflight.modes.quantizing import choose_dtype  # noqa: E402
 from preflight.settings import ModelConfig, ModelSettings, SamplingConfig, SystemSettings  # noqa: E402
 from preflight.tokenization import load_tokenizer  # noqa: E402
 from transformer_model import DecoderOnlyTransformer  # noqa: E402
@@ -61,6 +65,7 @@ def build_peer(
     n_tokens: int,
     dtype: torch.dtype,
     device: torch.device,
+    **options: Any,
 ) -> Callable[[], Tensor]:
     """Hugging Face's `generate`, greedy, with its KV cache; the ids that it adds."""
     peer = build_hugging_face(model)[0].to(device=device, dtype=dtype).eval()
@@ -77,6 +82,7 @@ def build_peer(
                 do_sample=False,
                 use_cache=True,
                 pad_token_id=0,
+                **options,
             )[:, ids.shape[1] :]
 
     return write
@@ -137,63 +143,82 @@ def build_model(shape: ModelConfig) -> DecoderOnlyTransformer:
 
 
 def compare_on_cpu(shape: ModelConfig, n_tokens: int, repeats: int) -> list[Row]:
-    """Batch 1: the peer in both precisions, ours and the floor in the peer's better one."""
+    """Batch 1: the peer's best way and ours, and the floor of ours."""
     device, model = torch.device("cpu"), build_model(shape)
     tokenizer = load_tokenizer("gpt2")
     prompts = [tokenizer.encode(PROMPT).tolist()]
-    peers = {
-        dtype: build_peer(model, prompts, n_tokens, dtype, device)
-        for dtype in (torch.float32, torch.bfloat16)
+    ways: dict[str, tuple[torch.dtype, dict[str, str]]] = {
+        "fp32": (torch.float32, {}),
+        "bf16": (torch.bfloat16, {}),
+        "bf16, static cache": (torch.bfloat16, {"cache_implementation": "static"}),
     }
-    expected = tokenizer.decode(peers[torch.float32]()[0].tolist())
+    peers = {
+        way: build_peer(model, prompts, n_tokens, dtype, device, **options)
+        for way, (dtype, options) in ways.items()
+    }
+    expected = tokenizer.decode(peers["fp32"]()[0].tolist())
     own = copy_model(model, torch.float32, device)
     assert build_own(own, 1, n_tokens)() == [expected]
-    trial = alternate({str(dtype): write for dtype, write in peers.items()}, 1, warm_up=0)
-    better = min(peers, key=lambda dtype: trial[str(dtype)])
-    name = str(better).removeprefix("torch.")
-    own = own.to(better)
+    trial = alternate(peers, 1)
+    best = min(trial, key=lambda way: trial[way])
+    own = choose_decoding(own, None, 1, n_tokens)
+    precision = str(next(own.parameters()).dtype).removeprefix("torch.")
     write = build_own(own, 1, n_tokens)
-    seconds = alternate({"peer": peers[better], "ours": write}, repeats)
+    seconds = alternate({"peer": peers[best], "ours": write}, repeats)
     # Apart, and in more turns: they differ by less than the machine does from turn to turn.
     close = alternate({"ours": write, "floor": build_floor(own, n_tokens)}, 3 * repeats)
     return [
-        (f"tokens/s, ours, {name}", n_tokens / seconds["ours"], ""),
-        (f"tokens/s, Hugging Face, {name} (its better)", n_tokens / seconds["peer"], ""),
-        (
-            "Hugging Face, seconds fp32 over bf16",
-            trial["torch.float32"] / trial["torch.bfloat16"],
-            "",
+        (f"tokens/s, ours, {precision}", n_tokens / seconds["ours"], ""),
+        (f"tokens/s, Hugging Face, {best} (its best)", n_tokens / seconds["peer"], ""),
+        *(
+            (f"Hugging Face, seconds {way} over {best}", trial[way] / trial[best], "")
+            for way in ways
         ),
         ("ours over Hugging Face", seconds["peer"] / seconds["ours"], ">= 1.7"),
         ("share of the weights' products alone", close["floor"] / close["ours"], ">= 0.8"),
     ]
 
 
+LLAMA_SERVER = """
+import sys, xllamacpp
+params = xllamacpp.CommonParams()
+params.model.path, params.n_parallel, params.n_ctx = sys.argv[1], 1, 1024
+params.cpuparams.n_threads = params.cpuparams_batch.n_threads = int(sys.argv[2])
+server = xllamacpp.Server(params)
+print("address:", server.listening_address, flush=True)
+sys.stdin.read()
+"""
+
+
 class LlamaCpp:
-    """llama.cpp's server, on our export of a model."""
+    """llama.cpp's server on our export of a model, in a process of its own."""
 
-    def __init__(self, model: DecoderOnlyTransformer, folder: Path, kind: str) -> None:
-        import xllamacpp
-
+    def __init__(self, model: DecoderOnlyTransformer, path: Path, kind: str) -> None:
         tokenizer = load_tokenizer("gpt2")
         weights = {name: weight.detach() for name, weight in model.named_parameters()}
         sample = torch.from_numpy(tokenizer.encode(PROMPT).astype("int64"))
-        path = folder / f"{kind}.gguf"
-        GgufExporter().export(
-            OutgoingModel(model.config, weights, tokenizer, None, {"name": "gpt2"}, sample),
-            path,
-            kind,
+        outgoing = OutgoingModel(model.config, weights, tokenizer, None, {"name": "gpt2"}, sample)
+        GgufExporter().export(outgoing, path, kind)
+        self.process = subprocess.Popen(
+            [sys.executable, "-c", LLAMA_SERVER, str(path), str(torch.get_num_threads())],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            text=True,
         )
-        params = xllamacpp.CommonParams()
-        params.model.path, params.n_parallel, params.n_ctx = str(path), 1, 1024
-        params.cpuparams.n_threads = params.cpuparams_batch.n_threads = torch.get_num_threads()
-        self.server = xllamacpp.Server(params)
+        assert self.process.stdout is not None
+        line = next(line for line in self.process.stdout if line.startswith("address: "))
+        self.address = line.split()[1]
+
+    def close(self) -> None:
+        self.process.kill()
+        self.process.wait()
 
     def write(self, n_tokens: int) -> tuple[str, float]:
         """Greedy: the text, and the seconds of its tokens."""
         body = {"prompt": PROMPT, "n_predict": n_tokens, "temperature": 0, "ignore_eos": True}
         request = urllib.request.Request(
-            self.server.listening_address + "/completion",
+            self.address + "/completion",
             json.dumps(body | {"cache_prompt": False}).encode(),
             {"Content-Type": "application/json"},
         )
@@ -205,13 +230,15 @@ class LlamaCpp:
 
 def compare_with_llama_cpp(shape: ModelConfig, n_tokens: int, repeats: int) -> Iterator[Row]:
     """Batch 1, on the CPU, in turns; in fp32 both have to write the same text."""
-    device, model = torch.device("cpu"), build_model(shape)
-    small = copy_model(model, torch.bfloat16, device)
-    quantize_model(small, torch.bfloat16)
+    runtime = build_runtime(SystemSettings(device="cpu", mixed_precision=False))
+    device, model = runtime.device, build_model(shape)
+    small = copy_model(model, choose_dtype(runtime), device)
+    quantize_model(small, choose_dtype(runtime))
     pairs = (("f32", "fp32", copy_model(model, torch.float32, device)), ("q8_0", "int8", small))
     with tempfile.TemporaryDirectory() as folder:
         for kind, name, own in pairs:
-            peer, write = LlamaCpp(model, Path(folder), kind), build_own(own, 1, n_tokens)
+            peer = LlamaCpp(model, Path(folder) / f"{kind}.gguf", kind)
+            write = build_own(own, 1, n_tokens)
             (text,), (expected, _) = write(), peer.write(n_tokens)
             assert kind != "f32" or text == expected
             seconds: list[tuple[float, float]] = []
@@ -223,7 +250,7 @@ def compare_with_llama_cpp(shape: ModelConfig, n_tokens: int, repeats: int) -> I
             yield f"tokens/s, ours, {name}", n_tokens / ours, ""
             yield f"tokens/s, llama.cpp, {kind}", n_tokens / theirs, ""
             yield f"ours over llama.cpp, {name}", theirs / ours, ">= 1"
-            del peer
+            peer.close()
 
 
 def compare_on_cuda(shape: ModelConfig, n_tokens: int, repeats: int) -> Iterator[Row]:

@@ -197,7 +197,7 @@ def main() -> int:
     result: dict[str, Any] = {"workers": given.workers, "rates": [], "memory": []}
     with tempfile.TemporaryDirectory(dir=given.dir) as folder:
         text = Path(folder) / "text"
-        gather_text(text, (4 if given.smoke else given.megabytes) * 10**6)
+        gather_text(text, (1 if given.smoke else given.megabytes) * 10**6)
         if given.only in (None, "rates"):
             for row in measure_rates(text, given.workers, 1 if given.smoke else 3):
                 result["rates"].append(row)
@@ -208,7 +208,7 @@ def main() -> int:
                 )
         if given.only in (None, "memory"):
             for name, write in list_memory_cases(
-                text, 30 if given.smoke else given.memory_megabytes
+                text, 10 if given.smoke else given.memory_megabytes
             ):
                 path = write()
                 found = measure_preparation(path, given.workers, every=0.1)

@@ -1,4 +1,6 @@
-"""What several test files share: a tiny text, a command-line runner, a tiny configuration."""
+"""What several test files share: a tiny text, a command-line runner, a tiny configuration, and
+``--full``.
+"""
 
 from __future__ import annotations
 
@@ -70,6 +72,17 @@ WORDS = [
     "jade",
     "boxes",
 ]
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """The flag of `make test-faults`."""
+    parser.addoption("--full", action="store_true", help="every point, not a sample of them")
+
+
+@pytest.fixture(scope="session")
+def full(request: pytest.FixtureRequest) -> bool:
+    """Whether everything is tried, or a sample."""
+    return bool(request.config.getoption("--full"))
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -1,4 +1,4 @@
-"""The fork server, a quick place to work in, and ``--full``."""
+"""The fork server, and a quick place to work in."""
 
 from __future__ import annotations
 
@@ -15,17 +15,6 @@ from .harness import ForkServer
 from .rank_runs import Run
 
 TOOLS = ("strace", "unshare", "prlimit", "mount")
-
-
-def pytest_addoption(parser: pytest.Parser) -> None:
-    """Known where tests/faults is named on the command line, as `make test-faults` does."""
-    parser.addoption("--full", action="store_true", help="every point, not a sample of them")
-
-
-@pytest.fixture(scope="session")
-def full(request: pytest.FixtureRequest) -> bool:
-    """Whether everything is tried, or a sample."""
-    return bool(request.config.getoption("--full", default=False))
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -66,7 +66,7 @@ def list_points(server: ForkServer, folder: Path, *, opening: bool, full: bool) 
     assert code == 0, said
     points = find_points(lines, [folder / "out/evaluation"], opening=opening)
     assert len(points) > 20
-    return points if full else points[:: max(1, len(points) // 8)]
+    return points if full else points[:: max(1, len(points) // 5)]
 
 
 @pytest.mark.slow

@@ -632,13 +632,13 @@ def test_real_ranks_need_what_is_predicted_and_then_train(
     preflight: CommandRunner, tmp_path: Path, tiny_text: Path
 ) -> None:
     flags = [*TINY_FLAGS, "--device", "cpu"]
-    sizes = ("--test-batch-sizes", "128", "8")
-    search_flags = [*flags, "--ranks", "2", *sizes, "--tokens-per-step", "1024"]
+    sizes = ("--test-batch-sizes", "128", "16")
+    search_flags = [*flags, "--ranks", "2", *sizes, "--tokens-per-step", "8192"]
     result = preflight("--get-optimal-bs", *search_flags, timeout=PATIENCE_SECONDS)
     assert result.returncode == 0, result.stderr
     report = json.loads((tmp_path / "training_output/batch_size_report.json").read_text())
     assert report["ranks"] == 2
-    assert [t["batch_size"] for t in report["trials"]][:2] == [128, 8]
+    assert [t["batch_size"] for t in report["trials"]][:2] == [128, 16]
     for trial in report["trials"]:
         assert len(trial["rank_bytes"]) == 2
         assert trial["needed_bytes"] == max(trial["rank_bytes"])
@@ -647,7 +647,7 @@ def test_real_ranks_need_what_is_predicted_and_then_train(
         tokens = 2 * trial["batch_size"] * trial["micro_steps"] * 32
         assert trial["tokens_per_second"] * trial["step_seconds"] == pytest.approx(tokens)
         assert 0.7 < trial["ratio"] < 1.1
-    assert report["chosen"] * report["accumulation"] * 32 * 2 == 1024
+    assert report["chosen"] * report["accumulation"] * 32 * 2 == 8192
     assert "ranks: 2 on one host; batch size of each" in result.stdout
     assert f"2 ranks x {report['chosen']}" in result.stdout
     trained = preflight(
@@ -655,7 +655,7 @@ def test_real_ranks_need_what_is_predicted_and_then_train(
         *("--max-steps", "2", "--text-file", str(tiny_text)),
     )
     assert trained.returncode == 0, trained.stderr
-    assert "2 steps of 1,024 tokens" in trained.stderr
+    assert "2 steps of 8,192 tokens" in trained.stderr
 
 
 @pytest.mark.slow

@@ -78,8 +78,9 @@ def test_disconnects_free_the_rows_of_the_engine(tmp_path):
         assert ask(url, "GET", "/health")[0] == 200
 
 
-@pytest.mark.parametrize("n", [150, pytest.param(10_000, marks=pytest.mark.slow)])
-def test_damaged_requests_leave_no_row_behind(tmp_path, n):
+@pytest.mark.parametrize("n", [150, pytest.param(2_000, marks=pytest.mark.slow)])
+def test_damaged_requests_leave_no_row_behind(tmp_path, n, full):
+    n = 10_000 if full else n
     settings = FakeSettings(limits=Limits(arrival_seconds=0.5, keep_alive_seconds=1))
 
     with serve_run(tmp_path, settings) as (url, engine):

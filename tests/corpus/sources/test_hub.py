@@ -145,8 +145,9 @@ def test_workers_read_at_once_and_within_their_number(server: HubServer) -> None
     assert 3 <= server.most_running <= 5  # and the next file's footer
 
 
-@pytest.mark.parametrize("every", [15, pytest.param(1, marks=pytest.mark.slow)])
-def test_it_resumes_behind_every_batch(server: HubServer, every: int) -> None:
+@pytest.mark.parametrize("every", [15, pytest.param(4, marks=pytest.mark.slow)])
+def test_it_resumes_behind_every_batch(server: HubServer, every: int, full: bool) -> None:
+    every = 1 if full else every
     source = open_source()
     items = read_items(source)
     for i, (_, after, _) in enumerate(items):
