@@ -161,7 +161,7 @@ def compare_on_cpu(shape: ModelConfig, n_tokens: int, repeats: int) -> list[Row]
     assert build_own(own, 1, n_tokens)() == [expected]
     trial = alternate(peers, 1)
     best = min(trial, key=lambda way: trial[way])
-    own = choose_decoding(own, None, 1, n_tokens)
+    own = choose_decoding(own, None, [1], n_tokens)
     precision = str(next(own.parameters()).dtype).removeprefix("torch.")
     write = build_own(own, 1, n_tokens)
     seconds = alternate({"peer": peers[best], "ours": write}, repeats)

@@ -1,4 +1,4 @@
-"""A short trial of the ways to decode: fp32 or bf16, and torch or numpy for a single row.
+"""A short trial of the ways to decode: fp32 or bf16, packed weights or not, and numpy for one row.
 
 One row reads every weight for one product, which hardware for bf16 need not make faster; several
 rows share what is read. Which way wins depends on the processor, the model and the rows.
@@ -18,8 +18,11 @@ from pydantic import Field
 from preflight.core.schema import Schema
 from preflight.decoding.stepping import Decoder, find_place
 from preflight.models.base import TokenModel
+from preflight.models.packing import can_pack, pack_model
 
 NUMPY, FLOAT32, BFLOAT16 = "float32 in numpy", "float32", "bfloat16"
+PACKED, PACKED_BFLOAT16 = "float32, packed", "bfloat16, packed"
+BFLOAT16_WAYS = (BFLOAT16, PACKED_BFLOAT16)
 TRIAL_SHARE = 0.02  # of the generation's time, at most, for the trial
 # Of the time of the first way, which another must save: the text may change with the way.
 LEAST_GAIN = 0.1
@@ -36,12 +39,24 @@ class DecodingFigures(Schema):
     seconds: Annotated[dict[str, Annotated[float, Field(gt=0)]], Field(min_length=1)]
 
 
-def list_decoding_ways(model: TokenModel, n_rows: int, *, has_bf16: bool) -> list[str]:
-    """The ways that a model in fp32 on the CPU may decode, the one taken unmeasured first."""
+def list_decoding_ways(model: TokenModel, rows: Sequence[int], *, has_bf16: bool) -> list[str]:
+    """The ways that a model in fp32 on the CPU may decode, the one taken unmeasured first.
+
+    Args:
+        model: as it was loaded.
+        rows: that are decoded at once; several numbers for a server, which has few or many.
+        has_bf16: whether bf16 is among the ways.
+    """
     device, dtype = find_place(model)
-    cache = model.build_cache(n_rows, device, dtype, capacity=1)
+    cache = model.build_cache(min(rows), device, dtype, capacity=1)
     in_numpy = Decoder(model, cache).is_in_numpy
-    return [*([NUMPY] if in_numpy else []), FLOAT32, *([BFLOAT16] if has_bf16 else [])]
+    narrow = PACKED_BFLOAT16 if can_pack(torch.bfloat16) else BFLOAT16
+    return [
+        *([NUMPY] if in_numpy else []),
+        FLOAT32,
+        *([PACKED] if can_pack(torch.float32) else []),
+        *([narrow] if has_bf16 else []),
+    ]
 
 
 def choose_decoding_way(figures: DecodingFigures, ways: Sequence[str]) -> str:
@@ -67,37 +82,52 @@ def is_trial_affordable(n_bytes: int, n_ways: int, n_steps: int) -> bool:
 def prepare_for(way: str, model: TokenModel) -> TokenModel:
     """The model in fp32, changed to decode that way; in place."""
     model.decodes_in_numpy = way == NUMPY
-    return model.to(torch.bfloat16) if way == BFLOAT16 else model
+    if way in BFLOAT16_WAYS:
+        model = model.to(torch.bfloat16)
+    if way in (PACKED, PACKED_BFLOAT16):
+        pack_model(model)
+    return model
 
 
 @torch.inference_mode()
-def measure_decoding(model: TokenModel, ways: Sequence[str], n_rows: int) -> DecodingFigures:
+def measure_decoding(
+    model: TokenModel, ways: Sequence[str], rows: Sequence[int]
+) -> DecodingFigures:
     """Seconds of a step in each way, from steps that take turns. The model stays as it is.
 
-    With bf16 among the ways, half of the model's memory is needed besides.
+    For several numbers of rows it is one step of each.
+
+    Copies of the weights are needed besides, see `count_copies`.
     """
-    decoders = [_build_decoder(way, model, n_rows) for way in ways]
-    tokens = torch.zeros(n_rows, dtype=torch.long, device=decoders[0].cache.layers[0].device)
+    decoders = [_build_decoders(way, model, rows) for way in ways]
     rounds: list[list[float]] = []
     for _ in range(1 + _ROUNDS):  # the first warms up
-        rounds.append([_time_steps(decoder, tokens) for decoder in decoders])
+        rounds.append([sum(map(_time_steps, each)) for each in decoders])
     medians = [statistics.median(times) for times in zip(*rounds[1:], strict=True)]
     return DecodingFigures(seconds=dict(zip(ways, medians, strict=True)))
 
 
-def _build_decoder(way: str, model: TokenModel, n_rows: int) -> Decoder:
-    if way == BFLOAT16:
-        model = copy.deepcopy(model)
-    else:
+def count_copies(ways: Sequence[str]) -> float:
+    """The memory that a trial of these ways needs, in sizes of the model in fp32."""
+    return sum({PACKED: 2.0, BFLOAT16: 1.0, PACKED_BFLOAT16: 1.5}.get(way, 0.0) for way in ways)
+
+
+def _build_decoders(way: str, model: TokenModel, rows: Sequence[int]) -> list[Decoder]:
+    if way in (NUMPY, FLOAT32):
         model = copy.copy(model)  # a flag of its own, the same weights
+    else:
+        model = copy.deepcopy(model)
     model = prepare_for(way, model)
     device, dtype = find_place(model)
-    return Decoder(model, model.build_cache(n_rows, device, dtype, capacity=_STEPS))
+    caches = [model.build_cache(n, device, dtype, capacity=_STEPS) for n in rows]
+    return [Decoder(model, cache) for cache in caches]
 
 
-def _time_steps(decoder: Decoder, tokens: torch.Tensor) -> float:
+def _time_steps(decoder: Decoder) -> float:
     """Seconds of a step, from some in a row."""
-    decoder.cache.lengths = [0] * len(tokens)
+    cache = decoder.cache
+    cache.lengths = [0] * len(cache.lengths)
+    tokens = torch.zeros(len(cache.lengths), dtype=torch.long, device=cache.layers[0].device)
     with decoder.threads():
         began = time.perf_counter()
         for _ in range(_STEPS):

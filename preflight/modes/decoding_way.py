@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 
 import torch
 
 from preflight.core.log import log
 from preflight.decoding.stepping import find_place
 from preflight.decoding.trial import (
-    BFLOAT16,
+    BFLOAT16_WAYS,
     DecodingFigures,
     choose_decoding_way,
+    count_copies,
     is_trial_affordable,
     list_decoding_ways,
     measure_decoding,
@@ -24,45 +26,42 @@ from preflight.models.base import TokenModel
 
 
 def choose_decoding(
-    model: TokenModel, mixed_precision: bool | None, n_rows: int, n_steps: int
+    model: TokenModel, mixed_precision: bool | None, rows: Sequence[int], n_steps: int
 ) -> TokenModel:
     """The model, made to decode in its fastest way, told in one line where that was measured.
 
     Args:
         model: loaded, on its device. On a CPU in fp32 there is something to choose.
         mixed_precision: the flag; unset: bf16 where it is faster.
-        n_rows: that are decoded at once.
+        rows: that are decoded at once; several numbers for a server, which has few or many.
         n_steps: of decoding to come, which decide whether a trial pays.
     """
     device, dtype = find_place(model)
     if device.type != "cpu" or dtype != torch.float32:
         return model
     has_bf16 = mixed_precision is None and has_fast_bf16(device)
-    ways = list_decoding_ways(model, n_rows, has_bf16=has_bf16)
+    ways = list_decoding_ways(model, rows, has_bf16=has_bf16)
     n_bytes = sum(weight.nbytes for weight in model.parameters())
     if len(ways) == 1:
         return model
     key = {
-        "of": "decoding step",
+        "of": "decoding step, packed",
         "machine": describe_hardware(device),
         "model": dataclasses.asdict(model.config),
-        "rows": n_rows,
+        "rows": list(rows),
     }
     how, figures = "remembered", recall(key, DecodingFigures)
     if figures is None or not set(ways) <= set(figures.seconds):
-        fits = BFLOAT16 not in ways or n_bytes < available_host_bytes()
-        if not fits or not is_trial_affordable(n_bytes, len(ways), n_steps):
+        fits = count_copies(ways) * n_bytes < available_host_bytes()
+        if not fits or not is_trial_affordable(n_bytes, len(ways) * len(rows), n_steps):
             return model
-        how, figures = "measured", measure_decoding(model, ways, n_rows)
+        how, figures = "measured", measure_decoding(model, ways, rows)
         remember(key, figures)
     way = choose_decoding_way(figures, ways)
-    others = "; ".join(
-        f"{other} {n_rows / figures.seconds[other]:,.1f}" for other in ways if other != way
-    )
-    log.info(
-        f"decoding in {way}: {n_rows / figures.seconds[way]:,.1f} tokens/s; {others} ({how}, "
-        f"rows at once: {n_rows})"
-    )
-    if way == BFLOAT16:
+    rates = {each: f"{sum(rows) / figures.seconds[each]:,.1f}" for each in ways}
+    others = "; ".join(f"{other} {rates[other]}" for other in ways if other != way)
+    at_once = " and ".join(map(str, rows))
+    log.info(f"decoding in {way}: {rates[way]} tokens/s; {others} ({how}, rows at once: {at_once})")
+    if way in BFLOAT16_WAYS:
         log.info("in bf16 a text depends on the rows beside it: --no-mixed-precision if not")
     return prepare_for(way, model)

@@ -74,7 +74,7 @@ def run(config: RunConfig) -> int:
             model = quantize_loaded(model, tokenizer, config, runtime)
         else:
             n_rows, n_steps = _count_work(config, len(prompts))
-            model = choose_decoding(model, config.system.mixed_precision, n_rows, n_steps)
+            model = choose_decoding(model, config.system.mixed_precision, [n_rows], n_steps)
         if template is not None:
             return ChatSession(model, tokenizer, config, template).run([])
         if interactive:

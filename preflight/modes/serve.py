@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from uvicorn import Server
 
 _GRACE_SECONDS = 10.0  # in which running answers may end after Ctrl-C
+_MANY_ROWS = 8  # at once, beside one, for which a server chooses how to decode
 _MANY_STEPS = 10**6  # a server decodes for long enough to measure how
 _STOPPING = ("SIGINT", "SIGTERM", "SIGHUP")  # Windows has no SIGHUP
 
@@ -87,7 +88,7 @@ def build_store(config: RunConfig) -> Store:
         if quantizes:
             return quantize_loaded(model, tokenizer, config, runtime)
         # In fp32, so that an answer does not depend on those beside it, and one is not slower.
-        return choose_decoding(model, False, 1, _MANY_STEPS)
+        return choose_decoding(model, False, sorted({1, min(rows, _MANY_ROWS)}), _MANY_STEPS)
 
     return Store(entries, runtime, rows, template, prepare)
 

@@ -23,6 +23,7 @@ from preflight.device.host_memory import release_freed_memory
 from preflight.device.runtime import Runtime, is_out_of_memory
 from preflight.device.token_store import measure_model_room
 from preflight.models.base import TokenModel
+from preflight.models.packing import count_packed_bytes
 from preflight.serving.batch import RowBatch
 from preflight.serving.engine import Engine
 from preflight.serving.foresight import (
@@ -159,6 +160,7 @@ class ServedCheckpoint:
     def held_bytes(self) -> dict[str, int]:
         """Of the weights and the cache, as they are now."""
         weights = sum(each.numel() * each.element_size() for each in self._model.parameters())
+        weights += count_packed_bytes(self._model)
         layers = self._batch.slots.cache.layers
         return {"weights": weights, "cache": sum(x.numel() * x.element_size() for x in layers)}
 

@@ -19,6 +19,8 @@ from preflight.decoding.trial import (
     LEAST_BYTES,
     LEAST_GAIN,
     NUMPY,
+    PACKED,
+    PACKED_BFLOAT16,
     DecodingFigures,
     choose_decoding_way,
     is_trial_affordable,
@@ -28,6 +30,7 @@ from preflight.decoding.trial import (
 from preflight.device.remembered import FOLDER_VARIABLE
 from preflight.models.base import TokenModel
 from preflight.models.building import build_model
+from preflight.models.packing import PackedLinear, can_pack
 from preflight.modes import decoding_way
 from preflight.modes.decoding_way import choose_decoding
 from preflight.settings import ModelConfig, SamplingConfig
@@ -48,10 +51,11 @@ def build() -> TokenModel:
 
 @pytest.fixture(autouse=True)
 def machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With bf16 and an empty cache; no model is too small for a trial."""
+    """With bf16, without packed weights and with an empty cache; every model is tried."""
     monkeypatch.setenv(FOLDER_VARIABLE, str(tmp_path / "cache"))
     monkeypatch.setattr(decoding_way, "has_fast_bf16", lambda device: True)
     monkeypatch.setattr(trial, "LEAST_BYTES", 0)
+    monkeypatch.setattr(trial, "can_pack", lambda dtype: False)
 
 
 def fake_figures(monkeypatch: pytest.MonkeyPatch, **seconds: float) -> list[Sequence[str]]:
@@ -59,7 +63,7 @@ def fake_figures(monkeypatch: pytest.MonkeyPatch, **seconds: float) -> list[Sequ
     asked: list[Sequence[str]] = []
     found = {NUMPY: seconds["numpy"], FLOAT32: seconds["fp32"], BFLOAT16: seconds["bf16"]}
 
-    def measure(model: TokenModel, ways: Sequence[str], n_rows: int) -> DecodingFigures:
+    def measure(model: TokenModel, ways: Sequence[str], rows: Sequence[int]) -> DecodingFigures:
         asked.append(ways)
         return DecodingFigures(seconds={way: found[way] for way in ways})
 
@@ -94,7 +98,7 @@ def test_a_trial_costs_at_most_its_share(n_bytes: int, n_ways: int, n_steps: int
 def test_a_small_model_is_not_tried(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(trial, "LEAST_BYTES", LEAST_BYTES)
     asked = fake_figures(monkeypatch, numpy=3.0, fp32=2.0, bf16=1.0)
-    model = choose_decoding(build(), None, 1, MANY)
+    model = choose_decoding(build(), None, [1], MANY)
     assert (name_way(model, 1), asked) == (NUMPY, [])
 
 
@@ -120,25 +124,30 @@ def test_what_is_tried_and_taken(
     taken: str,
 ) -> None:
     asked = fake_figures(monkeypatch, **dict(zip(("numpy", "fp32", "bf16"), seconds, strict=True)))
-    assert name_way(choose_decoding(build(), mixed, n_rows, MANY), n_rows) == taken
+    assert name_way(choose_decoding(build(), mixed, [n_rows], MANY), n_rows) == taken
     assert asked == ([] if tried is None else [tried])
     # A second call takes the same without a trial, however short it is.
-    assert name_way(choose_decoding(build(), mixed, n_rows, 1), n_rows) == taken
+    assert name_way(choose_decoding(build(), mixed, [n_rows], 1), n_rows) == taken
     assert len(asked) == (tried is not None)
 
 
 def test_a_short_generation_keeps_the_immediate_path(monkeypatch: pytest.MonkeyPatch) -> None:
     asked = fake_figures(monkeypatch, numpy=3.0, fp32=2.0, bf16=1.0)
-    model = choose_decoding(build(), None, 1, 200)
+    model = choose_decoding(build(), None, [1], 200)
     assert (name_way(model, 1), asked) == (NUMPY, [])
 
 
-def test_a_trial_leaves_the_model_and_the_random_state(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("packs", [False, True])
+def test_a_trial_leaves_the_model_and_the_random_state(
+    monkeypatch: pytest.MonkeyPatch, packs: bool
+) -> None:
     model, untouched = build(), build()
     random = torch.get_rng_state()
-    ways = list_decoding_ways(model, 1, has_bf16=True)
-    figures = measure_decoding(model, ways, 1)
-    assert list(figures.seconds) == ways == [NUMPY, FLOAT32, BFLOAT16]
+    monkeypatch.setattr(trial, "can_pack", lambda dtype: packs)
+    ways = list_decoding_ways(model, [1, 3], has_bf16=True)
+    figures = measure_decoding(model, ways, [1, 3])
+    narrow = [PACKED, PACKED_BFLOAT16] if packs else [BFLOAT16]
+    assert list(figures.seconds) == ways == [NUMPY, FLOAT32, *narrow]
     assert torch.equal(torch.get_rng_state(), random)
     assert name_way(model, 1) == NUMPY
     for (name, weight), other in zip(
@@ -147,12 +156,38 @@ def test_a_trial_leaves_the_model_and_the_random_state(monkeypatch: pytest.Monke
         assert torch.equal(weight, other), name
 
 
+def test_a_server_chooses_for_few_rows_and_for_many(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Packed weights, although one row alone would be faster in numpy."""
+    monkeypatch.setattr(trial, "can_pack", lambda dtype: True)
+    seconds = {(NUMPY, 1): 1.0, (FLOAT32, 1): 2.0, (PACKED, 1): 1.2}
+    seconds |= {(NUMPY, 8): 8.0, (FLOAT32, 8): 8.0, (PACKED, 8): 3.0}
+    monkeypatch.setattr(
+        trial, "_time_steps", lambda decoder: seconds[way_of(decoder), len(decoder.cache.lengths)]
+    )
+    built: dict[int, str] = {}
+    build_decoders = trial._build_decoders
+
+    def build_and_note(way: str, model: TokenModel, rows: Sequence[int]) -> list[Decoder]:
+        decoders = build_decoders(way, model, rows)
+        built.update({id(decoder): way for decoder in decoders})
+        return decoders
+
+    def way_of(decoder: Decoder) -> str:
+        return built[id(decoder)]
+
+    monkeypatch.setattr(trial, "_build_decoders", build_and_note)
+    figures = measure_decoding(build(), [NUMPY, FLOAT32, PACKED], [1, 8])
+    assert figures.seconds == {NUMPY: 9.0, FLOAT32: 10.0, PACKED: pytest.approx(4.2)}
+    model = choose_decoding(build(), False, [1, 8], MANY)
+    assert isinstance(model.lm_head, PackedLinear)
+
+
 def test_the_ways_write_the_same_text() -> None:
     """Greedy, with random weights whose logits lie apart."""
     sampling = SamplingConfig(max_new_tokens=8, do_sample=False)
     texts = []
-    for way in (NUMPY, FLOAT32):
+    for way in (NUMPY, FLOAT32, *([PACKED] if can_pack(torch.float32) else [])):
         model = trial.prepare_for(way, build())
-        assert name_way(model, 1) == way
+        assert name_way(model, 1) == (NUMPY if way == NUMPY else FLOAT32)
         texts.append(generate_ids(model, [[5, 6, 7]], sampling, batch_size=1))
-    assert texts[0] == texts[1]
+    assert all(text == texts[0] for text in texts)
