@@ -40,14 +40,16 @@ class DecodingFigures(Schema):
 
 
 def list_decoding_ways(model: TokenModel, rows: Sequence[int], *, has_bf16: bool) -> list[str]:
-    """The ways that a model in fp32 on the CPU may decode, the one taken unmeasured first.
+    """The ways that a model on the CPU may decode, the one taken unmeasured first.
 
     Args:
-        model: as it was loaded.
+        model: as it was loaded, in fp32, or in bf16 and then in no other.
         rows: that are decoded at once; several numbers for a server, which has few or many.
-        has_bf16: whether bf16 is among the ways.
+        has_bf16: whether bf16 is among the ways of a model in fp32.
     """
     device, dtype = find_place(model)
+    if dtype == torch.bfloat16:
+        return [BFLOAT16, *([PACKED_BFLOAT16] if can_pack(dtype) else [])]
     cache = model.build_cache(min(rows), device, dtype, capacity=1)
     in_numpy = Decoder(model, cache).is_in_numpy
     narrow = PACKED_BFLOAT16 if can_pack(torch.bfloat16) else BFLOAT16
@@ -80,7 +82,7 @@ def is_trial_affordable(n_bytes: int, n_ways: int, n_steps: int) -> bool:
 
 
 def prepare_for(way: str, model: TokenModel) -> TokenModel:
-    """The model in fp32, changed to decode that way; in place."""
+    """The model, changed to decode that way; in place."""
     model.decodes_in_numpy = way == NUMPY
     if way in BFLOAT16_WAYS:
         model = model.to(torch.bfloat16)

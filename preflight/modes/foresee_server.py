@@ -22,6 +22,7 @@ from preflight.device.runtime import (
     is_out_of_memory,
 )
 from preflight.device.token_store import measure_model_room
+from preflight.modes.decoding_way import choose_serving, packs_when_served
 from preflight.serving.batch import RowBatch
 from preflight.serving.foresight import ServingMemory, Speed, estimate_memory, measure_speed
 from preflight.serving.store import Entry, find_entries
@@ -93,7 +94,12 @@ def _foresee(entry: Entry, runtime: Runtime, config: RunConfig, free: int) -> li
         dtypes.append(torch.bfloat16)
     found = []
     for dtype in dtypes:
-        memory = estimate_memory(entry.checkpoint.model_config, dtype, config.serving.serve_rows)
+        memory = estimate_memory(
+            entry.checkpoint.model_config,
+            dtype,
+            config.serving.serve_rows,
+            packs=packs_when_served(runtime.device, dtype),
+        )
         fits = memory.total <= free
         log.info(f"{entry.name}: measuring in {str(dtype).removeprefix('torch.')}")
         speeds = _measure(entry, runtime.device, dtype, memory.rows) if fits else ()
@@ -108,6 +114,7 @@ def _measure(
     """The speed for each number of people that the rows allow; nothing where memory lacks."""
     try:
         model, tokenizer = load_model(entry.checkpoint, device, dtype)
+        model = choose_serving(model, rows)
         people = sorted({min(n, rows) for n in _PEOPLE})
         batch = RowBatch(model, tokenizer, max(people))
         measure_speed(batch, model.config, 1)  # the first steps of a process take longer

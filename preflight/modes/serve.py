@@ -19,7 +19,7 @@ from preflight.core.log import log
 from preflight.core.streams import print_error
 from preflight.device.runtime import build_exact_runtime
 from preflight.models.base import TokenModel
-from preflight.modes.decoding_way import choose_decoding
+from preflight.modes.decoding_way import choose_serving, packs_when_served
 from preflight.modes.quantizing import check_quantize, quantize_loaded
 from preflight.serving.keys import is_loopback, load_key
 from preflight.serving.limits import Limits
@@ -32,8 +32,6 @@ if TYPE_CHECKING:
     from uvicorn import Server
 
 _GRACE_SECONDS = 10.0  # in which running answers may end after Ctrl-C
-_MANY_ROWS = 8  # at once, beside one, for which a server chooses how to decode
-_MANY_STEPS = 10**6  # a server decodes for long enough to measure how
 _STOPPING = ("SIGINT", "SIGTERM", "SIGHUP")  # Windows has no SIGHUP
 
 
@@ -87,10 +85,10 @@ def build_store(config: RunConfig) -> Store:
     def prepare(model: TokenModel, tokenizer: Tokenizer) -> TokenModel:
         if quantizes:
             return quantize_loaded(model, tokenizer, config, runtime)
-        # In fp32, so that an answer does not depend on those beside it, and one is not slower.
-        return choose_decoding(model, False, sorted({1, min(rows, _MANY_ROWS)}), _MANY_STEPS)
+        return choose_serving(model, rows)
 
-    return Store(entries, runtime, rows, template, prepare)
+    packs = not quantizes and packs_when_served(runtime.device, runtime.dtype)
+    return Store(entries, runtime, rows, template, prepare, packs=packs)
 
 
 @contextlib.contextmanager

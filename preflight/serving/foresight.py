@@ -50,8 +50,17 @@ class ServingMemory:
         return {"weights": self.weights, "cache": self.cache, "total": self.total}
 
 
-def estimate_memory(config: ModelConfig, dtype: torch.dtype, rows: int) -> ServingMemory:
-    """By closed formulas: nothing is built."""
+def estimate_memory(
+    config: ModelConfig, dtype: torch.dtype, rows: int, *, packs: bool = False
+) -> ServingMemory:
+    """By closed formulas: nothing is built.
+
+    Args:
+        config: the architecture.
+        dtype: of weights and cache.
+        rows: answers at once.
+        packs: whether weights may be packed, which takes a tied table of tokens twice.
+    """
     size = dtype.itemsize
     if config.model_family == "mlp":  # its cache holds ids
         cache_row = config.context_length * torch.long.itemsize
@@ -62,14 +71,19 @@ def estimate_memory(config: ModelConfig, dtype: torch.dtype, rows: int) -> Servi
     activations = piece * (8 * config.n_embeddings + 3 * config.ffn_hid_dim) * size
     logits = 4 * rows * config.vocab_size * torch.float32.itemsize
     weights = count_parameters(config) * size
+    if packs and config.tied:
+        weights += config.vocab_size * config.n_embeddings * size
     return ServingMemory(weights, cache_row, activations + logits, rows)
 
 
-def fit_rows(config: ModelConfig, dtype: torch.dtype, wanted: int, free: int) -> int:
+def fit_rows(
+    config: ModelConfig, dtype: torch.dtype, wanted: int, free: int, *, packs: bool = False
+) -> int:
     """Rows that fit into so many free bytes, at most `wanted`; 0: not even one does."""
-    return next(
-        (n for n in range(wanted, 0, -1) if estimate_memory(config, dtype, n).total <= free), 0
-    )
+    for n_rows in range(wanted, 0, -1):
+        if estimate_memory(config, dtype, n_rows, packs=packs).total <= free:
+            return n_rows
+    return 0
 
 
 @dataclass(frozen=True)

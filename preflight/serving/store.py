@@ -191,6 +191,7 @@ class Store:
         rows: answers of a model at once, fewer where memory is short.
         template: for the chats of all of them; unset: each one's own.
         prepare: what is done to a model once it is loaded, such as quantising it.
+        packs: whether `prepare` may pack weights.
     """
 
     def __init__(
@@ -200,8 +201,10 @@ class Store:
         rows: int,
         template: ChatTemplate | None = None,
         prepare: Callable[[TokenModel, Tokenizer], TokenModel] | None = None,
+        *,
+        packs: bool = False,
     ) -> None:
-        self._prepare = prepare
+        self._prepare, self._packs = prepare, packs
         self._entries = {entry.name: entry for entry in entries}
         self._runtime, self._rows, self._template = runtime, rows, template
         self._loading = asyncio.Lock()
@@ -277,11 +280,11 @@ class Store:
         while True:
             free = self._measure_room()
             idle = [e for e in self._entries.values() if e.served and e.served.engine.is_idle]
-            rows = fit_rows(config, dtype, self._rows, free)
+            rows = fit_rows(config, dtype, self._rows, free, packs=self._packs)
             if rows == self._rows or not idle:
                 break
             self._unload(min(idle, key=lambda each: each.last_used))
-        memory = estimate_memory(config, dtype, max(rows, 1))
+        memory = estimate_memory(config, dtype, max(rows, 1), packs=self._packs)
         told = (
             f"{entry.name}: {format_bytes(memory.weights)} of weights and {memory.rows} rows of "
             f"{format_bytes(memory.cache_row)}, {format_bytes(free)} are free"

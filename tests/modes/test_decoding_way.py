@@ -191,3 +191,16 @@ def test_the_ways_write_the_same_text() -> None:
         assert name_way(model, 1) == (NUMPY if way == NUMPY else FLOAT32)
         texts.append(generate_ids(model, [[5, 6, 7]], sampling, batch_size=1))
     assert all(text == texts[0] for text in texts)
+
+
+@pytest.mark.parametrize("packs", [False, True])
+def test_a_model_in_bf16_stays_in_bf16(monkeypatch: pytest.MonkeyPatch, packs: bool) -> None:
+    monkeypatch.setattr(trial, "can_pack", lambda dtype: packs)
+    model = build().to(torch.bfloat16)
+    ways = list_decoding_ways(model, [1, 8], has_bf16=False)
+    assert ways == [BFLOAT16, *([PACKED_BFLOAT16] if packs else [])]
+    figures = DecodingFigures(seconds={way: 1 / (1 + i) for i, way in enumerate(ways)})
+    monkeypatch.setattr(decoding_way, "measure_decoding", lambda *_: figures)
+    served = decoding_way.choose_serving(model, 30)
+    assert next(served.parameters()).dtype == torch.bfloat16
+    assert isinstance(served.lm_head, PackedLinear) if packs else served is model

@@ -119,6 +119,12 @@ def test_fewer_rows_where_memory_is_short() -> None:
     assert fit_rows(config, torch.float32, 8, eight.total) == 8
     assert fit_rows(config, torch.float32, 8, eight.total - 1) == 7
     assert fit_rows(config, torch.float32, 8, 0) == 0
+    # Packed weights take a tied table of tokens twice.
+    packed = estimate_memory(config, torch.float32, 8, packs=True)
+    table = 4 * config.vocab_size * config.n_embeddings if config.tied else 0
+    assert packed.weights == eight.weights + table > eight.weights
+    assert fit_rows(config, torch.float32, 8, packed.total, packs=True) == 8
+    assert fit_rows(config, torch.float32, 8, packed.total - 1, packs=True) == 7
 
 
 def test_two_checkpoints_of_a_run_have_names_of_their_own(tmp_path: Path) -> None:
