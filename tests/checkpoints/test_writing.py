@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
 import resource
 import shutil
@@ -55,19 +56,20 @@ def run_killed(action: Callable[[], Any], point: int) -> bool:
     where `point` is odd. True when the process ended by itself."""
     child = os.fork()
     if child:
-        return os.WIFEXITED(os.waitpid(child, 0)[1])
+        status = os.waitpid(child, 0)[1]
+        assert not os.WIFEXITED(status) or os.WEXITSTATUS(status) == 0
+        return os.WIFEXITED(status)
     try:
         torch.set_num_threads(1)
-        count = 0
+        numbers = itertools.count(1)
 
         def wrap(call: Callable[..., Any]) -> Callable[..., Any]:
             def counted(*arguments: Any, **options: Any) -> Any:
-                nonlocal count
-                count += 1
-                if point == 2 * count:
+                number = next(numbers)  # of this call, also where another thread calls
+                if point == 2 * number:
                     os.kill(os.getpid(), signal.SIGKILL)
                 result = call(*arguments, **options)
-                if point == 2 * count + 1:
+                if point == 2 * number + 1:
                     os.kill(os.getpid(), signal.SIGKILL)
                 return result
 
