@@ -43,6 +43,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 
 from generate import load_model  # noqa: E402
 from preflight.checkpoints.store import open_checkpoint  # noqa: E402
+from preflight.modes.decoding_way import choose_serving  # noqa: E402
 from preflight.serving.batch import RowBatch  # noqa: E402
 from preflight.serving.protocol import Job, TokenEvent  # noqa: E402
 from preflight.settings import SamplingConfig  # noqa: E402
@@ -71,7 +72,11 @@ def read_cpu_seconds(pid: int) -> dict[str, float]:
     """What each thread of a process and of its children has computed. Only Linux tells it."""
     pids = [pid, *(child.pid for child in psutil.Process(pid).children(recursive=True))]
     threads = [each for one in pids for each in Path("/proc").glob(f"{one}/task/*")]
-    return {each.name: int((each / "schedstat").read_text().split()[0]) / 1e9 for each in threads}
+    found = {}
+    for each in threads:
+        with contextlib.suppress(FileNotFoundError, ProcessLookupError):  # it has just ended
+            found[each.name] = int((each / "schedstat").read_text().split()[0]) / 1e9
+    return found
 
 
 @contextlib.contextmanager
@@ -90,7 +95,7 @@ def summarise(firsts: list[float], count: int, seconds: float, cpu: list[float])
 
 def through_engine(run: str, dtype: torch.dtype, device: str) -> Round:
     model, tokenizer = load_model(open_checkpoint(run), torch.device(device), dtype)
-    batch = RowBatch(model, tokenizer, max(CLIENTS))
+    batch = RowBatch(choose_serving(model, max(CLIENTS)), tokenizer, max(CLIENTS))
     counter = iter(range(10**9))
 
     def go(n_clients: int, n_tokens: int) -> Times:
