@@ -29,6 +29,7 @@ LEAST_GAIN = 0.1
 # A smaller model's token takes milliseconds in any way, and a few of them decide nothing.
 LEAST_BYTES = 64 * 2**20
 _ROUNDS, _STEPS = 3, 4  # of each way; and as many steps for a warm-up
+_LONG_SECONDS = 5.0  # after which one round has to do
 # Of one core and more (benchmarks/LOG.md): weights that are read for a token, and converted.
 _READ_BYTES_PER_SECOND, _CONVERT_BYTES_PER_SECOND = 20e9, 2e9
 
@@ -105,6 +106,8 @@ def measure_decoding(
     rounds: list[list[float]] = []
     for _ in range(1 + _ROUNDS):  # the first warms up
         rounds.append([sum(map(_time_steps, each)) for each in decoders])
+        if len(rounds) > 1 and _STEPS * sum(map(sum, rounds)) > _LONG_SECONDS:
+            break
     medians = [statistics.median(times) for times in zip(*rounds[1:], strict=True)]
     return DecodingFigures(seconds=dict(zip(ways, medians, strict=True)))
 

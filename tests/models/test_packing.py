@@ -34,6 +34,11 @@ def test_logits_are_those_of_the_model(config: ModelConfig, dtype: torch.dtype) 
     bound = 2e-5 if dtype == torch.float32 else 0.1
     assert (other(tokens).float() - meant).abs().max() <= bound * meant.abs().max()
     assert not [m for m in other.modules() if isinstance(m, torch.nn.Linear)]
+    # The head is the packed one: a table that is tied only looks up.
+    hidden = torch.randn(2, config.n_embeddings).to(dtype)
+    logits = other.compute_logits(hidden)
+    other.embed_tokens.weight.zero_()
+    assert torch.equal(other.compute_logits(hidden), logits)
 
 
 def check_refusal(dtype: torch.dtype) -> None:

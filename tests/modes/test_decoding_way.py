@@ -156,6 +156,17 @@ def test_a_trial_leaves_the_model_and_the_random_state(
         assert torch.equal(weight, other), name
 
 
+@pytest.mark.parametrize(("seconds", "n_rounds"), [(0.1, 4), (0.2, 4), (0.4, 2), (50.0, 2)])
+def test_slow_steps_are_timed_in_fewer_rounds(
+    monkeypatch: pytest.MonkeyPatch, seconds: float, n_rounds: int
+) -> None:
+    timed: list[Decoder] = []
+    monkeypatch.setattr(trial, "_time_steps", lambda decoder: timed.append(decoder) or seconds)
+    figures = measure_decoding(build(), [NUMPY, FLOAT32], [1])
+    assert figures.seconds == {NUMPY: seconds, FLOAT32: seconds}
+    assert len(timed) == 2 * n_rounds
+
+
 def test_a_server_chooses_for_few_rows_and_for_many(monkeypatch: pytest.MonkeyPatch) -> None:
     """Packed weights, although one row alone would be faster in numpy."""
     monkeypatch.setattr(trial, "can_pack", lambda dtype: True)
