@@ -9,7 +9,7 @@ On the CPU the peer runs in fp32, in bf16 and in bf16 with a static cache, and o
 its best: in the way of a short `--generate`, and in that of one which is long enough to measure.
 The floor on the CPU is the weights' products of a token alone; on CUDA the time that
 reading the weights and the cache takes at the card's bandwidth. llama.cpp reads our own exports:
-f32 beside fp32, q8_0 beside int8. Its seconds are its own clock's, without the prompt's.
+f32 beside fp32, q8_0 beside int8. It times its tokens itself, without the prompt; ours are with it.
 """
 
 from __future__ import annotations

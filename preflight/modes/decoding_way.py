@@ -49,7 +49,7 @@ def choose_decoding(
     if len(ways) == 1:
         return model
     key = {
-        "of": "decoding step, packed",
+        "of": "decoding step",
         "machine": describe_hardware(device),
         "model": dataclasses.asdict(model.config),
         "rows": list(rows),
