@@ -88,13 +88,14 @@ class AllocationLog(TorchDispatchMode):
         for leaf in tree_leaves(result):
             if isinstance(leaf, Tensor):
                 record = self.find(leaf)
-                # Autograd adds up real gradients in place, but not those of tensor subclasses
-                # (torch/csrc/autograd/input_buffer.cpp): the sum takes over what a term had. So
-                # the sum counts from the next operation on, when that term is free again.
+                # Autograd adds real gradients to the first of them in place, unless that is a view
+                # (torch/csrc/autograd/input_buffer.cpp), but not those of tensor subclasses: there
+                # the sum counts from the next operation on, when the first is free again.
                 if (
                     self.in_backward
                     and func is torch.ops.aten.add.Tensor
                     and not torch.is_grad_enabled()
+                    and not args[0]._is_view()
                 ):
                     record.allocated = self.clock + 1
         return result

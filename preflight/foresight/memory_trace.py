@@ -150,8 +150,18 @@ class TraceCase:
         if self.target_share == 1.0:
             return inputs, torch.zeros(shape, dtype=torch.long)
         n_targets = max(1, round(self.target_share * inputs.numel()))
-        rows, ids = (torch.zeros(n_targets, dtype=torch.long) for _ in range(2))
-        return inputs, TargetRows(rows, ids, inputs.numel())
+        return inputs, _repeat_target(n_targets, inputs.numel())
+
+    def build_first_batch(self) -> tuple[Tensor, Targets]:
+        """One token, followed by as many targets as a micro-step has."""
+        _, targets = self.build_batch(*self.batch_shape)
+        n_targets = targets.numel() if isinstance(targets, Tensor) else len(targets.ids)
+        return torch.zeros((1, 1), dtype=torch.long), _repeat_target(n_targets, 1)
+
+
+def _repeat_target(n_targets: int, n_tokens: int) -> TargetRows:
+    rows, ids = (torch.zeros(n_targets, dtype=torch.long) for _ in range(2))
+    return TargetRows(rows, ids, n_tokens)
 
 
 @functools.lru_cache(maxsize=64)
@@ -235,10 +245,13 @@ def run_phases(log: AllocationLog, trainer: Trainer, case: TraceCase) -> None:
     model, optimizer = trainer.model, trainer.optimizer
     assert isinstance(model, TokenModel)
     log.label(list(model.parameters()), "weights")
-    # The optimizer's state is there from the second step on; a tiny first one makes it.
-    trainer.train_step(0, [case.build_batch(1, 1)])
+    # The optimizer's state and the buffer of the logits are there from the second step on. A first
+    # one makes them: one token, that as many targets follow as there will be.
+    before_first = log.clock
+    trainer.train_step(0, [case.build_first_batch()])
     states = [tree_leaves(state) for state in optimizer.state.values()]
     log.label([x for state in states for x in state if isinstance(x, Tensor)], "optimizer")
+    log.label_since(before_first, "logits and loss")  # the buffer: nothing else is left
     _StepWatcher(log, model).watch(optimizer)
     n_micro_steps = case.training.gradient_accumulation_steps
     batches = (case.build_batch(*case.batch_shape) for _ in range(n_micro_steps))

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from preflight.models.loss_fused import (
     BLOCK_ROWS,
@@ -31,6 +32,9 @@ _CAST_BYTES = (
 # Matrix units want every dimension to be a multiple of this; 50,257 is odd.
 VOCAB_MULTIPLE = 64
 
+# By output head, for as long as that lives: the buffer of its logits, while no loss uses it.
+_kept_buffers = WeakTensorKeyDictionary()
+
 
 class LossLayout(NamedTuple):
     """How a device computes the loss.
@@ -41,8 +45,9 @@ class LossLayout(NamedTuple):
         weight_first: whether fp32 logits are V C times C R, and lie in columns: MKL is up to 1.7
             times faster so than with R C times C V.
         fused: whether logits are turned into their gradient in place, without a copy in fp32.
-        keeps_logits: whether one buffer serves every chunk: fresh memory costs a page fault every
-            4 KiB. A card's allocator keeps it by itself.
+        keeps_logits: whether one buffer serves every chunk of every loss of a head: fresh memory
+            costs a page fault every 4 KiB, and malloc may find a place for it elsewhere each time.
+            A card's allocator keeps it by itself.
     """
 
     rows: int
@@ -128,17 +133,21 @@ def linear_cross_entropy(
         if torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad):
             return _LinearCrossEntropy.apply(hidden, weight, targets, softcap)
         layout = loss_layout(device, dtype)
-        n_ids, weight = len(weight), _cast_head(weight, dtype, layout)
+        n_ids, head = len(weight), _cast_head(weight, dtype, layout)
         total = hidden.new_zeros((), dtype=torch.float32)
-        buffer = _make_logits_buffer(hidden, weight)
-        for rows in split_loss_rows(hidden, weight):
-            logits = _compute_logits(hidden[rows], weight, buffer)
+        # A compiled training step has no use for the buffer of an evaluation.
+        keeps = not torch.compiler.is_compiling() and weight in _kept_buffers
+        buffer = _take_logits_buffer(weight, hidden, len(head))
+        for rows in split_loss_rows(hidden, head):
+            logits = _compute_logits(hidden[rows], head, buffer)
             if layout.fused:
                 total += _score_fused(logits, targets[rows], n_ids, softcap, False)
                 continue
             if softcap is not None:
                 logits = logits.div_(softcap).tanh_().mul_(softcap)
             total += _score_rows(logits, *_split_mask(targets[rows]), n_ids, buffer)[0]
+        if keeps:
+            _keep_logits_buffer(weight, buffer)
         return total
 
 
@@ -165,14 +174,25 @@ def split_loss_rows(hidden: Tensor, weight: Tensor) -> list[slice]:
     return [slice(start, start + rows) for start in range(0, len(hidden), rows)]
 
 
-def _make_logits_buffer(hidden: Tensor, weight: Tensor) -> Tensor | None:
-    """Room for one chunk's logits, for every chunk to use again; ``None`` for the compiler, and
-    where the layout has none.
+def _take_logits_buffer(weight: Tensor, hidden: Tensor, n_columns: int) -> Tensor | None:
+    """Room for one chunk's logits (R V): what the last loss of this head kept, where that is large
+    enough. ``None`` for the compiler, and where the layout has no buffer.
     """
     layout = loss_layout(hidden.device.type, hidden.dtype)
     if not layout.keeps_logits or torch.compiler.is_compiling():
         return None
-    return hidden.new_empty(len(weight) * min(layout.count_rows(len(weight)), len(hidden)))
+    size = n_columns * min(layout.count_rows(n_columns), len(hidden))
+    kept = _kept_buffers.pop(weight, None)  # taken out: two threads never write into one
+    if kept is not None and kept.dtype == hidden.dtype and kept.numel() >= size:
+        return kept
+    del kept  # before there is another
+    return hidden.new_empty(size)
+
+
+def _keep_logits_buffer(weight: Tensor, buffer: Tensor | None) -> None:
+    """Put a buffer of `_take_logits_buffer` back for the next loss of this head."""
+    if buffer is not None and not buffer.is_inference():  # no training step could write into that
+        _kept_buffers[weight] = buffer
 
 
 def _compute_logits(hidden: Tensor, weight: Tensor, buffer: Tensor | None) -> Tensor:
@@ -210,7 +230,7 @@ def _score_rows(
         ids: the targets (R 1).
         masked: rows (R 1) that have no target; their softmax is computed like any other's.
         n_ids: columns that mean something; those after it are padding.
-        buffer: of `_make_logits_buffer`; the softmax returned lies there.
+        buffer: of `_take_logits_buffer`; the softmax returned lies there.
     """
     logits[:, n_ids:] = -math.inf
     if buffer is None:
@@ -273,7 +293,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         grad_head: Tensor | None = None
         if ctx.needs_input_grad[1] and (head.dtype == torch.float32 or not len(hidden)):
             grad_head = torch.zeros_like(weight, dtype=torch.float32)
-        buffer = _make_logits_buffer(hidden, head)
+        buffer = _take_logits_buffer(weight, hidden, len(head))
         for rows in split_loss_rows(hidden, head):
             ids, masked = _split_mask(targets[rows])
             logits = _compute_logits(hidden[rows], head, buffer)
@@ -301,6 +321,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 grad_head = (grad.T @ unmasked)[:n_ids].float()
             else:
                 _accumulate(grad_head, (grad.T @ unmasked)[:n_ids])
+        _keep_logits_buffer(weight, buffer)
         ctx.save_for_backward(grad_hidden, *([] if grad_head is None else [grad_head]))
         return total
 

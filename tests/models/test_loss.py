@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import threading
+from typing import Any
+
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from preflight.models import loss as losses
 from preflight.models.building import build_model
@@ -210,3 +214,53 @@ def test_rows_with_a_target_equal_masked_targets(family: str, n_targets: int) ->
     torch.testing.assert_close(loss, loss2, rtol=1e-6, atol=1e-6)
     for one, other in zip(gradients, gradients2, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+def test_one_buffer_of_logits_serves_every_step_of_a_head(
+    dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A buffer made anew at each step finds a new place again and again: the process grows."""
+    kept = WeakTensorKeyDictionary()
+    monkeypatch.setattr(losses, "_kept_buffers", kept)
+    hidden, weight, targets = (x.to(dtype) if x.is_floating_point() else x for x in draw(40, []))
+    weight.requires_grad_()
+    with torch.no_grad():
+        linear_cross_entropy(hidden, weight, targets)
+    assert not kept  # an evaluation alone keeps nothing
+    linear_cross_entropy(hidden, weight, targets).backward()
+    [place] = [buffer.data_ptr() for buffer in kept.values()]
+    for n_rows in (40, 7):
+        linear_cross_entropy(hidden[:n_rows], weight, targets[:n_rows])
+        with torch.no_grad():
+            linear_cross_entropy(hidden[:n_rows], weight, targets[:n_rows])
+        assert [buffer.data_ptr() for buffer in kept.values()] == [place]
+    more = torch.cat([hidden, hidden])
+    linear_cross_entropy(more, weight, torch.cat([targets, targets]))
+    assert [len(buffer) >= 80 * 53 for buffer in kept.values()] == [True]
+    del weight
+    assert not kept
+
+
+def test_two_threads_never_share_a_buffer(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A second loss begins while the first one computes; both are as they are alone."""
+    hidden, weight, targets = draw(R, [])
+    weight.requires_grad_()
+
+    def compute(factor: float) -> Tensor:
+        return linear_cross_entropy(factor * hidden, weight, targets).detach()
+
+    expected = [compute(1.0), compute(2.0)]
+    found: list[Tensor] = []
+    own = losses._compute_logits
+
+    def compute_and_wait(*args: Any) -> Tensor:
+        logits = own(*args)
+        if not threading.current_thread().name.startswith("second"):
+            thread = threading.Thread(target=lambda: found.append(compute(2.0)), name="second")
+            thread.start()
+            thread.join()
+        return logits
+
+    monkeypatch.setattr(losses, "_compute_logits", compute_and_wait)
+    assert [compute(1.0), *found] == expected
