@@ -117,7 +117,7 @@ class Trainer:
         self.ranks = ranks or local_ranks()
         self.scaler = torch.amp.GradScaler(runtime.device.type, enabled=runtime.needs_scaler)
         self._parameters = [p for p in self.model.parameters() if p.requires_grad]
-        self._forward = torch.compile(model) if runtime.compile_model else model
+        self._forward = model.compile_for_training() if runtime.compile_model else model
 
     def train_step(self, step: int, batches: Iterable[tuple[Tensor, Targets]]) -> StepResult:
         """One update from `plan.accumulation_steps` batches of inputs (B T) and targets.

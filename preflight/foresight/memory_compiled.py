@@ -20,7 +20,6 @@ from torch.utils._pytree import tree_leaves
 from preflight.device.runtime import Runtime
 from preflight.models.base import TokenModel
 from preflight.models.loss import Targets
-from preflight.models.loss_fused import BLOCK_ROWS
 
 _aten = torch.ops.aten
 _VIEWS = {
@@ -58,8 +57,7 @@ _WRITTEN = (
 class _Graph:
     """Which buffers a graph writes, in order, and when each is read for the last time."""
 
-    def __init__(self, module: fx.GraphModule, *, on_cpu: bool) -> None:
-        self.on_cpu = on_cpu
+    def __init__(self, module: fx.GraphModule) -> None:
         self.nodes = list(module.graph.nodes)
         self.inputs = [node for node in self.nodes if node.op == "placeholder"]
         results = tree_leaves(next(node for node in self.nodes if node.op == "output").args)
@@ -120,8 +118,6 @@ class _Graph:
             now[item] = now.get(item, 0) + sizes[node]
             moment = dict(now)
             moment[item] += _count_bytes(node, several=True)
-            if self.on_cpu:
-                moment[item] += _count_scratch(node)
             if not _is_one_of(node, _LIBRARY):
                 # The result goes in the place of an input of the same size that ends here.
                 over = next(
@@ -145,18 +141,6 @@ def _is_one_of(node: fx.Node, names: tuple[str, ...]) -> bool:
     return node.target is not operator.getitem and any(name in str(node.target) for name in names)
 
 
-def _count_scratch(node: fx.Node) -> int:
-    """Bytes that the loss holds within itself on a CPU, besides its logits: a few rows in fp32.
-
-    `node` takes one of its results.
-    """
-    source = node.args[0] if node.target is operator.getitem else None
-    if not isinstance(source, fx.Node) or "cross_entropy_" not in str(source.args):
-        return 0
-    values = [each.meta["val"] for each in source.all_input_nodes]
-    return sum(4 * BLOCK_ROWS * int(logits.shape[1]) for logits in values if logits.dim() == 2)
-
-
 def _count_bytes(node: fx.Node, *, several: bool = False) -> int:
     """Bytes of a node's result; of `several` results, which later nodes take one by one."""
     value = node.meta.get("val")
@@ -170,7 +154,9 @@ def _count_bytes(node: fx.Node, *, several: bool = False) -> int:
 def capture_graphs(
     model: TokenModel, runtime: Runtime, batch: tuple[Tensor, Targets]
 ) -> tuple[fx.GraphModule, fx.GraphModule]:
-    """Forward and backward graph of one loss, as torch.compile's own backend would receive them.
+    """Forward and backward graph of one step, as torch.compile's own backend would receive them.
+
+    On a CPU the loss is in neither.
 
     Raises:
         RuntimeError: the model does not make one graph of each.
@@ -196,7 +182,7 @@ def capture_graphs(
         decompositions=select_decomp_table,
     )
     torch._dynamo.reset()
-    compiled = torch.compile(model, backend=backend, dynamic=False)
+    compiled = model.compile_for_training(backend=backend, dynamic=False)
     with runtime.autocast():
         loss = compiled(*batch)
     if not graphs["backward"]:
@@ -208,10 +194,13 @@ def capture_graphs(
 
 
 def trace_compiled_step(
-    forward: fx.GraphModule, backward: fx.GraphModule, *, on_cpu: bool
+    forward: fx.GraphModule, backward: fx.GraphModule
 ) -> dict[str, list[dict[str, int]]]:
-    """Bytes by item, besides weights and optimizer, at the moments of each stretch of a step."""
-    ahead, back = _Graph(forward, on_cpu=on_cpu), _Graph(backward, on_cpu=on_cpu)
+    """Bytes by item, besides weights and optimizer, at the moments of each stretch of a step.
+
+    Of the loss, between the two graphs, there is what the forward graph leaves.
+    """
+    ahead, back = _Graph(forward), _Graph(backward)
     given = {node.name for node in ahead.inputs}
     kept = {
         node: _count_bytes(node)
@@ -233,6 +222,7 @@ def trace_compiled_step(
         "forward": ahead.trace(
             {}, lambda node: "activations kept" if node in ahead.outputs else "temporary"
         ),
+        "loss": [{"activations kept": sum(map(_count_bytes, ahead.outputs - set(ahead.inputs)))}],
         "backward, first half": moments[:half],
         "backward, second half": moments[half:],
     }

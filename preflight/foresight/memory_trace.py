@@ -269,7 +269,8 @@ def _replace_step(peaks: Peaks, case: TraceCase) -> Peaks:
     """The stretches of the compiled step in place of those of the eager one.
 
     The compiler's graphs tell what one forward and backward pass allocates. What lives longer than
-    that is taken from the eager trace: weights, optimizer state, gradients and batches.
+    that is taken from the eager trace: weights, optimizer state, gradients and batches; on a CPU
+    also the loss, which is not compiled there.
     """
     config, training = case.model_config, case.training
     runtime = Runtime(torch.device("cpu"), case.dtype, False, ())
@@ -287,20 +288,31 @@ def _replace_step(peaks: Peaks, case: TraceCase) -> Peaks:
         graphs = capture_graphs(model, runtime, case.build_batch(*case.batch_shape))
     start = peaks["training step", "start"]
     # From the second micro-step on, the gradients are there throughout.
-    gradients = start["weights"] if training.gradient_accumulation_steps > 1 else 0.0
+    several = training.gradient_accumulation_steps > 1
     held = {
         "weights": start["weights"],
         "optimizer": start["optimizer"],
-        "gradients": gradients,
+        "gradients": start["weights"] if several else 0.0,
         "activations kept": float(training.gradient_accumulation_steps * case.batch_bytes),
     }
     result = {region: items for region, items in peaks.items() if region[0] != "training step"}
-    for stretch, moments in trace_compiled_step(*graphs, on_cpu=case.device_type == "cpu").items():
+    for stretch, moments in trace_compiled_step(*graphs).items():
         top = max(moments, key=lambda items: sum(items.values()))
+        of_loss = _find_eager_loss(peaks, stretch, several) if case.device_type == "cpu" else {}
         result["training step", stretch] = {
-            item: held.get(item, 0.0) + top.get(item, 0) for item in ITEMS
+            item: held.get(item, 0.0) + top.get(item, 0) + of_loss.get(item, 0.0) for item in ITEMS
         }
     return result
+
+
+def _find_eager_loss(peaks: Peaks, stretch: str, several: bool) -> dict[str, float]:
+    """What an eager loss holds in a stretch of a step that is compiled otherwise."""
+    again = ", again" if several else ""
+    if stretch == "loss":
+        items = peaks["training step", f"loss{again}"]
+        return {item: items[item] for item in ("logits and loss", "temporary")}
+    same = "start" if stretch == "forward" else f"backward last block{again}"
+    return {"logits and loss": peaks["training step", same]["logits and loss"]}
 
 
 class _StepWatcher:

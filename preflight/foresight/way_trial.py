@@ -30,8 +30,8 @@ from trainer import Trainer, build_trainer
 
 TRIAL_SHARE = 0.02  # of the run's time, at most, for the trial
 # What a process takes until its first step, and a compilation until its second. Measured with two
-# cores: 2 to 4 s, and 16 to 22 s with nothing kept of an earlier compilation.
-START_SECONDS, COMPILE_SECONDS = 4.0, 25.0
+# cores: 2 to 4 s, and 14 to 18 s with nothing kept of an earlier compilation.
+START_SECONDS, COMPILE_SECONDS = 4.0, 20.0
 # Steps of each way: warmed up, timed at least, timed at most.
 WARM_UP_STEPS, LEAST_ROUNDS, MOST_ROUNDS = 1, 3, 9
 _ROUNDS_SECONDS = 3.0  # for more than the least

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from preflight.models.kv_cache import KVCache
-from preflight.models.loss import TargetRows, Targets, cap_logits, linear_cross_entropy
+from preflight.models.loss import Targets, cap_logits, choose_loss_of_compiled, compute_loss
 from preflight.models.protocol import ParameterGroup
 from preflight.settings import ModelConfig, SamplingConfig
 
@@ -46,6 +46,7 @@ class TokenModel(nn.Module):
         self.config = config
         self.embed_tokens = nn.Embedding(config.vocab_size, config.n_embeddings)
         self._cap: Callable[[Tensor], Tensor] = _keep
+        self._compute_loss: Callable[..., Tensor] = compute_loss
         if config.logit_softcap is not None:
             self._cap = functools.partial(cap_logits, softcap=config.logit_softcap)
 
@@ -64,12 +65,12 @@ class TokenModel(nn.Module):
         """Logits (B T V) of hidden vectors (B T C), or the summed loss against `targets`."""
         if targets is None:
             return self.compute_logits(x)
-        hidden = x.flatten(0, 1)
-        if isinstance(targets, TargetRows):
-            hidden, ids = hidden.index_select(0, targets.rows), targets.ids
-        else:
-            ids = targets.flatten()
-        return linear_cross_entropy(hidden, self.head_weight, ids, self.config.logit_softcap)
+        return self._compute_loss(x, self.head_weight, targets, self.config.logit_softcap)
+
+    def compile_for_training(self, **options: Any) -> Callable[..., Tensor]:
+        """`forward` by torch.compile, with its `options`; on a CPU all but the loss."""
+        self._compute_loss = choose_loss_of_compiled(self.head_weight.device.type)
+        return torch.compile(self, **options)
 
     def compute_logits(self, x: Tensor) -> Tensor:
         """Logits (... V) of hidden vectors (... C)."""

@@ -6,6 +6,7 @@ Shapes: N = B * T rows, C hidden size, V vocabulary, R rows of one chunk.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -111,6 +112,25 @@ def cap_logits(logits: Tensor, softcap: float) -> Tensor:
     return softcap * torch.tanh(logits / softcap)
 
 
+def compute_loss(x: Tensor, weight: Tensor, targets: Targets, softcap: float | None) -> Tensor:
+    """`linear_cross_entropy` of vectors (B T C), or of those that a target follows."""
+    hidden = x.flatten(0, 1)
+    if isinstance(targets, TargetRows):
+        hidden, ids = hidden.index_select(0, targets.rows), targets.ids
+    else:
+        ids = targets.flatten()
+    return linear_cross_entropy(hidden, weight, ids, softcap)
+
+
+def choose_loss_of_compiled(device_type: str) -> Callable[..., Tensor]:
+    """`compute_loss` for a compiled model: left out of its graphs where a buffer is kept.
+
+    It is faster so, and the rest takes less than half of the time to compile (benchmarks/LOG.md).
+    """
+    is_left_out = loss_layout(device_type).keeps_logits
+    return torch.compiler.disable(compute_loss) if is_left_out else compute_loss
+
+
 def linear_cross_entropy(
     hidden: Tensor, weight: Tensor, targets: Tensor, softcap: float | None = None
 ) -> Tensor:
@@ -135,8 +155,6 @@ def linear_cross_entropy(
         layout = loss_layout(device, dtype)
         n_ids, head = len(weight), _cast_head(weight, dtype, layout)
         total = hidden.new_zeros((), dtype=torch.float32)
-        # A compiled training step has no use for the buffer of an evaluation.
-        keeps = not torch.compiler.is_compiling() and weight in _kept_buffers
         buffer = _take_logits_buffer(weight, hidden, len(head))
         for rows in split_loss_rows(hidden, head):
             logits = _compute_logits(hidden[rows], head, buffer)
@@ -146,8 +164,7 @@ def linear_cross_entropy(
             if softcap is not None:
                 logits = logits.div_(softcap).tanh_().mul_(softcap)
             total += _score_rows(logits, *_split_mask(targets[rows]), n_ids, buffer)[0]
-        if keeps:
-            _keep_logits_buffer(weight, buffer)
+        _keep_logits_buffer(weight, buffer)
         return total
 
 
@@ -176,10 +193,10 @@ def split_loss_rows(hidden: Tensor, weight: Tensor) -> list[slice]:
 
 def _take_logits_buffer(weight: Tensor, hidden: Tensor, n_columns: int) -> Tensor | None:
     """Room for one chunk's logits (R V): what the last loss of this head kept, where that is large
-    enough. ``None`` for the compiler, and where the layout has no buffer.
+    enough. ``None`` where the layout has no buffer.
     """
     layout = loss_layout(hidden.device.type, hidden.dtype)
-    if not layout.keeps_logits or torch.compiler.is_compiling():
+    if not layout.keeps_logits:
         return None
     size = n_columns * min(layout.count_rows(n_columns), len(hidden))
     kept = _kept_buffers.pop(weight, None)  # taken out: two threads never write into one
@@ -211,12 +228,11 @@ def _score_fused(
 ) -> Tensor:
     """One chunk's summed cross-entropy (scalar, fp32); its gradient takes the place of `logits`.
 
-    For the compiler, and on a card, it is one operation. Elsewhere torch's own are seen one by one,
-    as the memory estimate wants them.
+    On a card it is one operation. On a CPU torch's own are seen one by one, as the memory estimate
+    wants them.
     """
     keeps_logits = loss_layout(logits.device.type, logits.dtype).keeps_logits
-    is_one = torch.compiler.is_compiling() or not keeps_logits
-    score = cross_entropy_ if is_one else cross_entropy_by_blocks_
+    score = cross_entropy_by_blocks_ if keeps_logits else cross_entropy_
     return score(logits, targets, n_ids, softcap or 0.0, with_gradient).sum()
 
 

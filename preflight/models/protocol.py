@@ -5,7 +5,7 @@ Shapes: B sequences, T tokens in each, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol, runtime_checkable
 
@@ -42,6 +42,10 @@ class LanguageModel(Protocol):
 
     def forward(self, tokens: Tensor, targets: Targets | None = None) -> Tensor:
         """Logits (B T V), or the sum of the losses over the targets."""
+        ...
+
+    def compile_for_training(self) -> Callable[..., Tensor]:
+        """`forward`, compiled where that makes it faster."""
         ...
 
     def build_cache(
