@@ -409,6 +409,7 @@ class PlainModel(nn.Module):
         self.build_cache = inner.build_cache
         self.prefill, self.decode = inner.prefill, inner.decode
         self.parameter_groups = inner.parameter_groups
+        self.compile_for_training = inner.compile_for_training
 
     def forward(self, tokens: Tensor, targets: Tensor | None = None) -> Tensor:
         return self.inner(tokens, targets)
