@@ -58,9 +58,9 @@ class Device:
         assert size >= 1
         assert size not in self.sizes, "no size is tried twice"
         self.sizes.append(size)
-        if self.needs(size) > self.physical:
+        needed = int(self.needs(size))  # a part of a byte is none, here as in `true_maximum`
+        if needed > self.physical:
             return TrialResult(size, failure="out of memory")
-        needed = int(self.needs(size))
         seconds = size * 128 / self.rate(size)
         return TrialResult(size, 5, needed, needed, needed, 1, seconds, self.rate(size))
 
