@@ -291,7 +291,7 @@ def build_batch_curve(
 def estimate_savings(
     model_config: ModelConfig, training: TrainingSettings, options: MemoryOptions
 ) -> dict[str, int]:
-    """Bytes that each change would save, by the flags that make the change; only those above 0."""
+    """Bytes that each change would save, by the flags that make the change; from 1 % on."""
     variants: dict[str, tuple[TrainingSettings, MemoryOptions]] = {}
     if not options.gradient_checkpointing:
         changed = replace(options, gradient_checkpointing=True)
@@ -309,4 +309,4 @@ def estimate_savings(
         flags: before - estimate_memory(model_config, *variant).needed_bytes
         for flags, variant in variants.items()
     }
-    return {flags: size for flags, size in saved.items() if size > 0}
+    return {flags: size for flags, size in saved.items() if size >= before / 100}

@@ -401,3 +401,5 @@ def test_savings() -> None:
     }
     assert min(saved.values()) > 0
     assert estimate_savings(WIDE, settings(1), MemoryOptions(BF16, "cpu", True)) == {}
+    saved = estimate_savings(SMALL, settings(1), MemoryOptions(FP32, "cpu"))
+    assert set(saved) == {"--gradient-checkpointing"}  # bf16 would save 1 KiB of 4 MB
