@@ -12,6 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch._dynamo.utils import counters
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
@@ -369,11 +370,14 @@ def test_a_compiled_model_computes_the_same(config: ModelConfig) -> None:
     config = dataclasses.replace(config, n_layers=1)  # the layers are alike, and each takes seconds
     model, tokens = build_spread(config), draw_tokens()
     results = []
+    torch._dynamo.reset()
+    counters.clear()
     for forward in (model, model.compile_for_training()):
         model.zero_grad()
         losses._kept_buffers.clear()
         forward(tokens[:, :-1], tokens[:, 1:]).backward()
         results.append([p.grad.clone() for p in model.parameters() if p.grad is not None])
         assert model.head_weight in losses._kept_buffers  # the loss is in no graph
+    assert counters["stats"]["unique_graphs"] == 1  # and all else is in one
     for eager, compiled in zip(*results, strict=True):
         torch.testing.assert_close(compiled, eager, rtol=1e-3, atol=1e-3)
